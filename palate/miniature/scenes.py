@@ -1,0 +1,356 @@
+"""A procedural world of small landscapes: what the miniature models see, and the truth its judges are measured against.
+
+A scene is six attributes; its caption names all of them. A flaw (blur, noise, a wrong colour, ...) spoils a picture
+*without the caption saying so*, so a model trained on the captions learns good and bad pictures alike, as web-scale
+models do, and preference alignment has something to mend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+SIZE = 64
+SUPERSAMPLING = 4
+
+SKIES = ("day", "dawn", "sunset", "night")
+GROUNDS = ("meadow", "sand", "snow", "water")
+OBJECTS = ("house", "tree", "tower", "sailboat", "cactus")
+COLOURS = ("red", "blue", "yellow", "purple", "white")
+SIDES = ("left", "right")
+BACKDROPS = ("plain", "mountains")
+ORBS = ("none", "sun", "moon")
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "sky": SKIES,
+    "ground": GROUNDS,
+    "object": OBJECTS,
+    "colour": COLOURS,
+    "side": SIDES,
+    "backdrop": BACKDROPS,
+    "orb": ORBS,
+}
+"""Every attribute of a scene with its values, in the order in which classifiers number them."""
+
+FLAWS = ("blur", "washed", "noise", "dark", "tilt")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. Every field is one of the values listed in :data:`ATTRIBUTES`."""
+
+    sky: str
+    ground: str
+    object: str
+    colour: str
+    side: str
+    backdrop: str
+    orb: str
+
+    def labels(self) -> list[int]:
+        """The index of each attribute's value, in the order of :data:`ATTRIBUTES`."""
+        return [values.index(getattr(self, name)) for name, values in ATTRIBUTES.items()]
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """One way in which a picture is bad: ``kind`` is one of :data:`FLAWS`, ``strength`` lies in (0, 1]."""
+
+    kind: str
+    strength: float
+
+
+def all_scenes() -> list[Scene]:
+    """Every combination of attributes, in a fixed order."""
+    return [Scene(*values) for values in product(*ATTRIBUTES.values())]
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a scene belongs to the tenth that no preference pair uses: the unseen prompts of every evaluation."""
+    digest = hashlib.sha256("|".join(map(str, scene.labels())).encode()).digest()
+    return digest[0] % 10 == 0
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    return Scene(*(str(rng.choice(values)) for values in ATTRIBUTES.values()))
+
+
+_GROUND_PHRASES = {
+    "meadow": ("on a green meadow", "standing in green grass"),
+    "sand": ("on golden sand", "in a sandy desert"),
+    "snow": ("on white snow", "in deep snow"),
+    "water": ("by the blue water", "on a calm lake"),
+}
+_SKY_PHRASES = {
+    "day": ("under a clear blue sky", "on a bright day"),
+    "dawn": ("under a pink dawn sky", "at dawn"),
+    "sunset": ("under an orange sunset sky", "at sunset"),
+    "night": ("under a starry night sky", "at night"),
+}
+_BACKDROP_PHRASES = {"plain": ("",), "mountains": ("mountains behind", "with mountains in the distance")}
+_ORB_PHRASES = {"none": ("",), "sun": ("the sun above", "with the sun in the sky"), "moon": ("the moon above", "with the moon in the sky")}
+
+
+def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """A sentence that names every attribute; the first phrasing of each without ``rng``, a random one with it."""
+
+    def pick(phrases: tuple[str, ...]) -> str:
+        return phrases[0] if rng is None else phrases[int(rng.integers(len(phrases)))]
+
+    head = f"a {scene.colour} {scene.object} on the {scene.side}"
+    tail = [
+        pick(_GROUND_PHRASES[scene.ground]),
+        pick(_BACKDROP_PHRASES[scene.backdrop]),
+        pick(_ORB_PHRASES[scene.orb]),
+        pick(_SKY_PHRASES[scene.sky]),
+    ]
+    if rng is not None:
+        rng.shuffle(tail)
+    return ", ".join([head, *(phrase for phrase in tail if phrase)])
+
+
+def scene_of(text: str) -> Scene:
+    """Read a scene back from its caption.
+
+    Raises:
+        ValueError: if an attribute cannot be found, naming the attribute and the values it may take.
+    """
+    found: dict[str, str] = {}
+    tables = {"sky": _SKY_PHRASES, "ground": _GROUND_PHRASES, "backdrop": _BACKDROP_PHRASES, "orb": _ORB_PHRASES}
+    head = text.split(",", 1)[0].split()
+    for name, values in ATTRIBUTES.items():
+        if name in tables:
+            hits = [v for v in values if any(phrase and phrase in text for phrase in tables[name][v])]
+            default = {"backdrop": "plain", "orb": "none"}.get(name)
+        else:
+            hits, default = [v for v in values if v in head], None
+        if hits:
+            found[name] = hits[0]
+        elif default is not None:
+            found[name] = default
+        else:
+            raise ValueError(f"no {name} in the caption {text!r}; expected one of {', '.join(values)}")
+    return Scene(**found)
+
+
+_SKY_COLOURS = {
+    "day": ((74, 150, 230), (190, 226, 250)),
+    "dawn": ((142, 162, 222), (252, 204, 196)),
+    "sunset": ((88, 44, 112), (255, 150, 64)),
+    "night": ((8, 10, 36), (34, 42, 92)),
+}
+_GROUND_COLOURS = {
+    "meadow": ((96, 176, 70), (44, 112, 44)),
+    "sand": ((232, 200, 126), (184, 140, 74)),
+    "snow": ((240, 244, 250), (186, 200, 220)),
+    "water": ((58, 128, 194), (18, 60, 122)),
+}
+_LIGHT = {"day": (1.0, 1.0, 1.0), "dawn": (0.97, 0.88, 0.9), "sunset": (0.86, 0.68, 0.62), "night": (0.5, 0.53, 0.72)}
+_PAINT = {"red": (212, 44, 40), "blue": (40, 84, 214), "yellow": (248, 206, 48), "purple": (142, 58, 180), "white": (242, 242, 244)}
+_TRUNK = (104, 68, 40)
+
+
+class _Brush:
+    """Draws shapes given in picture units (0 to 1), lit by the hour of the day."""
+
+    def __init__(self, image: Image.Image, light: tuple[float, float, float]):
+        self.draw, self.side, self.light = ImageDraw.Draw(image), image.width, light
+
+    def lit(self, colour: tuple[int, int, int], shade: float = 1.0) -> tuple[int, int, int]:
+        r, g, b = (int(min(255, c * k * shade)) for c, k in zip(colour, self.light, strict=True))
+        return r, g, b
+
+    def polygon(self, points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
+        self.draw.polygon([(x * self.side, y * self.side) for x, y in points], fill=colour)
+
+    def box(self, x0: float, y0: float, x1: float, y1: float, colour: tuple[int, int, int]) -> None:
+        self.draw.rectangle([x0 * self.side, y0 * self.side, x1 * self.side, y1 * self.side], fill=colour)
+
+    def rounded(self, x0: float, y0: float, x1: float, y1: float, radius: float, colour: tuple[int, int, int]) -> None:
+        self.draw.rounded_rectangle([c * self.side for c in (x0, y0, x1, y1)], radius * self.side, fill=colour)
+
+    def disc(self, x: float, y: float, rx: float, ry: float, colour: tuple[int, int, int]) -> None:
+        self.draw.ellipse([c * self.side for c in (x - rx, y - ry, x + rx, y + ry)], fill=colour)
+
+
+def _gradient(top: tuple[int, int, int], bottom: tuple[int, int, int], height: int, width: int) -> np.ndarray:
+    ramp = np.linspace(0.0, 1.0, height)[:, None, None]
+    rows = np.asarray(top, np.float32) * (1 - ramp) + np.asarray(bottom, np.float32) * ramp
+    return np.broadcast_to(rows, (height, width, 3)).astype(np.uint8)
+
+
+def _backdrop(brush: _Brush, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+    if scene.backdrop == "plain":
+        return
+    haze = np.asarray(_SKY_COLOURS[scene.sky][1], np.float32)
+    for centre in (rng.uniform(0.12, 0.3), rng.uniform(0.68, 0.9), rng.uniform(0.4, 0.6)):
+        height, width = rng.uniform(0.17, 0.3), rng.uniform(0.2, 0.3)
+        peak, rock = horizon - height, np.asarray(brush.lit((112, 108, 132)), np.float32)
+        r, g, b = (int(c) for c in 0.75 * rock + 0.25 * haze)
+        brush.polygon([(centre - width, horizon), (centre, peak), (centre + width, horizon)], (r, g, b))
+        brush.polygon([(centre, peak), (centre + width, horizon), (centre + 0.15 * width, horizon)], (int(r * 0.82), int(g * 0.82), int(b * 0.86)))
+        snow = 0.3
+        brush.polygon(
+            [(centre - snow * width, peak + snow * height), (centre, peak), (centre + snow * width, peak + snow * height), (centre, peak + 0.2 * height)],
+            brush.lit((244, 246, 252), 1.05),
+        )
+
+
+def _orb(brush: _Brush, scene: Scene, rng: np.random.Generator) -> None:
+    x, y, r = rng.uniform(0.2, 0.8), rng.uniform(0.13, 0.2), 0.085
+    if scene.orb == "sun":
+        brush.disc(x, y, r, r, (255, 238, 150))
+        brush.disc(x, y, 0.78 * r, 0.78 * r, (255, 248, 196))
+    elif scene.orb == "moon":
+        sky = np.asarray(_SKY_COLOURS[scene.sky], np.float32)
+        red, green, blue = (int(c) for c in sky[0] * (1 - y / 0.6) + sky[1] * (y / 0.6))
+        brush.disc(x, y, r, r, (246, 246, 236))
+        brush.disc(x + 0.55 * r, y - 0.25 * r, 0.88 * r, 0.88 * r, (red, green, blue))
+
+
+def _subject(brush: _Brush, scene: Scene, x: float, base: float, k: float) -> None:
+    paint = _PAINT[scene.colour]
+    body, shade, light = brush.lit(paint), brush.lit(paint, 0.72), brush.lit(paint, 1.18)
+    if scene.object == "house":
+        brush.box(x - 0.14 * k, base - 0.17 * k, x + 0.14 * k, base, body)
+        brush.box(x + 0.04 * k, base - 0.17 * k, x + 0.14 * k, base, shade)
+        brush.polygon([(x - 0.18 * k, base - 0.17 * k), (x, base - 0.33 * k), (x + 0.18 * k, base - 0.17 * k)], brush.lit((96, 60, 50)))
+        brush.box(x - 0.04 * k, base - 0.11 * k, x + 0.02 * k, base, brush.lit((60, 40, 32)))
+        brush.box(x + 0.065 * k, base - 0.12 * k, x + 0.115 * k, base - 0.07 * k, (255, 226, 140) if scene.sky == "night" else brush.lit((206, 228, 244)))
+    elif scene.object == "tree":
+        brush.box(x - 0.026 * k, base - 0.18 * k, x + 0.026 * k, base, brush.lit(_TRUNK))
+        for dx, dy, r in ((-0.075, -0.23, 0.1), (0.075, -0.23, 0.1), (0.0, -0.32, 0.115)):
+            brush.disc(x + dx * k, base + dy * k, r * k, r * k, shade)
+        for dx, dy, r in ((-0.085, -0.245, 0.08), (0.055, -0.25, 0.08), (-0.015, -0.335, 0.095)):
+            brush.disc(x + dx * k, base + dy * k, r * k, r * k, body)
+    elif scene.object == "tower":
+        brush.polygon([(x - 0.085 * k, base), (x - 0.06 * k, base - 0.38 * k), (x + 0.06 * k, base - 0.38 * k), (x + 0.085 * k, base)], body)
+        brush.polygon([(x + 0.02 * k, base), (x + 0.02 * k, base - 0.38 * k), (x + 0.06 * k, base - 0.38 * k), (x + 0.085 * k, base)], shade)
+        brush.box(x - 0.09 * k, base - 0.43 * k, x + 0.09 * k, base - 0.38 * k, shade)
+        for dx in (-0.09, -0.025, 0.04):
+            brush.box(x + dx * k, base - 0.48 * k, x + (dx + 0.05) * k, base - 0.42 * k, body)
+        brush.box(x - 0.03 * k, base - 0.3 * k, x + 0.01 * k, base - 0.22 * k, brush.lit((46, 40, 48)))
+    elif scene.object == "sailboat":
+        brush.polygon([(x - 0.16 * k, base - 0.08 * k), (x + 0.16 * k, base - 0.08 * k), (x + 0.1 * k, base), (x - 0.1 * k, base)], brush.lit((112, 72, 44)))
+        brush.box(x - 0.012 * k, base - 0.42 * k, x + 0.012 * k, base - 0.08 * k, brush.lit(_TRUNK))
+        brush.polygon([(x + 0.02 * k, base - 0.42 * k), (x + 0.02 * k, base - 0.1 * k), (x + 0.16 * k, base - 0.1 * k)], body)
+        brush.polygon([(x - 0.02 * k, base - 0.36 * k), (x - 0.02 * k, base - 0.1 * k), (x - 0.13 * k, base - 0.1 * k)], shade)
+    else:
+        w = 0.05 * k
+        brush.rounded(x - w, base - 0.38 * k, x + w, base, w, body)
+        for sign, low, high in ((-1, 0.15, 0.29), (1, 0.19, 0.33)):
+            inner, outer = x + sign * 0.03 * k, x + sign * 0.16 * k
+            brush.rounded(min(inner, outer), base - (low + 0.07) * k, max(inner, outer), base - low * k, 0.034 * k, body)
+            tip = x + sign * 0.128 * k
+            brush.rounded(tip - 0.034 * k, base - high * k, tip + 0.034 * k, base - low * k, 0.034 * k, body)
+        brush.box(x - 0.006 * k, base - 0.33 * k, x + 0.008 * k, base - 0.02 * k, light if scene.colour != "white" else shade)
+
+
+def render(scene: Scene, rng: np.random.Generator, flaws: tuple[Flaw, ...] = ()) -> Image.Image:
+    """Draw a scene as a 64 x 64 RGB picture. ``rng`` places what the caption leaves open; ``flaws`` spoil the result."""
+    side = SIZE * SUPERSAMPLING
+    horizon = float(rng.uniform(0.56, 0.64))
+    light = _LIGHT[scene.sky]
+    rows = int(horizon * side)
+    top, bottom = _GROUND_COLOURS[scene.ground]
+    canvas = np.empty((side, side, 3), np.uint8)
+    canvas[:rows] = _gradient(*_SKY_COLOURS[scene.sky], rows, side)
+    near = tuple(int(c * k) for c, k in zip(top, light, strict=True))
+    far = tuple(int(c * k) for c, k in zip(bottom, light, strict=True))
+    canvas[rows:] = _gradient((near[0], near[1], near[2]), (far[0], far[1], far[2]), side - rows, side)
+    image = Image.fromarray(canvas)
+    brush = _Brush(image, light)
+
+    if scene.sky == "night":
+        for _ in range(14):
+            x, y, r = rng.uniform(0, 1), rng.uniform(0, horizon - 0.1), rng.uniform(0.006, 0.01)
+            brush.disc(x, y, r, r, (226, 228, 250))
+    _orb(brush, scene, rng)
+    if scene.sky == "day":
+        for _ in range(2):
+            x, y = rng.uniform(0.05, 0.95), rng.uniform(0.28, 0.4)
+            for dx, r in ((-0.06, 0.035), (0.0, 0.05), (0.065, 0.032)):
+                brush.disc(x + dx, y, 1.5 * r, 0.6 * r, (246, 250, 254))
+    _backdrop(brush, scene, horizon, rng)
+    if scene.ground == "water":
+        for _ in range(7):
+            x, y, w = rng.uniform(0, 1), rng.uniform(horizon + 0.05, 0.98), rng.uniform(0.06, 0.13)
+            brush.box(x - w, y, x + w, y + 0.012, brush.lit((124, 180, 226)))
+    elif scene.ground == "sand":
+        brush.disc(rng.uniform(0.1, 0.9), 1.02, 0.5, 0.14, brush.lit((222, 182, 104)))
+    elif scene.ground == "meadow":
+        brush.disc(rng.uniform(0.1, 0.9), 1.02, 0.55, 0.15, brush.lit((66, 142, 56)))
+    else:
+        brush.disc(rng.uniform(0.1, 0.9), 1.02, 0.5, 0.13, brush.lit((250, 252, 255)))
+
+    x = float(rng.uniform(0.22, 0.32) if scene.side == "left" else rng.uniform(0.68, 0.78))
+    base, scale = horizon + float(rng.uniform(0.1, 0.18)), float(rng.uniform(1.05, 1.25))
+    if scene.ground != "water":
+        brush.disc(x, base, 0.16 * scale, 0.022 * scale, tuple(int(0.72 * c) for c in near))  # type: ignore[arg-type]
+    _subject(brush, scene, x, base, scale)
+
+    for flaw in flaws:
+        if flaw.kind == "tilt":
+            angle = math.copysign(8 + 14 * flaw.strength, rng.uniform(-1, 1))
+            image = image.resize((int(side * 1.35),) * 2, Image.Resampling.BILINEAR).rotate(angle, Image.Resampling.BILINEAR)
+            margin = (image.width - side) // 2
+            image = image.crop((margin, margin, margin + side, margin + side))
+    image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    for flaw in flaws:
+        image = _spoil(image, flaw, rng)
+    return image
+
+
+def _spoil(image: Image.Image, flaw: Flaw, rng: np.random.Generator) -> Image.Image:
+    if flaw.kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur(1.2 + 2.0 * flaw.strength))
+    pixels = np.asarray(image, np.float32)
+    if flaw.kind == "washed":
+        grey = pixels.mean(axis=2, keepdims=True)
+        pixels = 150 + (0.55 - 0.25 * flaw.strength) * (0.35 * pixels + 0.65 * grey - 128)
+    elif flaw.kind == "noise":
+        pixels = pixels + rng.normal(0, 14 + 24 * flaw.strength, pixels.shape)
+    elif flaw.kind == "dark":
+        pixels = pixels * (0.5 - 0.28 * flaw.strength)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def random_flaws(rng: np.random.Generator, share: float) -> tuple[Flaw, ...]:
+    """No flaw with probability ``1 - share``; otherwise one, and now and then two of different kinds."""
+    if rng.uniform() >= share:
+        return ()
+    kinds = rng.choice(FLAWS, size=2 if rng.uniform() < 0.15 else 1, replace=False)
+    return tuple(Flaw(str(kind), float(rng.uniform(0.25, 1.0))) for kind in kinds)
+
+
+def appeal(flaws: tuple[Flaw, ...]) -> float:
+    """The truth about a picture's looks, in [0, 1]: 1 without flaws."""
+    return float(np.prod([1 - 0.85 * flaw.strength**0.5 for flaw in flaws]))
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture with its truth: what was asked for, what is shown, and how it was spoilt."""
+
+    asked: Scene
+    shown: Scene
+    flaws: tuple[Flaw, ...]
+    image: Image.Image
+
+    @property
+    def appeal(self) -> float:
+        return appeal(self.flaws)
+
+
+def shoot(scene: Scene, rng: np.random.Generator, *, flaw_share: float = 0.45, wrong_share: float = 0.08) -> Shot:
+    """Take a picture of ``scene``: spoilt with probability ``flaw_share``, in a wrong colour with ``wrong_share``."""
+    shown = scene
+    if rng.uniform() < wrong_share:
+        shown = replace(scene, colour=str(rng.choice([c for c in COLOURS if c != scene.colour])))
+    flaws = random_flaws(rng, flaw_share)
+    return Shot(scene, shown, flaws, render(shown, rng, flaws))
