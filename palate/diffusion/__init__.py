@@ -1,1 +1,1 @@
-
+"""Noise schedules, noised batches and residuals."""

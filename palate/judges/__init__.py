@@ -1,1 +1,66 @@
+"""Judges: scores of pictures, higher is better. One protocol, one loader, one function that scores a list of pictures."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from palate.errors import UserError, nearest
+from palate.judges.pictures import to_tensor
+
+KINDS = ("aesthetic", "clipscore", "jpeg_compressibility", "jpeg_incompressibility", "pickscore")
+"""What :func:`load_judge` can load."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """``(images (b, 3, h, w) in [0, 1], b prompts) -> (b,)`` float32 scores, higher is better.
+
+    A judge that sees pictures only ignores the prompts. CLIP judges are differentiable with respect to the images.
+    """
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]: ...
+
+
+def load_judge(kind: str, folder: str | Path | None = None, *, device: str | torch.device = "cpu") -> Judge:
+    """Load a judge of one of the :data:`KINDS` from a folder on disk (the two JPEG judges need none).
+
+    Raises :class:`UserError` for an unknown kind and for a folder in which something is missing.
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown judge {kind!r}{nearest(kind, KINDS)}")
+    if kind in ("jpeg_compressibility", "jpeg_incompressibility"):
+        from palate.judges import jpeg
+
+        return getattr(jpeg, kind)
+    if folder is None:
+        raise UserError(f"judge {kind!r} needs the folder of its CLIP model; none was given")
+    if kind == "aesthetic":
+        from palate.judges.aesthetic import AestheticJudge
+
+        return AestheticJudge.load(folder, device=device)
+    from palate.judges.clip import ClipJudge
+
+    return ClipJudge.load(kind, folder, device=device)
+
+
+@torch.no_grad()
+def score(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str], batch_size: int = 32) -> Float[Tensor, " n"]:
+    """Scores ``(n,)``, float32 on the CPU, of pictures with one prompt each; pictures may differ in size."""
+    if len(images) != len(prompts):
+        raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")
+    scores = []
+    for _, run in groupby(range(len(images)), key=lambda i: images[i].size):
+        rows = list(run)
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            batch = to_tensor([images[i] for i in part])
+            scores.append(judge(batch, [prompts[i] for i in part]).float().cpu())
+    return torch.cat(scores) if scores else torch.empty(0)

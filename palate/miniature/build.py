@@ -23,7 +23,7 @@ from palate.miniature import scenes
 
 SEED = 20_240_617
 VAE_STEPS, VAE_BATCH = 3200, 16
-UNET_STEPS, UNET_BATCH = 8000, 32
+UNET_STEPS, UNET_BATCH = 5600, 32
 SHOTS = 24_000
 CONTEXT = 48
 WIDTH = 128
@@ -211,3 +211,106 @@ def build_vae(work: Path, folder: Path) -> None:
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     say(f"vae: mean absolute error {float((back - x).abs().mean()) * 127.5:.2f} grey levels, scaling factor {vae.config.scaling_factor}")
     vae.half().save_pretrained(folder)
+
+
+# Words and noise to latents ------------------------------------------------------------------------------------------------
+
+
+def new_text_encoder(vocab_size: int):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
+        )
+    )
+
+
+def new_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 96, 128),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler():
+    from diffusers import PNDMScheduler
+
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def latents_of(work: Path, vae, images: Tensor) -> Tensor:
+    """Scaled latents ``(n, 4, 16, 16)`` of pictures, encoded once."""
+    path = work / "latents.pt"
+    if not path.exists():
+        say(f"encoding {len(images)} pictures")
+        with torch.no_grad():
+            parts = [vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images.split(128)]
+        save_atomic(torch.cat(parts) * vae.config.scaling_factor, path)
+    return torch.load(path, weights_only=True)
+
+
+def build_diffusion(work: Path, folder: Path) -> None:
+    """Train U-Net and text encoder together: noise prediction with min-SNR-5 weights and one caption in ten left out."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    images, captions, *_ = picture_set(work, "shots", SEED, SHOTS)
+    latents = latents_of(work, vae, images)
+    torch.manual_seed(SEED + 1)
+    unet, text_encoder, scheduler = new_unet(), new_text_encoder(len(tokenizer)), new_scheduler()
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (UNET_BATCH,), generator=generator)
+        x0, ids = latents[rows], tokens[rows].clone()
+        ids[torch.rand(UNET_BATCH, generator=generator) < 0.1] = empty
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(1000, (UNET_BATCH,), generator=generator)
+        output = unet(scheduler.add_noise(x0, noise, t), t, text_encoder(ids).last_hidden_state).sample
+        return ((output - noise).square().mean(dim=(1, 2, 3)) * (snr[t].clamp(max=5) / snr[t])).mean()
+
+    both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    train(work, "unet", both, loss_of, steps=UNET_STEPS, learning_rate=6e-4, seed=SEED + 1, ema=0.9985, warmup=200)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    say(f"wrote {folder}")

@@ -1,0 +1,263 @@
+"""Preference pairs to what training reads: latents and text encodings, computed once and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from palate.data.cache import TensorCache
+from palate.data.images import check_resolution, crop_position, square
+from palate.data.pairs import PreferencePair
+from palate.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What one training step reads; p pairs, on the CPU, in the dtype they were encoded with."""
+
+    latents: Float[Tensor, "rows c h w"]  # rows = 2p, winners first
+    cond: dict[str, Tensor]  # p rows of the text encoding, by name
+    label: Float[Tensor, " p"]  # in [0.5, 1]: probability that the winner is the better one
+    weight: Float[Tensor, " p"]
+    seeds: Int64[Tensor, " p"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """The cache's keys of a pair, winner first: ``winner[1]`` and ``loser[1]``, if there, are the mirrored pictures."""
+
+    prompt: str
+    text: str
+    winner: tuple[str, ...]
+    loser: tuple[str, ...]
+    label: float  # in [0.5, 1]
+    weight: float
+    source: str
+
+
+class EncodedPairs:
+    """Pairs whose tensors lie in a cache; only keys, labels, weights and prompts are held in memory."""
+
+    def __init__(self, pairs: Sequence[EncodedPair], cache: TensorCache) -> None:
+        self.pairs, self.cache = list(pairs), cache
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each pair, in order."""
+        return [pair.prompt for pair in self.pairs]
+
+    def batch(self, indices: Sequence[int], seeds: Int64[Tensor, " p"]) -> PairBatch:
+        """The pairs at ``indices``, read from the cache.
+
+        If the pairs were encoded with ``random_flip``, a pair's own seed decides whether both its pictures are mirrored.
+        Raises ``UserError`` if an entry of the cache has gone.
+        """
+        if len(indices) != len(seeds) or not len(seeds):
+            raise ValueError(f"{len(indices)} indices and {len(seeds)} seeds: expected as many, and at least one")
+        pairs = [self.pairs[index] for index in indices]
+        flips = [_flipped(seed) for seed in seeds.tolist()]
+        # len > flip: without random_flip there is only one variant.
+        winners = [self._read(p.winner[flip and len(p.winner) > 1], p)["latents"] for p, flip in zip(pairs, flips, strict=True)]
+        losers = [self._read(p.loser[flip and len(p.loser) > 1], p)["latents"] for p, flip in zip(pairs, flips, strict=True)]
+        texts = [self._read(pair.text, pair) for pair in pairs]
+        return PairBatch(
+            latents=torch.stack(winners + losers),
+            cond={name: torch.stack([text[name] for text in texts]) for name in texts[0]},
+            label=torch.tensor([pair.label for pair in pairs], dtype=torch.float32),
+            weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+            seeds=seeds,
+        )
+
+    def without_ties(self) -> EncodedPairs:
+        """Only the pairs that have a winner: what methods train on that look at the winner alone."""
+        kept = [pair for pair in self.pairs if pair.label > 0.5]
+        if not kept:
+            raise UserError(f"all {len(self)} pairs are ties: a method that trains on winners needs pairs with a winner")
+        return EncodedPairs(kept, self.cache)
+
+    def split(self, fraction: float, seed: int) -> tuple[EncodedPairs, EncodedPairs]:
+        """Training and held-out pairs, about ``fraction`` of them held out, with no prompt on both sides.
+
+        Prompts that differ only in capitals or spaces count as one. The order of the pairs does not matter to which prompts
+        are held out, except through their numbers of pairs.
+        """
+        if not 0 < fraction < 1:
+            raise UserError(f"the held-out fraction is {fraction}, but it must lie between 0 and 1")
+        groups = [_group(pair.prompt) for pair in self.pairs]
+        sizes = Counter(groups)
+        if len(sizes) < 2:
+            raise UserError(f"a held-out part needs two different prompts or more, but there is {len(sizes)}: do not split")
+        wanted = max(1, round(fraction * len(self)))
+        shuffled = sorted(sizes, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
+        held_out, count = set(), 0
+        for group in shuffled:
+            if count + sizes[group] <= wanted and len(held_out) < len(sizes) - 1:
+                held_out.add(group)
+                count += sizes[group]
+        held_out = held_out or {min(shuffled, key=sizes.__getitem__)}
+        sides = ([], [])
+        for pair, group in zip(self.pairs, groups, strict=True):
+            sides[group in held_out].append(pair)
+        return EncodedPairs(sides[0], self.cache), EncodedPairs(sides[1], self.cache)
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The order of an epoch: a permutation of all indices, the same for the same ``(seed, epoch)``."""
+        return random.Random(f"{seed} {epoch}").sample(range(len(self)), len(self))
+
+    def _read(self, key: str, pair: EncodedPair) -> dict[str, Tensor]:
+        tensors = self.cache.get(key)
+        if tensors is None:
+            raise UserError(
+                f"the cache entry {self.cache.path(key)} ({pair.source or pair.prompt!r}) is missing or damaged: "
+                "run again, and it is encoded anew"
+            )
+        return tensors
+
+
+def encode_pairs(
+    pairs: Iterable[PreferencePair],
+    *,
+    encode_images: Callable[[Tensor], Tensor],
+    encode_text: Callable[[list[str]], dict[str, Tensor]],
+    image_fingerprint: str,
+    text_fingerprint: str,
+    cache: TensorCache,
+    resolution: int,
+    random_flip: bool = False,
+    center_crop: bool = True,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+    progress: bool = True,
+    seed: int = 0,
+) -> EncodedPairs:
+    """Stream pairs into the cache and return their keys, winners first; labels below 1/2 are turned round.
+
+    ``encode_images`` takes ``(b, 3, resolution, resolution)`` float32 in [-1, 1] and returns latents ``(b, c, h, w)``;
+    ``encode_text`` takes prompts and returns tensors of as many rows by name. Both see only what the cache lacks, each
+    picture and each prompt once, ``batch_size`` at a time; so a run that was stopped continues where it was. Floating-point
+    results are kept as ``dtype``. The fingerprints stand for the encoders' weights.
+
+    With ``center_crop`` an entry belongs to a picture. Without, the square's position is drawn once per pair from ``seed``
+    and the contents of its two pictures, the same for both and in every epoch (a new position in every epoch could not be
+    cached), and an entry belongs to a picture in a pair. With ``random_flip`` both variants are encoded, and ``batch``
+    chooses.
+
+    Raises ``UserError`` for a wrong resolution, a picture that does not decode, NaN or infinity from an encoder, no pairs.
+    """
+    check_resolution(resolution)
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but it must be 1 or more")
+    common = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch."), "version": 1}
+    pictures = _Queue(cache, batch_size, dtype, lambda items: {"latents": encode_images(torch.stack(items))})
+    texts = _Queue(cache, batch_size, dtype, encode_text)
+    encoded = []
+    bar = tqdm(pairs, desc="encoding pairs", unit=" pairs", disable=not progress)
+    for pair in bar:
+        digests = [hashlib.sha256(image).hexdigest() for image in (pair.image_0, pair.image_1)]
+        position = (0.5, 0.5) if center_crop else crop_position("random", _pair_seed(seed, digests))
+        keys = []
+        for image, digest in zip((pair.image_0, pair.image_1), digests, strict=True):
+            variants = []
+            for flip in (False, True) if random_flip else (False,):
+                parts = {"kind": "latents", "model": image_fingerprint, "image": digest, "crop": position, "flip": flip}
+                key = cache.key(**parts, **common)
+                variants.append(key)
+                if pictures.lacks(key):
+                    pixels = _pixels(pair, image, resolution, position)
+                    pictures.add(key, pixels.flip(-1) if flip else pixels, pair.source)
+            keys.append(tuple(variants))
+        # The resolution is part of the text's key too: SDXL conditions on it.
+        text = cache.key(kind="text", model=text_fingerprint, prompt=pair.prompt, **common)
+        if texts.lacks(text):
+            texts.add(text, pair.prompt, pair.source)
+        if pair.label < 0.5:
+            keys.reverse()
+        label = max(pair.label, 1 - pair.label)
+        encoded.append(EncodedPair(pair.prompt, text, keys[0], keys[1], label, pair.weight, pair.source))
+        bar.set_postfix(encoded=pictures.encoded, reused=pictures.reused, refresh=False)
+    pictures.flush()
+    texts.flush()
+    if not encoded:
+        raise UserError("there are no preference pairs to encode: check the source of the pairs")
+    return EncodedPairs(encoded, cache)
+
+
+class _Queue:
+    """What the cache lacks, encoded a batch at a time."""
+
+    def __init__(
+        self, cache: TensorCache, batch_size: int, dtype: torch.dtype, encode: Callable[[list], Mapping[str, Tensor]]
+    ) -> None:
+        self.cache, self.batch_size, self.dtype, self.encode = cache, batch_size, dtype, encode
+        self.seen: set[str] = set()
+        self.waiting: list[tuple[str, object, str]] = []
+        self.encoded = self.reused = 0
+
+    def lacks(self, key: str) -> bool:
+        """True the first time a key is asked for that the cache has not; the caller then adds it."""
+        if key in self.seen:
+            return False
+        self.seen.add(key)
+        present = self.cache.get(key) is not None
+        self.reused += present
+        return not present
+
+    def add(self, key: str, item: object, source: str) -> None:
+        self.waiting.append((key, item, source))
+        if len(self.waiting) == self.batch_size:
+            self.flush()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        if not self.waiting:
+            return
+        keys, items, sources = zip(*self.waiting, strict=True)
+        tensors = {
+            # Token ids and masks are not converted.
+            name: rows.to("cpu", self.dtype if rows.is_floating_point() else rows.dtype)
+            for name, rows in self.encode(list(items)).items()
+        }
+        for name, rows in tensors.items():
+            if len(rows) != len(keys):
+                raise ValueError(f"the encoder gave {len(rows)} rows of {name} for {len(keys)} items")
+            for row, source in zip(rows, sources, strict=True):
+                if not row.isfinite().all():
+                    raise UserError(
+                        f"encoding {source or 'a pair'} gave NaN or infinity in {name} as {self.dtype}: "
+                        "use float32 (SDXL's own VAE overflows in float16)"
+                    )
+        for i, key in enumerate(keys):
+            self.cache.put(key, {name: rows[i] for name, rows in tensors.items()})
+        self.encoded += len(keys)
+        self.waiting = []
+
+
+def _pixels(pair: PreferencePair, image: bytes, resolution: int, position: tuple[float, float]) -> Tensor:
+    try:
+        return square(image, resolution, position)
+    except ValueError as error:
+        raise UserError(f"{pair.source or 'a pair'}: a picture {error}; remove the pair or repair the picture") from None
+
+
+def _pair_seed(seed: int, digests: list[str]) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {digests[0]} {digests[1]}".encode()).digest()[:8], "big")
+
+
+def _flipped(seed: int) -> bool:
+    """A fair coin from a pair's seed, by a hash: independent of the noise and time that are drawn from the same seed."""
+    return bool(hashlib.sha256(f"flip {seed}".encode()).digest()[0] & 1)
+
+
+def _group(prompt: str) -> str:
+    return " ".join(prompt.split()).casefold()

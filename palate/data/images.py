@@ -1,0 +1,98 @@
+"""Pictures: bytes to RGB, and the crop, flip and resize that both pictures of a pair share."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from palate.errors import UserError
+
+# Only formats that PIL reads by itself: some others (EPS) start external programs on data from outside.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 8192 * 8192
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode a picture completely: upright RGB, 8 bits a sample, transparency on white, the first frame of an animation.
+
+    Raises ``ValueError`` with the reason: empty, not a picture, truncated or damaged, more than ``MAX_PIXELS``.
+    """
+    if not data:
+        raise ValueError("is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            size = image.size
+            image.verify()  # checksums of PNG, which load() does not compare
+    except UnidentifiedImageError:
+        raise ValueError(f"is not a picture (expected one of {', '.join(FORMATS)})") from None
+    # PIL's plugins raise nearly anything on damaged data: OSError, SyntaxError, struct.error, DecompressionBombError.
+    except Exception as error:
+        raise ValueError(f"cannot be decoded ({error})") from None
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"is too large ({size[0]} x {size[1]} pixels, at most {MAX_PIXELS} are read)")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return _rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise ValueError(f"cannot be decoded ({error})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point samples have no fixed white; save it with 8 bits a sample")
+    if image.mode.startswith("I"):  # 16 bits a sample; PIL's own conversion would clip at 255
+        samples = np.asarray(image).clip(0, 65535).astype(np.float32)
+        return Image.fromarray((samples / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def check_resolution(resolution: int) -> None:
+    """Raise ``UserError`` unless the VAE's factor 8 divides ``resolution``."""
+    if resolution < 8 or resolution % 8:
+        below = max(8, resolution // 8 * 8)
+        raise UserError(f"resolution is {resolution}, but it must be a positive multiple of 8: try {below} or {below + 8}")
+
+
+def crop_position(crop: str, seed: int) -> tuple[float, float]:
+    """Where the square lies along the longer side: 0 = left or top, 1 = right or bottom; ``(horizontal, vertical)``."""
+    if crop == "center":
+        return 0.5, 0.5
+    if crop != "random":
+        raise UserError(f"crop is {crop!r}, but it must be 'center' or 'random'")
+    draw = random.Random(seed)
+    return draw.random(), draw.random()
+
+
+def square(data: bytes, resolution: int, position: tuple[float, float] = (0.5, 0.5)) -> Float32[Tensor, "3 r r"]:
+    """The largest square of a picture at a relative position, resized with antialiasing; values in [-1, 1]."""
+    image = decode(data)
+    side = min(image.size)
+    left, top = position[0] * (image.width - side), position[1] * (image.height - side)
+    # Cropping in source coordinates: one resampling, and no rounding that differs between two sizes of the same picture.
+    box = (left, top, left + side, top + side)
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def prepare_pair(
+    image_0: bytes, image_1: bytes, resolution: int, *, crop: str = "center", flip: bool = False, seed: int = 0
+) -> tuple[Float32[Tensor, "3 r r"], Float32[Tensor, "3 r r"]]:
+    """Both pictures of a pair under one and the same transform, values in [-1, 1].
+
+    Each is cropped to its largest square at the same relative position (``crop`` "center", or "random" from ``seed``),
+    resized to ``resolution`` (a multiple of 8), and mirrored if ``flip``. Were the transforms drawn per picture, the pair
+    would also differ by what nobody voted on. Raises ``UserError``; ``ValueError`` if a picture does not decode.
+    """
+    check_resolution(resolution)
+    position = crop_position(crop, seed)
+    first, second = (square(image, resolution, position) for image in (image_0, image_1))
+    return (first.flip(-1), second.flip(-1)) if flip else (first, second)

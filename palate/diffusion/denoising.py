@@ -1,0 +1,163 @@
+"""Noised batches, and how far a model's output is from the right one.
+
+Every random number of an item derives from the item's own seed, never from the batch that it is in. So accumulation, several
+processes and resuming give the numbers of one uninterrupted process with a large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from palate.diffusion.schedule import Schedule
+from palate.errors import UserError
+
+T = TypeVar("T")
+
+# What is drawn for an item; each is independent of the others.
+TIME, NOISE, STEP_NOISE, TARGET_TIME = 0, 1, 2, 3
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What a denoiser is conditioned on, opaque to all but the models: tensors by name whose rows are the items."""
+
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        rows = {name: tensor.shape[0] for name, tensor in self.tensors.items()}
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"tensors of a Conditioning must have the same number of rows; got {rows}")
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def repeat(self, n: int) -> Conditioning:
+        """The whole batch n times: [a, b] -> [a, b, a, b]."""
+        return self._map(lambda tensor: torch.cat([tensor] * n))
+
+    def rows(self, index: Tensor | slice | Sequence[int]) -> Conditioning:
+        """The rows that index (a slice, a list or a tensor of numbers) picks, in its order."""
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
+        """On the device; tensors of floating point also in dtype, if given."""
+        return self._map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """All rows, one part after the other; the parts must have the same names."""
+        names = [set(part.tensors) for part in parts]
+        if any(name != names[0] for name in names):
+            raise ValueError(f"parts of a Conditioning must have the same names; got {[sorted(name) for name in names]}")
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """A batch of latents at random times. target: what a perfect model outputs. seeds: all that is random about an item."""
+
+    x0: Float[Tensor, " b *d"]
+    noise: Float[Tensor, " b *d"]
+    xt: Float[Tensor, " b *d"]
+    t: Int[Tensor, " b"]
+    cond: Conditioning
+    target: Float[Tensor, " b *d"]
+    seeds: Int[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class Pair(Generic[T]):
+    """Winner and loser."""
+
+    w: T
+    l: T
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """How a model's output differs from the target, in some space: residual = embed(output) - embed(target), (b, ...)."""
+
+    residual: Float[Tensor, " b *d"]
+
+    @property
+    def error(self) -> Float[Tensor, " b"]:
+        """Mean square over all elements of each item, (b,), in float32 at least. Papers' sums are absorbed in beta."""
+        return upcast(self.residual).square().flatten(1).mean(1)
+
+
+def fit(embed: Callable[[Tensor], Tensor], output: Float[Tensor, " b *d"], embedded_target: Float[Tensor, " b *e"]) -> Fit:
+    """The Fit of an output; embedded_target = embed(noised.target) is computed once for policy and reference."""
+    return Fit(embed(output) - embedded_target)
+
+
+def upcast(x: Float[Tensor, " *d"]) -> Float[Tensor, " *d"]:
+    """x in float32; float64 stays. Differences between two models drown in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def draw(
+    schedule: Schedule,
+    x0: Float[Tensor, " b *d"],
+    cond: Conditioning,
+    seeds: Int[Tensor, " p"],
+    *,
+    t_min: int = 0,
+    t_max: int | None = None,
+    shared: int = 1,
+) -> Noised:
+    """Noise a batch, each item at a time drawn uniformly from t_min .. t_max (inclusive; None means the last time).
+
+    x0 (b, ...) and cond with b rows; seeds (b // shared,) int64. With shared = 2 the rows i and i + b / 2 (winners first, then
+    losers) share time, noise and seed, as in Diffusion-DPO (arXiv 2311.12908, supplement S9). Raises UserError for times
+    outside the schedule.
+    """
+    b, last = x0.shape[0], schedule.num_train_timesteps - 1
+    t_max = last if t_max is None else t_max
+    if not 0 <= t_min <= t_max <= last:
+        raise UserError(f"times {t_min} to {t_max} are outside the schedule; choose 0 <= t_min <= t_max <= {last}")
+    if len(cond) != b or seeds.shape[0] * shared != b:
+        raise ValueError(f"{b} items need {b} rows of conditioning and {b} / {shared} seeds; got {len(cond)} and {len(seeds)}")
+    seeds = seeds.repeat(shared)
+    t = integers(seeds, t_min, t_max, TIME, x0.device)
+    noise = normal(seeds, tuple(x0.shape[1:]), NOISE, x0.device, x0.dtype)
+    xt = schedule.add_noise(x0, noise, t)
+    return Noised(x0, noise, xt, t, cond, schedule.target(x0, noise, t), seeds)
+
+
+def normal(
+    seeds: Int[Tensor, " b"], shape: Sequence[int], stream: int, device: torch.device | str, dtype: torch.dtype
+) -> Float[Tensor, " b *d"]:
+    """Standard normal numbers (b, *shape); row i depends on (seeds[i], stream) alone, not on the device."""
+    wanted = [int(seed) for seed in seeds.cpu()]
+    rows = {seed: torch.randn(*shape, generator=_generator(seed, stream)) for seed in set(wanted)}
+    return torch.stack([rows[seed] for seed in wanted]).to(device, dtype)
+
+
+def integers(seeds: Int[Tensor, " b"], low: int, high: int, stream: int, device: torch.device | str) -> Int[Tensor, " b"]:
+    """Uniform integers of low .. high (inclusive), (b,) int64; row i depends on (seeds[i], stream) alone."""
+    rows = [torch.randint(low, high + 1, (), generator=_generator(int(seed), stream)) for seed in seeds.cpu()]
+    return torch.stack(rows).to(device)
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    # Neighbouring seeds and streams must not give related numbers, and torch's CPU generator keeps only 32 bits of what it is
+    # given: so every bit of both is mixed into the low ones.
+    return torch.Generator().manual_seed(_mix(_mix(seed) + stream))
+
+
+def _mix(n: int) -> int:
+    """SplitMix64 (Steele, Lea, Flood 2014): every bit of the result depends on every bit of n, modulo 2^64."""
+    mask = 2**64 - 1
+    n = (n + 0x9E3779B97F4A7C15) & mask
+    n = ((n ^ (n >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    n = ((n ^ (n >> 27)) * 0x94D049BB133111EB) & mask
+    return n ^ (n >> 31)

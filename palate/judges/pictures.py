@@ -1,0 +1,72 @@
+"""The one path on which pictures reach a judge: float tensors in [0, 1], whether they come from disk or from a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from palate.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
+    """Pictures of one size as float32 ``(b, 3, h, w)`` in [0, 1]."""
+    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """CLIP's preprocessing on tensors, differentiable: shortest side to ``size``, centre crop to ``crop`` (h, w), normalise.
+
+    The resize is bicubic with antialiasing, as PIL's is: without it, scores of large pictures shift. Bicubic filters
+    overshoot, so the result is clamped to [0, 1], which 8-bit pictures do by themselves.
+    """
+
+    size: int = 224
+    crop: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    @classmethod
+    def load(cls, folder: Path, default_size: int) -> Preprocess:
+        """What ``preprocessor_config.json`` in ``folder`` says; CLIP's values at ``default_size`` where it says nothing."""
+        path = folder / "preprocessor_config.json"
+        config = json.loads(path.read_text()) if path.exists() else {}
+        size = config.get("size", default_size)
+        if isinstance(size, dict):
+            if "shortest_edge" not in size:
+                raise UserError(f"{path}: size is {size}; a CLIP judge needs {{'shortest_edge': pixels}}")
+            size = size["shortest_edge"]
+        crop = config.get("crop_size", size)
+        height, width = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+        if max(height, width) > size:
+            raise UserError(f"{path}: crop_size {height} x {width} exceeds the resized picture ({size}); lower crop_size")
+        mean, std = (tuple(map(float, config.get(k, v))) for k, v in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
+        return cls(size, (height, width), mean, std)
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 H W"]:
+        x = images.float()
+        h, w = x.shape[-2:]
+        short = min(h, w)
+        if short != self.size:
+            target = (int(self.size * h / short), int(self.size * w / short))
+            x = F.interpolate(x, size=target, mode="bicubic", antialias=True, align_corners=False)
+        x = x.clamp(0, 1)
+        h, w = x.shape[-2:]
+        # Rounding half to even, as torchvision's centre crop does.
+        top, left = round((h - self.crop[0]) / 2), round((w - self.crop[1]) / 2)
+        x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std

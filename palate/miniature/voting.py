@@ -1,0 +1,139 @@
+"""Builder of the voted pairs, the unseen prompts and the measurements on the model cards."""
+
+from __future__ import annotations
+
+import io
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from palate.miniature import scenes
+from palate.miniature.build import SEED, save_atomic, say
+from palate.miniature.raters import QUESTIONS, crowd, load_eye
+
+PAIRS, VALIDATION_PAIRS, UNSEEN = 2600, 200, 400
+STEPS, GUIDANCE = 16, 4.0
+
+
+def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
+    """Different captions of scenes from one side of the split."""
+    rng, found = np.random.default_rng(seed), {}
+    while len(found) < count:
+        scene = scenes.random_scene(rng)
+        if scenes.is_held_out(scene) == held_out:
+            found.setdefault(scene, scenes.caption(scene, rng))
+    return list(found.values())
+
+
+def sample(folder: Path, texts: list[str], seeds: list[int], *, guidance: float = GUIDANCE) -> list[Image.Image]:
+    """Pictures of the miniature model by DPM-Solver++, each from its own seed."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
+    for start in range(0, len(texts), 32):
+        generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + 32]]
+        images += pipe(
+            texts[start : start + 32], num_inference_steps=STEPS, guidance_scale=guidance, generator=generators
+        ).images
+        if start % 640 == 0:
+            say(f"sampled {len(images)}/{len(texts)}")
+    return images
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 255
+
+
+def candidates(work: Path, folder: Path, name: str, texts: list[str], seed: int) -> Tensor:
+    """Two pictures of the miniature model for every prompt, uint8 ``(n, 2, 3, 64, 64)``; kept part by part."""
+    parts = []
+    for start in range(0, len(texts), 200):
+        path = work / f"{name}-{start}.pt"
+        if not path.exists():
+            part = texts[start : start + 200]
+            seeds = [seed + 2 * (start + i) + k for i in range(len(part)) for k in range(2)]
+            images = sample(folder, [t for t in part for _ in range(2)], seeds)
+            save_atomic((to_tensor(images) * 255).round().byte().view(len(part), 2, 3, 64, 64), path)
+        parts.append(torch.load(path, weights_only=True))
+    return torch.cat(parts)
+
+
+def jpeg(pixels: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=90, subsampling=0)
+    return buffer.getvalue()
+
+
+def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, seed: int) -> dict[str, float]:
+    """One vote of one rater on every pair, in Pick-a-Pic v2's columns. Returns what the card states."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    eye, people = load_eye(eye_folder), crowd()
+    asked = [scenes.scene_of(t) for t in texts]
+    looks, follow = (
+        np.stack(columns, 1)
+        for columns in zip(*([x.numpy() for x in eye.look(both[:, k].float() / 255, asked)[:2]] for k in range(2)), strict=True)
+    )
+    rows: list[dict[str, Any]] = []
+    everyone = np.zeros((len(people), len(texts)))
+    for index, text in enumerate(texts):
+        rng = np.random.default_rng([seed, index])
+        for k, person in enumerate(people):
+            worth = person.worth(looks[index], follow[index], "general")
+            everyone[k, index] = person.vote(float(worth[0]), float(worth[1]), rng)
+        chosen = int(rng.integers(len(people)))
+        label = float(everyone[chosen, index])
+        ids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(3)]
+        rows.append(
+            {
+                "are_different": True,
+                "best_image_uid": ids[0] if label == 1 else ids[1] if label == 0 else "tie",
+                "caption": text,
+                "has_label": True,
+                "image_0_uid": ids[0],
+                "image_1_uid": ids[1],
+                "jpg_0": jpeg(both[index, 0]),
+                "jpg_1": jpeg(both[index, 1]),
+                "label_0": label,
+                "label_1": 1 - label,
+                "model_0": "mini-sd",
+                "model_1": "mini-sd",
+                "ranking_id": index,
+                "user_id": chosen,
+                "num_example_per_prompt": 1,
+            }
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd", row_group_size=256)
+    temporary.replace(path)
+    agree = np.mean([np.mean(a == b) for i, a in enumerate(everyone) for b in everyone[i + 1 :]])
+    decided = [(a != 0.5) & (b != 0.5) for i, a in enumerate(everyone) for b in everyone[i + 1 :]]
+    among = [(a == b)[d].mean() for (a, b), d in zip(((a, b) for i, a in enumerate(everyone) for b in everyone[i + 1 :]), decided, strict=True)]
+    return {
+        "pairs": len(rows),
+        "ties": float(np.mean([r["label_0"] == 0.5 for r in rows])),
+        "agreement of two raters": float(agree),
+        "agreement of two raters, ties left out": float(np.mean(among)),
+    }
+
+
+def followed(folder: Path, eye_folder: Path, count: int = 400) -> dict[str, float]:
+    """Share of unseen prompts whose attributes the raters' eye finds in the model's picture, and the mean appeal."""
+    texts = prompts(SEED + 60, count, held_out=True)
+    images = to_tensor(sample(folder, texts, list(range(count))))
+    looks, _, hits = load_eye(eye_folder).look(images, [scenes.scene_of(t) for t in texts])
+    result = {name: float(hits[:, i].float().mean()) for i, name in enumerate(scenes.ATTRIBUTES)}
+    return {**result, "all seven": float(hits.all(1).float().mean()), "mean appeal": float(looks.mean())}
+
+
+__all__ = ["PAIRS", "QUESTIONS", "UNSEEN", "VALIDATION_PAIRS", "candidates", "followed", "prompts", "sample", "write_pairs"]

@@ -1,0 +1,41 @@
+"""Where the embedded world lies, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from palate.errors import UserError
+
+ROOT = Path(__file__).parent
+MODELS = ("mini-sd",)
+JUDGES = {
+    "mini-heldout": ("pickscore", "held out"),
+    "mini-pickscore": ("pickscore", "preference"),
+    "mini-clip": ("clipscore", "prompt following"),
+    "mini-aesthetic": ("aesthetic", "looks"),
+}
+"""Judge -> (kind of adapter, what it tells)."""
+
+
+def checkpoint(name: str) -> Path:
+    """Folder of a miniature model or judge."""
+    folder = ROOT / "checkpoints" / name
+    if not folder.is_dir():
+        raise UserError(f"the miniature checkpoint {name} is missing from this installation; 'palate miniature build' makes it")
+    return folder
+
+
+def pairs() -> Path:
+    """The voted pairs, in Pick-a-Pic v2's columns."""
+    return _file(ROOT / "pairs" / "train.parquet")
+
+
+def unseen_prompts() -> Path:
+    """Captions of scenes that no pair shows."""
+    return _file(ROOT / "prompts" / "unseen.txt")
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path.name} of the miniature world is missing from this installation; 'palate miniature build' makes it")
+    return path

@@ -1,0 +1,80 @@
+"""What the rest of Palate knows of a text-to-image diffusion model."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from palate.diffusion.denoising import Conditioning
+from palate.diffusion.schedule import Schedule
+
+
+class Denoiser(Protocol):
+    """One family of models behind one set of verbs; everything particular to a family stays in its file."""
+
+    name: str
+    family: str
+    schedule: Schedule
+    unet: nn.Module
+    lora_targets: tuple[str, ...]
+    vae_scale_factor: int
+    default_resolution: int
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Prompts to what the U-Net attends to, one row each."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures ``(b, 3, h, w)`` in [-1, 1] to scaled latents (the posterior's mean), float32."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32."""
+        ...
+
+    def predict(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Output of ``unet`` (the model's own or a twin of it) at latents ``xt (b, c, h, w)`` and times ``t (b,)``."""
+        ...
+
+    def features(
+        self, unet: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
+    ) -> list[Tensor]:
+        """Features of the encoder half of ``unet``, float32."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the weights that encode pictures (``vae``) and prompts (``text``)."""
+        ...
+
+    def release(self) -> None:
+        """Let VAE and text encoder leave memory; they are read again when next needed."""
+        ...
+
+    def pipeline(self, unet: nn.Module | None = None) -> Any:
+        """A diffusers pipeline around these weights."""
+        ...
+
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        unet: nn.Module | None = None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        resolution: int,
+        batch_size: int = 8,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """One picture per prompt; picture i depends on ``prompts[i]`` and ``seeds[i]`` alone."""
+        ...
+
+    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write a LoRA in diffusers' layout."""
+        ...
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -1,0 +1,100 @@
+"""Noise-Conditioned Perception (arXiv 2406.17636): errors in the embedding space of the U-Net's frozen encoder half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from palate.diffusion.denoising import STEP_NOISE, TARGET_TIME, Conditioning, Noised, integers, normal, upcast
+from palate.diffusion.schedule import Schedule
+from palate.errors import UserError, nearest
+from palate.spaces.space import Embed
+
+LAYERS = ("last_down", "mid", "all")
+TARGET_TIMES = ("previous", "uniform")
+
+
+# The frozen encoder half of a U-Net: x (b, c, h, w), times (b,), conditioning and layers -> one tensor per layer, finest first;
+# float32 both ways. "last_down" and "mid" are one layer each; "all" is conv_in, every down block and the mid block. Gradients
+# reach x; the weights require none.
+Features = Callable[[Tensor, Tensor, Conditioning, str], list[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Perceptual:
+    """The space that `perceptual` describes."""
+
+    features: Features
+    schedule: Schedule
+    layers: str
+    normalise: bool
+    target_time: str
+    steps_back: int
+
+    @property
+    def t_min(self) -> int:
+        """The first time from which all steps are of one length; at t = 0 a step back does not exist and the error is 0."""
+        return self.steps_back if self.target_time == "previous" else 0
+
+    def __call__(self, noised: Noised) -> Embed:
+        xt = upcast(noised.xt)
+        if self.target_time == "previous":
+            s = (noised.t - self.steps_back).clamp(min=0)
+            z = normal(noised.seeds, tuple(xt.shape[1:]), STEP_NOISE, xt.device, xt.dtype)
+            eta = 1.0
+        else:
+            s = integers(noised.seeds, 0, self.schedule.num_train_timesteps - 1, TARGET_TIME, xt.device)
+            z = torch.zeros_like(xt)
+            eta = 0.0
+
+        def embed(output: Float[Tensor, " b *d"]) -> Float[Tensor, "b n"]:
+            # In float32: a step moves the latents by about 0.005 of the output, and two models differ by a hundredth of
+            # that; half precision would round it away.
+            mean, std = self.schedule.step(upcast(output), xt, noised.t, s, eta)
+            return self._join(self.features(mean + std * z, s, noised.cond, self.layers))
+
+        return embed
+
+    def _join(self, parts: Sequence[Tensor]) -> Float[Tensor, "b n"]:
+        # The authors view every layer as (b, -1, h_min, w_min) and concatenate channels. A mean over elements does not see
+        # the shape, so flat vectors are the same; channel counts at the smallest resolution are to each other as sizes.
+        sizes = [part[0].numel() for part in parts]
+        scales = [sizes[-1] / size if self.normalise else 1.0 for size in sizes]
+        return torch.cat([scale * upcast(part).flatten(1) for scale, part in zip(scales, parts, strict=True)], dim=1)
+
+
+def perceptual(
+    features: Features,
+    schedule: Schedule,
+    *,
+    layers: str = "last_down",
+    normalise: bool = False,
+    target_time: str = "previous",
+    steps_back: int = 1,
+) -> Perceptual:
+    """Noise-Conditioned Perception (arXiv 2406.17636, eqs. 12 to 15): embed(output) = features one step later.
+
+    An output is embedded by the step it leads to from xt, with noise that policy, reference, target, winner and loser share;
+    the frozen encoder sees the result at its own time, with the item's own conditioning. To first order the error is c_t^2
+    |J (output - target)|^2 with c_t = beta_t / (sqrt(alpha_t) sqrt(1 - abar_t)), 0.004 to 0.02 for Stable Diffusion: a beta
+    of the latent space does not carry over.
+
+    layers: "last_down" (the released SDXL weights), "mid", or "all", joined as in the authors' code.
+    normalise: scale each of several layers by the channel count of the last over its own, as in the authors' code.
+    target_time: "previous": `steps_back` times earlier, but not before 0, by the reverse step of DDPM. "uniform": x0 and noise
+    mixed anew at a random time (Lin and Yang, arXiv 2401.00110), without further noise.
+    Raises UserError for names that do not exist and for steps_back below 1.
+    """
+    if layers not in LAYERS:
+        raise UserError(f"layers {layers!r} of the perceptual space do not exist{nearest(layers, LAYERS)}")
+    if target_time not in TARGET_TIMES:
+        raise UserError(
+            f"target_time {target_time!r} of the perceptual space does not exist{nearest(target_time, TARGET_TIMES)}"
+        )
+    if not 1 <= steps_back < schedule.num_train_timesteps:
+        raise UserError(f"steps_back is {steps_back}; choose 1 to {schedule.num_train_timesteps - 1}")
+    return Perceptual(features, schedule, layers, normalise, target_time, steps_back)

@@ -1,0 +1,159 @@
+"""Checkpoints: ``checkpoint-{step}/`` holds all a run needs to go on as if it had never stopped.
+
+``weights.safetensors`` (the trainable weights), ``state.pt`` (optimizer, counters; plain tensors and numbers, read without
+executing code) and ``recipe.json`` (what the run was told, to refuse going on with something else).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from palate.errors import UserError
+
+MAY_DIFFER = frozenset(
+    {
+        "output_dir",
+        "resume_from_checkpoint",
+        "max_train_steps",
+        "num_train_epochs",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "sample_steps",
+        "eval_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "report_to",
+    }
+)
+"""Options that may change on resuming. The product of batch size, accumulation and processes is checked by the loop."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from ``path``: trainable tensors by name, the loop's state, the recipe it was trained with."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+def save(
+    output_dir: str | Path,
+    step: int,
+    *,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    total_limit: int | None = None,
+) -> Path:
+    """Write ``checkpoint-{step}``, whole or not at all, and remove the oldest beyond ``total_limit``.
+
+    Raises:
+        UserError: it could not be written (a full disk, mostly); the earlier checkpoints are untouched.
+    """
+    output_dir = Path(output_dir)
+    final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, partial / "weights.safetensors")
+        torch.save(dict(state), partial / "state.pt")
+        (partial / "recipe.json").write_text(json.dumps(recipe, indent=1, default=str), encoding="utf-8")
+        if final.exists():  # written by an earlier run that was resumed before this step
+            old = output_dir / f".checkpoint-{step}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
+            os.replace(partial, final)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = latest(output_dir)
+        raise UserError(
+            f"checkpoint of step {step} cannot be written to {output_dir} ({_line(error)}): free some space"
+            + (f" and resume from {kept.name}" if kept else "")
+        ) from error
+    if total_limit is not None:
+        for old in _all(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+    return final
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint folder.
+
+    Raises:
+        UserError: missing, incomplete or damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint at {path}: expected a folder such as checkpoint-500")
+    try:
+        weights = load_file(path / "weights.safetensors")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        recipe = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"checkpoint {path} is damaged ({_line(error)}): resume from an earlier one") from error
+    return Checkpoint(path, weights, state, recipe)
+
+
+def latest(output_dir: str | Path) -> Path | None:
+    """The checkpoint of the highest step in ``output_dir``, if there is any."""
+    found = _all(Path(output_dir))
+    return found[-1] if found else None
+
+
+def check_recipe(checkpoint: Checkpoint, recipe: Mapping[str, Any], may_differ: Collection[str] = MAY_DIFFER) -> None:
+    """Refuse to go on with another recipe than the checkpoint's.
+
+    Args:
+        may_differ: names of keys or whole sections, at any depth, in which the two may differ.
+
+    Raises:
+        UserError: names the keys that differ, with both values.
+    """
+    saved, now = dict(_flat(checkpoint.recipe)), dict(_flat(json.loads(json.dumps(recipe, default=str))))
+    differing = [key for key in {**saved, **now} if saved.get(key) != now.get(key) and not set(key) & set(may_differ)]
+    if differing:
+        changes = ", ".join(f"{'.'.join(key)} was {saved.get(key)!r}, is {now.get(key)!r}" for key in differing)
+        raise UserError(
+            f"{checkpoint.path} was trained otherwise: {changes}; resume with the same values, "
+            "or begin anew in another output_dir"
+        )
+
+
+def _flat(value: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, (*key, str(name)))
+    else:
+        yield key, value
+
+
+def _all(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, by step."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,450 @@
+"""The one training loop.
+
+Nothing here depends on how a batch is cut up. An *effective batch* is ``train_batch_size`` x ``gradient_accumulation_steps`` x
+processes pairs; batch k holds positions k B to (k + 1) B - 1 of the endless sequence of all epochs' orders, so the rest of one
+epoch opens the next batch, and the step counter alone says where a resumed run goes on. The gradient is that of the sum of
+losses over the effective batch, divided by the number of its pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from palate.errors import UserError, nearest
+from palate.training import checkpoints
+from palate.training.log import RunLog, Window
+from palate.training.steps import PairSource, Step, TrainablePolicy, mix
+
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
+REPORTERS = ("none", "tensorboard")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the loop can be told; names as in the training scripts of diffusers.
+
+    Raises:
+        UserError: a value out of range or an unknown name.
+    """
+
+    output_dir: str
+    """Folder of logs and checkpoints."""
+    seed: int = 0
+    """Decides order, times and noise."""
+    learning_rate: float = 1e-5
+    """Of AdamW, after warm-up."""
+    lr_scheduler: str = "constant_with_warmup"
+    """``constant``, ``constant_with_warmup``, ``linear`` (to 0) or ``cosine`` (to 0)."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    train_batch_size: int = 4
+    """Pairs per process in one forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes per update."""
+    max_train_steps: int | None = None
+    """Updates; overrides ``num_train_epochs``."""
+    num_train_epochs: int = 1
+    """Passes over the data, rounded up to whole updates."""
+    mixed_precision: str = "no"
+    """``no``, ``fp16`` or ``bf16``: precision of the forward pass. Trainable weights and errors stay float32."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_weight_decay: float = 1e-2
+    """Of AdamW, decoupled."""
+    adam_epsilon: float = 1e-8
+    """Of AdamW."""
+    max_grad_norm: float | None = 1.0
+    """Gradients of a larger norm are scaled down to it; None for no limit."""
+    logging_steps: int = 10
+    """Steps between two lines of the log; each is the mean since the last."""
+    report_to: str = "none"
+    """``none`` or ``tensorboard``; ``log.jsonl`` and ``train.log`` are always written."""
+    sample_steps: int | None = None
+    """Steps between two calls of ``on_sample``; None for only before the first and after the last."""
+    eval_steps: int | None = None
+    """Steps between two calls of ``on_evaluate``; None for only before the first and after the last."""
+    checkpointing_steps: int | None = 500
+    """Steps between two checkpoints; one more at the end. None for none, except where a run is interrupted."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept, the latest; None for all."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder, or ``latest`` for the last one in ``output_dir``."""
+
+    def __post_init__(self) -> None:
+        choices = {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": MIXED_PRECISIONS, "report_to": REPORTERS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name} is {value!r}{nearest(str(value), known)}")
+        counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "logging_steps")
+        for name in (*counts, "sample_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected at least 1")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm is {self.max_grad_norm}; expected a positive number, or null for no limit")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate is {self.learning_rate}; expected a positive number")
+        if self.lr_warmup_steps < 0:
+            raise UserError(f"lr_warmup_steps is {self.lr_warmup_steps}; expected 0 or more")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise UserError("lr_scheduler constant has no warm-up: use constant_with_warmup, or lr_warmup_steps 0")
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop (Ctrl-C or SIGTERM) and did so after a whole step.
+
+    ``checkpoint`` is the folder to resume from, ``step`` the steps done.
+    """
+
+    def __init__(self, checkpoint: Path, step: int):
+        super().__init__(f"stopped after step {step}; continue with resume_from_checkpoint={checkpoint}")
+        self.checkpoint, self.step = checkpoint, step
+
+
+def lr_factor(name: str, step: int, *, warmup: int, total: int) -> float:
+    """Learning rate of update ``step`` (from 0) relative to its full value, as diffusers' scheduler of that name."""
+    if step < warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}.get(name, 1.0)
+
+
+def train(
+    step: Step,
+    policy: TrainablePolicy,
+    data: PairSource,
+    *,
+    options: TrainOptions,
+    recipe: Mapping[str, Any] | None = None,
+    on_sample: Callable[[int], Any] | None = None,
+    on_evaluate: Callable[[int], Mapping[str, float]] | None = None,
+) -> None:
+    """Train ``policy`` in place.
+
+    Args:
+        step: from ``pair_step`` or ``sample_step``, made with this policy.
+        policy: on the device to train on, trainable weights in float32.
+        data: encoded pairs.
+        recipe: everything that decides the result, as plain nested values; stored in checkpoints, and resuming is refused if
+            it differs (``checkpoints.check_recipe``). The options alone if not given.
+        on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only.
+        on_evaluate: likewise every ``eval_steps``; what it returns joins the log.
+
+    Raises:
+        UserError: options that do not fit the data or the device, a checkpoint that cannot be used, or a loss or gradient
+            that is not finite (the state before it is saved first).
+        Stopped: after Ctrl-C or SIGTERM, with a checkpoint.
+    """
+    run = _Run(step, policy, data, options, dict(recipe or asdict(options)))
+    start = run.restore()
+    with _Signals() as signals, run.open_log(start) as log, run.progress_bar(start) as bar:
+        if start >= run.total:
+            log.say(f"nothing left to do after step {start}: raise max_train_steps to train on")
+        if start == 0:
+            run.report(0, on_evaluate)
+            run.sample(0, on_sample)
+        for done in range(start + 1, run.total + 1):
+            stop = run.update(done, signals)
+            bar.update()
+            bar.set_postfix(run.postfix())
+            run.report(done, on_evaluate)
+            run.sample(done, on_sample)
+            every = options.checkpointing_steps
+            if every and (done % every == 0 or done == run.total):
+                run.save(done)
+            if stop and done < run.total:
+                stopped = Stopped(run.save(done), done)
+                log.say(str(stopped), show=False)
+                raise stopped
+
+
+class _Run:
+    """The state of a run, and the parts of the loop."""
+
+    def __init__(self, step: Step, policy: TrainablePolicy, data: PairSource, options: TrainOptions, recipe: dict[str, Any]):
+        self.step, self.policy, self.data, self.options, self.recipe = step, policy, data, options, recipe
+        if len(data) == 0:
+            raise UserError("there are no pairs to train on")
+        self.weights = list(policy.parameters())
+        if not self.weights or any(p.dtype != torch.float32 for p in self.weights):
+            raise TypeError("trainable weights must exist and be float32: half precision loses most updates")
+        self.accelerator = _accelerator(self.weights[0].device, options.mixed_precision)
+        self.main = self.accelerator.is_main_process
+        own, found = self.accelerator.device, self.weights[0].device
+        if self.accelerator.num_processes > 1 and own.type == "cuda" and own != found:
+            raise ValueError(f"process {self.accelerator.process_index} trains on {own}, but the policy is on {found}")
+        share = options.train_batch_size * options.gradient_accumulation_steps
+        self.batch_size = share * self.accelerator.num_processes
+        self.share = range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+        self.total = options.max_train_steps or math.ceil(options.num_train_epochs * len(data) / self.batch_size)
+        self.order = functools.lru_cache(maxsize=2)(lambda epoch: [int(i) for i in data.order(options.seed, epoch)])
+        self.optimizer = torch.optim.AdamW(
+            self.weights,
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.adam_weight_decay,
+            eps=options.adam_epsilon,
+        )
+        self.logs: RunLog | _Silent = _Silent()
+        self.window, self.last = Window(), dict[str, float]()
+        self.began, self.warned = time.monotonic(), False
+
+    def restore(self) -> int:
+        """Steps already done: 0, or those of the checkpoint to resume from."""
+        done, source = 0, self.options.resume_from_checkpoint
+        folder = Path(self.options.output_dir)
+        if source is None:
+            if found := checkpoints.latest(folder):
+                raise UserError(
+                    f"{folder} already holds a run ({found.name}): continue it with resume_from_checkpoint=latest, "
+                    "or choose another output_dir"
+                )
+        else:
+            path = checkpoints.latest(folder) if source == "latest" else Path(source)
+            if path is None:
+                raise UserError(f"resume_from_checkpoint is latest, but {folder} holds none; leave it out to begin anew")
+            done = self._load(checkpoints.load(path))
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            for parameter in self.weights:
+                parameter.data.copy_(broadcast(parameter.data))
+        return done
+
+    def _load(self, checkpoint: checkpoints.Checkpoint) -> int:
+        checkpoints.check_recipe(checkpoint, self.recipe)
+        state = checkpoint.state
+        for name, now, remedy in (
+            (
+                "effective batch",
+                self.batch_size,
+                "batch size x accumulation x processes must stay the same",
+            ),
+            ("number of pairs", len(self.data), "resume with the same data"),
+        ):
+            if state[name] != now:
+                raise UserError(f"{checkpoint.path} was trained with {name} {state[name]}, now it is {now}: {remedy}")
+        self.policy.load_state_dict(checkpoint.weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.window, self.warned = Window(state["window"]), state["warned"]
+        self.began -= state["seconds"]
+        return state["step"]
+
+    def save(self, done: int) -> Path:
+        """Checkpoint of the state after ``done`` steps."""
+        path = Path(self.options.output_dir) / f"checkpoint-{done}"
+        if self.main:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": done,
+                "effective batch": self.batch_size,
+                "number of pairs": len(self.data),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else {},
+                "window": self.window.sums,
+                "warned": self.warned,
+                "seconds": time.monotonic() - self.began,
+            }
+            checkpoints.save(
+                self.options.output_dir,
+                done,
+                weights=self.policy.state_dict(),
+                state=state,
+                recipe=self.recipe,
+                total_limit=self.options.checkpoints_total_limit,
+            )
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def update(self, done: int, signals: _Signals) -> bool:
+        """Update number ``done`` (from 1). Returns whether any process was asked to stop."""
+        options, scaler = self.options, self.accelerator.scaler
+        factor = lr_factor(options.lr_scheduler, done - 1, warmup=options.lr_warmup_steps, total=self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * factor
+        # Only for modules that draw from the global generator (dropout): times and noise come from the items' seeds.
+        torch.manual_seed(mix(options.seed, done, self.accelerator.process_index))
+        self.policy.trainable_module.train()
+        while True:
+            totals = self._gradients(done, signals)
+            if not math.isfinite(totals["loss"]):
+                self._not_finite(done, f"the loss is {totals['loss'] / self.batch_size}")
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.weights, options.max_grad_norm or math.inf))
+            if math.isfinite(norm):
+                break
+            if scaler is None or scaler.get_scale() <= 1:
+                self._not_finite(done, f"the norm of the gradient is {norm}")
+            scaler.update()  # halves the scale; float16 overflows until it has found a fitting one, so the batch is repeated
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        stop = totals.pop("stop") > 0  # summed over processes with the rest, so that all stop after the same step
+        self.last = {name: total / self.batch_size for name, total in totals.items()}
+        self.window.add({**totals, "grad_norm": norm, "pairs": self.batch_size, "steps": 1})
+        return stop
+
+    def _gradients(self, done: int, signals: _Signals) -> dict[str, float]:
+        """Gradients of this update, and sums of loss and metrics over its effective batch, in and over all processes."""
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        for indices, seeds in self._micro_batches(done):
+            with self.accelerator.autocast():
+                losses, metrics = self.step(self.data.batch(indices, seeds))
+            self.accelerator.backward(losses.sum() / self.batch_size)
+            metrics = {"loss": losses.detach(), **metrics}
+            if (u := metrics.get("logit")) is not None:
+                metrics |= {"logit_square": u.square(), "logit_abs": u.abs()}
+            for name, values in metrics.items():
+                sums[name] = sums.get(name, 0.0) + values.float().sum()
+        sums["stop"] = torch.tensor(float(signals.received), device=losses.device)
+        totals = torch.stack(list(sums.values()))
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+            for parameter in self.weights:
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+        return dict(zip(sums, totals.tolist(), strict=True))
+
+    def _micro_batches(self, done: int) -> Iterator[tuple[list[int], Tensor]]:
+        """This process's share of effective batch number ``done`` (from 1): indices of pairs and their seeds."""
+        size = self.options.train_batch_size
+        for first in range(self.share.start, self.share.stop, size):
+            indices, seeds = [], []
+            for position in range((done - 1) * self.batch_size + first, (done - 1) * self.batch_size + first + size):
+                epoch, place = divmod(position, len(self.data))
+                indices.append(self.order(epoch)[place])
+                seeds.append(mix(self.options.seed, epoch, indices[-1]))
+            yield indices, torch.tensor(seeds)
+
+    def _not_finite(self, done: int, what: str) -> NoReturn:
+        saved = f"the state before it is in {self.save(done - 1)}"
+        if not all(bool(p.isfinite().all()) for p in self.weights):
+            saved = f"the weights of step {done - 1} are not finite either, go back to an earlier checkpoint"
+        message = f"step {done}: {what}; {saved}; lower learning_rate or beta, or use mixed_precision bf16 or no"
+        self.logs.say(message, show=False)
+        raise UserError(message)
+
+    def open_log(self, start: int) -> RunLog | _Silent:
+        """The log of the main process; the others keep silent."""
+        if self.main:
+            folder = Path(self.options.output_dir)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.logs = RunLog(folder, step=start, tensorboard=self.options.report_to == "tensorboard")
+            except OSError as error:
+                raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from error
+        if start:
+            self.logs.say(f"resumed after step {start} of {self.total}")
+        return self.logs
+
+    def progress_bar(self, start: int) -> Any:
+        # None: no bar where standard error is not a terminal.
+        return tqdm(total=self.total, initial=start, unit="step", desc="training", disable=None if self.main else True)
+
+    def postfix(self) -> dict[str, str]:
+        shown = {"loss": "loss", "acc": "implicit_accuracy"}
+        return {short: f"{self.last[name]:.3f}" for short, name in shown.items() if name in self.last}
+
+    def report(self, done: int, on_evaluate: Callable[[int], Mapping[str, float]] | None) -> None:
+        """One line of the log, if any part of it is due: the means since the last, and what ``on_evaluate`` finds."""
+        record: dict[str, Any] = {}
+        if done and self._due(done, self.options.logging_steps):
+            record |= {"lr": self.optimizer.param_groups[0]["lr"], **self.window.means()}
+            self.window = Window()
+            self._warn(done, record.get("logit_abs"))
+        if on_evaluate is not None and self._due(done, self.options.eval_steps):
+            record |= self._in_main_process(on_evaluate, done) or {}
+        if record:
+            pairs, seconds = done * self.batch_size, round(time.monotonic() - self.began, 2)
+            place = {"step": done, "epoch": round(pairs / len(self.data), 4), "pairs": pairs, "seconds": seconds}
+            self.logs.record({**place, **record})
+
+    def sample(self, done: int, on_sample: Callable[[int], Any] | None) -> None:
+        if on_sample is not None and self._due(done, self.options.sample_steps):
+            self._in_main_process(on_sample, done)
+
+    def _due(self, done: int, every: int | None) -> bool:
+        return done in (0, self.total) or (every is not None and done % every == 0)
+
+    def _in_main_process(self, hook: Callable[[int], Any], done: int) -> Any:
+        result = None
+        if self.main:
+            self.policy.trainable_module.eval()
+            result = hook(done)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _warn(self, done: int, size: float | None) -> None:
+        """Say in words, once, that the logits u are too small or too large to learn from; ``size`` is the mean of |u|."""
+        if size is None or self.warned or done < 20:
+            return
+        if size < 0.01:
+            hint = f"the logits are all but zero (mean |u| = {size:.2g}), so beta does nothing: raise beta or learning_rate"
+        elif size > 10:
+            hint = f"the logits are saturated (mean |u| = {size:.3g}), so most pairs push no more: lower beta or learning_rate"
+        else:
+            return
+        self.warned = True
+        self.logs.say(f"warning: step {done}: {hint}")
+
+
+class _Silent:
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def record(self, record: Mapping[str, Any]) -> None: ...
+    def say(self, line: str, *, show: bool = True) -> None: ...
+
+
+class _Signals:
+    """Inside, the first SIGINT or SIGTERM is only noted; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def _accelerator(device: torch.device, mixed_precision: str) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU: use bf16 or no")
+    # The state is global to the process; a second run may have another device or precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")

@@ -1,0 +1,231 @@
+"""From a batch of pairs to one loss per pair: the one path on which every method measures its errors."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from palate.data.encode import PairBatch
+from palate.diffusion.denoising import Conditioning, Fit, Noised, Pair, draw
+from palate.errors import UserError
+from palate.objectives import margin
+from palate.spaces import Space
+
+Step = Callable[[PairBatch], tuple[Tensor, dict[str, Tensor]]]
+"""p pairs -> losses ``(p,)`` with gradients, and detached metrics ``(p,)`` by name."""
+
+
+@runtime_checkable
+class TrainablePolicy(Protocol):
+    """What training needs of ``palate.models.policy.Policy``."""
+
+    @property
+    def schedule(self) -> Any: ...
+    @property
+    def trainable_module(self) -> nn.Module: ...
+    def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
+    def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
+
+
+@runtime_checkable
+class PairSource(Protocol):
+    """What training needs of ``palate.data.encode.EncodedPairs``."""
+
+    def __len__(self) -> int: ...
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The indices of one epoch, each once; the same for the same arguments."""
+        ...
+
+    def batch(self, indices: Sequence[int], seeds: Tensor) -> PairBatch:
+        """The pairs at ``indices``; ``seeds[i]`` decides all that is random about the i-th."""
+        ...
+
+
+def pair_step(
+    policy: TrainablePolicy,
+    space: Space,
+    objective: Callable[..., Tensor],
+    *,
+    t_min: int = 0,
+    t_max: int | None = None,
+) -> Step:
+    """A step on pairs: winner and loser share time and noise (Diffusion-DPO, eq. 14; Noise-Conditioned Perception, eq. 15).
+
+    Args:
+        policy: the model in training; its reference is run only if ``objective`` names ``reference``.
+        space: where errors are measured.
+        objective: of ``palate.objectives.pairs``, hyperparameters bound with ``functools.partial``; gets those of
+            ``policy``, ``reference`` and ``label`` that its signature names.
+        t_min, t_max: bounds of the times drawn, as in ``draw``; never below the least time at which the space carries signal.
+
+    Returns:
+        Step whose metrics are ``winner_error`` (Lw), ``loser_error`` (Ll), ``margin`` m = -((Lw - Ll) - (Rw - Rl)), without a
+        reference Ll - Lw, ``implicit_accuracy`` (1 where m > 0, 0.5 where it is 0); with a reference ``winner_advantage``
+        (Rw - Lw) and ``loser_advantage`` (Rl - Ll); if the objective has a ``beta``, ``logit`` u = (beta/2) m and
+        ``gradient_factor`` sigmoid(-u): what is left of the push on a pair already ordered right.
+    """
+    named = inspect.signature(objective).parameters
+    with_reference, with_label = "reference" in named, "label" in named
+    beta = named["beta"].default if "beta" in named else None
+
+    def step(batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        noised = _noised(policy, space, batch, Conditioning(batch.cond).repeat(2), t_min, t_max, shared=2)
+        arguments, device = _fits(policy, space, noised, with_reference), noised.xt.device
+        given: dict[str, Any] = {name: _pair(fit) for name, fit in arguments.items()}
+        if with_label:
+            given["label"] = batch.label.to(device)
+        losses = _float32(objective, device, **given) * batch.weight.to(device)
+        return losses, _pair_metrics(given["policy"], given.get("reference"), beta)
+
+    return step
+
+
+def sample_step(
+    policy: TrainablePolicy,
+    space: Space,
+    objective: Callable[..., Tensor],
+    *,
+    t_min: int = 0,
+    t_max: int | None = None,
+) -> Step:
+    """A step on the winners of the pairs alone, for objectives of ``palate.objectives.samples`` such as SFT.
+
+    Arguments as in ``pair_step``. Metrics: ``winner_error`` and, with a reference, ``winner_advantage``.
+    """
+    with_reference = "reference" in inspect.signature(objective).parameters
+
+    def step(batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        noised = _noised(policy, space, batch, Conditioning(batch.cond), t_min, t_max, shared=1)
+        fits = _fits(policy, space, noised, with_reference)
+        losses = _float32(objective, noised.xt.device, **fits) * batch.weight.to(noised.xt.device)
+        metrics = {"winner_error": fits["policy"].error.detach()}
+        if with_reference:
+            metrics["winner_advantage"] = fits["reference"].error - metrics["winner_error"]
+        return losses, metrics
+
+    return step
+
+
+@torch.no_grad()
+def implicit_accuracy(
+    policy: TrainablePolicy,
+    space: Space,
+    data: PairSource,
+    *,
+    seed: int = 0,
+    timesteps: int = 5,
+    batch_size: int = 8,
+) -> float:
+    """Share of held-out pairs that the policy orders better than its reference does.
+
+    The implicit reward is a mean over times and noise (Diffusion-DPO, eq. 14, inside the sigmoid), so the margins of a pair
+    are averaged over ``timesteps`` draws, one in each of as many equal parts of the time axis, before their sign is taken.
+    Times and noise depend on ``seed`` and the pair's index alone: calls at different stages of training, or of different
+    policies, compare.
+
+    Returns:
+        Number in [0, 1]; a margin of 0 counts one half, so an untrained LoRA gives 0.5. Pairs labelled as ties do not count.
+
+    Raises:
+        UserError: no pair has a better picture.
+    """
+    first, last = space.t_min, policy.schedule.num_train_timesteps
+    # Both ends of a part are inclusive, as in draw.
+    bounds = [first + (last - first) * k // timesteps for k in range(timesteps + 1)]
+    parts = [(low, high - 1) for low, high in itertools.pairwise(bounds)]
+    right, counted = 0.0, 0
+    for start in range(0, len(data), batch_size):
+        indices = list(range(start, min(start + batch_size, len(data))))
+        margins: list[Tensor] = []
+        for part, (t_min, t_max) in enumerate(parts):
+            batch = data.batch(indices, torch.tensor([mix(seed, part, index) for index in indices]))
+            noised = _noised(policy, space, batch, Conditioning(batch.cond).repeat(2), t_min, t_max, shared=2)
+            fits = {name: _pair(fit) for name, fit in _fits(policy, space, noised, True).items()}
+            margins.append(margin(fits["policy"], fits["reference"]))
+        votes = _order(torch.stack(margins).mean(0))[batch.label.to(noised.xt.device) != 0.5]
+        right, counted = right + float(votes.sum()), counted + len(votes)
+    if counted == 0:
+        raise UserError("held-out accuracy needs pairs with a better picture: the held-out data is empty or all ties")
+    return right / counted
+
+
+def mix(*numbers: int) -> int:
+    """63 well-mixed bits of some integers (the finaliser of SplitMix64, chained): the seed of one item."""
+    full = 2**64 - 1
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & full
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & full
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & full
+        state ^= state >> 31
+    return state >> 1
+
+
+def _noised(
+    policy: TrainablePolicy, space: Space, batch: PairBatch, cond: Conditioning, t_min: int, t_max: int | None, *, shared: int
+) -> Noised:
+    device = next(iter(policy.parameters())).device
+    latents = batch.latents if shared == 2 else batch.latents[: len(batch.label)]
+    t_min = max(t_min, space.t_min)
+    latents = latents.to(device, torch.float32)
+    return draw(policy.schedule, latents, cond.to(device), batch.seeds, t_min=t_min, t_max=t_max, shared=shared)
+
+
+def _fits(policy: TrainablePolicy, space: Space, noised: Noised, with_reference: bool) -> dict[str, Fit]:
+    """What was measured of the policy and, if asked for, the reference."""
+    device = noised.xt.device
+    outputs: dict[str, Tensor] = {}
+    # The reference first: its activations are gone before those of the policy are kept for the backward pass.
+    if with_reference:
+        with torch.no_grad():
+            outputs["reference"] = policy.reference(noised.xt, noised.t, noised.cond)
+    outputs["policy"] = policy(noised.xt, noised.t, noised.cond)
+    embed = space(noised)
+    with torch.no_grad():
+        target = _float32(embed, device, noised.target.float())
+    fits: dict[str, Fit] = {}
+    for name, output in outputs.items():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+            fits[name] = Fit(_float32(embed, device, output.float()) - target)
+    return fits
+
+
+def _float32(function: Callable[..., Tensor], device: torch.device, *args: Any, **kwargs: Any) -> Tensor:
+    """Call outside autocast: errors of policy and reference are differences of nearly equal numbers, and half precision
+    would leave noise in their place."""
+    with torch.autocast(device.type, enabled=False):
+        return function(*args, **kwargs)
+
+
+def _pair(fit: Fit) -> Pair[Fit]:
+    """Winners are the first half of the rows."""
+    w, l = fit.residual.chunk(2)
+    return Pair(Fit(w), Fit(l))
+
+
+def _pair_metrics(policy: Pair[Fit], reference: Pair[Fit] | None, beta: float | None) -> dict[str, Tensor]:
+    Lw, Ll = policy.w.error.detach(), policy.l.error.detach()
+    metrics = {"winner_error": Lw, "loser_error": Ll}
+    if reference is None:
+        m = Ll - Lw
+    else:
+        m = margin(policy, reference).detach()
+        metrics |= {"winner_advantage": reference.w.error - Lw, "loser_advantage": reference.l.error - Ll}
+    metrics |= {"margin": m, "implicit_accuracy": _order(m)}
+    if isinstance(beta, int | float):
+        logit = beta / 2 * m
+        metrics |= {"logit": logit, "gradient_factor": torch.sigmoid(-logit)}
+    return metrics
+
+
+def _order(margin: Tensor) -> Tensor:
+    """1 where positive, 0.5 where zero, else 0."""
+    return (torch.sign(margin) + 1) / 2

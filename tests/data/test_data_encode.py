@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import dataclasses
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from palate.data.cache import TensorCache
+from palate.data.encode import EncodedPair, EncodedPairs, encode_pairs
+from palate.data.images import prepare_pair, square
+from palate.data.pairs import PreferencePair
+from palate.errors import UserError
+
+
+def picture(seed: int, width: int = 24, height: int = 16) -> bytes:
+    stream = BytesIO()
+    array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+P = [picture(seed) for seed in range(5)]
+PAIRS = [
+    PreferencePair("a", P[0], P[1], 1.0, source="f, row 1"),
+    PreferencePair("b", P[2], P[0], 0.2, weight=3.0, source="f, row 2"),
+    PreferencePair("a", P[3], P[3], 0.5, source="f, row 3"),
+]
+
+
+class Encoders:
+    """A linear "VAE" (mean of 8 x 8 blocks keeps neither scale nor place secret) and a text encoder that counts letters."""
+
+    def __init__(self) -> None:
+        self.pictures: list[int] = []
+        self.prompts: list[str] = []
+
+    def images(self, pixels):
+        self.pictures.append(len(pixels))
+        return torch.nn.functional.avg_pool2d(pixels, 8)
+
+    def text(self, prompts):
+        self.prompts += prompts
+        numbers = torch.tensor([[float(ord(p[0])), len(p)] for p in prompts])
+        return {"embeds": numbers[:, None].expand(-1, 3, -1), "ids": numbers.long()}
+
+    def encode(self, pairs, folder, **options) -> EncodedPairs:
+        defaults = {
+            "encode_images": self.images,
+            "encode_text": self.text,
+            "image_fingerprint": "vae 1",
+            "text_fingerprint": "text 1",
+            "cache": TensorCache(folder),
+            "resolution": 16,
+            "progress": False,
+        }
+        return encode_pairs(pairs, **{**defaults, **options})
+
+
+def latent(data: bytes, flip: bool = False) -> torch.Tensor:
+    pixels = square(data, 16)
+    return torch.nn.functional.avg_pool2d((pixels.flip(-1) if flip else pixels)[None], 8)[0]
+
+
+def test_batch_holds_winners_first(tmp_path):
+    encoded = Encoders().encode(PAIRS, tmp_path)
+    assert len(encoded) == 3
+    assert encoded.prompts == ["a", "b", "a"]
+    seeds = torch.tensor([5, 6])
+    batch = encoded.batch([1, 0], seeds)
+    # Pair 1 has label 0.2 for its first picture: its second one wins with 0.8.
+    expected = torch.stack([latent(P[0]), latent(P[0]), latent(P[2]), latent(P[1])])
+    assert torch.allclose(batch.latents, expected, atol=1e-6)
+    assert torch.allclose(batch.label, torch.tensor([0.8, 1.0]))
+    assert torch.equal(batch.weight, torch.tensor([3.0, 1.0]))
+    assert torch.equal(batch.seeds, seeds)
+    assert torch.equal(batch.cond["ids"], torch.tensor([[98, 1], [97, 1]]))
+    assert batch.cond["embeds"].shape == (2, 3, 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(label=st.floats(0, 1), pair_seed=st.integers(0, 2**63 - 1))
+def test_swapping_pictures_and_label_changes_nothing(tmp_path_factory, label, pair_seed):
+    folder, seeds = tmp_path_factory.mktemp("cache"), torch.tensor([pair_seed])
+    there = Encoders().encode([PreferencePair("a", P[0], P[1], label)], folder, random_flip=True).batch([0], seeds)
+    back = Encoders().encode([PreferencePair("a", P[1], P[0], 1 - label)], folder, random_flip=True).batch([0], seeds)
+    assert 0.5 <= there.label.item() <= 1
+    assert there.label.item() == pytest.approx(max(label, 1 - label))
+    assert torch.allclose(there.label, back.label)
+    if there.label.item() > 0.5:
+        assert torch.equal(there.latents, back.latents)
+
+
+def test_each_picture_and_prompt_is_encoded_once(tmp_path):
+    encoders = Encoders()
+    encoders.encode(PAIRS, tmp_path, batch_size=3)
+    assert encoders.pictures == [3, 1]  # four different pictures in six places, three at a time
+    assert encoders.prompts == ["a", "b"]
+
+
+def test_second_run_encodes_nothing_and_gives_the_same(tmp_path):
+    first = Encoders().encode(PAIRS, tmp_path, random_flip=True)
+    again = Encoders()
+    second = again.encode(PAIRS, tmp_path, random_flip=True)
+    assert again.pictures == []
+    assert again.prompts == []
+    seeds = torch.arange(3)
+    assert torch.equal(first.batch([0, 1, 2], seeds).latents, second.batch([0, 1, 2], seeds).latents)
+
+
+def test_a_stopped_run_continues(tmp_path):
+    class Stopped(Encoders):
+        def images(self, pixels):
+            if self.pictures:
+                raise KeyboardInterrupt
+            return super().images(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        Stopped().encode(PAIRS, tmp_path, batch_size=2)
+    rest = Encoders()
+    rest.encode(PAIRS, tmp_path, batch_size=2)
+    assert sum(rest.pictures) == 2  # two of four were done
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_fingerprint": "vae 2"},
+        {"resolution": 24},
+        {"dtype": torch.bfloat16},
+        {"center_crop": False},
+    ],
+)
+def test_nothing_stale_is_reused(tmp_path, change):
+    Encoders().encode(PAIRS, tmp_path)
+    again = Encoders()
+    again.encode(PAIRS, tmp_path, **change)
+    assert sum(again.pictures) >= 4
+
+
+def test_new_text_encoder_leaves_pictures_alone(tmp_path):
+    Encoders().encode(PAIRS, tmp_path)
+    again = Encoders()
+    again.encode(PAIRS, tmp_path, text_fingerprint="text 2")
+    assert again.pictures == []
+    assert again.prompts == ["a", "b"]
+
+
+def test_flip_adds_only_the_mirrored_variants(tmp_path):
+    Encoders().encode(PAIRS, tmp_path)
+    again = Encoders()
+    again.encode(PAIRS, tmp_path, random_flip=True)
+    assert sum(again.pictures) == 4
+
+
+def test_both_pictures_of_a_pair_are_mirrored_together_half_of_the_time(tmp_path):
+    encoded = Encoders().encode(PAIRS, tmp_path, random_flip=True)
+    seeds = torch.arange(-200, 200)
+    batch = encoded.batch([0] * 400, seeds)
+    mirrored = 0
+    for row in range(400):
+        flip = torch.allclose(batch.latents[row], latent(P[0], flip=True), atol=1e-6)
+        assert torch.allclose(batch.latents[row], latent(P[0], flip=flip), atol=1e-6)
+        assert torch.allclose(batch.latents[400 + row], latent(P[1], flip=flip), atol=1e-6)
+        mirrored += flip
+    assert 160 < mirrored < 240  # four standard deviations: 200 +- 4 * 10
+    # A pair's variant depends on its own seed, not on the batch.
+    alone = encoded.batch([0], seeds[7:8])
+    assert torch.equal(alone.latents, batch.latents[[7, 407]])
+
+
+def test_without_random_flip_nothing_is_mirrored(tmp_path):
+    batch = Encoders().encode(PAIRS, tmp_path).batch([0] * 20, torch.arange(20))
+    assert torch.allclose(batch.latents[:20], latent(P[0]).expand(20, -1, -1, -1), atol=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), flip_seed=st.integers(0, 1000))
+def test_random_crop_is_shared_and_reproducible(tmp_path_factory, seed, flip_seed):
+    folder, seeds = tmp_path_factory.mktemp("cache"), torch.tensor([flip_seed])
+    pairs = [PreferencePair("a", P[0], P[0], 1.0)]  # two copies: the same crop gives the same latents
+    batch = Encoders().encode(pairs, folder, center_crop=False, random_flip=True, seed=seed).batch([0], seeds)
+    assert torch.equal(batch.latents[0], batch.latents[1])
+    again = Encoders()
+    repeated = again.encode(pairs, folder, center_crop=False, random_flip=True, seed=seed).batch([0], seeds)
+    assert again.pictures == []
+    assert torch.equal(batch.latents, repeated.latents)
+
+
+def test_random_crops_differ_between_seeds(tmp_path):
+    found = [
+        Encoders().encode(PAIRS[:1], tmp_path, center_crop=False, seed=seed).batch([0], torch.tensor([0])).latents
+        for seed in range(3)
+    ]
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
+def test_encoders_see_what_prepare_pair_gives(tmp_path):
+    seen = []
+
+    def remember(pixels):
+        seen.append(pixels)
+        return pixels
+
+    Encoders().encode(PAIRS[:1], tmp_path, encode_images=remember)
+    assert torch.equal(seen[0], torch.stack(prepare_pair(P[0], P[1], 16)))
+
+
+def test_dtype_of_what_is_kept(tmp_path):
+    batch = Encoders().encode(PAIRS, tmp_path, dtype=torch.float16).batch([0], torch.tensor([0]))
+    assert batch.latents.dtype == torch.float16
+    assert batch.cond["embeds"].dtype == torch.float16
+    assert batch.cond["ids"].dtype == torch.int64
+    assert batch.label.dtype == batch.weight.dtype == torch.float32
+
+
+def test_nan_is_refused_and_not_kept(tmp_path):
+    with pytest.raises(UserError, match=r"f, row 1.*NaN.*float32"):
+        Encoders().encode(PAIRS, tmp_path, encode_images=lambda pixels: torch.full((len(pixels), 4, 2, 2), torch.nan))
+    with pytest.raises(UserError, match=r"infinity in latents as torch\.float16"):
+        Encoders().encode(PAIRS, tmp_path, encode_images=lambda pixels: pixels * 1e6, dtype=torch.float16)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["deleted", "damaged"])
+def test_a_lost_entry_is_told_and_encoded_anew(tmp_path, damage):
+    encoded = Encoders().encode(PAIRS, tmp_path)
+    path = encoded.cache.path(encoded.pairs[0].winner[0])
+    path.unlink() if damage == "deleted" else path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"f, row 1.*missing or damaged: run again"):
+        encoded.batch([0], torch.tensor([0]))
+    again = Encoders()
+    again.encode(PAIRS, tmp_path)
+    assert again.pictures == [1]
+    encoded.batch([0], torch.tensor([0]))
+
+
+def test_errors_at_the_door(tmp_path):
+    encoders = Encoders()
+    with pytest.raises(UserError, match="multiple of 8"):
+        encoders.encode(PAIRS, tmp_path, resolution=20)
+    with pytest.raises(UserError, match="batch_size"):
+        encoders.encode(PAIRS, tmp_path, batch_size=0)
+    with pytest.raises(UserError, match="no preference pairs"):
+        encoders.encode([], tmp_path)
+    with pytest.raises(UserError, match=r"f, row 9.*not a picture"):
+        encoders.encode([PreferencePair("a", b"text", P[0], 1.0, source="f, row 9")], tmp_path)
+
+
+def test_without_ties(tmp_path):
+    encoded = Encoders().encode(PAIRS, tmp_path)
+    assert [pair.source for pair in encoded.without_ties().pairs] == ["f, row 1", "f, row 2"]
+    assert len(encoded) == 3
+    with pytest.raises(UserError, match="ties"):
+        Encoders().encode(PAIRS[2:], tmp_path).without_ties()
+
+
+def keys_only(prompts: list[str], cache: TensorCache | None = None) -> EncodedPairs:
+    pairs = [EncodedPair(p, "t", ("w",), ("l",), 1.0, 1.0, str(i)) for i, p in enumerate(prompts)]
+    return EncodedPairs(pairs, cache or TensorCache("nowhere"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "A", " a ", "b", "c", "d", "e e", "e  E"]), min_size=2, max_size=40),
+    st.floats(0.01, 0.99),
+    st.integers(),
+)
+def test_split_shares_no_prompt_and_loses_no_pair(prompts, fraction, seed):
+    encoded = keys_only(prompts)
+    groups = {" ".join(p.split()).lower() for p in prompts}
+    if len(groups) < 2:
+        with pytest.raises(UserError, match="two different prompts"):
+            encoded.split(fraction, seed)
+        return
+    train, held_out = encoded.split(fraction, seed)
+    sides = [{" ".join(p.split()).lower() for p in side.prompts} for side in (train, held_out)]
+    assert sides[0].isdisjoint(sides[1])
+    assert sides[0]
+    assert sides[1]
+    assert sorted(int(pair.source) for side in (train, held_out) for pair in side.pairs) == list(range(len(prompts)))
+    again = encoded.split(fraction, seed)
+    assert [again[0].pairs, again[1].pairs] == [train.pairs, held_out.pairs]
+
+
+def test_split_holds_out_about_the_fraction():
+    encoded = keys_only([f"p{i // 4}" for i in range(400)])
+    train, held_out = encoded.split(0.1, seed=0)
+    assert (len(train), len(held_out)) == (360, 40)
+    assert encoded.split(0.1, seed=1)[1].prompts != held_out.prompts
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0, float("nan")])
+def test_split_wants_a_fraction(fraction):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        keys_only(["a", "b"]).split(fraction, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(), st.integers(0, 1000))
+def test_order_is_a_permutation_of_its_seed_and_epoch(count, seed, epoch):
+    encoded = keys_only(["a"] * count)
+    order = encoded.order(seed, epoch)
+    assert sorted(order) == list(range(count))
+    assert order == encoded.order(seed, epoch)
+
+
+def test_orders_of_epochs_and_seeds_differ():
+    encoded = keys_only(["a"] * 100)
+    orders = [tuple(encoded.order(seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+
+
+def test_batch_refuses_counts_that_differ():
+    with pytest.raises(ValueError, match="2 indices and 1 seeds"):
+        keys_only(["a"] * 3).batch([0, 1], torch.tensor([0]))
+
+
+def test_records_are_frozen(tmp_path):
+    batch = Encoders().encode(PAIRS, tmp_path).batch([0], torch.tensor([0]))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.label = torch.ones(1)

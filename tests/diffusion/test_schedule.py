@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palate.diffusion.schedule import PREDICTION_TYPES, Schedule
+from palate.errors import UserError
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+schedule = Schedule.from_config(SD)
+zero_snr = Schedule.from_config({**SD, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+times = st.integers(0, 999)
+
+
+def latents(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_golden():
+    # betas 1/2, 1/2: abar = 1/2, 1/4. At t = 1: alpha = 1/2, sigma = sqrt(3)/2, snr = (1/4) / (3/4) = 1/3.
+    s = Schedule.from_config({"trained_betas": [0.5, 0.5], "num_train_timesteps": 2})
+    t, one = torch.tensor([1]), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    assert s.alphas_cumprod.tolist() == [0.5, 0.25]
+    assert s.num_train_timesteps == 2
+    assert s.snr(t).item() == pytest.approx(1 / 3, rel=1e-12)
+    # x0 = 1, noise = 2: xt = 1/2 + sqrt(3), v = 1/2 * 2 - sqrt(3)/2 * 1.
+    assert s.add_noise(one, 2 * one, t).item() == pytest.approx(0.5 + math.sqrt(3), rel=1e-12)
+    assert replace(s, prediction_type="v_prediction").target(one, 2 * one, t).item() == pytest.approx(
+        1 - math.sqrt(3) / 2, rel=1e-12
+    )
+    # Posterior of DDPM from t = 1 to 0 at xt = 1, noise 0: x0 = 2.
+    # Variance = beta_1 (1 - abar_0) / (1 - abar_1) = 1/2 * (1/2) / (3/4) = 1/3.
+    # Mean = sqrt(abar_0) beta_1 / (1 - abar_1) x0 + sqrt(alpha_1) (1 - abar_0) / (1 - abar_1) xt
+    # = sqrt(1/2) (2/3) 2 + sqrt(1/2) (2/3) 1 = sqrt(1/2) * 2 = sqrt(2).
+    mean, std = s.step(0 * one, one, t, t - 1)
+    assert mean.item() == pytest.approx(math.sqrt(2), rel=1e-12)
+    assert std.item() == pytest.approx(math.sqrt(1 / 3), rel=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(t=times, prediction_type=st.sampled_from(PREDICTION_TYPES))
+def test_round_trips(t: int, prediction_type: str):
+    s, t_ = replace(schedule, prediction_type=prediction_type), torch.tensor([t])
+    x0, noise = latents(t), latents(t + 1000)
+    xt, output = s.add_noise(x0, noise, t_), s.target(x0, noise, t_)
+    v = replace(schedule, prediction_type="v_prediction").target(x0, noise, t_)
+    # Dividing by alpha (0.07 at the last time) or sigma (0.03 at the first) costs two digits of sixteen.
+    torch.testing.assert_close(s.to_x0(output, xt, t_), x0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(s.to_noise(output, xt, t_), noise, rtol=0, atol=1e-12)
+    torch.testing.assert_close(s.to_v(output, xt, t_), v, rtol=0, atol=1e-12)
+    # An output that is wrong means the same thing in all three languages.
+    wrong = output + latents(t + 2000)
+    for other in PREDICTION_TYPES:
+        to = {"epsilon": s.to_noise, "v_prediction": s.to_v, "sample": s.to_x0}[other]
+        translated = replace(schedule, prediction_type=other).to_noise(to(wrong, xt, t_), xt, t_)
+        torch.testing.assert_close(translated, s.to_noise(wrong, xt, t_), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(t=times, s=st.integers(-1, 999), prediction_type=st.sampled_from(PREDICTION_TYPES))
+def test_true_output_steps_along_the_forward_process(t: int, s: int, prediction_type: str):
+    # Without noise the step of a perfect model lands on the same line x0, noise at time s, be it earlier or later.
+    this, t_, s_ = replace(schedule, prediction_type=prediction_type), torch.tensor([t]), torch.tensor([s])
+    x0, noise = latents(1), latents(2)
+    mean, std = this.step(this.target(x0, noise, t_), this.add_noise(x0, noise, t_), t_, s_, eta=0.0)
+    expected = x0 if s == -1 else this.add_noise(x0, noise, s_)
+    torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
+    assert std.shape == (1, 1, 1, 1)
+    assert std.item() == 0
+
+
+def test_step_to_the_same_time_stays():
+    xt, t = latents(1, torch.float32), torch.tensor([0])
+    mean, std = schedule.step(latents(2, torch.float32), xt, t, t)
+    torch.testing.assert_close(mean, xt, rtol=1e-6, atol=1e-7)
+    assert std.item() == 0
+
+
+def test_a_batch_of_times_equals_its_items():
+    t, xt, output = torch.tensor([3, 500, 999]), latents(1).expand(3, -1, -1, -1), latents(2).expand(3, -1, -1, -1)
+    mean, std = schedule.step(output, xt, t, t - 2)
+    for i in range(3):
+        one_mean, one_std = schedule.step(output[:1], xt[:1], t[i : i + 1], t[i : i + 1] - 2)
+        assert torch.equal(mean[i : i + 1], one_mean)
+        assert torch.equal(std[i : i + 1], one_std)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_zero_terminal_snr(prediction_type: str):
+    s, last = replace(zero_snr, prediction_type=prediction_type), torch.tensor([999])
+    assert s.alphas_cumprod[-1] == 0
+    assert s.snr(last).item() == 0
+    x0, noise = latents(1), latents(2)
+    xt, output = s.add_noise(x0, noise, last), s.target(x0, noise, last)
+    assert torch.equal(xt, noise)
+    torch.testing.assert_close(s.to_noise(output, xt, last), noise)
+    torch.testing.assert_close(s.to_x0(output, xt, last), x0)
+    torch.testing.assert_close(s.to_v(output, xt, last), -x0)
+    for to in (998, 999, -1):  # one back, nowhere, and all the way
+        for eta in (0.0, 1.0):
+            mean, std = s.step(output, xt, last, torch.tensor([to]), eta)
+            assert mean.isfinite().all()
+            assert std.isfinite().all()
+    assert torch.equal(replace(s, prediction_type="epsilon").to_noise(noise, xt, last), noise)
+
+
+def test_dtypes_follow_the_latents():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        x, t = latents(1).to(dtype), torch.tensor([500])
+        mean, std = schedule.step(x, x, t, t - 1)
+        found = [mean, std, schedule.add_noise(x, x, t), schedule.to_x0(x, x, t), *schedule.alpha_sigma(t, x)]
+        assert {tensor.dtype for tensor in found} == {dtype}
+    # A half-precision output does not pull float32 latents down.
+    assert schedule.step(latents(1).half(), latents(1).float(), torch.tensor([5]), torch.tensor([4]))[0].dtype == torch.float32
+
+
+def test_final_alpha():
+    assert schedule.final_alpha_cumprod == 1
+    kept = Schedule.from_config({**SD, "set_alpha_to_one": False})
+    assert kept.final_alpha_cumprod == kept.alphas_cumprod[0].item() == pytest.approx(1 - 0.00085)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+            ["FlowMatchEulerDiscreteScheduler", "scaled_linear"],
+        ),
+        ({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "prediction_type": "epsilon"}, ["EDMEulerScheduler", "DDPM"]),
+        (
+            {**SD, "_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+            ["UniPCMultistepScheduler", "use_flow_sigmas"],
+        ),
+        ({**SD, "_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, ["continuous"]),
+        ({**SD, "_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}, ["snr_shift_scale"]),
+        ({**SD, "beta_schedule": "sigmoid"}, ["'sigmoid'", "squaredcos_cap_v2"]),
+        ({"beta_schedule": "linear"}, ["beta_start"]),
+        ({**SD, "prediction_type": "flow_prediction"}, ["'flow_prediction'", "v_prediction"]),
+    ],
+)
+def test_what_cannot_be_done_is_said(config: dict[str, object], words: list[str]):
+    with pytest.raises(UserError) as caught:
+        Schedule.from_config(config)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+
+
+def test_sdxl_config_is_read():
+    # The Euler sampler of SDXL differs from DDPM in sampling only.
+    euler = {**SD, "_class_name": "EulerDiscreteScheduler", "timestep_type": "discrete", "use_karras_sigmas": False}
+    assert torch.equal(Schedule.from_config(euler).alphas_cumprod, schedule.alphas_cumprod)

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import functools
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import PAIRS, TinyPairs, TinyPolicy, run
+
+from palate.errors import UserError
+from palate.objectives.pairs import dpo
+from palate.spaces import latent
+from palate.training import checkpoints, loop
+from palate.training.log import read_log
+from palate.training.loop import Stopped, TrainOptions, lr_factor
+from palate.training.steps import mix, pair_step
+
+
+def weights(policy):
+    return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+
+
+def log(folder):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(Path(folder) / "log.jsonl")]
+
+
+def assert_close(a, b, tolerance):
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
+
+
+class Interrupting(TinyPairs):
+    """Sends a signal when a batch is asked for the n-th time."""
+
+    def __init__(self, when: int, number: signal.Signals = signal.SIGINT):
+        super().__init__()
+        self.when, self.number, self.calls = when, number, 0
+
+    def batch(self, indices, seeds):
+        self.calls += 1
+        if self.calls == self.when:
+            signal.raise_signal(self.number)
+        return super().batch(indices, seeds)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, number):
+    hooks = {
+        "on_evaluate": lambda step: {"held_out": step / 10},
+        "eval_steps": 2,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+    }
+    straight = run(tmp_path / "a", **hooks)
+    handler = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path / "b", data=Interrupting(4, number), **hooks)
+    assert signal.getsignal(number) is handler
+    assert stopped.value.step == 4
+    assert stopped.value.checkpoint == tmp_path / "b" / "checkpoint-4"
+    assert "resume_from_checkpoint" in str(stopped.value)
+    resumed = run(tmp_path / "b", resume_from_checkpoint="latest", **hooks)
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+    assert [line["step"] for line in log(tmp_path / "a")] == [0, 2, 3, 4, 6, 8]
+
+
+def test_lines_after_the_checkpoint_are_written_anew(tmp_path):
+    run(tmp_path / "a", checkpointing_steps=5)
+    expected = log(tmp_path / "a")
+    run(tmp_path / "a", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
+    assert log(tmp_path / "a") == expected
+
+
+def test_accumulation_is_a_larger_batch(tmp_path):
+    whole = weights(run(tmp_path / "a"))
+    assert_close(whole, weights(run(tmp_path / "b", train_batch_size=4, gradient_accumulation_steps=2)), 1e-6)
+    assert_close(whole, weights(run(tmp_path / "c", train_batch_size=1, gradient_accumulation_steps=8)), 1e-6)
+    for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_two_processes_are_one(tmp_path):
+    one = run(tmp_path / "one", max_train_steps=3)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).parents[2]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, str(Path(__file__).with_name("tiny_training.py")), str(tmp_path / "two"), "4"]
+    workers = [
+        subprocess.Popen(
+            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=60)
+        assert worker.returncode == 0, errors.decode()
+    two = checkpoints.load(tmp_path / "two" / "checkpoint-3")
+    assert_close(weights(one), two.weights, 1e-6)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_every_epoch_holds_every_pair_once_and_no_batch_is_short(tmp_path):
+    data = TinyPairs()
+    run(tmp_path, data=data, max_train_steps=None, num_train_epochs=3, train_batch_size=4)
+    assert len(data.seen) == 36  # ceil(3 * 11 / 4) = 9 updates of 4
+    for epoch in range(3):
+        assert data.seen[epoch * PAIRS : (epoch + 1) * PAIRS] == data.order(0, epoch)
+    assert log(tmp_path)[-1]["epoch"] == round(36 / 11, 4)
+    assert log(tmp_path)[-1]["pairs"] == 36
+
+
+def test_the_update_is_adamw_on_the_weighted_mean(tmp_path):
+    # Worked without the loop: batch of pairs order[:2], loss = sum / 2, one AdamW step without clipping.
+    trained = run(tmp_path, max_train_steps=1, train_batch_size=2, max_grad_norm=None)
+    policy, data = TinyPolicy(), TinyPairs()
+    indices = data.order(0, 0)[:2]
+    step = pair_step(policy, latent(), functools.partial(dpo, beta=50.0))
+    losses, _ = step(data.batch(indices, torch.tensor([mix(0, 0, i) for i in indices])))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    losses.mean().backward()
+    optimizer.step()
+    assert_close(weights(trained), weights(policy), 1e-7)
+
+
+def test_training_raises_the_accuracy_it_logs(tmp_path):
+    run(tmp_path, max_train_steps=60, logging_steps=20)
+    lines = log(tmp_path)
+    assert lines[-1]["implicit_accuracy"] > lines[0]["implicit_accuracy"] > 0.5
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["logit_std"] > 0
+    assert {"lr", "grad_norm", "logit_mean", "winner_advantage", "loser_advantage", "gradient_factor"} <= lines[-1].keys()
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path, bad):
+    class Poisoned(Interrupting):
+        def batch(self, indices, seeds):
+            batch = super().batch(indices, seeds)
+            if self.calls == 3 and bad == "loss":
+                batch.latents[0] = torch.nan
+            if self.calls == 3 and bad == "gradient":
+                policy.trainable_module.weight.register_hook(lambda grad: grad * torch.inf)
+            return batch
+
+    policy = TinyPolicy()
+    with pytest.raises(
+        UserError, match=r"step 3: the .*(loss is nan|gradient is (inf|nan)).*checkpoint-2.*lower learning_rate"
+    ):
+        run(tmp_path, policy=policy, data=Poisoned(0))
+    good = checkpoints.load(tmp_path / "checkpoint-2")
+    assert_close(good.weights, weights(run(tmp_path / "b", max_train_steps=2)), 0)
+
+
+def test_overflow_under_loss_scaling_repeats_the_batch(tmp_path, monkeypatch):
+    expected = weights(run(tmp_path / "a", beta=5000.0))
+    make, scalers = loop._accelerator, []
+
+    def scaled(*args):
+        accelerator = make(*args)
+        # Gradients here are a few units or more, so this scale overflows float32 as 65536 may overflow float16.
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(loop, "_accelerator", scaled)
+    assert_close(expected, weights(run(tmp_path / "b", beta=5000.0)), 1e-5)
+    assert scalers[0].get_scale() < 2.0**127
+
+
+def test_bf16_keeps_weights_and_errors_in_float32(tmp_path):
+    policy = run(tmp_path, mixed_precision="bf16")
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert math.isfinite(log(tmp_path)[-1]["loss"])
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        run(tmp_path / "b", mixed_precision="fp16")
+
+
+def test_hooks_are_called_before_between_and_after(tmp_path):
+    sampled, evaluated = [], []
+
+    def evaluate(step):
+        evaluated.append(step)
+        return {"held_out": 0.5}
+
+    run(tmp_path, max_train_steps=5, on_sample=sampled.append, sample_steps=2, on_evaluate=evaluate, eval_steps=3)
+    assert sampled == [0, 2, 4, 5]
+    assert evaluated == [0, 3, 5]
+    assert [line["step"] for line in log(tmp_path) if "held_out" in line] == evaluated
+
+
+def test_logits_too_small_or_too_large_are_said_once(tmp_path):
+    for beta, word in ((1e-6, "all but zero"), (1e6, "saturated")):
+        folder = tmp_path / word
+        run(folder, beta=beta, max_train_steps=40, logging_steps=10, train_batch_size=2)
+        assert (folder / "train.log").read_text().count(word) == 1
+    run(tmp_path / "fine", max_train_steps=20)
+    assert "warning" not in (tmp_path / "fine" / "train.log").read_text()
+
+
+def test_resuming_is_refused_with_other_settings_or_data(tmp_path):
+    run(tmp_path, max_train_steps=2)
+    with pytest.raises(UserError, match="already holds a run"):
+        run(tmp_path)
+    with pytest.raises(UserError, match=r"learning_rate was 0.01, is 0.02"):
+        run(tmp_path, resume_from_checkpoint="latest", learning_rate=0.02)
+    with pytest.raises(UserError, match="effective batch 8, now it is 4"):
+        run(tmp_path, resume_from_checkpoint="latest", train_batch_size=4)
+    with pytest.raises(UserError, match="number of pairs 11, now it is 5"):
+        run(tmp_path, resume_from_checkpoint="latest", data=TinyPairs(5))
+    with pytest.raises(UserError, match="holds none"):
+        run(tmp_path / "empty", resume_from_checkpoint="latest")
+    run(tmp_path, resume_from_checkpoint="latest", train_batch_size=4, gradient_accumulation_steps=2)
+    assert checkpoints.latest(tmp_path).name == "checkpoint-8"
+    expected = log(tmp_path)
+    run(tmp_path, resume_from_checkpoint="latest")
+    assert log(tmp_path) == expected
+    assert "nothing left to do after step 8" in (tmp_path / "train.log").read_text()
+
+
+def test_checkpoints_as_often_and_as_many_as_asked(tmp_path):
+    run(tmp_path, checkpointing_steps=3, checkpoints_total_limit=2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    run(tmp_path / "none", checkpointing_steps=None)
+    assert checkpoints.latest(tmp_path / "none") is None
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, max_train_steps=6, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 6]
+
+
+@pytest.mark.parametrize("name", loop.LR_SCHEDULERS)
+def test_learning_rates_match_diffusers(name):
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    warmup = 0 if name == "constant" else 5
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=20)
+    for step in range(20):
+        assert lr_factor(name, step, warmup=warmup, total=20) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lr_scheduler": "cosin"}, "did you mean 'cosine'"),
+        ({"train_batch_size": 0}, "train_batch_size is 0; expected at least 1"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "no warm-up"),
+        ({"report_to": "wandb"}, "report_to is 'wandb'"),
+    ],
+)
+def test_options_are_checked(wrong, message):
+    with pytest.raises(UserError, match=message):
+        TrainOptions(output_dir="out", **wrong)

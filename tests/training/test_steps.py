@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_training import TinyPairs, TinyPolicy
+
+from palate.diffusion.denoising import Fit, Pair
+from palate.errors import UserError
+from palate.objectives.pairs import cpo, dpo
+from palate.objectives.samples import sft
+from palate.spaces import latent
+from palate.training.steps import _pair_metrics, implicit_accuracy, mix, pair_step, sample_step
+
+
+def batch_of(indices=(3, 0, 5)):
+    return TinyPairs().batch(indices, torch.tensor([mix(9, i) for i in indices]))
+
+
+def moved_policy():
+    policy = TinyPolicy()
+    with torch.no_grad():
+        policy.trainable_module.weight += 0.1
+    return policy
+
+
+def test_untrained_dpo_is_ln2_times_weight_and_a_tie():
+    losses, metrics = pair_step(TinyPolicy(), latent(), functools.partial(dpo, beta=5000.0))(batch_of())
+    # weights of pairs 3, 0, 5: 0.5 + 0.1 i = 0.8, 0.5, 1.0
+    torch.testing.assert_close(losses, math.log(2) * torch.tensor([0.8, 0.5, 1.0]))
+    assert metrics["implicit_accuracy"].tolist() == [0.5] * 3
+    assert metrics["gradient_factor"].tolist() == [0.5] * 3
+    assert metrics["logit"].tolist() == [0.0] * 3
+    assert losses.requires_grad
+    assert not any(values.requires_grad or values.shape != (3,) for values in metrics.values())
+
+
+def test_losses_and_gradients_do_not_depend_on_the_batch_an_item_is_in():
+    policy = moved_policy()
+    step = pair_step(policy, latent(), functools.partial(dpo, beta=50.0))
+    together, _ = step(batch_of((3, 0, 5)))
+    alone = torch.cat([step(batch_of((i,)))[0] for i in (3, 0, 5)])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-7)
+
+
+def test_swapping_winner_and_loser_negates_the_margin():
+    step = pair_step(moved_policy(), latent(), functools.partial(dpo, beta=50.0))
+    batch = batch_of()
+    margin = step(batch)[1]["margin"]
+    w, l = batch.latents.chunk(2)
+    swapped = type(batch)(torch.cat([l, w]), batch.cond, batch.label, batch.weight, batch.seeds)
+    torch.testing.assert_close(step(swapped)[1]["margin"], -margin)
+
+
+def test_a_reference_pass_is_made_only_for_objectives_that_name_it():
+    policy = TinyPolicy()
+    _, metrics = pair_step(policy, latent(), functools.partial(cpo, beta=10.0, bc_weight=1.0))(batch_of())
+    assert policy.reference_calls == 0
+    assert "winner_advantage" not in metrics
+    torch.testing.assert_close(metrics["margin"], metrics["loser_error"] - metrics["winner_error"])
+    pair_step(policy, latent(), dpo)(batch_of())
+    assert policy.reference_calls == 1
+
+
+def test_golden_metrics():
+    def fit(*errors):
+        return Fit(torch.tensor(errors)[:, None].sqrt())
+
+    # Lw 1, Ll 4, Rw 2, Rl 3: m = -((1 - 4) - (2 - 3)) = 2; u = (0.5 / 2) 2 = 0.5; Rw - Lw = 1; Rl - Ll = -1
+    metrics = _pair_metrics(Pair(fit(1.0), fit(4.0)), Pair(fit(2.0), fit(3.0)), 0.5)
+    golden = {"margin": 2, "logit": 0.5, "winner_advantage": 1, "loser_advantage": -1, "implicit_accuracy": 1}
+    for name, value in golden.items():
+        assert float(metrics[name]) == pytest.approx(value, abs=1e-6), name
+    assert float(metrics["gradient_factor"]) == pytest.approx(1 / (1 + math.exp(0.5)))
+    # A hyperparameter is also found where it is the function's default.
+    _, metrics = pair_step(moved_policy(), latent(), dpo)(batch_of())
+    torch.testing.assert_close(metrics["logit"], 2500 * metrics["margin"])
+
+
+def test_sample_step_is_the_winners_half_of_a_pair_step():
+    policy = moved_policy()
+    losses, metrics = sample_step(policy, latent(), sft)(batch_of())
+    _, pair_metrics = pair_step(policy, latent(), functools.partial(dpo, beta=1.0))(batch_of())
+    torch.testing.assert_close(metrics["winner_error"], pair_metrics["winner_error"])
+    torch.testing.assert_close(losses, metrics["winner_error"] * batch_of().weight)
+
+
+def test_the_space_bounds_the_times_from_below():
+    class Late:
+        t_min = 97
+        times = torch.empty(0)
+
+        def __call__(self, noised):
+            Late.times = noised.t
+            return lambda output: output
+
+    pair_step(TinyPolicy(), Late(), dpo, t_max=98)(batch_of(tuple(range(11))))
+    assert set(Late.times.tolist()) == {97, 98}
+
+
+def test_the_target_has_no_error_and_autocast_does_not_reach_the_measurement():
+    class Seen:
+        t_min = 0
+        dtypes: list[torch.dtype] = []  # noqa: RUF012
+
+        def __call__(self, noised):
+            def embed(output):
+                product = output.flatten(1) @ output.flatten(1).T
+                Seen.dtypes.append(product.dtype)
+                return output
+
+            return embed
+
+    class Oracle(TinyPolicy):
+        def __call__(self, xt, t, cond):
+            return super().__call__(xt, t, cond) * 0 + self.target
+
+    policy, batch = Oracle(), batch_of()
+
+    class Exact(Seen):
+        def __call__(self, noised):
+            policy.target = noised.target
+            return super().__call__(noised)
+
+    step = pair_step(policy, Exact(), functools.partial(cpo, beta=1.0, bc_weight=1.0))
+    policy.target = torch.zeros(())
+    step(batch)  # the same batch has the same noise, so the target is known the second time
+    with torch.autocast("cpu", torch.bfloat16):
+        _, metrics = step(batch)
+    assert metrics["winner_error"].tolist() == [0.0] * 3
+    assert set(Seen.dtypes) == {torch.float32}
+
+
+def test_held_out_accuracy():
+    policy, data = TinyPolicy(), TinyPairs()
+    assert implicit_accuracy(policy, latent(), data, seed=1) == 0.5
+    moved = moved_policy()
+    first = implicit_accuracy(moved, latent(), data, seed=1, batch_size=4)
+    assert first == implicit_accuracy(moved, latent(), data, seed=1, batch_size=11)
+    assert first in {k / 11 for k in range(12)}
+    w, l = data.latents.unbind(1)
+    data.latents = torch.stack([l, w], dim=1)
+    assert implicit_accuracy(moved, latent(), data, seed=1) == pytest.approx(1 - first)
+
+
+def test_held_out_accuracy_leaves_ties_out():
+    moved = moved_policy()
+    accuracy = {implicit_accuracy(moved, latent(), TinyPairs(2, labels), seed=1) for labels in ([1.0, 0.5], [0.5, 1.0])}
+    assert accuracy <= {0.0, 1.0}
+    with pytest.raises(UserError, match="all ties"):
+        implicit_accuracy(moved, latent(), TinyPairs(2, [0.5, 0.5]), seed=1)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63), min_size=1, max_size=4))
+def test_mixed_seeds_fit_int64_and_depend_on_every_number(numbers):
+    seed = mix(*numbers)
+    assert 0 <= seed < 2**63
+    assert all(mix(*numbers[:i], numbers[i] + 1, *numbers[i + 1 :]) != seed for i in range(len(numbers)))

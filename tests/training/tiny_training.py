@@ -1,0 +1,89 @@
+"""A two-channel model and eleven pairs: enough to train in milliseconds. Run as a script, it trains on them (see test_loop)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from palate.data.encode import PairBatch
+from palate.diffusion.denoising import Conditioning
+from palate.diffusion.schedule import Schedule
+from palate.objectives.pairs import dpo
+from palate.spaces import latent
+from palate.training.loop import TrainOptions, train
+from palate.training.steps import pair_step
+
+PAIRS = 11
+
+
+class TinyPolicy:
+    """A 3 x 3 convolution plus the text; the reference is its frozen copy."""
+
+    def __init__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.trainable_module = nn.Conv2d(2, 2, 3, padding=1)
+        self.frozen = copy.deepcopy(self.trainable_module).requires_grad_(False)
+        betas = torch.linspace(1e-4, 2e-2, 100, dtype=torch.float64)
+        self.schedule = Schedule((1 - betas).cumprod(0), "epsilon")
+        self.reference_calls = 0
+
+    def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.trainable_module(xt) + cond.tensors["text"][:, :, None, None]
+
+    def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self.reference_calls += 1
+        with torch.no_grad():
+            return self.frozen(xt) + cond.tensors["text"][:, :, None, None]
+
+    def parameters(self):
+        return self.trainable_module.parameters()
+
+    def state_dict(self):
+        return {name: p.detach() for name, p in self.trainable_module.named_parameters()}
+
+    def load_state_dict(self, state):
+        self.trainable_module.load_state_dict(state)
+
+
+class TinyPairs:
+    """Pairs whose contents depend on their index alone."""
+
+    def __init__(self, n: int = PAIRS, labels: list[float] | None = None):
+        generator = torch.Generator().manual_seed(7)
+        self.latents = torch.randn(n, 2, 2, 4, 4, generator=generator)
+        self.text = torch.randn(n, 2, generator=generator)
+        self.label = torch.tensor(labels or [1.0] * n)
+        self.seen: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
+
+    def batch(self, indices, seeds) -> PairBatch:
+        indices = list(indices)
+        self.seen += indices
+        latents = torch.cat([self.latents[indices, 0], self.latents[indices, 1]])
+        weight = 0.5 + 0.1 * torch.tensor(indices, dtype=torch.float32)
+        return PairBatch(latents, {"text": self.text[indices]}, self.label[indices], weight, seeds)
+
+
+def run(output_dir, *, policy=None, data=None, on_sample=None, on_evaluate=None, beta: float = 50.0, recipe=None, **options):
+    """Train eight steps of eight pairs unless told otherwise; returns the policy."""
+    policy, data = policy or TinyPolicy(), data or TinyPairs()
+    given = {"max_train_steps": 8, "train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 3} | options
+    step = pair_step(policy, latent(), functools.partial(dpo, beta=beta))
+    options = TrainOptions(output_dir=str(output_dir), **given)
+    train(step, policy, data, options=options, recipe=recipe, on_sample=on_sample, on_evaluate=on_evaluate)
+    return policy
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], train_batch_size=int(sys.argv[2]), max_train_steps=3)
+    torch.distributed.destroy_process_group()
