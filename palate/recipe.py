@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from palate.errors import UserError, nearest
-from palate.training.options import TrainOptions
+from palate.training.loop import TrainOptions
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -298,10 +298,10 @@ def resolve_objective(options: Mapping[str, Any]) -> tuple[Callable[..., Any], s
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 1e-4 as text."""
+    """Hyperparameters are floats; YAML reads 5000 as an integer and 1e-4 as text."""
     try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
+        return value if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
         return value
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from palate.miniature import scenes
-from palate.miniature.build import CONTEXT, SEED, build_tokenizer, picture_set, pixels, save_atomic, say, train
+from palate.miniature.base_model import CONTEXT, SEED, build_tokenizer, picture_set, pixels, save_atomic, say, train
 from palate.miniature.raters import Eye, Rater, crowd
 
-PAIRS_A, PAIRS_B = 9000, 9000
+VOTED_PAIRS = 9000
+HELD_OUT_STEPS = 2400
+HELD_OUT_SHAPE = {"width": 80, "layers": 4, "patch": 8, "projection": 64}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -190,12 +192,12 @@ def build_clip(work: Path, folder: Path) -> None:
     save_clip(model.clip, folder)
 
 
-def build_preference(work: Path, folder: Path, *, start: Path | None, seed: int, pairs: str, count: int, steps: int, **shape) -> None:
+def build_preference(work: Path, folder: Path, *, start: Path | None, seed: int, pairs: str, steps: int, **shape: int) -> None:
     """A preference judge in PickScore's form: softmax over exp(scale) * cosine of the two pictures of a prompt."""
     from transformers import CLIPModel
 
     build_tokenizer(folder)
-    images, captions, label = voted_pairs(work, pairs, seed, count, crowd(5, seed=seed))
+    images, captions, label = voted_pairs(work, pairs, seed, VOTED_PAIRS, crowd(5, seed=seed))
     ids = token_ids(folder, captions)
     asked = torch.tensor([scenes.scene_of(c).labels() for c in captions])
     torch.manual_seed(seed)
@@ -243,25 +245,62 @@ def build_aesthetic(work: Path, clip_folder: Path, folder: Path) -> None:
     from transformers import CLIPModel
 
     clip = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).eval()
-
-    def embed(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            dummy = torch.zeros(1, 2, dtype=torch.long) + clip.config.text_config.eos_token_id
-            parts = [
-                clip(input_ids=dummy, pixel_values=normalised(x.float() / 255)).image_embeds for x in images.split(200)
-            ]
-        return torch.cat(parts)
-
     images, _, _, appeal = picture_set(work, "shots", SEED, 24_000)
-    x, y = embed(images[:8000]), 1 + 9 * appeal[:8000]
+    x, y = picture_embeddings(clip, images[:8000]), 1 + 9 * appeal[:8000]
     design = torch.cat([x, torch.ones(len(x), 1)], 1)
-    ridge = 1e-3 * len(x) * torch.eye(design.shape[1]) * 1e-2
+    ridge = 1e-5 * len(x) * torch.eye(design.shape[1])
     weight = torch.linalg.solve(design.T @ design + ridge, design.T @ y)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in clip_folder.iterdir():
-        if file.is_file() and file.name != "README.md":
-            shutil.copy(file, folder / file.name)
-    save_file({"weight": weight[:-1][None].contiguous(), "bias": weight[-1:].contiguous()}, folder / "aesthetic_head.safetensors")
+    shutil.copytree(clip_folder, folder, dirs_exist_ok=True)
+    save_file(
+        {"weight": weight[:-1][None].contiguous(), "bias": weight[-1:].contiguous()}, folder / "aesthetic_head.safetensors"
+    )
+    aesthetic_correlation(work, folder)
+
+
+def aesthetic_correlation(work: Path, folder: Path) -> float:
+    """Correlation of the aesthetic judge with the renderer's truth about unseen renders."""
+    from safetensors.torch import load_file
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    head = load_file(folder / "aesthetic_head.safetensors")
     test, _, _, truth = picture_set(work, "test-shots", SEED + 90, 2000)
-    guess = embed(test) @ weight[:-1] + weight[-1]
-    say(f"aesthetic: correlation with the truth {np.corrcoef(guess, truth)[0, 1]:.3f}")
+    guess = picture_embeddings(clip, test) @ head["weight"][0] + head["bias"]
+    found = float(np.corrcoef(guess, truth)[0, 1])
+    say(f"aesthetic: correlation with the truth {found:.3f}")
+    return found
+
+
+@torch.no_grad()
+def picture_embeddings(clip, images: Tensor) -> Tensor:
+    """L2-normalised projected embeddings ``(n, d)`` of uint8 pictures."""
+    anything = torch.full((1, 2), clip.config.text_config.eos_token_id)
+    parts = [clip(input_ids=anything, pixel_values=normalised(x.float() / 255)).image_embeds for x in images.split(200)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def caption_accuracy(work: Path, folder: Path) -> float:
+    """How often the caption of an unspoilt render scores above the same caption with one attribute changed."""
+    from transformers import CLIPModel
+
+    clip, right, total = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), 0, 1000
+    taken, good, wrong = [], [], []
+    for index in range(total):
+        rng = np.random.default_rng([SEED + 92, index])
+        scene = scenes.random_scene(rng)
+        name = str(rng.choice(list(scenes.ATTRIBUTES)))
+        other = replace(scene, **{name: str(rng.choice([v for v in scenes.ATTRIBUTES[name] if v != getattr(scene, name)]))})
+        taken.append(scenes.shoot(scene, rng, flaw_share=0.0, wrong_share=0.0))
+        good.append(scenes.caption(scene))
+        wrong.append(scenes.caption(other))
+    images, ids = pixels(taken), token_ids(folder, good + wrong)
+    for rows in torch.arange(total).split(100):
+        x = normalised(images[rows].float() / 255)
+        scores = [
+            (out.image_embeds * out.text_embeds).sum(1)
+            for out in (clip(input_ids=ids[rows + shift], pixel_values=x) for shift in (0, total))
+        ]
+        right += int((scores[0] > scores[1]).sum())
+    say(f"{folder.name}: right caption preferred in {right / total:.3f} of {total}")
+    return right / total

@@ -93,7 +93,11 @@ _SKY_PHRASES = {
     "night": ("under a starry night sky", "at night"),
 }
 _BACKDROP_PHRASES = {"plain": ("",), "mountains": ("mountains behind", "with mountains in the distance")}
-_ORB_PHRASES = {"none": ("",), "sun": ("the sun above", "with the sun in the sky"), "moon": ("the moon above", "with the moon in the sky")}
+_ORB_PHRASES = {
+    "none": ("",),
+    "sun": ("the sun above", "with the sun in the sky"),
+    "moon": ("the moon above", "with the moon in the sky"),
+}
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -151,7 +155,13 @@ _GROUND_COLOURS = {
     "water": ((58, 128, 194), (18, 60, 122)),
 }
 _LIGHT = {"day": (1.0, 1.0, 1.0), "dawn": (0.97, 0.88, 0.9), "sunset": (0.86, 0.68, 0.62), "night": (0.5, 0.53, 0.72)}
-_PAINT = {"red": (212, 44, 40), "blue": (40, 84, 214), "yellow": (248, 206, 48), "purple": (142, 58, 180), "white": (242, 242, 244)}
+_PAINT = {
+    "red": (212, 44, 40),
+    "blue": (40, 84, 214),
+    "yellow": (248, 206, 48),
+    "purple": (142, 58, 180),
+    "white": (242, 242, 244),
+}
 _TRUNK = (104, 68, 40)
 
 
@@ -193,10 +203,18 @@ def _backdrop(brush: _Brush, scene: Scene, horizon: float, rng: np.random.Genera
         peak, rock = horizon - height, np.asarray(brush.lit((112, 108, 132)), np.float32)
         r, g, b = (int(c) for c in 0.75 * rock + 0.25 * haze)
         brush.polygon([(centre - width, horizon), (centre, peak), (centre + width, horizon)], (r, g, b))
-        brush.polygon([(centre, peak), (centre + width, horizon), (centre + 0.15 * width, horizon)], (int(r * 0.82), int(g * 0.82), int(b * 0.86)))
+        brush.polygon(
+            [(centre, peak), (centre + width, horizon), (centre + 0.15 * width, horizon)],
+            (int(r * 0.82), int(g * 0.82), int(b * 0.86)),
+        )
         snow = 0.3
         brush.polygon(
-            [(centre - snow * width, peak + snow * height), (centre, peak), (centre + snow * width, peak + snow * height), (centre, peak + 0.2 * height)],
+            [
+                (centre - snow * width, peak + snow * height),
+                (centre, peak),
+                (centre + snow * width, peak + snow * height),
+                (centre, peak + 0.2 * height),
+            ],
             brush.lit((244, 246, 252), 1.05),
         )
 
@@ -219,9 +237,17 @@ def _subject(brush: _Brush, scene: Scene, x: float, base: float, k: float) -> No
     if scene.object == "house":
         brush.box(x - 0.14 * k, base - 0.17 * k, x + 0.14 * k, base, body)
         brush.box(x + 0.04 * k, base - 0.17 * k, x + 0.14 * k, base, shade)
-        brush.polygon([(x - 0.18 * k, base - 0.17 * k), (x, base - 0.33 * k), (x + 0.18 * k, base - 0.17 * k)], brush.lit((96, 60, 50)))
+        brush.polygon(
+            [(x - 0.18 * k, base - 0.17 * k), (x, base - 0.33 * k), (x + 0.18 * k, base - 0.17 * k)], brush.lit((96, 60, 50))
+        )
         brush.box(x - 0.04 * k, base - 0.11 * k, x + 0.02 * k, base, brush.lit((60, 40, 32)))
-        brush.box(x + 0.065 * k, base - 0.12 * k, x + 0.115 * k, base - 0.07 * k, (255, 226, 140) if scene.sky == "night" else brush.lit((206, 228, 244)))
+        brush.box(
+            x + 0.065 * k,
+            base - 0.12 * k,
+            x + 0.115 * k,
+            base - 0.07 * k,
+            (255, 226, 140) if scene.sky == "night" else brush.lit((206, 228, 244)),
+        )
     elif scene.object == "tree":
         brush.box(x - 0.026 * k, base - 0.18 * k, x + 0.026 * k, base, brush.lit(_TRUNK))
         for dx, dy, r in ((-0.075, -0.23, 0.1), (0.075, -0.23, 0.1), (0.0, -0.32, 0.115)):
@@ -229,14 +255,23 @@ def _subject(brush: _Brush, scene: Scene, x: float, base: float, k: float) -> No
         for dx, dy, r in ((-0.085, -0.245, 0.08), (0.055, -0.25, 0.08), (-0.015, -0.335, 0.095)):
             brush.disc(x + dx * k, base + dy * k, r * k, r * k, body)
     elif scene.object == "tower":
-        brush.polygon([(x - 0.085 * k, base), (x - 0.06 * k, base - 0.38 * k), (x + 0.06 * k, base - 0.38 * k), (x + 0.085 * k, base)], body)
-        brush.polygon([(x + 0.02 * k, base), (x + 0.02 * k, base - 0.38 * k), (x + 0.06 * k, base - 0.38 * k), (x + 0.085 * k, base)], shade)
+        brush.polygon(
+            [(x - 0.085 * k, base), (x - 0.06 * k, base - 0.38 * k), (x + 0.06 * k, base - 0.38 * k), (x + 0.085 * k, base)],
+            body,
+        )
+        brush.polygon(
+            [(x + 0.02 * k, base), (x + 0.02 * k, base - 0.38 * k), (x + 0.06 * k, base - 0.38 * k), (x + 0.085 * k, base)],
+            shade,
+        )
         brush.box(x - 0.09 * k, base - 0.43 * k, x + 0.09 * k, base - 0.38 * k, shade)
         for dx in (-0.09, -0.025, 0.04):
             brush.box(x + dx * k, base - 0.48 * k, x + (dx + 0.05) * k, base - 0.42 * k, body)
         brush.box(x - 0.03 * k, base - 0.3 * k, x + 0.01 * k, base - 0.22 * k, brush.lit((46, 40, 48)))
     elif scene.object == "sailboat":
-        brush.polygon([(x - 0.16 * k, base - 0.08 * k), (x + 0.16 * k, base - 0.08 * k), (x + 0.1 * k, base), (x - 0.1 * k, base)], brush.lit((112, 72, 44)))
+        brush.polygon(
+            [(x - 0.16 * k, base - 0.08 * k), (x + 0.16 * k, base - 0.08 * k), (x + 0.1 * k, base), (x - 0.1 * k, base)],
+            brush.lit((112, 72, 44)),
+        )
         brush.box(x - 0.012 * k, base - 0.42 * k, x + 0.012 * k, base - 0.08 * k, brush.lit(_TRUNK))
         brush.polygon([(x + 0.02 * k, base - 0.42 * k), (x + 0.02 * k, base - 0.1 * k), (x + 0.16 * k, base - 0.1 * k)], body)
         brush.polygon([(x - 0.02 * k, base - 0.36 * k), (x - 0.02 * k, base - 0.1 * k), (x - 0.13 * k, base - 0.1 * k)], shade)

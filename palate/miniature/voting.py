@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from palate.miniature import scenes
-from palate.miniature.build import SEED, save_atomic, say
-from palate.miniature.raters import QUESTIONS, crowd, load_eye
+from palate.miniature.base_model import SEED, save_atomic, say
+from palate.miniature.raters import crowd, load_eye
 
-PAIRS, VALIDATION_PAIRS, UNSEEN = 2600, 200, 400
+PAIRS, UNSEEN = 2600, 400
 STEPS, GUIDANCE = 16, 4.0
 
 
@@ -118,7 +118,10 @@ def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, se
     temporary.replace(path)
     agree = np.mean([np.mean(a == b) for i, a in enumerate(everyone) for b in everyone[i + 1 :]])
     decided = [(a != 0.5) & (b != 0.5) for i, a in enumerate(everyone) for b in everyone[i + 1 :]]
-    among = [(a == b)[d].mean() for (a, b), d in zip(((a, b) for i, a in enumerate(everyone) for b in everyone[i + 1 :]), decided, strict=True)]
+    among = [
+        (a == b)[d].mean()
+        for (a, b), d in zip(((a, b) for i, a in enumerate(everyone) for b in everyone[i + 1 :]), decided, strict=True)
+    ]
     return {
         "pairs": len(rows),
         "ties": float(np.mean([r["label_0"] == 0.5 for r in rows])),
@@ -134,6 +137,3 @@ def followed(folder: Path, eye_folder: Path, count: int = 400) -> dict[str, floa
     looks, _, hits = load_eye(eye_folder).look(images, [scenes.scene_of(t) for t in texts])
     result = {name: float(hits[:, i].float().mean()) for i, name in enumerate(scenes.ATTRIBUTES)}
     return {**result, "all seven": float(hits.all(1).float().mean()), "mean appeal": float(looks.mean())}
-
-
-__all__ = ["PAIRS", "QUESTIONS", "UNSEEN", "VALIDATION_PAIRS", "candidates", "followed", "prompts", "sample", "write_pairs"]

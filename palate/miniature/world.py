@@ -37,5 +37,7 @@ def unseen_prompts() -> Path:
 
 def _file(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"{path.name} of the miniature world is missing from this installation; 'palate miniature build' makes it")
+        raise UserError(
+            f"{path.name} of the miniature world is missing from this installation; 'palate miniature build' makes it"
+        )
     return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -12,6 +12,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """One family of models behind one set of verbs; everything particular to a family stays in its file."""
 
@@ -51,6 +52,10 @@ class Denoiser(Protocol):
 
     def release(self) -> None:
         """Let VAE and text encoder leave memory; they are read again when next needed."""
+        ...
+
+    def remember(self, prompts: list[str]) -> None:
+        """Encode prompts now for :meth:`generate` later, when the text encoder may have left memory."""
         ...
 
     def pipeline(self, unet: nn.Module | None = None) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,17 @@ def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """TF32 keeps as few digits as float16 and would undo the float32 path; it is off in here, on CUDA."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def encoder_features(
     unet: nn.Module,
     x: Tensor,
@@ -56,7 +68,7 @@ def encoder_features(
     """
 
     def run(x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(x.device.type, enabled=False), Float32Weights():
+        with torch.autocast(x.device.type, enabled=False), Float32Weights(), _exact_products():
             text = encoder_hidden_states.float()
             emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))  # type: ignore[operator]
             added = {k: _float32(v) for k, v in (added_cond_kwargs or {}).items()}

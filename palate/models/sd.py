@@ -77,7 +77,12 @@ class StableDiffusion:
         self._vae = self._text = None
 
     def fingerprint(self) -> dict[str, str]:
-        return {"vae": _digest(self.vae), "text": _digest(self.text[1])}
+        tokenizer, encoder = self.text
+        words = f"{tokenizer.model_max_length} {tokenizer.backend_tokenizer.to_str()}"
+        return {
+            "vae": _digest(self.vae, self.vae.config["scaling_factor"], self.vae.config.get("shift_factor")),
+            "text": _digest(encoder, words, getattr(encoder.config, "use_attention_mask", False)),
+        }
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
@@ -127,6 +132,13 @@ class StableDiffusion:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def remember(self, prompts: list[str]) -> None:
+        """Encode prompts (and the empty one) for :meth:`generate`, so that it needs no text encoder for them later."""
+        wanted = [p for p in dict.fromkeys([*prompts, ""]) if p not in self._prompts]
+        for start in range(0, len(wanted), 64):
+            part = wanted[start : start + 64]
+            self._prompts.update(zip(part, self.encode_prompts(part).tensors["encoder_hidden_states"].cpu(), strict=True))
+
     @torch.no_grad()
     def generate(
         self,
@@ -144,10 +156,7 @@ class StableDiffusion:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         pipeline = self.pipeline(unet)
         dtype = pipeline.unet.conv_in.weight.dtype
-        wanted = [p for p in dict.fromkeys([*prompts, ""]) if p not in self._prompts]
-        for start in range(0, len(wanted), 64):
-            part = wanted[start : start + 64]
-            self._prompts.update(zip(part, self.encode_prompts(part).tensors["encoder_hidden_states"].cpu(), strict=True))
+        self.remember(prompts)
         images: list[Image.Image] = []
         was_training = pipeline.unet.training
         pipeline.unet.eval()
@@ -180,8 +189,9 @@ class StableDiffusion:
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, **metadata)
 
 
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
+def _digest(module: nn.Module, *settings: Any) -> str:
+    """Digest of weights and of what else decides the module's result."""
+    digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -37,6 +37,8 @@ MAY_DIFFER = frozenset(
         "checkpointing_steps",
         "checkpoints_total_limit",
         "report_to",
+        "cache_dir",
+        "evaluation",
     }
 )
 """Options that may change on resuming. The product of batch size, accumulation and processes is checked by the loop."""

@@ -40,7 +40,7 @@ class TrainOptions:
         UserError: a value out of range or an unknown name.
     """
 
-    output_dir: str
+    output_dir: str = "output"
     """Folder of logs and checkpoints."""
     seed: int = 0
     """Decides order, times and noise."""
