@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,22 +23,27 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; 0 on success, 2 on a mistake of the user, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # The libraries read these as they are imported: from here on their advice to programmers is not shown.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # its errors are raised as well, and told by us
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         import errno
 
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        print(f"error: {error.strerror}: {error.filename or 'the output folder'}; make room or name another folder", file=sys.stderr)
+        where = error.filename or "the output folder"
+        print(f"error: {where} cannot be written: {error.strerror}; free some space or name another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+        step = getattr(stop, "step", None)  # of the loop, which has saved a checkpoint
+        how = f"after step {step}; the same command with --resume_from_checkpoint latest goes on" if step else str(stop)
+        print(f"stopped: {how or 'the same command begins again, what was encoded is kept'}", file=sys.stderr)
         return 130
 
 
@@ -72,8 +78,8 @@ def _help() -> str:
 
 
 def overrides(words: Sequence[str]) -> dict[str, Any]:
-    """``--name value`` and ``--name=value`` to a dictionary; values are read as YAML."""
-    import yaml
+    """``--name value`` and ``--name=value`` to a dictionary; values stay text, but for lists and mappings in YAML."""
+    from palate.recipe import parse
 
     found: dict[str, Any] = {}
     queue = list(words)
@@ -86,16 +92,13 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
             if not queue or queue[0].startswith("--"):
                 raise UserError(f"--{name} lacks a value; switches are written --{name} true")
             text = queue.pop(0)
-        try:
-            found[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--{name}: {text!r} is not a value YAML can read") from error
+        found[name] = parse(text, f"--{name}") if text[:1] in ("[", "{") else text
     return found
 
 
 def _train(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        from palate.run import options_help
+    if not words or "-h" in words or "--help" in words:
+        from palate.recipe import options_help
 
         print(options_help())
         return 0
@@ -106,7 +109,7 @@ def _train(words: list[str]) -> int:
     made = recipe.load(words[0], overrides(words[1:]))
     from palate import run
 
-    run.train(made, command="palate train " + " ".join(words))
+    run.train(made, command=shlex.join(["palate", "train", *words]))
     return 0
 
 
@@ -119,7 +122,7 @@ def _evaluate(words: list[str]) -> int:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no recipe.yaml; expected the output folder of palate train")
     made = recipe.load(str(folder / "recipe.yaml"), {**overrides(words[1:]), "output_dir": str(folder)})
-    run.evaluate(made, command="palate evaluate " + " ".join(words))
+    run.evaluate(made, command=shlex.join(["palate", "evaluate", *words]))
     return 0
 
 

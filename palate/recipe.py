@@ -6,16 +6,21 @@ A recipe has seven sections. Every leaf name is unique, so an override may leave
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
+import math
 import os
+import re
+import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +37,11 @@ class ModelOptions:
     """What is trained."""
 
     pretrained_model_name_or_path: str = "mini-sd"
-    """A diffusers pipeline folder, a hub id, or ``mini-sd``."""
+    """A diffusers pipeline folder, a hub id such as owner/model, or ``mini-sd``."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     variant: str | None = None
+    """Ending of the weight files to read, such as ``fp16``."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +49,36 @@ class DataOptions:
     """Which pairs it learns from."""
 
     train_data: str = "miniature-pairs"
-    """Parquet, JSONL, CSV or a folder of them, or ``miniature-pairs``."""
+    """Parquet, JSONL or CSV file, a folder with one, or ``miniature-pairs``."""
     resolution: int | None = None
-    """Side of the pictures in pixels; the model's own unless given."""
+    """Side of the pictures in pixels, a multiple of 8; the model's own unless given."""
     ties: str = "drop"
-    """``drop`` or ``keep`` (as half)."""
+    """``drop``, or ``keep`` as a label of one half."""
     max_bad_rows: int = 0
     """So many unusable rows are listed and skipped; one more stops the run before training."""
     max_train_samples: int | None = None
+    """Read no more pairs than this."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names to those of the file, such as ``{prompt: text}``."""
     center_crop: bool = True
+    """Crop the middle square; false for a place drawn once per pair."""
     random_flip: bool = False
+    """Mirror both pictures of a pair, every other time."""
     validation_fraction: float = 0.05
-    """Share of the prompts held out to measure implicit accuracy."""
+    """Share of the pairs held out, by prompt, to measure implicit accuracy; 0 for none."""
     cache_dir: str = "~/.cache/palate"
     """Encoded pictures and prompts are kept here and reused by later runs."""
+
+    def __post_init__(self) -> None:
+        _choose("ties", self.ties, ("drop", "keep"))
+        _at_least(self, 0, "max_bad_rows")
+        _at_least(self, 1, "max_train_samples")
+        if self.resolution is not None:
+            from palate.data.images import check_resolution
+
+            check_resolution(self.resolution)
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction}; expected 0 (none) or more, and below 1")
 
 
 @dataclass(frozen=True)
@@ -65,11 +86,19 @@ class PolicyOptions:
     """Which weights move."""
 
     train_method: str = "lora"
-    """``lora`` or ``full``."""
+    """``lora``, or ``full`` for all weights of the U-Net."""
     rank: int = 16
+    """Of the LoRA matrices."""
     lora_alpha: float | None = None
-    """Equal to ``rank`` unless given."""
+    """Strength of the LoRA is lora_alpha / rank; equal to rank unless given."""
     gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: a third slower, far less memory."""
+
+    def __post_init__(self) -> None:
+        _choose("train_method", self.train_method, ("lora", "full"))
+        _at_least(self, 1, "rank")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise UserError(f"lora_alpha is {self.lora_alpha}; expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -79,21 +108,45 @@ class EvaluationOptions:
     evaluation_prompts: str | None = None
     """A text or JSONL file, or ``miniature-unseen``; no comparison without it."""
     num_evaluation_prompts: int | None = None
+    """Only the first of them; all unless given."""
     images_per_prompt: int = 1
+    """Pictures of each prompt, from different noise."""
     num_inference_steps: int = 25
+    """Steps of the model's own sampler."""
     guidance_scale: float = 5.0
+    """Of classifier-free guidance."""
     evaluation_seed: int = 1234
-    evaluation_batch_size: int = 16
+    """Picture i is drawn from noise of this seed + i, by both models."""
+    evaluation_batch_size: int = 8
+    """Pictures drawn at once."""
     judges: tuple[str, ...] = ()
     """``mini-heldout``, ``mini-pickscore``, ``mini-clip``, ``mini-aesthetic``, or ``kind:folder`` such as
-    ``pickscore:models/PickScore_v1``. The first one gives the headline."""
+    ``pickscore:models/PickScore_v1``."""
     validation_prompts: tuple[str, ...] = ()
     """Shown in the sample pictures during training."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_evaluation_prompts", "images_per_prompt", "num_inference_steps", "evaluation_batch_size")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale is {self.guidance_scale}; expected 0 or more")
+        if self.evaluation_seed < 0:
+            raise UserError(f"evaluation_seed is {self.evaluation_seed}; expected 0 or more")
+
+
+def _choose(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name} is {value!r}{nearest(value, known)}")
+
+
+def _at_least(options: Any, least: int, *names: str) -> None:
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"{name} is {value}; expected at least {least}")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a run."""
+    """Everything that determines a run. Objective and space are checked and completed by their defaults."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -103,9 +156,13 @@ class Recipe:
     training: TrainOptions = field(default_factory=TrainOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objective", _complete_objective(self.objective))
+        object.__setattr__(self, "space", _complete_space(self.space))
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, as written to ``recipe.yaml``."""
-        return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(self))))
+        """Plain nested dictionaries and lists, as written to ``recipe.yaml``."""
+        return _plain(dataclasses.asdict(self))
 
 
 SECTIONS = {f.name: f for f in fields(Recipe)}
@@ -132,6 +189,32 @@ def _plain(value: Any) -> Any:
 # Reading ---------------------------------------------------------------------------------------------------------------
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of a plain word, where 1.1 surprises: ``no`` is text, ``1e-4`` a number, a date text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either version would read as something else than text."""
+
+
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def parse(text: str, where: str) -> Any:
+    """YAML to plain values; ``where`` begins the message of a :class:`UserError`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
+
+
 def built_in() -> dict[str, Path]:
     """Names of the recipes that come with Palate."""
     return {path.stem: path for path in sorted(BUILT_IN.glob("*.yaml"))}
@@ -146,7 +229,7 @@ def find(name: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise UserError(f"no recipe file at {name}")
+        raise UserError(f"no recipe file at {name}; 'palate recipes' lists those that come with Palate")
     raise UserError(f"no recipe named {name!r}{nearest(name, known)}; or give the path of a .yaml file")
 
 
@@ -154,38 +237,46 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe by name or path and apply overrides such as ``{"max_train_steps": 3, "objective.beta": 2000}``."""
     path = find(name)
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+        content = parse(path.read_text(encoding="utf-8"), str(path))
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected sections such as {', '.join(SECTIONS)}")
-    for key, value in (overrides or {}).items():
+    # A name first: --objective.beta 9 --objective dpo means the same in either order.
+    for key, value in sorted((overrides or {}).items(), key=lambda item: "." in item[0]):
         _override(content, key, value)
     return build(content, str(path))
 
 
 def _override(content: dict[str, Any], key: str, value: Any) -> None:
     head, _, tail = key.partition(".")
-    if tail:
-        if head not in SECTIONS:
-            raise UserError(f"unknown option --{key}: no section {head!r}{nearest(head, SECTIONS)}")
-        section = content.setdefault(head, {})
-        if not isinstance(section, dict):
-            raise UserError(f"--{key}: {head} is a list in this recipe; override it in a copy of the file")
-        section[tail] = value
-    elif head in ("objective", "space"):
-        named = value if isinstance(value, dict | list) else {"name": value}
+    if head in ("objective", "space"):
         before = content.get(head)
+        if isinstance(before, str):
+            before = {"name": before}
+        if tail:
+            before = {"name": getattr(Recipe(), head)["name"]} if before is None else before
+            if not isinstance(before, dict):
+                raise UserError(f"--{key}: {head} is a list in this recipe; override it in a copy of the file")
+            content[head] = {**before, tail: value}
+            return
+        named = value if isinstance(value, dict | list) else {"name": value}
         # Keep the keywords of the recipe when its own name is repeated; another name starts from its own defaults.
         if isinstance(before, dict) and isinstance(named, dict) and before.get("name") == named.get("name"):
             named = {**before, **named}
         content[head] = named
-    elif head in OPTIONS:
-        content.setdefault(OPTIONS[head], {})[head] = value
-    else:
-        close = difflib.get_close_matches(head, OPTIONS, n=1, cutoff=0.5)
+        return
+    if tail and head not in SECTIONS:
+        raise UserError(f"unknown option --{key}: no section {head!r}{nearest(head, SECTIONS)}")
+    name = tail or head
+    if OPTIONS.get(name) is None or (tail and OPTIONS[name] != head):
+        close = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.5)
         hint = f"did you mean --{close[0]}? " if close else ""
-        raise UserError(f"unknown option --{head} ({hint}'palate train --help' lists them)")
+        raise UserError(f"unknown option --{key} ({hint}'palate train --help' lists them)")
+    section = content.get(OPTIONS[name]) or {}
+    if isinstance(section, dict):  # anything else is refused by build
+        content[OPTIONS[name]] = {**section, name: value}
 
 
 def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -197,13 +288,10 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
             raise UserError(f"{where}: unknown section {name!r}{nearest(str(name), SECTIONS)}")
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
-            made[name] = _section(kind, value or {}, f"{where}: {name}")  # type: ignore[arg-type]
-        else:
-            made[name] = value
-    recipe = Recipe(**made)
-    resolve_objective(recipe.objective)
-    check_space(recipe.space)
-    return recipe
+            made[name] = _section(kind, {} if value is None else value, f"{where}: {name}")  # type: ignore[arg-type]
+        elif value is not None:
+            made[name] = {"name": value} if isinstance(value, str) else value
+    return Recipe(**made)
 
 
 def _section(kind: type, value: Any, where: str) -> Any:
@@ -214,42 +302,55 @@ def _section(kind: type, value: Any, where: str) -> Any:
     for name, given in value.items():
         if name not in known:
             raise UserError(f"{where}: unknown option {name!r}{nearest(str(name), known)}")
-        made[name] = _typed(hints[name], given, f"{where}.{name}")
+        made[name] = _typed(hints[name], given, name)
     return kind(**made)
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as ``kind``; YAML reads 1e-4 as text and 5 as int where a float is meant."""
+WORDS = {bool: "true or false", float: "a number", int: "a whole number", str: "text", tuple: "a list of texts", dict: "a mapping"}
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """``value`` as ``kind``; from the command line every value comes as text."""
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if option is type(None):
-            if value is None:
-                return None
-        elif origin is bool:
-            if isinstance(value, bool):
-                return value
-        elif origin is float:
-            try:
-                if not isinstance(value, bool):
-                    return float(value)
-            except (TypeError, ValueError):
-                pass
-        elif origin is int:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-        elif origin is tuple:
-            if isinstance(value, str):
-                return (value,)
-            if isinstance(value, Sequence):
-                return tuple(str(v) for v in value)
-        elif origin is dict:
-            if isinstance(value, Mapping):
-                return {str(k): str(v) for k, v in value.items()}
-        elif origin is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-            return str(value)
-    names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise UserError(f"{where} is {value!r}; expected {names}")
+    if type(None) in options and (value is None or value == "null"):
+        return None
+    kinds = [typing.get_origin(option) or option for option in options if option is not type(None)]
+    for origin in kinds:
+        try:
+            return _as(origin, value)
+        except (TypeError, ValueError, OverflowError):
+            continue
+    expected = [*(WORDS.get(k, str(k)) for k in kinds), *(["null"] if type(None) in options else [])]
+    raise UserError(f"{name} is {value!r}; expected {' or '.join(expected)}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False}[value] if value in ("true", "false") else _refuse()
+    if kind is tuple:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(_as(str, v) for v in value) if isinstance(value, Sequence) else _refuse()
+    if kind is dict:
+        return {_as(str, k): _as(str, v) for k, v in value.items()} if isinstance(value, Mapping) else _refuse()
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        _refuse()
+    if kind is float:
+        number = float(value)
+        return _refuse() if math.isnan(number) else number
+    if kind is int:
+        number = float(value)
+        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else _refuse()
+    if kind is str:
+        text = str(value)
+        return os.path.expanduser(text) if text.startswith("~/") else text
+    return _refuse()
+
+
+def _refuse() -> typing.NoReturn:
+    raise TypeError
 
 
 # Names to functions ------------------------------------------------------------------------------------------------------
@@ -257,6 +358,8 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
 
 def _foreign(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # the script's own folder is there instead
+        sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -266,79 +369,154 @@ def _foreign(name: str) -> Callable[..., Any]:
     return function
 
 
-def _check_keywords(function: Callable[..., Any], given: Mapping[str, Any], what: str) -> None:
-    known = {n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+def _keywords(function: Callable[..., Any], given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """All keyword-only arguments of ``function``: those given, as the types it names, and its defaults."""
+    known = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for name in given:
         if name not in known:
-            raise UserError(f"{what} has no option {name!r}{nearest(name, known) if known else ' (it has none)'}")
-    parameters = inspect.signature(function).parameters
-    missing = [n for n in known if parameters[n].default is inspect.Parameter.empty and n not in given]
+            raise UserError(f"{what} has no option {name!r}{nearest(str(name), known) if known else ' (it has none)'}")
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
     if missing:
-        raise UserError(f"{what} needs {', '.join(missing)}; give them beside its name")
+        raise UserError(f"{what} needs {', '.join(missing)}: name: {what.split()[-1]}, {missing[0]}: ... in its recipe")
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError:  # of a function from outside, whose annotations need not be importable
+        hints = {}
+    made = {}
+    for name, parameter in known.items():
+        value = given.get(name, parameter.default)
+        # What comes unannotated from the command line is read as YAML.
+        unnamed = parse(value, name) if isinstance(value, str) else value
+        made[name] = _typed(hints[name], value, f"{what}: {name}") if name in hints else unnamed
+    return made
+
+
+def _objective(name: str) -> tuple[Callable[..., Any], str]:
+    from palate.objectives import pairs, samples
+
+    known = {n: (getattr(m, n), evidence) for m, evidence in ((pairs, "pairs"), (samples, "samples")) for n in m.__all__}
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise UserError(f"no objective named {name!r}{nearest(name, known)}; or package.module:function")
+    function = _foreign(name)
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    annotation = str(first.annotation) if first is not None else ""
+    if "Pair" not in annotation and "Fit" not in annotation:
+        raise UserError(f"{name}: its first argument must be annotated, policy: Pair[Fit] for pairs or Fit for single pictures")
+    return function, "pairs" if "Pair" in annotation else "samples"
+
+
+def _complete_objective(options: Any) -> dict[str, Any]:
+    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+        raise UserError(f"objective is {options!r}; expected a name such as {{name: dpo, beta: 5000}}")
+    name, given = options["name"], {k: v for k, v in options.items() if k != "name"}
+    return {"name": name, **_keywords(_objective(name)[0], given, f"objective {name}")}
 
 
 def resolve_objective(options: Mapping[str, Any]) -> tuple[Callable[..., Any], str]:
     """The objective with its keywords bound, and the evidence it needs: ``pairs`` or ``samples``."""
-    if not isinstance(options, Mapping) or "name" not in options:
-        raise UserError(f"objective is {options!r}; expected a name such as {{name: dpo, beta: 5000}}")
-    from palate.objectives import pairs, samples
-
-    name, keywords = str(options["name"]), {k: v for k, v in options.items() if k != "name"}
-    known = {n: (getattr(pairs, n), "pairs") for n in pairs.__all__} | {n: (getattr(samples, n), "samples") for n in samples.__all__}
-    if ":" in name:
-        function = _foreign(name)
-        first = next(iter(inspect.signature(function).parameters.values()))
-        evidence = "pairs" if "Pair" in str(first.annotation) else "samples"
-    elif name in known:
-        function, evidence = known[name]
-    else:
-        raise UserError(f"no objective named {name!r}{nearest(name, known)}; or package.module:function")
-    _check_keywords(function, keywords, f"objective {name}")
-    return partial(function, **{k: _number(v) for k, v in keywords.items()}), evidence
-
-
-def _number(value: Any) -> Any:
-    """Hyperparameters are floats; YAML reads 5000 as an integer and 1e-4 as text."""
-    try:
-        return value if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return value
+    complete = _complete_objective(options)
+    function, evidence = _objective(complete.pop("name"))
+    return functools.partial(function, **complete), evidence
 
 
 SPACES = ("latent", "perceptual")
 
 
-def check_space(options: Any) -> None:
-    """Refuse unknown spaces and keywords."""
+def _complete_space(options: Any) -> dict[str, Any] | list[dict[str, Any]]:
     from palate import spaces
 
     parts = options if isinstance(options, list) else [options]
+    made = []
     for part in parts:
-        if not isinstance(part, Mapping) or "name" not in part:
+        if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
             raise UserError(f"space is {part!r}; expected a name such as {{name: perceptual, layers: mid}}")
-        if part["name"] not in SPACES:
-            raise UserError(f"no space named {part['name']!r}{nearest(str(part['name']), SPACES)}")
-        rest = {k: v for k, v in part.items() if k != "name" and not (isinstance(options, list) and k == "weight")}
-        _check_keywords(getattr(spaces, part["name"]), rest, f"space {part['name']}")
+        name, given = part["name"], {k: v for k, v in part.items() if k != "name"}
+        if name not in SPACES:
+            raise UserError(f"no space named {name!r}{nearest(name, SPACES)}")
+        weight = {"weight": _typed(float, given.pop("weight", 1.0), "weight of a space")} if isinstance(options, list) else {}
+        made.append({"name": name, **weight, **_keywords(getattr(spaces, name), given, f"space {name}")})
+    complete = made if isinstance(options, list) else made[0]
+    # Made once around nothing, so that values out of range are refused before any weights are loaded.
+    _make_space(complete, lambda x, t, cond, layers: [], _any_schedule())
+    return complete
+
+
+def _any_schedule() -> Any:
+    from palate.diffusion.schedule import Schedule
+
+    return Schedule.from_config({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2})
 
 
 def resolve_space(options: dict[str, Any] | list[dict[str, Any]], policy: Any) -> Any:
     """The space, around the policy's frozen encoder where it needs one."""
+    return _make_space(_complete_space(options), policy.features, policy.schedule)
+
+
+def _make_space(complete: dict[str, Any] | list[dict[str, Any]], features: Callable[..., Any], schedule: Any) -> Any:
     from palate import spaces
 
-    def one(part: Mapping[str, Any]) -> Any:
-        rest = {k: v for k, v in part.items() if k not in ("name", "weight")}
-        if part["name"] == "latent":
-            return spaces.latent(**rest)
-        return spaces.perceptual(policy.features, policy.schedule, **rest)
-
-    if isinstance(options, list):
-        return spaces.weighted([(one(p), float(p.get("weight", 1.0))) for p in options])
-    return one(options)
+    if isinstance(complete, list):
+        return spaces.weighted([(_make_space(part, features, schedule), part["weight"]) for part in complete])
+    rest = {k: v for k, v in complete.items() if k not in ("name", "weight")}
+    return spaces.latent(**rest) if complete["name"] == "latent" else spaces.perceptual(features, schedule, **rest)
 
 
 def write(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True))
+    temporary.write_text(
+        yaml.dump(recipe.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8"
+    )
     os.replace(temporary, path)
+
+
+# Help --------------------------------------------------------------------------------------------------------------------
+
+
+def options_help() -> str:
+    """Every option of a recipe with its default and what it means, by section."""
+    from palate.objectives import pairs, samples
+
+    names = " | ".join((*pairs.__all__, *samples.__all__, "package.module:function"))
+    lines = [
+        "palate train RECIPE [--option value ...]",
+        "",
+        f"RECIPE is the path of a .yaml file or one of: {', '.join(built_in())}",
+        "",
+        "objective",
+        f"  --objective {names}",
+        *_indented("Its keywords follow a point: --objective.beta 2000."),
+        "space",
+        f"  --space {' | '.join(SPACES)}",
+        *_indented("Where errors are measured. Keywords likewise: --space.layers mid."),
+    ]
+    hints = typing.get_type_hints(Recipe)
+    for section in (name for name in SECTIONS if dataclasses.is_dataclass(hints[name])):
+        kind = hints[section]
+        about = _field_docs(kind)
+        lines += ["", section]
+        for leaf in fields(kind):
+            default = leaf.default if leaf.default is not dataclasses.MISSING else leaf.default_factory()  # type: ignore[misc]
+            shown = "" if default is None or default in ((), {}) else f" (default: {_shown(default)})"
+            lines += [f"  --{leaf.name}{shown}", *_indented(about.get(leaf.name, ""))]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text.replace("``", ""), 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass; Python itself drops them."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for before, after in zip(body, body[1:], strict=False):
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    return found

@@ -8,13 +8,12 @@ import os
 import shutil
 import sys
 import time
-import typing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from palate import recipe as recipes
-from palate.errors import UserError
+from palate.errors import UserError, nearest
 from palate.miniature import world
 from palate.recipe import Recipe
 
@@ -23,39 +22,30 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     """Train as ``recipe`` says and, if it names evaluation prompts, compare with the base model.
 
     Returns:
-        The output folder: ``pytorch_lora_weights.safetensors`` (or ``unet/``), ``recipe.yaml``, ``log.jsonl``, ``train.log``,
-        ``samples/``, checkpoints, and from the comparison ``report.html``, ``before_after.png``, ``metrics.json``.
+        The output folder: ``pytorch_lora_weights.safetensors`` (or ``unet/``), ``recipe.yaml``, ``run.json``, ``log.jsonl``,
+        ``train.log``, ``samples/``, checkpoints, and from the comparison ``evaluation/``, ``report.html``,
+        ``before_after.png``, ``metrics.json``.
 
     Raises:
-        UserError: a mistake in the recipe or the data; before any weights are loaded where that is possible.
+        UserError: a mistake in the recipe or the data; before any weights are loaded where that is possible. A run that
+            fails before its first checkpoint leaves no output behind.
         palate.training.loop.Stopped: interrupted, after saving a checkpoint.
+        KeyboardInterrupt: interrupted before or after training; its text says how to go on.
     """
     out = Path(recipe.training.output_dir)
-    resuming = recipe.training.resume_from_checkpoint is not None
-    _check_output(out, resuming)
+    if _main():
+        _check_output(recipe, out)
     _evaluation_prompts(recipe)
     _judges(recipe)
-    source = world.pairs() if recipe.data.train_data == "miniature-pairs" else Path(recipe.data.train_data)
-    from palate.data import pairs as pair_files
-
-    reader = pair_files.read_pairs(
-        source,
-        ties=recipe.data.ties,
-        max_bad_rows=recipe.data.max_bad_rows,
-        max_train_samples=recipe.data.max_train_samples,
-        columns=recipe.data.columns or None,
-    )
-
-    import torch
+    reader = _reader(recipe)
 
     from palate.data.cache import TensorCache
     from palate.data.encode import encode_pairs
     from palate.models.policy import Policy
-    from palate.models.sd import check_resolution
-    from palate.training import loop, steps
+    from palate.training import steps
 
     denoiser = _denoiser(recipe)
-    resolution = check_resolution(denoiser, recipe.data.resolution or denoiser.default_resolution)
+    resolution = recipe.data.resolution or denoiser.default_resolution
     fingerprint = denoiser.fingerprint()
     encoded = encode_pairs(
         reader,
@@ -68,8 +58,12 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         random_flip=recipe.data.random_flip,
         center_crop=recipe.data.center_crop,
         seed=recipe.training.seed,
+        progress=_main() and sys.stderr.isatty(),
     )
     _say_counts(reader.counts)
+    cut, limit = denoiser.cut_prompts(encoded.prompts)
+    if cut:
+        _tell(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads; the model does not see their ends")
     held_out = None
     if recipe.data.validation_fraction > 0 and len(set(encoded.prompts)) > 1:
         encoded, held_out = encoded.split(recipe.data.validation_fraction, recipe.training.seed)
@@ -92,52 +86,38 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     def on_evaluate(step: int) -> dict[str, float]:
         if held_out is None or all(p.label == 0.5 for p in held_out.pairs):
             return {}
-        return {"held_out_accuracy": steps.implicit_accuracy(policy, space, held_out, batch_size=32)}
+        found = steps.implicit_accuracy(policy, space, held_out, batch_size=recipe.training.train_batch_size)
+        return {"held_out_accuracy": found}
 
-    out.mkdir(parents=True, exist_ok=True)
-    recipes.write(recipe, out / "recipe.yaml")
-    _write_json(out / "run.json", {"command": command, "versions": versions(), "pairs": len(encoded), **_counts(reader.counts)})
-    loop.train(
-        make(policy, space, objective),
-        policy,
-        encoded,
-        options=recipe.training,
-        recipe=recipe.as_dict(),
-        on_sample=samples.draw if recipe.evaluation.validation_prompts else None,
-        on_evaluate=on_evaluate,
-    )
-    if int(os.environ.get("RANK", "0")) > 0:
+    about = {"command": command, "versions": versions(), "pairs": len(encoded), **_counts(reader.counts)}
+    _train(recipe, policy, make(policy, space, objective), encoded, samples, on_evaluate, about)
+    if not _main():
         return out
-    saved = policy.save(out)
-    _tell(f"wrote {saved}")
+    _tell(f"wrote {policy.save(out)}")
     if recipe.evaluation.evaluation_prompts is not None:
-        with torch.no_grad():
+        try:
             _compare(recipe, denoiser, policy.frozen, policy.trainable_module, resolution, out, command)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the trained weights are in {out}; compare them with: palate evaluate {out}") from None
     return out
 
 
 def evaluate(recipe: Recipe, *, command: str = "") -> None:
     """Compare base and tuned model of a finished run again, in its folder."""
     out = Path(recipe.training.output_dir)
-    _evaluation_prompts(recipe)
-    _judges(recipe)
     if recipe.evaluation.evaluation_prompts is None:
         raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
+    _evaluation_prompts(recipe)
+    _judges(recipe)
     lora, full = out / "pytorch_lora_weights.safetensors", out / "unet"
     if not lora.is_file() and not full.is_dir():
         raise UserError(f"{out} holds neither {lora.name} nor unet/; is the training finished?")
-    from palate.models.policy import twin
-    from palate.models.sd import check_resolution
+    from palate.models.policy import tuned, twin
 
     denoiser = _denoiser(recipe)
-    resolution = check_resolution(denoiser, recipe.data.resolution or denoiser.default_resolution)
-    base = twin(denoiser.unet, share=True).eval()
-    if lora.is_file():
-        denoiser.pipeline().load_lora_weights(str(out))
-        tuned = denoiser.unet
-    else:
-        tuned = type(denoiser.unet).from_pretrained(str(full)).to(denoiser.device).eval()  # type: ignore[attr-defined]
-    _compare(recipe, denoiser, base, tuned, resolution, out, command)
+    base = twin(denoiser.unet, share=True)
+    resolution = recipe.data.resolution or denoiser.default_resolution
+    _compare(recipe, denoiser, base, tuned(denoiser, lora if lora.is_file() else full), resolution, out, command)
 
 
 def versions() -> dict[str, str]:
@@ -155,37 +135,120 @@ def versions() -> dict[str, str]:
 # Parts ---------------------------------------------------------------------------------------------------------------------
 
 
+def _main() -> bool:
+    """Whether this is the process that writes and speaks, of those that ``accelerate launch`` may have started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if _main():
+        print(text, file=sys.stderr, flush=True)
 
 
-def _check_output(out: Path, resuming: bool) -> None:
+def _check_output(recipe: Recipe, out: Path) -> None:
+    """Refuse an output folder that cannot be used, and a checkpoint that does not fit, before anything is read."""
+    from palate.training import checkpoints
+
     if out.exists() and not out.is_dir():
         raise UserError(f"output_dir {out} is a file; name a folder")
-    if not resuming and any((out / name).exists() for name in ("recipe.yaml", "log.jsonl")):
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"output_dir {out} cannot be made: {parent} is not a folder you may write to; name another")
+    wanted, found = recipe.training.resume_from_checkpoint, checkpoints.latest(out)
+    if wanted is not None:
+        path = found if wanted == "latest" else Path(wanted)
+        if path is None:
+            raise UserError(f"{out} holds no checkpoint to resume from; leave out --resume_from_checkpoint to begin anew")
+        # Without its weights, which are read where they are needed.
+        checkpoints.check_recipe(checkpoints.Checkpoint(path, {}, {}, _saved_recipe(path)), recipe.as_dict())
+    elif found is not None:
         raise UserError(
-            f"{out} already holds a run; name another --output_dir, or continue it with --resume_from_checkpoint latest"
+            f"{out} already holds a run; continue it with --resume_from_checkpoint latest, or name another --output_dir"
         )
-    if not resuming and out.is_dir() and next(out.glob("checkpoint-*"), None):
-        raise UserError(f"{out} already holds checkpoints; name another --output_dir")
+    elif any((out / name).exists() for name in ("recipe.yaml", "log.jsonl", "pytorch_lora_weights.safetensors", "unet")):
+        raise UserError(f"{out} already holds a run, without checkpoints; name another --output_dir, or delete that folder")
+
+
+def _saved_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint at {path}; expected a folder such as checkpoint-500, or latest")
+    try:
+        return json.loads((path / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is damaged ({error}); resume from an earlier one") from error
+
+
+def _reader(recipe: Recipe) -> Any:
+    """The pairs, of which the first is read at once: most mistakes in a data file are in every row."""
+    from palate.data.pairs import read_pairs
+
+    options = recipe.data
+    reader = read_pairs(
+        world.pairs() if options.train_data == "miniature-pairs" else options.train_data,
+        ties=options.ties,
+        max_bad_rows=options.max_bad_rows,
+        max_train_samples=options.max_train_samples,
+        columns=options.columns or None,
+    )
+    next(iter(reader))
+    return reader
 
 
 def _denoiser(recipe: Recipe) -> Any:
-    import torch
-
-    from palate.models import load_denoiser
-
     name = recipe.model.pretrained_model_name_or_path
     if name in world.MODELS:
         name = str(world.checkpoint(name))
+    from palate.models import check_model, load_denoiser, quiet_loading
+
+    check_model(name, revision=recipe.model.revision)
+
+    import torch
+
+    precision = recipe.training.mixed_precision
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if precision == "fp16" and device == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU, and there is none; use bf16 or no")
+    if recipe.policy.train_method == "full":
+        precision = "no"  # all weights are trained, from their full precision on; the forward pass is autocast all the same
+    quiet_loading()
     return load_denoiser(
-        name,
-        mixed_precision=recipe.training.mixed_precision,
-        device=device,
-        revision=recipe.model.revision,
-        variant=recipe.model.variant,
+        name, mixed_precision=precision, device=device, revision=recipe.model.revision, variant=recipe.model.variant
     )
+
+
+def _train(
+    recipe: Recipe, policy: Any, step: Any, encoded: Any, samples: _Samples, on_evaluate: Any, about: dict[str, Any]
+) -> None:
+    """The loop, with the files that say what was run. What fails before its first checkpoint leaves nothing behind."""
+    from palate.training import checkpoints, loop
+
+    out = Path(recipe.training.output_dir)
+    made = not out.exists()
+    fresh = made or not any(out.iterdir())
+    try:
+        if _main():
+            out.mkdir(parents=True, exist_ok=True)
+            # Without the wish to resume: the recipe of a resumed run is that of an uninterrupted one.
+            told = dataclasses.replace(recipe.training, resume_from_checkpoint=None)
+            recipes.write(dataclasses.replace(recipe, training=told), out / "recipe.yaml")
+            # A resumed run is repeated by the command it began with.
+            if recipe.training.resume_from_checkpoint is None or not (out / "run.json").is_file():
+                _write_json(out / "run.json", about)
+        loop.train(
+            step,
+            policy,
+            encoded,
+            options=recipe.training,
+            recipe=recipe.as_dict(),
+            on_sample=samples.draw if recipe.evaluation.validation_prompts else None,
+            on_evaluate=on_evaluate,
+        )
+    except (UserError, OSError):
+        if fresh and _main() and checkpoints.latest(out) is None:
+            shutil.rmtree(out, ignore_errors=True)
+            if not made:
+                out.mkdir()
+        raise
 
 
 def _counts(counts: Any) -> dict[str, Any]:
@@ -193,6 +256,7 @@ def _counts(counts: Any) -> dict[str, Any]:
         "rows": counts.rows,
         "ties_dropped": counts.ties_dropped,
         "ties_kept": counts.ties_kept,
+        "unlabelled": counts.unlabelled,
         "bad_rows": [str(b) for b in counts.bad],
     }
 
@@ -200,10 +264,13 @@ def _counts(counts: Any) -> dict[str, Any]:
 def _say_counts(counts: Any) -> None:
     for bad in counts.bad:
         _tell(f"skipped {bad}")
-    _tell(
-        f"{counts.rows} rows: {counts.pairs} pairs, {counts.ties_dropped} ties dropped, {counts.ties_kept} ties kept, "
-        f"{len(counts.bad)} bad rows skipped"
-    )
+    parts = {
+        "ties dropped": counts.ties_dropped,
+        "ties kept": counts.ties_kept,
+        "without a label": counts.unlabelled,
+        "bad rows skipped": len(counts.bad),
+    }
+    _tell(", ".join([f"{counts.rows} rows: {counts.pairs} pairs", *(f"{n} {what}" for what, n in parts.items() if n)]))
 
 
 def _evaluation_prompts(recipe: Recipe) -> list[str]:
@@ -218,18 +285,18 @@ def _evaluation_prompts(recipe: Recipe) -> list[str]:
 
 def _judges(recipe: Recipe) -> dict[str, tuple[str, Path | None, str]]:
     """Name -> kind, folder, what it tells. Refuses unknown ones before any weights are loaded."""
-    from palate.errors import nearest
-    from palate.judges import KINDS
+    from palate.judges import KINDS, check_judge
 
     found: dict[str, tuple[str, Path | None, str]] = {}
     for name in recipe.evaluation.judges:
         kind, colon, folder = name.partition(":")
         if name in world.JUDGES:
             found[name] = (world.JUDGES[name][0], world.checkpoint(name), world.JUDGES[name][1])
-        elif kind in KINDS and (colon or kind.startswith("jpeg")):
+        elif kind in KINDS and (folder or kind.startswith("jpeg")):
             found[name] = (kind, Path(folder) if colon else None, "held out")
         else:
             raise UserError(f"no judge {name!r}{nearest(name, [*world.JUDGES, *(f'{k}:FOLDER' for k in KINDS)])}")
+        check_judge(*found[name][:2])
     if recipe.evaluation.evaluation_prompts is not None and not found:
         raise UserError("evaluation_prompts are given but no judges; add --judges '[mini-heldout]' or kind:folder")
     return found
@@ -282,6 +349,7 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
     pictures = {}
     for side, unet in (("base", base), ("tuned", tuned)):
         pictures[side] = _generated(recipe, denoiser, unet, prompts, seeds, resolution, out / "evaluation" / side, side)
+    denoiser.release()  # room for the judges
     scores, told = {}, {}
     for name, (kind, folder, tells) in _judges(recipe).items():
         judge = load_judge(kind, folder, device=denoiser.device)
@@ -334,7 +402,7 @@ def _generated(
         guidance_scale=options.guidance_scale,
         resolution=resolution,
         batch_size=options.evaluation_batch_size,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -376,20 +444,3 @@ def _write_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
-
-
-def options_help() -> str:
-    """Every option of a recipe with its default, by section."""
-    lines = ["palate train RECIPE [--option value ...]", "", "Recipes: " + ", ".join(recipes.built_in()), ""]
-    hints = typing.get_type_hints(Recipe)
-    lines += ["objective  --objective dpo | cpo | sft | package.module:function, its keywords as --objective.beta 2000"]
-    lines += ["space      --space latent | perceptual, its keywords as --space.layers mid"]
-    for name in recipes.SECTIONS:
-        kind = hints[name]
-        if not dataclasses.is_dataclass(kind):
-            continue
-        lines += ["", name]
-        for leaf in dataclasses.fields(kind):
-            default = leaf.default if leaf.default is not dataclasses.MISSING else leaf.default_factory()  # type: ignore[misc]
-            lines.append(f"  --{leaf.name} (default: {default})")
-    return "\n".join(lines)

@@ -29,6 +29,23 @@ class Judge(Protocol):
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]: ...
 
 
+def check_judge(kind: str, folder: str | Path | None = None) -> None:
+    """Refuse what :func:`load_judge` would refuse for want of a file, in no time: no weights are read."""
+    if kind not in KINDS:
+        raise UserError(f"unknown judge {kind!r}{nearest(kind, KINDS)}")
+    if kind.startswith("jpeg"):
+        return
+    if folder is None:
+        raise UserError(f"judge {kind!r} needs the folder of its CLIP model; none was given")
+    from palate.judges.clip import check_clip
+
+    check_clip(Path(folder))
+    if kind == "aesthetic":
+        from palate.judges.aesthetic import find_head
+
+        find_head(folder)
+
+
 def load_judge(kind: str, folder: str | Path | None = None, *, device: str | torch.device = "cpu") -> Judge:
     """Load a judge of one of the :data:`KINDS` from a folder on disk (the two JPEG judges need none).
 

@@ -18,6 +18,14 @@ HEADS = ("aesthetic_head.safetensors", "aesthetic_head.pth", "sac+logos+ava1-l14
 """File names under which a head is looked for, in this order; the last two are LAION's own (v2 and v1 for ViT-L/14)."""
 
 
+def find_head(folder: str | Path) -> Path:
+    """The first of :data:`HEADS` in a folder; raises ``UserError`` if there is none."""
+    found = [Path(folder) / name for name in HEADS if (Path(folder) / name).exists()]
+    if not found:
+        raise UserError(f"{folder} has no aesthetic head; put {HEADS[0]} or LAION's {HEADS[2]} there")
+    return found[0]
+
+
 def load_head(path: str | Path) -> tuple[Float[Tensor, " d"], Float[Tensor, ""]]:
     """The head as one affine map: ``weight (d,)`` and ``bias ()``, float32.
 
@@ -66,11 +74,9 @@ class AestheticJudge:
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> AestheticJudge:
         """From a CLIP folder that also holds a head under one of the names in :data:`HEADS`."""
+        head = find_head(folder)
         model, _, preprocess = load_clip(folder, device)
-        found = [Path(folder) / name for name in HEADS if (Path(folder) / name).exists()]
-        if not found:
-            raise UserError(f"{folder} has no aesthetic head; put {HEADS[0]} or LAION's {HEADS[2]} there")
-        return cls(model, preprocess, *load_head(found[0]))
+        return cls(model, preprocess, *load_head(head))
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         return embed_images(self.model, self.preprocess(images.to(self.weight.device))) @ self.weight + self.bias

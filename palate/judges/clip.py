@@ -26,15 +26,7 @@ def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> tuple[A
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; expected the folder of a CLIP model")
-    words = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    _need(folder, ("config.json",))
-    _need(folder, ("model.safetensors", "model.safetensors.index.json"))
-    if not (words / "tokenizer.json").exists():
-        _need(words, ("vocab.json",))
-        _need(words, ("merges.txt",))
-
+    words = check_clip(folder)
     model, loading = CLIPModel.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
@@ -44,6 +36,19 @@ def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> tuple[A
     tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
     preprocess = Preprocess.load(folder, model.config.vision_config.image_size)
     return model.eval().requires_grad_(False).to(device), tokenizer, preprocess
+
+
+def check_clip(folder: Path) -> Path:
+    """The folder of the tokenizer; raises ``UserError`` if a file is missing, without reading any weights."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; expected the folder of a CLIP model")
+    words = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    _need(folder, ("config.json",))
+    _need(folder, ("model.safetensors", "model.safetensors.index.json"))
+    if not (words / "tokenizer.json").exists():
+        _need(words, ("vocab.json",))
+        _need(words, ("merges.txt",))
+    return words
 
 
 def _need(folder: Path, names: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ def build_all(work: Path, target: Path = world.ROOT) -> None:
     _once(
         work / "mini-pickscore" / "config.json",
         lambda: judging.build_preference(
-            work, work / "mini-pickscore", start=work / "mini-clip", seed=SEED + 4, pairs="pairs-a", steps=1200
+            work, work / "mini-pickscore", start=work / "mini-clip", seed=SEED + 4, pairs="pairs-a", steps=1000
         ),
     )
     _once(

@@ -15,7 +15,7 @@ from palate.miniature.base_model import CONTEXT, SEED, build_tokenizer, picture_
 from palate.miniature.raters import Eye, Rater, crowd
 
 VOTED_PAIRS = 9000
-HELD_OUT_STEPS = 2400
+HELD_OUT_STEPS = 1800
 HELD_OUT_SHAPE = {"width": 80, "layers": 4, "patch": 8, "projection": 64}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -188,7 +188,7 @@ def build_clip(work: Path, folder: Path) -> None:
         heads = heads + attribute_loss(model.text_head(10 * out.text_embeds), asked[rows])
         return 0.5 * contrast + heads
 
-    train(work, "clip", model, loss_of, steps=1800, learning_rate=1e-3, seed=SEED + 3)
+    train(work, "clip", model, loss_of, steps=1500, learning_rate=1e-3, seed=SEED + 3)
     save_clip(model.clip, folder)
 
 

@@ -16,8 +16,8 @@ from palate.miniature import scenes
 from palate.miniature.base_model import SEED, save_atomic, say
 from palate.miniature.raters import crowd, load_eye
 
-PAIRS, UNSEEN = 2600, 400
-STEPS, GUIDANCE = 16, 4.0
+PAIRS, UNSEEN = 2400, 400
+STEPS, GUIDANCE = 14, 4.0
 
 
 def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:

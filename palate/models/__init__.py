@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ if TYPE_CHECKING:
 
 FAMILIES = {"StableDiffusionPipeline": "sd"}
 """Pipeline class named in ``model_index.json`` -> family."""
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
-def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: Any) -> Denoiser:
+def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: str | None) -> Denoiser:
     """Load a pipeline folder or hub id.
 
     Args:
@@ -25,41 +27,76 @@ def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu"
     Raises:
         UserError: not a pipeline, an unsupported family, or not reachable.
     """
+    given = {k: v for k, v in source.items() if v is not None}
+    kind = check_model(name, revision=given.get("revision"))
     from palate.models.denoiser import DTYPES
+    from palate.models.sd import StableDiffusion
 
     if mixed_precision not in DTYPES:
         raise UserError(f"mixed_precision is {mixed_precision!r}; expected one of {', '.join(DTYPES)}")
-    source = {k: v for k, v in source.items() if v is not None}
-    kind = _pipeline_class(name, source)
-    if kind not in FAMILIES:
-        raise UserError(f"{name} is a {kind}; supported pipelines: {', '.join(FAMILIES)}")
-    from palate.models.sd import StableDiffusion
-
     try:
-        return StableDiffusion(name, dtype=DTYPES[mixed_precision], device=device, **source)
+        return StableDiffusion(name, dtype=DTYPES[mixed_precision], device=device, **given)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be loaded as a {kind}: {_first_line(error)}") from error
+        raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
 
 
-def _pipeline_class(name: str, source: dict[str, Any]) -> str:
+def check_model(name: str, *, revision: str | None = None) -> str:
+    """The pipeline class of a folder or hub id; reads no weights.
+
+    Raises:
+        UserError: as :func:`load_denoiser`.
+    """
     folder = Path(name)
+    if folder.is_file() and folder.suffix in SINGLE_FILES:
+        raise UserError(
+            f"{name} is a single file; expected a pipeline folder. diffusers makes one: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(
-            f"{name} is not a diffusers pipeline folder: model_index.json is missing; expected the folder written by save_pretrained"
+            f"{name} is not a diffusers pipeline folder: model_index.json is missing; "
+            "expected the folder that save_pretrained of a pipeline wrote"
         )
-    if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
+    if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"no model at {name}: expected a pipeline folder or a hub id such as owner/model")
-    from diffusers import DiffusionPipeline
+    index = folder / "model_index.json" if folder.exists() else _fetch_index(name, revision)
+    try:
+        kind = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model_index.json of {name} is damaged ({first_line(error)}); download the model again") from error
+    if kind not in FAMILIES:
+        raise UserError(f"{name} is a {kind}; supported pipelines: {', '.join(FAMILIES)}")
+    return kind
+
+
+def _fetch_index(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
 
     try:
-        config = DiffusionPipeline.load_config(name, **{k: v for k, v in source.items() if k != "variant"})
-    except (OSError, ValueError) as error:
+        return Path(hf_hub_download(name, "model_index.json", revision=revision))
+    # The hub's client raises its own errors, those of its network library, OSError and ValueError.
+    except Exception as error:
+        short = name.split("/")[-1]
         raise UserError(
-            f"{name} is not on this machine and could not be fetched ({_first_line(error)}). Without a network, run "
-            f"'hf download {name} --local-dir models/{name.split('/')[-1]}' where there is one, copy the folder here and name it instead"
+            f"{name} is not on this machine and could not be fetched ({first_line(error)}). Without a network, run "
+            f"'hf download {name} --local-dir models/{short}' where there is one, copy the folder here and give "
+            f"--pretrained_model_name_or_path models/{short}"
         ) from error
-    return str(config["_class_name"])
 
 
-def _first_line(error: BaseException) -> str:
+def quiet_loading() -> None:
+    """No bars while weights are read from disk; those of downloads stay."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    wanted = not are_progress_bars_disabled()
+    of_transformers.disable_progress_bar()  # which disables those of downloads too
+    of_diffusers.disable_progress_bar()
+    if wanted:
+        enable_progress_bars()
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of a library's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

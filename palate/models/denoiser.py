@@ -28,6 +28,10 @@ class Denoiser(Protocol):
         """Prompts to what the U-Net attends to, one row each."""
         ...
 
+    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
+        """How many different prompts are longer than the text encoder reads, and how many tokens that is."""
+        ...
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures ``(b, 3, h, w)`` in [-1, 1] to scaled latents (the posterior's mean), float32."""
         ...

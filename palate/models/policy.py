@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
 from palate.errors import UserError
+from palate.models import first_line
 from palate.models.denoiser import Denoiser
 
 
@@ -126,25 +130,45 @@ class Policy:
         folder.mkdir(parents=True, exist_ok=True)
         unet: Any = self.denoiser.unet
         if self.kind == "full":
-            return _replace_folder(folder / "unet", unet.save_pretrained)
+            return _replace(folder / "unet", unet.save_pretrained)
         from diffusers.training_utils import _collate_lora_metadata
         from peft import get_peft_model_state_dict
 
-        partial = folder / ".saving"
-        self.denoiser.save_lora(str(partial), get_peft_model_state_dict(unet), _collate_lora_metadata({"unet": unet}))
-        written = partial / "pytorch_lora_weights.safetensors"
-        final = folder / written.name
-        written.replace(final)
-        partial.rmdir()
-        return final
+        weights, metadata = get_peft_model_state_dict(unet), _collate_lora_metadata({"unet": unet})
+        name = "pytorch_lora_weights.safetensors"
+        return _replace(folder / name, lambda partial: self.denoiser.save_lora(partial, weights, metadata), name)
 
 
-def _replace_folder(final: Path, write: Any) -> Path:
-    import shutil
+def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
+    """The U-Net with what :meth:`Policy.save` wrote; a LoRA is put into the denoiser's own U-Net.
 
+    Raises:
+        UserError: it does not fit the model, or is damaged.
+    """
+    unet: Any = denoiser.unet
+    try:
+        if path.is_dir():
+            return type(unet).from_pretrained(str(path)).to(unet.device).eval().requires_grad_(False)
+        denoiser.pipeline().load_lora_weights(str(path.parent), weight_name=path.name)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be put into {denoiser.name}: {first_line(error)}") from error
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # as in training
+    return unet.eval().requires_grad_(False)
+
+
+def _replace(final: Path, write: Callable[[str], Any], name: str = ".") -> Path:
+    """Let ``write`` fill a temporary folder, and put its file ``name`` (or all of it) in the place of ``final``."""
     partial = final.with_name(f".{final.name}-saving")
     shutil.rmtree(partial, ignore_errors=True)
-    write(str(partial))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    try:
+        write(str(partial))
+        if final.is_dir():
+            shutil.rmtree(final)
+        os.replace(partial / name, final)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
+        raise UserError(f"{final} cannot be written ({first_line(error)}): free some space or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return final

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.errors import UserError
+from palate.models import first_line
 from palate.models.features import encoder_features
 
 
@@ -28,37 +31,29 @@ class StableDiffusion:
     family = "sd"
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
-    def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: Any):
-        from diffusers import UNet2DConditionModel
-        from diffusers.schedulers import SchedulerMixin
+    def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-        self.name, self.device, self._source = name, torch.device(device), source
+        self.name, self.device = name, torch.device(device)
+        self._source = source
+        self._plain = {k: v for k, v in source.items() if k != "variant"}  # configurations and tokenizers have no variants
         self._vae: Any = None
         self._text: Any = None
         self._prompts: dict[str, Tensor] = {}
-        self.unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **source)
-        self.unet.to(self.device).eval()
-        self.scheduler_config, _ = SchedulerMixin.load_config(
-            name, subfolder="scheduler", return_unused_kwargs=True, **{k: v for k, v in source.items() if k != "variant"}
-        )
+        # Any scheduler's configuration can be read by any class.
+        self.scheduler_config = dict(DDPMScheduler.load_config(name, subfolder="scheduler", **self._plain))
         self.schedule = Schedule.from_config(self.scheduler_config)
-        vae_config = self._vae_class().load_config(
-            name, subfolder="vae", **{k: v for k, v in source.items() if k != "variant"}
-        )
+        vae_config = AutoencoderKL.load_config(name, subfolder="vae", **self._plain)
         self.vae_scale_factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        self.unet = self._read(UNet2DConditionModel, "unet", torch_dtype=dtype)
         self.default_resolution = int(self.unet.config.sample_size) * self.vae_scale_factor
-
-    @staticmethod
-    def _vae_class() -> Any:
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL
 
     @property
     def vae(self) -> Any:
         if self._vae is None:
-            vae = self._vae_class().from_pretrained(self.name, subfolder="vae", torch_dtype=torch.float32, **self._source)
-            self._vae = vae.to(self.device).eval().requires_grad_(False)
+            from diffusers import AutoencoderKL
+
+            self._vae = self._read(AutoencoderKL, "vae", torch_dtype=torch.float32)
         return self._vae
 
     @property
@@ -67,11 +62,36 @@ class StableDiffusion:
         if self._text is None:
             from transformers import CLIPTextModel, CLIPTokenizer
 
-            plain = {k: v for k, v in self._source.items() if k != "variant"}
-            tokenizer = CLIPTokenizer.from_pretrained(self.name, subfolder="tokenizer", **plain)
-            encoder = CLIPTextModel.from_pretrained(self.name, subfolder="text_encoder", dtype=torch.float32, **self._source)
-            self._text = tokenizer, encoder.to(self.device).eval().requires_grad_(False)
+            try:
+                tokenizer = CLIPTokenizer.from_pretrained(self.name, subfolder="tokenizer", **self._plain)
+            except (OSError, ValueError) as error:
+                raise UserError(f"the tokenizer of {self.name} cannot be loaded: {first_line(error)}") from error
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing folder
+                raise UserError(f"the tokenizer of {self.name} knows no words; expected vocab.json and merges.txt in tokenizer/")
+            encoder = self._read(CLIPTextModel, "text_encoder", dtype=torch.float32)
+            # Of a tokenizer without a limit, model_max_length is a huge number.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            self._text = tokenizer, encoder
         return self._text
+
+    def _read(self, kind: Any, part: str, **options: Any) -> Any:
+        """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones."""
+        try:
+            module, found = kind.from_pretrained(
+                self.name, subfolder=part, output_loading_info=True, **options, **self._source
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{part} of {self.name} cannot be loaded: {first_line(error)}{self._variants(part)}") from error
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise UserError(f"{part} of {self.name} lacks {len(missing)} weights, the first is {missing[0]}; download it again")
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def _variants(self, part: str) -> str:
+        """Advice where a folder holds only weights such as diffusion_pytorch_model.fp16.safetensors."""
+        found = {path.name.split(".")[1] for path in Path(self.name, part).glob("*.*.safetensors")}
+        found = {name for name in found if not name.startswith("safetensors")} - {self._source.get("variant", "")}
+        return f"; its files are of variant {' and '.join(sorted(found))}: add --variant {min(found)}" if found else ""
 
     def release(self) -> None:
         self._vae = self._text = None
@@ -83,6 +103,13 @@ class StableDiffusion:
             "vae": _digest(self.vae, self.vae.config["scaling_factor"], self.vae.config.get("shift_factor")),
             "text": _digest(encoder, words, getattr(encoder.config, "use_attention_mask", False)),
         }
+
+    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
+        tokenizer, _ = self.text
+        unique = list(dict.fromkeys(prompts))
+        ids = tokenizer(unique, truncation=False, padding=False, verbose=False).input_ids if unique else []
+        limit = tokenizer.model_max_length
+        return sum(len(tokens) > limit for tokens in ids), limit
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
@@ -115,9 +142,11 @@ class StableDiffusion:
         return encoder_features(unet, x, t, text, None, layers, gradient_checkpointing=gradient_checkpointing)
 
     def pipeline(self, unet: nn.Module | None = None) -> Any:
+        return self._pipeline(unet, *self.text)
+
+    def _pipeline(self, unet: nn.Module | None, tokenizer: Any, text_encoder: Any) -> Any:
         import diffusers
 
-        tokenizer, text_encoder = self.text
         scheduler = getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
         pipeline = diffusers.StableDiffusionPipeline(
             vae=self.vae,
@@ -154,9 +183,9 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-        pipeline = self.pipeline(unet)
-        dtype = pipeline.unet.conv_in.weight.dtype
         self.remember(prompts)
+        pipeline = self._pipeline(unet, None, None)  # the text encoder may have left memory and is not needed again
+        dtype = pipeline.unet.conv_in.weight.dtype
         images: list[Image.Image] = []
         was_training = pipeline.unet.training
         pipeline.unet.eval()
@@ -194,12 +223,5 @@ def _digest(module: nn.Module, *settings: Any) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_resolution(denoiser: Any, resolution: int) -> int:
-    """Refuse sizes the VAE and U-Net cannot halve evenly."""
-    if resolution <= 0 or resolution % 8:
-        raise UserError(f"resolution is {resolution}; expected a positive multiple of 8, such as {denoiser.default_resolution}")
-    return resolution

@@ -1,0 +1,137 @@
+"""A tiny random Stable Diffusion, a tiny random judge and sixteen votes: all that the tests of the whole job share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from palate.miniature import scenes
+from palate.miniature.base_model import build_tokenizer
+
+LIMIT = 40  # tokens that the tiny text encoder reads
+
+torch.set_num_threads(1)  # for models as small as these, threads cost more than they save
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A ``StableDiffusionPipeline`` folder with random weights: 16 x 16 x 4 latents of 64 x 64 pictures."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=LIMIT)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=LIMIT,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(4, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=64,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=16,
+        )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_dir(tmp_path_factory) -> Path:
+    """Sixteen votes, the unspoilt picture of a scene against a spoilt one, as ``metadata.jsonl``; eight prompts."""
+    folder, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    lines = []
+    for row in range(16):
+        if row % 2 == 0:
+            scene = scenes.random_scene(rng)
+            prompt = scenes.caption(scene, rng)
+        for side, share in (("chosen", 0.0), ("rejected", 1.0)):
+            scenes.shoot(scene, rng, flaw_share=share, wrong_share=0.0).image.save(folder / f"{row}-{side}.png")
+        lines.append({"prompt": prompt, "chosen": f"{row}-chosen.png", "rejected": f"{row}-rejected.png"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A ``CLIPModel`` folder with random weights, as PickScore is saved."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("judge") / "tiny-judge"
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=LIMIT)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": LIMIT, "pad_token_id": tokenizer.pad_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(
+            CLIPConfig(
+                text_config=tower | ends | text, vision_config=tower | {"image_size": 32, "patch_size": 8}, projection_dim=16
+            )
+        )
+        for parameter in model.parameters():  # the initial weights are so small that all pictures would score alike
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    rng = np.random.default_rng(1)
+    path.write_text("".join(scenes.caption(scenes.random_scene(rng), rng) + "\n" for _ in range(4)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    """Shared by all tests, so that the sixteen pairs are encoded once."""
+    return tmp_path_factory.mktemp("cache")

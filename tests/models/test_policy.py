@@ -1,0 +1,317 @@
+"""The policy, its reference and its features on a tiny real Stable Diffusion."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from palate.diffusion.denoising import Conditioning
+from palate.errors import UserError
+from palate.models import load_denoiser
+from palate.models.policy import Policy, tuned
+from palate.spaces import perceptual
+
+
+@pytest.fixture
+def load(model_dir):
+    return lambda **options: load_denoiser(str(model_dir), **options)
+
+
+@pytest.fixture
+def batch():
+    """x (3, 4, 16, 16), times, conditioning."""
+    g = torch.Generator().manual_seed(0)
+    x, text = torch.randn(3, 4, 16, 16, generator=g), torch.randn(3, 40, 16, generator=g)
+    return x, torch.tensor([1, 500, 999]), Conditioning({"encoder_hidden_states": text})
+
+
+def disturb(policy: Policy, size: float = 0.05) -> None:
+    """What training does, without training."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=g)
+
+
+def test_a_fresh_policy_is_its_reference_and_stays_beside_it(load, batch):
+    for kind in ("lora", "full"):
+        base = load()
+        expected = base.predict(base.unet, *batch)
+        policy = Policy(base, kind=kind, rank=4)
+        assert torch.equal(policy(*batch), expected)
+        assert torch.equal(policy.reference(*batch), expected)
+        disturb(policy)
+        assert not torch.equal(policy(*batch), expected)
+        assert torch.equal(policy.reference(*batch), expected)
+        assert not policy.reference(*batch).requires_grad
+        assert policy(*batch).requires_grad
+
+
+def test_the_reference_of_a_lora_costs_no_memory(load):
+    denoiser = load()
+    count = sum(1 for _ in denoiser.unet.parameters())
+    policy = Policy(denoiser, rank=4)
+    own = {p.data_ptr() for p in policy.trainable_module.parameters()}
+    assert {p.data_ptr() for p in policy.frozen.parameters()} <= own
+    assert sum(1 for _ in policy.frozen.parameters()) == count
+    assert not any(p.requires_grad for p in policy.frozen.parameters())
+    trained = list(policy.parameters())
+    assert trained
+    assert all(".lora_" in name for name in policy.state_dict())
+    assert {p.dtype for p in trained} == {torch.float32}
+
+
+def test_the_reference_of_full_training_is_a_copy(load):
+    policy = Policy(load(), kind="full")
+    own = {p.data_ptr() for p in policy.trainable_module.parameters()}
+    assert own.isdisjoint(p.data_ptr() for p in policy.frozen.parameters())
+
+
+@pytest.mark.parametrize(("kind", "alpha"), [("lora", None), ("lora", 2.0), ("full", None)])
+def test_what_is_saved_reloads_at_the_trained_strength(load, batch, tmp_path, kind, alpha):
+    policy = Policy(load(), kind=kind, rank=4, lora_alpha=alpha)
+    disturb(policy)
+    path = policy.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    if kind == "lora":
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert header["unet.lora_alpha"] == (4 if alpha is None else alpha)
+        assert header["unet.r"] == 4
+    again = load()
+    torch.testing.assert_close(again.predict(tuned(again, path), *batch), policy(*batch), rtol=0, atol=0)
+
+
+def test_saving_again_replaces_and_a_full_disk_keeps_what_was_there(load, tmp_path, monkeypatch):
+    for kind in ("lora", "full"):
+        policy = Policy(load(), kind=kind, rank=4)
+        folder = tmp_path / kind
+        policy.save(folder)
+        disturb(policy)
+        path = policy.save(folder)
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(policy.denoiser, "save_lora", full)
+        monkeypatch.setattr(policy.denoiser.unet, "save_pretrained", full)
+        with pytest.raises(UserError, match=r"cannot be written.*No space left"):
+            policy.save(folder)
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+        assert path.exists()
+
+
+def test_weights_of_another_rank_are_refused(load):
+    with pytest.raises(UserError, match="rank 8"):
+        Policy(load(), rank=8).load_state_dict(Policy(load(), rank=4).state_dict())
+
+
+def test_the_seed_decides_the_first_weights_and_leaves_the_global_generator_alone(load):
+    torch.manual_seed(3)
+    first = Policy(load(), rank=4, seed=5).state_dict()
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), drawn)
+    again, other = (Policy(load(), rank=4, seed=s).state_dict() for s in (5, 6))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert any(not torch.equal(first[n], other[n]) for n in first)
+
+
+# Features --------------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_the_activations_of_a_forward_pass(load, batch):
+    denoiser = load()
+    policy = Policy(denoiser, rank=4)
+    disturb(policy)
+    seen: list[torch.Tensor] = []
+    unet = policy.frozen
+    blocks: list[nn.Module] = [unet.conv_in, *unet.down_blocks, unet.mid_block]
+    for block in blocks:
+        block.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    policy.reference(*batch)
+    expected, seen[:] = list(seen), []
+    for layers, wanted in (("all", expected), ("last_down", expected[-2:-1]), ("mid", expected[-1:])):
+        found = policy.features(*batch, layers)
+        assert len(found) == len(wanted)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_features_of_half_precision_weights_are_computed_in_float32(load, batch):
+    for precision in ("fp16", "bf16"):
+        policy = Policy(load(mixed_precision=precision), rank=4)
+        half = policy.features(*batch, "all")
+        assert {f.dtype for f in half} == {torch.float32}
+        policy.frozen.float()
+        for a, b in zip(half, policy.features(*batch, "all"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_of_perception_survives_half_precision_weights(load, batch):
+    # One step back moves the latents by about 0.005 of a difference between outputs that is itself a hundredth.
+    x, t, cond = batch
+    policy = Policy(load(mixed_precision="bf16"), rank=4)
+    nudge = 5e-5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    moved = policy.features(x + nudge, t, cond, "mid")[0] - policy.features(x, t, cond, "mid")[0]
+    policy.frozen.double()
+    exact64 = Conditioning({k: v.double() for k, v in cond.tensors.items()})
+
+    def double(x):
+        """The same features in float64, from a plain forward pass."""
+        seen = []
+        hook = policy.frozen.mid_block.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        policy.reference(x.double(), t, exact64)
+        hook.remove()
+        return seen[0]
+
+    exact = double(x + nudge) - double(x)
+    assert float((moved - exact).norm() / exact.norm()) < 0.02
+
+
+def test_gradients_do_not_depend_on_checkpointing(load, batch):
+    x, t, cond = batch
+    found = []
+    for checkpointing in (False, True):
+        policy = Policy(load(), rank=4, gradient_checkpointing=checkpointing)
+        disturb(policy)
+        space = perceptual(policy.features, policy.schedule, layers="mid")
+        from palate.diffusion.denoising import draw
+
+        noised = draw(policy.schedule, x, cond, torch.arange(3), t_min=1)
+        embed = space(noised)
+        residual = embed(policy(noised.xt, noised.t, noised.cond)) - embed(noised.target)
+        (1e6 * residual.square().mean()).backward()
+        found.append({n: p.grad for n, p in policy.trainable_module.named_parameters() if p.requires_grad})
+        assert not any(p.grad is not None for p in policy.frozen.parameters())
+    plain, again = found
+    assert any(g.abs().max() > 0 for g in plain.values())
+    for name in plain:
+        torch.testing.assert_close(plain[name], again[name], rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_reach_the_latents_through_features(load, batch):
+    x, t, cond = batch
+    policy = Policy(load(), rank=4)
+    found = []
+    for checkpointing in (False, True):
+        x = x.detach().requires_grad_()
+        out = policy.denoiser.features(policy.frozen, x, t, cond, "last_down", gradient_checkpointing=checkpointing)[0]
+        found.append(torch.autograd.grad(out.square().sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+    assert found[0].abs().max() > 0
+
+
+# The denoiser ----------------------------------------------------------------------------------------------------------
+
+
+def test_encoders_leave_memory_and_come_back(load):
+    denoiser = load()
+    before = denoiser.encode_prompts(["a red house"]).tensors["encoder_hidden_states"]
+    latents = denoiser.encode_images(torch.zeros(1, 3, 64, 64))
+    gone = [weakref.ref(denoiser.vae), weakref.ref(denoiser.text[1])]
+    denoiser.release()
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    assert torch.equal(denoiser.encode_prompts(["a red house"]).tensors["encoder_hidden_states"], before)
+    assert torch.equal(denoiser.encode_images(torch.zeros(1, 3, 64, 64)), latents)
+
+
+def test_sampling_needs_no_text_encoder_once_prompts_are_remembered(load):
+    denoiser = load()
+    denoiser.remember(["a red house"])
+    denoiser.release()
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "resolution": 64}
+    assert len(denoiser.generate(["a red house"], [0], **options)) == 1
+    assert denoiser._text is None
+    with pytest.raises(ValueError, match="2 seeds"):
+        denoiser.generate(["a red house"], [0, 1], **options)
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(load):
+    denoiser = load()
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "resolution": 64}
+    prompts, seeds = ["a red house", "a blue tower", "a tree"], [1, 2, 3]
+    together = denoiser.generate(prompts, seeds, **options)
+    alone = denoiser.generate(prompts[1:2], seeds[1:2], **options)[0]
+    difference = torch.tensor([a - b for a, b in zip(together[1].tobytes(), alone.tobytes(), strict=True)])
+    assert difference.abs().max() <= 1  # a batch of another size may be summed in another order
+    assert together[0].tobytes() != together[2].tobytes()
+
+
+def test_encoding_and_prompts_equal_those_of_diffusers(load, model_dir):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(model_dir)
+    denoiser = load()
+    prompts = ["a red house", "a very long prompt " * 30]
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+        x = torch.rand(2, 3, 64, 64) * 2 - 1
+        z = pipeline.vae.encode(x).latent_dist.mean * pipeline.vae.config.scaling_factor
+        back = pipeline.vae.decode(z / pipeline.vae.config.scaling_factor).sample
+    assert torch.equal(denoiser.encode_prompts(prompts).tensors["encoder_hidden_states"], expected)
+    assert torch.equal(denoiser.encode_images(x), z)
+    assert torch.equal(denoiser.decode(z), (back / 2 + 0.5).clamp(0, 1))
+    assert denoiser.default_resolution == 64
+    assert denoiser.cut_prompts([*prompts, *prompts]) == (1, 40)
+
+
+def test_fingerprints_tell_encoders_apart(load, model_dir, tmp_path):
+    import shutil
+
+    from diffusers import AutoencoderKL
+
+    first = load().fingerprint()
+    assert load().fingerprint() == first
+    shutil.copytree(model_dir, tmp_path / "other")
+    vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae")
+    with torch.no_grad():
+        next(vae.parameters()).view(-1)[0] += 1e-3
+    vae.save_pretrained(tmp_path / "other" / "vae")
+    other = load_denoiser(str(tmp_path / "other")).fingerprint()
+    assert other["text"] == first["text"]
+    assert other["vae"] != first["vae"]
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line(model_dir, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    def broken(name, change):
+        folder = tmp_path / name
+        shutil.copytree(model_dir, folder)
+        change(folder)
+        with pytest.raises(UserError) as refused:
+            load_denoiser(str(folder)).fingerprint()
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    def only_fp16(folder):
+        for path in folder.rglob("*model.safetensors"):
+            path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+
+    def lacks_a_weight(folder):
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        weights.pop("conv_in.weight")
+        save_file(weights, path)
+
+    def cut(folder):
+        path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+
+    assert "--variant fp16" in broken("fp16", only_fp16)
+    assert load_denoiser(str(tmp_path / "fp16"), variant="fp16").fingerprint()
+    assert "conv_in.weight" in broken("lacks", lacks_a_weight)
+    assert "vae" in broken("cut", cut)
+    assert "tokenizer" in broken("words", lambda folder: shutil.rmtree(folder / "tokenizer"))
+    assert "text_encoder" in broken("text", lambda folder: shutil.rmtree(folder / "text_encoder"))
+    assert "cannot be loaded" in broken("scheduler", lambda folder: shutil.rmtree(folder / "scheduler"))
