@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -32,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # palate train --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 0
     except OSError as error:
         import errno
 
@@ -52,9 +54,9 @@ def _dispatch(words: list[str]) -> int:
         print(_help())
         return 0
     if words[0] == "--version":
-        from importlib.metadata import version
+        from palate.run import versions
 
-        print(version("palate"))
+        print(versions()["palate"])
         return 0
     verb, rest = words[0], words[1:]
     if verb not in VERBS:

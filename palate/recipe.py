@@ -12,6 +12,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -196,6 +197,12 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever either version would read as something else than text."""
 
+    def represent_str(self, data: str) -> Any:
+        # Unquoted, PyYAML writes some line breaks as they are and reads them as a space.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Loader.yaml_implicit_resolvers = {
@@ -290,7 +297,8 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
         if dataclasses.is_dataclass(kind):
             made[name] = _section(kind, {} if value is None else value, f"{where}: {name}")  # type: ignore[arg-type]
         elif value is not None:
-            made[name] = {"name": value} if isinstance(value, str) else value
+            complete = _complete_objective if name == "objective" else _complete_space
+            made[name] = complete({"name": value} if isinstance(value, str) else value)
     return Recipe(**made)
 
 
@@ -306,7 +314,14 @@ def _section(kind: type, value: Any, where: str) -> Any:
     return kind(**made)
 
 
-WORDS = {bool: "true or false", float: "a number", int: "a whole number", str: "text", tuple: "a list of texts", dict: "a mapping"}
+WORDS = {
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    tuple: "a list of texts",
+    dict: "a mapping",
+}
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
@@ -344,8 +359,7 @@ def _as(kind: Any, value: Any) -> Any:
         number = float(value)
         return int(value) if isinstance(value, int) else int(number) if number.is_integer() else _refuse()
     if kind is str:
-        text = str(value)
-        return os.path.expanduser(text) if text.startswith("~/") else text
+        return str(value)
     return _refuse()
 
 
@@ -483,7 +497,8 @@ def options_help() -> str:
     lines = [
         "palate train RECIPE [--option value ...]",
         "",
-        f"RECIPE is the path of a .yaml file or one of: {', '.join(built_in())}",
+        "RECIPE is the path of a .yaml file, or one of those that come with Palate:",
+        *(f"  {name}" for name in built_in()),
         "",
         "objective",
         f"  --objective {names}",
@@ -516,7 +531,7 @@ def _field_docs(kind: type) -> dict[str, str]:
     """The strings below the fields of a dataclass; Python itself drops them."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     found = {}
-    for before, after in zip(body, body[1:], strict=False):
+    for before, after in itertools.pairwise(body):
         if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
     return found

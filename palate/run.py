@@ -32,6 +32,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         palate.training.loop.Stopped: interrupted, after saving a checkpoint.
         KeyboardInterrupt: interrupted before or after training; its text says how to go on.
     """
+    recipe = _at_home(recipe)
     out = Path(recipe.training.output_dir)
     if _main():
         _check_output(recipe, out)
@@ -46,14 +47,10 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
 
     denoiser = _denoiser(recipe)
     resolution = recipe.data.resolution or denoiser.default_resolution
-    fingerprint = denoiser.fingerprint()
     encoded = encode_pairs(
         reader,
-        encode_images=denoiser.encode_images,
-        encode_text=lambda prompts: denoiser.encode_prompts(prompts).tensors,
-        image_fingerprint=fingerprint["vae"],
-        text_fingerprint=fingerprint["text"],
-        cache=TensorCache(Path(recipe.data.cache_dir).expanduser()),
+        **denoiser.encoders(),
+        cache=TensorCache(recipe.data.cache_dir),
         resolution=resolution,
         random_flip=recipe.data.random_flip,
         center_crop=recipe.data.center_crop,
@@ -63,7 +60,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     _say_counts(reader.counts)
     cut, limit = denoiser.cut_prompts(encoded.prompts)
     if cut:
-        _tell(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads; the model does not see their ends")
+        _tell(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads: their ends are not seen")
     held_out = None
     if recipe.data.validation_fraction > 0 and len(set(encoded.prompts)) > 1:
         encoded, held_out = encoded.split(recipe.data.validation_fraction, recipe.training.seed)
@@ -104,6 +101,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
 
 def evaluate(recipe: Recipe, *, command: str = "") -> None:
     """Compare base and tuned model of a finished run again, in its folder."""
+    recipe = _at_home(recipe)
     out = Path(recipe.training.output_dir)
     if recipe.evaluation.evaluation_prompts is None:
         raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
@@ -143,6 +141,24 @@ def _main() -> bool:
 def _tell(text: str) -> None:
     if _main():
         print(text, file=sys.stderr, flush=True)
+
+
+def _at_home(recipe: Recipe) -> Recipe:
+    """The recipe with ``~/`` written out, which a shell does only where a word begins with it."""
+
+    def written_out(options: Any, *names: str) -> Any:
+        given = {name: getattr(options, name) for name in names}
+        return dataclasses.replace(
+            options, **{n: os.path.expanduser(v) for n, v in given.items() if (v or "").startswith("~/")}
+        )
+
+    return dataclasses.replace(
+        recipe,
+        model=written_out(recipe.model, "pretrained_model_name_or_path"),
+        data=written_out(recipe.data, "train_data", "cache_dir"),
+        training=written_out(recipe.training, "output_dir", "resume_from_checkpoint"),
+        evaluation=written_out(recipe.evaluation, "evaluation_prompts"),
+    )
 
 
 def _check_output(recipe: Recipe, out: Path) -> None:
@@ -243,11 +259,14 @@ def _train(
             on_sample=samples.draw if recipe.evaluation.validation_prompts else None,
             on_evaluate=on_evaluate,
         )
-    except (UserError, OSError):
-        if fresh and _main() and checkpoints.latest(out) is None:
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        kept = checkpoints.latest(out)
+        if fresh and _main() and kept is None:
             shutil.rmtree(out, ignore_errors=True)
             if not made:
                 out.mkdir()
+        if kept is not None and type(error) is KeyboardInterrupt:  # a second Ctrl-C, which did not wait for a checkpoint
+            raise KeyboardInterrupt(f"the same command with --resume_from_checkpoint latest goes on from {kept.name}") from None
         raise
 
 
@@ -293,7 +312,7 @@ def _judges(recipe: Recipe) -> dict[str, tuple[str, Path | None, str]]:
         if name in world.JUDGES:
             found[name] = (world.JUDGES[name][0], world.checkpoint(name), world.JUDGES[name][1])
         elif kind in KINDS and (folder or kind.startswith("jpeg")):
-            found[name] = (kind, Path(folder) if colon else None, "held out")
+            found[name] = (kind, Path(folder).expanduser() if colon else None, "held out")
         else:
             raise UserError(f"no judge {name!r}{nearest(name, [*world.JUDGES, *(f'{k}:FOLDER' for k in KINDS)])}")
         check_judge(*found[name][:2])
@@ -331,7 +350,9 @@ class _Samples:
         self.base = self.base or self._generate(self.policy.frozen)
         tuned = self._generate(self.policy.trainable_module) if step else self.base
         self.folder.mkdir(parents=True, exist_ok=True)
-        before_after_grid(list(self.options.validation_prompts), self.base, tuned, self.folder / f"step-{step:06d}.png", columns=4)
+        before_after_grid(
+            list(self.options.validation_prompts), self.base, tuned, self.folder / f"step-{step:06d}.png", columns=4
+        )
         self.denoiser.release()
 
 

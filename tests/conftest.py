@@ -135,3 +135,36 @@ def prompts_file(tmp_path_factory) -> Path:
 def cache_dir(tmp_path_factory) -> Path:
     """Shared by all tests, so that the sixteen pairs are encoded once."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def palate(tmp_path, model_dir, pairs_dir, cache_dir, capsys, monkeypatch):
+    """Runs a verb in ``tmp_path``; ``train`` gets the tiny world and ``quick.yaml`` unless told otherwise.
+
+    Returns the exit code and what was printed on standard output and standard error.
+    """
+    from palate.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick.yaml").write_text(QUICK)
+
+    def run(verb: str, *words: object, **options: object) -> tuple[int, str, str]:
+        if verb == "train":
+            tiny = {"pretrained_model_name_or_path": model_dir, "train_data": pairs_dir, "cache_dir": cache_dir}
+            options = {**tiny, "output_dir": "out", "max_train_steps": 3, **options}
+            words = words or ("quick.yaml",)
+        given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+        capsys.readouterr()
+        code = main([verb, *map(str, words), *given])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+QUICK = """\
+training: {train_batch_size: 4, learning_rate: 1e-3, logging_steps: 1, checkpointing_steps: 2}
+policy: {rank: 4}
+evaluation:
+  num_inference_steps: 3
+  validation_prompts: [a red house on the left, a blue tower]
+"""

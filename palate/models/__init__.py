@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from palate.errors import UserError
 
@@ -70,6 +75,8 @@ def check_model(name: str, *, revision: str | None = None) -> str:
 
 
 def _fetch_index(name: str, revision: str | None) -> Path:
+    if "huggingface_hub" not in sys.modules and not _network():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # only what was downloaded before, at once instead of after half a minute
     from huggingface_hub import hf_hub_download
 
     try:
@@ -82,6 +89,15 @@ def _fetch_index(name: str, revision: str | None) -> Path:
             f"'hf download {name} --local-dir models/{short}' where there is one, copy the folder here and give "
             f"--pretrained_model_name_or_path models/{short}"
         ) from error
+
+
+def _network() -> bool:
+    """Whether the hub has an address; behind a proxy that need not be known here."""
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        return bool(getproxies()) or bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
 
 
 def quiet_loading() -> None:

@@ -54,6 +54,10 @@ class Denoiser(Protocol):
         """Digests of the weights that encode pictures (``vae``) and prompts (``text``)."""
         ...
 
+    def encoders(self) -> dict[str, Any]:
+        """What ``palate.data.encode.encode_pairs`` needs of a model: both encoders and their digests, by argument."""
+        ...
+
     def release(self) -> None:
         """Let VAE and text encoder leave memory; they are read again when next needed."""
         ...

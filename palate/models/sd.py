@@ -67,7 +67,7 @@ class StableDiffusion:
             except (OSError, ValueError) as error:
                 raise UserError(f"the tokenizer of {self.name} cannot be loaded: {first_line(error)}") from error
             if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing folder
-                raise UserError(f"the tokenizer of {self.name} knows no words; expected vocab.json and merges.txt in tokenizer/")
+                raise UserError(f"the tokenizer of {self.name} has no words; expected vocab.json and merges.txt in tokenizer/")
             encoder = self._read(CLIPTextModel, "text_encoder", dtype=torch.float32)
             # Of a tokenizer without a limit, model_max_length is a huge number.
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
@@ -77,9 +77,7 @@ class StableDiffusion:
     def _read(self, kind: Any, part: str, **options: Any) -> Any:
         """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones."""
         try:
-            module, found = kind.from_pretrained(
-                self.name, subfolder=part, output_loading_info=True, **options, **self._source
-            )
+            module, found = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True, **options, **self._source)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{part} of {self.name} cannot be loaded: {first_line(error)}{self._variants(part)}") from error
         if found["missing_keys"]:
@@ -102,6 +100,15 @@ class StableDiffusion:
         return {
             "vae": _digest(self.vae, self.vae.config["scaling_factor"], self.vae.config.get("shift_factor")),
             "text": _digest(encoder, words, getattr(encoder.config, "use_attention_mask", False)),
+        }
+
+    def encoders(self) -> dict[str, Any]:
+        fingerprint = self.fingerprint()
+        return {
+            "encode_images": self.encode_images,
+            "encode_text": lambda prompts: self.encode_prompts(prompts).tensors,
+            "image_fingerprint": fingerprint["vae"],
+            "text_fingerprint": fingerprint["text"],
         }
 
     def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:

@@ -1,0 +1,122 @@
+"""The command line without the work: help, versions, recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from palate import recipe, run
+from palate.cli import VERBS, main, overrides
+from palate.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_help_is_quick_and_light():
+    code = (
+        "import json, sys, time; began = time.perf_counter(); from palate.cli import main; main(['--help']); "
+        "print(json.dumps([time.perf_counter() - began, sorted(m for m in sys.modules if '.' not in m)]), file=sys.stderr)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    taken, modules = json.loads(done.stderr)
+    assert {"torch", "diffusers", "transformers", "numpy", "yaml"}.isdisjoint(modules)
+    assert taken < 1
+    assert time.perf_counter() - began < 5  # with the start of Python, on a busy machine
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["help"]])
+def test_help(capsys, words):
+    assert main(words) == 0
+    assert "palate train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--help"], ["train", "miniature-dpo", "--help"]])
+def test_help_of_train(capsys, words):
+    assert main(words) == 0
+    assert "--learning_rate (default: 1e-05)" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough():
+    code = "import sys; from palate.cli import main; sys.exit(main(['--help']))"
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    worker.stdout.close()
+    assert worker.stderr.read() == b""
+    assert worker.wait(timeout=60) == 0
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == run.versions()["palate"]
+
+
+def test_recipes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(recipe.built_in())
+    assert main(["recipes", "show", "miniature-dpo"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == recipe.find("miniature-dpo").read_text()
+    assert main(["recipes", "copy", "miniature-dpo"]) == 0
+    assert Path("miniature-dpo.yaml").read_text() == shown
+    Path("miniature-dpo.yaml").write_text("mine")
+    capsys.readouterr()
+    for words in (["copy", "miniature-dpo"], ["copy", "miniature-dpo", "."], ["copy", "miniature-dpo", "miniature-dpo.yaml"]):
+        assert main(["recipes", *words]) == 2
+        assert "exists; name another file" in capsys.readouterr().err
+    assert Path("miniature-dpo.yaml").read_text() == "mine"
+    assert main(["recipes", "copy", "miniature-dpo", "other.yaml"]) == 0
+    assert recipe.load("other.yaml") == recipe.load("miniature-dpo")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "no command 'trian' (did you mean 'train'?"),
+        (["recipes", "copy"], "expected: palate recipes"),
+        (["recipes", "show", "nothing"], "no recipe named 'nothing'"),
+        (["miniature"], "expected: palate miniature build"),
+        (["miniature", "build", "--work_dri", "x"], "unknown option --work_dri (did you mean 'work_dir'?"),
+    ],
+)
+def test_mistakes(capsys, words, message):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_overrides():
+    found = overrides(["--a", "1", "--b=x=y", "--c", "[p, q]", "--d", "{r: 1e-4}", "--e", "-1", "--f", "no: w"])
+    assert found == {"a": "1", "b": "x=y", "c": ["p", "q"], "d": {"r": 1e-4}, "e": "-1", "f": "no: w"}
+    for words in (["a"], ["--"], ["-a", "1"], ["--a"], ["--a", "--b"]):
+        with pytest.raises(UserError):
+            overrides(words)
+
+
+def test_what_is_no_mistake_of_the_user_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise FileNotFoundError(2, "a bug")
+
+    monkeypatch.setattr(recipe, "built_in", broken)
+    with pytest.raises(FileNotFoundError):
+        main(["recipes"])
+
+
+def test_interrupted_before_training(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "load", interrupted)
+    assert main(["train", "miniature-dpo"]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: the same command begins again")
