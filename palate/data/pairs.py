@@ -181,7 +181,7 @@ class PairReader:
     def _nothing(self) -> UserError:
         counts = self.counts
         if counts.ties_dropped:
-            return UserError(f"{self.source} has only ties ({counts.ties_dropped} pairs): set ties='keep' to train on them")
+            return UserError(f"{self.source} has only ties ({counts.ties_dropped} pairs): keep them as half with ties: keep")
         met = f"{counts.rows} rows, {counts.unlabelled} without a label, {len(counts.bad)} bad"
         first = f"; the first bad one: {counts.bad[0]}" if counts.bad else ""
         return UserError(f"{self.source} is empty: no preference pairs ({met}{first}). Check that it is the file you meant")
@@ -309,7 +309,7 @@ def _layout(path: Path, present: list[str], names: Mapping[str, str]) -> tuple[s
     name = missing[closest][0]
     raise UserError(
         f"{path}: column {' or '.join(map(repr, COLUMNS[name]))} is missing{nearest(name, present)}; expected "
-        f"{', '.join(closest)}; if it has another name, say so with columns={{{name!r}: ...}}"
+        f"{', '.join(closest)}; if it has another name, say so with columns: {{{name}: ITS NAME}}"
     )
 
 

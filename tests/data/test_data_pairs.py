@@ -263,7 +263,7 @@ def test_a_dropped_tie_is_not_looked_at_but_a_kept_one_is(tmp_path):
 
 def test_only_ties(tmp_path):
     path = jsonl(folder(tmp_path) / "v.jsonl", [{**VOTE, "label": 0.5}] * 3)
-    with pytest.raises(UserError, match=r"only ties \(3 pairs\).*ties='keep'"):
+    with pytest.raises(UserError, match=r"only ties \(3 pairs\).*ties: keep"):
         list(read_pairs(path))
 
 
