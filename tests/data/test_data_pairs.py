@@ -286,7 +286,7 @@ def test_nothing_usable(tmp_path):
         ("x.parquet", b"PAR1 and then it ends", "not a complete parquet file"),
         ("x.csv", b"caf\xe9,b\n", "cannot be read as CSV"),
         ("x.csv", b"prompt,choosen,rejected\n", r"'chosen' or 'chosen_file_name' is missing \(did you mean 'choosen'\?"),
-        ("x.csv", b"promt,chosen,rejected\n", r"'prompt' or 'caption' is missing \(did you mean 'promt'\?.*columns="),
+        ("x.csv", b"promt,chosen,rejected\n", r"'prompt' or 'caption' is missing \(did you mean 'promt'\?.*columns: "),
         ("x.csv", b"prompt,image_0,image_1\n", "'label' is missing.*choose from image_0, image_1, prompt"),
         ("x.csv", b"prompt,images\n", "'rankings' is missing"),
     ],
