@@ -15,7 +15,7 @@ from palate.miniature.scenes import ATTRIBUTES, Scene
 QUESTIONS = ("general", "appeal", "following")
 """General preference, visual appeal (the prompt is hidden), prompt following: the three questions of Diffusion-DPO."""
 
-TIE_MARGIN = 0.16
+TIE_MARGIN = 0.12
 """Two pictures whose perceived worth differs by less than this are called a tie."""
 
 
