@@ -256,13 +256,13 @@ def new_unet():
 
 
 def new_scheduler():
-    from diffusers import PNDMScheduler
+    from diffusers import DDIMScheduler
 
-    return PNDMScheduler(
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        skip_prk_steps=True,
+        clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type="epsilon",
