@@ -92,11 +92,14 @@ class PolicyOptions:
     """Of the LoRA matrices."""
     lora_alpha: float | None = None
     """Strength of the LoRA is lora_alpha / rank; equal to rank unless given."""
+    lora_layers: str = "attention"
+    """``attention``, or ``all``: also the feed-forward and convolution layers, nearer to full training."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third slower, far less memory."""
 
     def __post_init__(self) -> None:
         _choose("train_method", self.train_method, ("lora", "full"))
+        _choose("lora_layers", self.lora_layers, ("attention", "all"))
         _at_least(self, 1, "rank")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise UserError(f"lora_alpha is {self.lora_alpha}; expected a positive number")

@@ -72,6 +72,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         kind=recipe.policy.train_method,
         rank=recipe.policy.rank,
         lora_alpha=recipe.policy.lora_alpha,
+        lora_layers=recipe.policy.lora_layers,
         gradient_checkpointing=recipe.policy.gradient_checkpointing,
         seed=recipe.training.seed,
     )
@@ -87,7 +88,15 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         return {"held_out_accuracy": found}
 
     about = {"command": command, "versions": versions(), "pairs": len(encoded), **_counts(reader.counts)}
-    _train(recipe, policy, make(policy, space, objective), encoded, samples, on_evaluate, about)
+    _train(
+        recipe,
+        policy,
+        make(policy, space, objective, t_min=recipe.training.t_min, t_max=recipe.training.t_max),
+        encoded,
+        samples,
+        on_evaluate,
+        about,
+    )
     if not _main():
         return out
     _tell(f"wrote {policy.save(out)}")

@@ -20,7 +20,7 @@ class Denoiser(Protocol):
     family: str
     schedule: Schedule
     unet: nn.Module
-    lora_targets: tuple[str, ...]
+    lora_targets: dict[str, tuple[str, ...]]
     vae_scale_factor: int
     default_resolution: int
 

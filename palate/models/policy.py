@@ -37,6 +37,7 @@ class Policy:
         denoiser: the model; its U-Net is changed in place.
         kind: ``lora`` or ``full``.
         rank: of the LoRA matrices.
+        lora_layers: ``attention`` (the published recipes), or ``all`` for the linear and convolution layers of all blocks.
         lora_alpha: strength; ``rank`` unless given, so that readers that ignore alpha get the trained strength.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
 
@@ -50,6 +51,7 @@ class Policy:
         kind: str = "lora",
         rank: int = 16,
         lora_alpha: float | None = None,
+        lora_layers: str = "attention",
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
@@ -69,7 +71,7 @@ class Policy:
                 r=rank,
                 lora_alpha=rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
                 init_lora_weights="gaussian",
-                target_modules=list(denoiser.lora_targets),
+                target_modules=list(denoiser.lora_targets[lora_layers]),
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)

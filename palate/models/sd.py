@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -29,7 +29,13 @@ class StableDiffusion:
     """
 
     family = "sd"
-    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("to_k", "to_q", "to_v", "to_out.0"),
+        "all": (
+            *("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+            *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        ),
+    }
 
     def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel

@@ -54,6 +54,10 @@ class TrainOptions:
     """Pairs per process in one forward pass."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes per update."""
+    t_min: int = 0
+    """Least time drawn; content and colours are decided at late times, texture at early ones."""
+    t_max: int | None = None
+    """Greatest time drawn; the schedule's last unless given."""
     max_train_steps: int | None = None
     """Updates; overrides ``num_train_epochs``."""
     num_train_epochs: int = 1
@@ -98,6 +102,8 @@ class TrainOptions:
             raise UserError(f"max_grad_norm is {self.max_grad_norm}; expected a positive number, or null for no limit")
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate}; expected a positive number")
+        if self.t_min < 0 or (self.t_max is not None and self.t_max < self.t_min):
+            raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
         if self.lr_warmup_steps < 0:
             raise UserError(f"lr_warmup_steps is {self.lr_warmup_steps}; expected 0 or more")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
