@@ -73,9 +73,12 @@ def test_the_reference_of_full_training_is_a_copy(load):
     assert own.isdisjoint(p.data_ptr() for p in policy.frozen.parameters())
 
 
-@pytest.mark.parametrize(("kind", "alpha"), [("lora", None), ("lora", 2.0), ("full", None)])
-def test_what_is_saved_reloads_at_the_trained_strength(load, batch, tmp_path, kind, alpha):
-    policy = Policy(load(), kind=kind, rank=4, lora_alpha=alpha)
+@pytest.mark.parametrize(
+    ("kind", "alpha", "layers"),
+    [("lora", None, "attention"), ("lora", 2.0, "attention"), ("lora", 2.0, "all"), ("full", None, "attention")],
+)
+def test_what_is_saved_reloads_at_the_trained_strength(load, batch, tmp_path, kind, alpha, layers):
+    policy = Policy(load(), kind=kind, rank=4, lora_alpha=alpha, lora_layers=layers)
     disturb(policy)
     path = policy.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -106,6 +109,13 @@ def test_saving_again_replaces_and_a_full_disk_keeps_what_was_there(load, tmp_pa
             policy.save(folder)
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
         assert path.exists()
+
+
+def test_lora_on_all_layers_reaches_convolutions(load):
+    names = {n.split(".lora_A")[0].split(".")[-1] for n in Policy(load(), lora_layers="all").state_dict() if "lora_A" in n}
+    assert {"to_q", "conv1", "conv2", "proj_in", "time_emb_proj"} <= names
+    attention = {n.split(".lora_A")[0].split(".")[-1] for n in Policy(load()).state_dict() if "lora_A" in n}
+    assert attention == {"to_q", "to_k", "to_v", "0"}
 
 
 def test_weights_of_another_rank_are_refused(load):
