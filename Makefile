@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 setup: $(VENV)/.installed
 
 demo: setup
-	$(BIN)/palate train miniature-dpo --output_dir out/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/palate train miniature-ncp-dpo --output_dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest -n 2
