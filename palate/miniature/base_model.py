@@ -286,7 +286,7 @@ def build_diffusion(work: Path, folder: Path) -> None:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
     images, captions, *_ = picture_set(work, "shots", SEED, SHOTS)
     latents = latents_of(work, vae, images)
     torch.manual_seed(SEED + 1)
@@ -317,4 +317,6 @@ def build_diffusion(work: Path, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    # transformers loads in the stored precision, diffusers in float32: a half text encoder would not fit beside the rest.
+    text_encoder.float().save_pretrained(folder / "text_encoder")
     say(f"wrote {folder}")

@@ -14,6 +14,7 @@ import torch
 
 from palate.miniature import base_model, judging, scenes, voting, world
 from palate.miniature.base_model import SEED, say
+from palate.miniature.raters import load_eye
 
 
 def build_all(work: Path, target: Path = world.ROOT) -> None:
@@ -77,8 +78,8 @@ def measure(work: Path, voted: dict[str, float]) -> dict[str, Any]:
 
     say("measuring")
     images, _, labels, appeal = base_model.picture_set(work, "test-shots", SEED + 90, 2000)
-    eye = judging.load_eye(work / "mini-rater")
-    vae = AutoencoderKL.from_pretrained(work / "mini-sd" / "vae", torch_dtype=torch.float32).eval()
+    eye = load_eye(work / "mini-rater")
+    vae = AutoencoderKL.from_pretrained(work / "mini-sd" / "vae", dtype=torch.float32).eval()
     with torch.no_grad():
         logits, looks = eye(images.float() / 255)
         x = images[:512].float() / 127.5 - 1

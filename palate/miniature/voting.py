@@ -34,7 +34,7 @@ def sample(folder: Path, texts: list[str], seeds: list[int], *, guidance: float 
     """Pictures of the miniature model by DPM-Solver++, each from its own seed."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
