@@ -48,6 +48,7 @@ def pace(name: str, folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--prompts", type=int, default=192, help="unseen prompts of the comparison")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output_dir", type=Path, default=Path("out/methods"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -68,6 +69,7 @@ def main() -> None:
                     "eval_steps": None,
                     "checkpointing_steps": None,
                     "validation_prompts": [],
+                    "num_evaluation_prompts": given.prompts,
                 }
                 run.train(recipe.load(name, changes), command=f"palate train {name} --seed {seed} --max_train_steps {steps}")
             found = json.loads((folder / "metrics.json").read_text())
