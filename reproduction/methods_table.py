@@ -37,6 +37,7 @@ def pace(name: str, folder: Path) -> float:
             "checkpointing_steps": None,
             "sample_steps": None,
             "eval_steps": None,
+            "validation_fraction": 0.0,  # no measurements between the steps that are timed
             "evaluation_prompts": None,
             "validation_prompts": [],
         }

@@ -271,3 +271,8 @@ def test_learning_rates_match_diffusers(name):
 def test_options_are_checked(wrong, message):
     with pytest.raises(UserError, match=message):
         TrainOptions(output_dir="out", **wrong)
+
+
+def test_times_out_of_order_are_refused():
+    with pytest.raises(UserError, match="t_min is 5 and t_max 3; expected 0 <= t_min <= t_max"):
+        TrainOptions(t_min=5, t_max=3)
