@@ -14,6 +14,7 @@ from typing import Any
 
 from palate import recipe as recipes
 from palate.errors import UserError, nearest
+from palate.evaluation.files import write_atomically
 from palate.miniature import world
 from palate.recipe import Recipe
 
@@ -258,7 +259,8 @@ def _train(
             recipes.write(dataclasses.replace(recipe, training=told), out / "recipe.yaml")
             # A resumed run is repeated by the command it began with.
             if recipe.training.resume_from_checkpoint is None or not (out / "run.json").is_file():
-                _write_json(out / "run.json", about)
+                text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+                write_atomically(out / "run.json", text.encode())
         loop.train(
             step,
             policy,
@@ -468,9 +470,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif inner is not None:
             flat[prefix + name] = inner
     return flat
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
