@@ -6,28 +6,20 @@ A recipe has seven sections. Every leaf name is unique, so an override may leave
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
-import importlib
 import inspect
-import itertools
 import math
-import os
-import re
-import sys
-import textwrap
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from palate.errors import UserError, nearest
+from palate.files import write_atomically
+from palate.options import dumps, foreign, help_lines, indented, keywords, parse, section, typed
 from palate.training.loop import TrainOptions
 
 BUILT_IN = Path(__file__).parent / "recipes"
@@ -193,38 +185,6 @@ def _plain(value: Any) -> Any:
 # Reading ---------------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a plain word, where 1.1 surprises: ``no`` is text, ``1e-4`` a number, a date text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either version would read as something else than text."""
-
-    def represent_str(self, data: str) -> Any:
-        # Unquoted, PyYAML writes some line breaks as they are and reads them as a space.
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
-
-_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in resolvers if not tag.endswith((":bool", ":timestamp"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
-
-
-def parse(text: str, where: str) -> Any:
-    """YAML to plain values; ``where`` begins the message of a :class:`UserError`."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
-
-
 def built_in() -> dict[str, Path]:
     """Names of the recipes that come with Palate."""
     return {path.stem: path for path in sorted(BUILT_IN.glob("*.yaml"))}
@@ -298,114 +258,14 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
             raise UserError(f"{where}: unknown section {name!r}{nearest(str(name), SECTIONS)}")
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
-            made[name] = _section(kind, {} if value is None else value, f"{where}: {name}")  # type: ignore[arg-type]
+            made[name] = section(kind, {} if value is None else value, f"{where}: {name}")  # type: ignore[arg-type]
         elif value is not None:
             complete = _complete_objective if name == "objective" else _complete_space
             made[name] = complete({"name": value} if isinstance(value, str) else value)
     return Recipe(**made)
 
 
-def _section(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where} holds {value!r}; expected options such as {', '.join(f.name for f in fields(kind)[:3])}")
-    hints, known = typing.get_type_hints(kind), {f.name for f in fields(kind)}
-    made = {}
-    for name, given in value.items():
-        if name not in known:
-            raise UserError(f"{where}: unknown option {name!r}{nearest(str(name), known)}")
-        made[name] = _typed(hints[name], given, name)
-    return kind(**made)
-
-
-WORDS = {
-    bool: "true or false",
-    float: "a number",
-    int: "a whole number",
-    str: "text",
-    tuple: "a list of texts",
-    dict: "a mapping",
-}
-
-
-def _typed(kind: Any, value: Any, name: str) -> Any:
-    """``value`` as ``kind``; from the command line every value comes as text."""
-    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    if type(None) in options and (value is None or value == "null"):
-        return None
-    kinds = [typing.get_origin(option) or option for option in options if option is not type(None)]
-    for origin in kinds:
-        try:
-            return _as(origin, value)
-        except (TypeError, ValueError, OverflowError):
-            continue
-    expected = [*(WORDS.get(k, str(k)) for k in kinds), *(["null"] if type(None) in options else [])]
-    raise UserError(f"{name} is {value!r}; expected {' or '.join(expected)}")
-
-
-def _as(kind: Any, value: Any) -> Any:
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        return {"true": True, "false": False}[value] if value in ("true", "false") else _refuse()
-    if kind is tuple:
-        if isinstance(value, str):
-            return (value,)
-        return tuple(_as(str, v) for v in value) if isinstance(value, Sequence) else _refuse()
-    if kind is dict:
-        return {_as(str, k): _as(str, v) for k, v in value.items()} if isinstance(value, Mapping) else _refuse()
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        _refuse()
-    if kind is float:
-        number = float(value)
-        return _refuse() if math.isnan(number) else number
-    if kind is int:
-        number = float(value)
-        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else _refuse()
-    if kind is str:
-        return str(value)
-    return _refuse()
-
-
-def _refuse() -> typing.NoReturn:
-    raise TypeError
-
-
 # Names to functions ------------------------------------------------------------------------------------------------------
-
-
-def _foreign(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the script's own folder is there instead
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{name}: {error}; expected package.module:function, importable from here") from error
-    if not callable(function):
-        raise UserError(f"{name} is {type(function).__name__}; expected a function")
-    return function
-
-
-def _keywords(function: Callable[..., Any], given: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """All keyword-only arguments of ``function``: those given, as the types it names, and its defaults."""
-    known = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    for name in given:
-        if name not in known:
-            raise UserError(f"{what} has no option {name!r}{nearest(str(name), known) if known else ' (it has none)'}")
-    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
-    if missing:
-        raise UserError(f"{what} needs {', '.join(missing)}: name: {what.split()[-1]}, {missing[0]}: ... in its recipe")
-    try:
-        hints = typing.get_type_hints(function)
-    except NameError:  # of a function from outside, whose annotations need not be importable
-        hints = {}
-    made = {}
-    for name, parameter in known.items():
-        value = given.get(name, parameter.default)
-        # What comes unannotated from the command line is read as YAML.
-        unnamed = parse(value, name) if isinstance(value, str) else value
-        made[name] = _typed(hints[name], value, f"{what}: {name}") if name in hints else unnamed
-    return made
 
 
 def _objective(name: str) -> tuple[Callable[..., Any], str]:
@@ -416,7 +276,7 @@ def _objective(name: str) -> tuple[Callable[..., Any], str]:
         return known[name]
     if ":" not in name:
         raise UserError(f"no objective named {name!r}{nearest(name, known)}; or package.module:function")
-    function = _foreign(name)
+    function = foreign(name)
     first = next(iter(inspect.signature(function).parameters.values()), None)
     annotation = str(first.annotation) if first is not None else ""
     if "Pair" not in annotation and "Fit" not in annotation:
@@ -428,7 +288,7 @@ def _complete_objective(options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise UserError(f"objective is {options!r}; expected a name such as {{name: dpo, beta: 5000}}")
     name, given = options["name"], {k: v for k, v in options.items() if k != "name"}
-    return {"name": name, **_keywords(_objective(name)[0], given, f"objective {name}")}
+    return {"name": name, **keywords(_objective(name)[0], given, f"objective {name}")}
 
 
 def resolve_objective(options: Mapping[str, Any]) -> tuple[Callable[..., Any], str]:
@@ -452,8 +312,8 @@ def _complete_space(options: Any) -> dict[str, Any] | list[dict[str, Any]]:
         name, given = part["name"], {k: v for k, v in part.items() if k != "name"}
         if name not in SPACES:
             raise UserError(f"no space named {name!r}{nearest(name, SPACES)}")
-        weight = {"weight": _typed(float, given.pop("weight", 1.0), "weight of a space")} if isinstance(options, list) else {}
-        made.append({"name": name, **weight, **_keywords(getattr(spaces, name), given, f"space {name}")})
+        weight = {"weight": typed(float, given.pop("weight", 1.0), "weight of a space")} if isinstance(options, list) else {}
+        made.append({"name": name, **weight, **keywords(getattr(spaces, name), given, f"space {name}")})
     complete = made if isinstance(options, list) else made[0]
     # Made once around nothing, so that values out of range are refused before any weights are loaded.
     _make_space(complete, lambda x, t, cond, layers: [], _any_schedule())
@@ -482,11 +342,7 @@ def _make_space(complete: dict[str, Any] | list[dict[str, Any]], features: Calla
 
 def write(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        yaml.dump(recipe.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    write_atomically(path, dumps(recipe.as_dict()).encode())
 
 
 # Help --------------------------------------------------------------------------------------------------------------------
@@ -505,36 +361,13 @@ def options_help() -> str:
         "",
         "objective",
         f"  --objective {names}",
-        *_indented("Its keywords follow a point: --objective.beta 2000."),
+        *indented("Its keywords follow a point: --objective.beta 2000."),
         "space",
         f"  --space {' | '.join(SPACES)}",
-        *_indented("Where errors are measured. Keywords likewise: --space.layers mid."),
+        *indented("Where errors are measured. Keywords likewise: --space.layers mid."),
     ]
     hints = typing.get_type_hints(Recipe)
-    for section in (name for name in SECTIONS if dataclasses.is_dataclass(hints[name])):
-        kind = hints[section]
-        about = _field_docs(kind)
-        lines += ["", section]
-        for leaf in fields(kind):
-            default = leaf.default if leaf.default is not dataclasses.MISSING else leaf.default_factory()  # type: ignore[misc]
-            shown = "" if default is None or default in ((), {}) else f" (default: {_shown(default)})"
-            lines += [f"  --{leaf.name}{shown}", *_indented(about.get(leaf.name, ""))]
+    for section_name in (name for name in SECTIONS if dataclasses.is_dataclass(hints[name])):
+        kind = hints[section_name]
+        lines += ["", section_name, *help_lines(kind)]
     return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _indented(text: str) -> list[str]:
-    return textwrap.wrap(text.replace("``", ""), 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
-
-
-def _field_docs(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass; Python itself drops them."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    found = {}
-    for before, after in itertools.pairwise(body):
-        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
-    return found

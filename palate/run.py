@@ -14,7 +14,7 @@ from typing import Any
 
 from palate import recipe as recipes
 from palate.errors import UserError, nearest
-from palate.evaluation.files import write_atomically
+from palate.files import write_atomically
 from palate.miniature import world
 from palate.recipe import Recipe
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from palate import recipe, run
-from palate.cli import VERBS, main, overrides
+from palate.cli import VERBS, main
 from palate.errors import UserError
+from palate.options import overrides
 
 ROOT = Path(__file__).parents[1]
 

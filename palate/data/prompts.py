@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from palate.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked for, and what its list tells about it."""
+
+    text: str
+    negative: str | None = None
+    """What the picture should not show; the caller's own default unless given."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Such as ``category`` and ``challenge``; handed to rewards, and kept in manifests."""
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from palate.errors import UserError
-from palate.evaluation.files import write_atomically
 from palate.evaluation.statistics import (
     MeanDifference,
     WinRate,
@@ -22,6 +21,7 @@ from palate.evaluation.statistics import (
     sign_flip_test,
     win_rate,
 )
+from palate.files import write_atomically
 
 Scores = Sequence[float] | np.ndarray | Tensor
 HELD_OUT, LABELS = "held out", "labels"

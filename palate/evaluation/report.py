@@ -17,7 +17,7 @@ from PIL import Image
 
 from palate.errors import UserError
 from palate.evaluation.compare import Comparison, by_weight, percent
-from palate.evaluation.files import write_atomically
+from palate.files import write_atomically
 
 STYLE = """
 :root{--paper:#faf9f6;--card:#fff;--ink:#23211d;--soft:#6a665d;--line:#e3e0d8;--good:#1f7a5a;--bad:#b3442f;--even:#8a7430;

@@ -1,0 +1,225 @@
+"""Options: words of the command line and values of YAML to checked dataclasses, and back to a page of help."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import itertools
+import math
+import os
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import yaml
+
+from palate.errors import UserError, nearest
+
+Options = TypeVar("Options")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of a plain word, where 1.1 surprises: ``no`` is text, ``1e-4`` a number, a date text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either version would read as something else than text."""
+
+    def represent_str(self, data: str) -> Any:
+        # Unquoted, PyYAML writes some line breaks as they are and reads them as a space.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def parse(text: str, where: str) -> Any:
+    """YAML to plain values; ``where`` begins the message of a :class:`UserError`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
+
+
+def dumps(content: Any) -> str:
+    """Plain values as YAML that :func:`parse` reads back."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def overrides(words: Sequence[str]) -> dict[str, Any]:
+    """``--name value`` and ``--name=value`` to a dictionary; values stay text, but for lists and mappings in YAML."""
+    found: dict[str, Any] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise UserError(f"{word!r} is not an option; expected --name value")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise UserError(f"--{name} lacks a value; switches are written --{name} true")
+            text = queue.pop(0)
+        found[name] = parse(text, f"--{name}") if text[:1] in ("[", "{") else text
+    return found
+
+
+def checked(kind: type[Options], given: Mapping[str, Any], command: str) -> Options:
+    """An options dataclass from ``overrides``; unknown names are refused with the nearest right one.
+
+    Raises:
+        UserError: an unknown option, a missing one (a field without a default), or a value of the wrong type.
+    """
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            raise UserError(f"{command}: unknown option --{name}{nearest(name, known)}")
+    for name, leaf in known.items():
+        if name not in given and leaf.default is leaf.default_factory is dataclasses.MISSING:
+            raise UserError(f"{command} needs --{name}; '{command} --help' explains it")
+    return section(kind, given, command)
+
+
+def help_lines(kind: type) -> list[str]:
+    """Every field of an options dataclass as ``--name (default: ...)`` and what the string below it says."""
+    about, lines = _field_docs(kind), []
+    for leaf in fields(kind):
+        default = leaf.default if leaf.default is not dataclasses.MISSING else None
+        if leaf.default_factory is not dataclasses.MISSING:
+            default = leaf.default_factory()
+        shown = "" if default is None or default in ((), {}) else f" (default: {_shown(default)})"
+        lines += [f"  --{leaf.name}{shown}", *indented(about.get(leaf.name, ""))]
+    return lines
+
+
+def section(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} holds {value!r}; expected options such as {', '.join(f.name for f in fields(kind)[:3])}")
+    hints, known = typing.get_type_hints(kind), {f.name for f in fields(kind)}
+    made = {}
+    for name, given in value.items():
+        if name not in known:
+            raise UserError(f"{where}: unknown option {name!r}{nearest(str(name), known)}")
+        made[name] = typed(hints[name], given, name)
+    return kind(**made)
+
+
+WORDS = {
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    tuple: "a list of texts",
+    dict: "a mapping",
+}
+
+
+def typed(kind: Any, value: Any, name: str) -> Any:
+    """``value`` as ``kind``; from the command line every value comes as text."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    if type(None) in options and (value is None or value == "null"):
+        return None
+    kinds = [typing.get_origin(option) or option for option in options if option is not type(None)]
+    for origin in kinds:
+        try:
+            return _as(origin, value)
+        except (TypeError, ValueError, OverflowError):
+            continue
+    expected = [*(WORDS.get(k, str(k)) for k in kinds), *(["null"] if type(None) in options else [])]
+    raise UserError(f"{name} is {value!r}; expected {' or '.join(expected)}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False}[value] if value in ("true", "false") else _refuse()
+    if kind is tuple:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(_as(str, v) for v in value) if isinstance(value, Sequence) else _refuse()
+    if kind is dict:
+        return {_as(str, k): _as(str, v) for k, v in value.items()} if isinstance(value, Mapping) else _refuse()
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        _refuse()
+    if kind is float:
+        number = float(value)
+        return _refuse() if math.isnan(number) else number
+    if kind is int:
+        number = float(value)
+        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else _refuse()
+    if kind is str:
+        return str(value)
+    return _refuse()
+
+
+def _refuse() -> typing.NoReturn:
+    raise TypeError
+
+
+def foreign(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # the script's own folder is there instead
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name}: {error}; expected package.module:function, importable from here") from error
+    if not callable(function):
+        raise UserError(f"{name} is {type(function).__name__}; expected a function")
+    return function
+
+
+def keywords(function: Callable[..., Any], given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """All keyword-only arguments of ``function``: those given, as the types it names, and its defaults."""
+    known = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for name in given:
+        if name not in known:
+            raise UserError(f"{what} has no option {name!r}{nearest(str(name), known) if known else ' (it has none)'}")
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)}: name: {what.split()[-1]}, {missing[0]}: ... in its recipe")
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError:  # of a function from outside, whose annotations need not be importable
+        hints = {}
+    made = {}
+    for name, parameter in known.items():
+        value = given.get(name, parameter.default)
+        # What comes unannotated from the command line is read as YAML.
+        unnamed = parse(value, name) if isinstance(value, str) else value
+        made[name] = typed(hints[name], value, f"{what}: {name}") if name in hints else unnamed
+    return made
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def indented(text: str) -> list[str]:
+    return textwrap.wrap(text.replace("``", ""), 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass; Python itself drops them."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for before, after in itertools.pairwise(body):
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    return found

@@ -1,0 +1,31 @@
+"""``palate recipes``: list recipes, show one, or copy one to edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from palate.errors import UserError
+
+
+def main(words: list[str]) -> int:
+    from palate import recipe
+
+    if not words or words == ["list"]:
+        for name, path in recipe.built_in().items():
+            about = path.read_text().partition("\n")[0].lstrip("# ")
+            print(f"{name:<24} {about}")
+        return 0
+    if words[0] == "show" and len(words) == 2:
+        print(recipe.find(words[1]).read_text(), end="")
+        return 0
+    if words[0] == "copy" and len(words) in (2, 3):
+        source = recipe.find(words[1])
+        target = Path(words[2] if len(words) == 3 else source.name)
+        if target.is_dir():
+            target = target / source.name
+        if target.exists():
+            raise UserError(f"{target} exists; name another file")
+        target.write_text(source.read_text())
+        print(f"wrote {target}; edit it, then: palate train {target} --output_dir out")
+        return 0
+    raise UserError("expected: palate recipes [list | show NAME | copy NAME [FILE]]")
