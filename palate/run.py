@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from palate import recipe as recipes
-from palate.errors import UserError, nearest
+from palate.errors import UserError
 from palate.files import write_atomically
+from palate.judge_names import NamedJudge, find_judges
 from palate.miniature import world
 from palate.recipe import Recipe
 
@@ -313,20 +314,9 @@ def _evaluation_prompts(recipe: Recipe) -> list[str]:
     return prompts[: recipe.evaluation.num_evaluation_prompts]
 
 
-def _judges(recipe: Recipe) -> dict[str, tuple[str, Path | None, str]]:
-    """Name -> kind, folder, what it tells. Refuses unknown ones before any weights are loaded."""
-    from palate.judges import KINDS, check_judge
-
-    found: dict[str, tuple[str, Path | None, str]] = {}
-    for name in recipe.evaluation.judges:
-        kind, colon, folder = name.partition(":")
-        if name in world.JUDGES:
-            found[name] = (world.JUDGES[name][0], world.checkpoint(name), world.JUDGES[name][1])
-        elif kind in KINDS and (folder or kind.startswith("jpeg")):
-            found[name] = (kind, Path(folder).expanduser() if colon else None, "held out")
-        else:
-            raise UserError(f"no judge {name!r}{nearest(name, [*world.JUDGES, *(f'{k}:FOLDER' for k in KINDS)])}")
-        check_judge(*found[name][:2])
+def _judges(recipe: Recipe) -> dict[str, NamedJudge]:
+    """Refuses unknown ones before any weights are loaded."""
+    found = find_judges(recipe.evaluation.judges)
     if recipe.evaluation.evaluation_prompts is not None and not found:
         raise UserError("evaluation_prompts are given but no judges; add --judges '[mini-heldout]' or kind:folder")
     return found
@@ -371,7 +361,7 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
     from palate.evaluation.compare import compare, diversity, headline, write_metrics
     from palate.evaluation.grid import before_after_grid
     from palate.evaluation.report import write_report
-    from palate.judges import load_judge, score
+    from palate.judges import score
     from palate.training.log import read_log
 
     options, began = recipe.evaluation, time.monotonic()
@@ -383,10 +373,10 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
         pictures[side] = _generated(recipe, denoiser, unet, prompts, seeds, resolution, out / "evaluation" / side, side)
     denoiser.release()  # room for the judges
     scores, told = {}, {}
-    for name, (kind, folder, tells) in _judges(recipe).items():
-        judge = load_judge(kind, folder, device=denoiser.device)
+    for name, named in _judges(recipe).items():
+        judge = named.load(denoiser.device)
         scores[name] = tuple(score(judge, pictures[side], prompts) for side in ("base", "tuned"))
-        told[name] = tells
+        told[name] = named.role
     found = compare(scores, prompts, kinds=told)
     sentence = headline(found, unseen=options.evaluation_prompts == "miniature-unseen")
     variety = diversity(pictures["base"], pictures["tuned"], prompts)
