@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from palate.errors import UserError, nearest
 from palate.judges.pictures import to_tensor
+from palate.judges.stream import score_stream
 
 KINDS = ("aesthetic", "clipscore", "jpeg_compressibility", "jpeg_incompressibility", "pickscore")
 """What :func:`load_judge` can load."""
@@ -68,16 +68,21 @@ def load_judge(kind: str, folder: str | Path | None = None, *, device: str | tor
     return ClipJudge.load(kind, folder, device=device)
 
 
-@torch.no_grad()
 def score(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str], batch_size: int = 32) -> Float[Tensor, " n"]:
-    """Scores ``(n,)``, float32 on the CPU, of pictures with one prompt each; pictures may differ in size."""
+    """Scores ``(n,)``, float32 on the CPU, of pictures with one prompt each; pictures may differ in size.
+
+    A score that is not finite is NaN.
+    """
     if len(images) != len(prompts):
         raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")
-    scores = []
-    for _, run in groupby(range(len(images)), key=lambda i: images[i].size):
-        rows = list(run)
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            batch = to_tensor([images[i] for i in part])
-            scores.append(judge(batch, [prompts[i] for i in part]).float().cpu())
-    return torch.cat(scores) if scores else torch.empty(0)
+    stream = score_stream(
+        judge,
+        ((lambda image=image: to_tensor([image]), prompt) for image, prompt in zip(images, prompts, strict=True)),
+        batch_size=batch_size,
+        workers=2,
+    )
+    scores = torch.full((len(images),), float("nan"))
+    for index, found in stream:
+        if isinstance(found, float):
+            scores[index] = found
+    return scores

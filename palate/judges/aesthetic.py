@@ -79,4 +79,8 @@ class AestheticJudge:
         return cls(model, preprocess, *load_head(head))
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        return embed_images(self.model, self.preprocess(images.to(self.weight.device))) @ self.weight + self.bias
+        return self.score_pixels(self.preprocess(images.to(self.weight.device)), prompts)
+
+    def score_pixels(self, images: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        """As a call, of pictures that are already preprocessed."""
+        return embed_images(self.model, images.to(self.weight.device)) @ self.weight + self.bias

@@ -84,6 +84,10 @@ class ClipJudge:
         return cls(kind, *load_clip(folder, device))
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        return self.score_pixels(self.preprocess(images.to(self.model.logit_scale.device)), prompts)
+
+    def score_pixels(self, images: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        """As a call, of pictures that are already preprocessed."""
         if len(images) != len(prompts):
             raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")
         device = self.model.logit_scale.device
@@ -91,7 +95,7 @@ class ClipJudge:
         output = self.model(
             input_ids=text.input_ids.to(device),
             attention_mask=text.attention_mask.to(device),
-            pixel_values=self.preprocess(images.to(device)),
+            pixel_values=images.to(device),
         )
         return self.scale * (output.image_embeds * output.text_embeds).sum(dim=-1)
 
