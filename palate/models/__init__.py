@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
 from palate.errors import UserError
+from palate.hub import fetch, first_line
 
 if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser
@@ -75,29 +71,12 @@ def check_model(name: str, *, revision: str | None = None) -> str:
 
 
 def _fetch_index(name: str, revision: str | None) -> Path:
-    if "huggingface_hub" not in sys.modules and not _network():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # only what was downloaded before, at once instead of after half a minute
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "model_index.json", revision=revision))
-    # The hub's client raises its own errors, those of its network library, OSError and ValueError.
-    except Exception as error:
-        short = name.split("/")[-1]
-        raise UserError(
-            f"{name} is not on this machine and could not be fetched ({first_line(error)}). Without a network, run "
-            f"'hf download {name} --local-dir models/{short}' where there is one, copy the folder here and give "
-            f"--pretrained_model_name_or_path models/{short}"
-        ) from error
-
-
-def _network() -> bool:
-    """Whether the hub has an address; behind a proxy that need not be known here."""
-    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        return bool(getproxies()) or bool(socket.getaddrinfo(host, 443))
-    except OSError:
-        return False
+    short = name.split("/")[-1]
+    how = (
+        f"Without a network, run 'hf download {name} --local-dir models/{short}' where there is one, copy the folder here and "
+        f"give --pretrained_model_name_or_path models/{short}"
+    )
+    return fetch(name, "model_index.json", revision=revision, otherwise=how)
 
 
 def quiet_loading() -> None:
@@ -111,8 +90,3 @@ def quiet_loading() -> None:
     of_diffusers.disable_progress_bar()
     if wanted:
         enable_progress_bars()
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of a library's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

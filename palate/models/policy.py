@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
 from palate.errors import UserError
-from palate.models import first_line
+from palate.hub import first_line
 from palate.models.denoiser import Denoiser
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.errors import UserError
-from palate.models import first_line
+from palate.hub import first_line
 from palate.models.features import encoder_features
 
 
