@@ -34,7 +34,7 @@ def main() -> None:
     side, p = denoiser.default_resolution, given.pairs
     pictures = torch.rand(2 * p, 3, side, side) * 2 - 1
     latents = denoiser.encode_images(pictures)
-    cond = denoiser.encode_prompts(["a red house on the left"] * p).tensors
+    cond = denoiser.encode_prompts(["a red house on the left"] * 2 * p).tensors
     batch = PairBatch(latents, cond, torch.ones(p), torch.ones(p), torch.arange(p))
     policy = Policy(denoiser, rank=16)
     ncp = perceptual(policy.features, policy.schedule)
@@ -50,7 +50,7 @@ def main() -> None:
         t = torch.full((2 * p,), 500)
         from palate.diffusion.denoising import Conditioning
 
-        policy(latents, t, Conditioning(cond).repeat(2)).square().mean().backward()
+        policy(latents, t, Conditioning(cond)).square().mean().backward()
 
     cases = {
         "floor: policy forward and backward": floor,
@@ -59,7 +59,7 @@ def main() -> None:
         "DPO, latent": trained(pair_step(policy, latent(), dpo)),
         "DPO, perceptual": trained(pair_step(policy, ncp, dpo)),
         "encoding the pictures of one step (what the cache saves)": lambda: denoiser.encode_images(pictures),
-        "encoding its prompts (what the cache saves)": lambda: denoiser.encode_prompts(["a red house on the left"] * p),
+        "encoding its prompts (what the cache saves)": lambda: denoiser.encode_prompts(["a red house on the left"] * 2 * p),
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(given.repeats + 1):  # interleaved, so that a slow moment of the machine hits all cases

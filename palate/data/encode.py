@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from palate.data.cache import TensorCache
-from palate.data.images import check_resolution, crop_position, square
+from palate.data.images import check_resolution, crop_position, decode, framing, square
 from palate.data.pairs import PreferencePair
 from palate.errors import UserError
 
@@ -24,7 +25,8 @@ class PairBatch:
     """What one training step reads; p pairs, on the CPU, in the dtype they were encoded with."""
 
     latents: Float[Tensor, "rows c h w"]  # rows = 2p, winners first
-    cond: dict[str, Tensor]  # p rows of the text encoding, by name
+    # Rows as those of latents, by name: the text encoding, and "framing" (2p, 6), as palate.data.images.framing gives it
+    cond: dict[str, Tensor]
     label: Float[Tensor, " p"]  # in [0.5, 1]: probability that the winner is the better one
     weight: Float[Tensor, " p"]
     seeds: Int64[Tensor, " p"]
@@ -68,12 +70,16 @@ class EncodedPairs:
         pairs = [self.pairs[index] for index in indices]
         flips = [_flipped(seed) for seed in seeds.tolist()]
         # len > flip: without random_flip there is only one variant.
-        winners = [self._read(p.winner[flip and len(p.winner) > 1], p)["latents"] for p, flip in zip(pairs, flips, strict=True)]
-        losers = [self._read(p.loser[flip and len(p.loser) > 1], p)["latents"] for p, flip in zip(pairs, flips, strict=True)]
-        texts = [self._read(pair.text, pair) for pair in pairs]
+        winners = [self._read(p.winner[flip and len(p.winner) > 1], p) for p, flip in zip(pairs, flips, strict=True)]
+        losers = [self._read(p.loser[flip and len(p.loser) > 1], p) for p, flip in zip(pairs, flips, strict=True)]
+        pictures = winners + losers
+        texts = [self._read(pair.text, pair) for pair in pairs] * 2
         return PairBatch(
-            latents=torch.stack(winners + losers),
-            cond={name: torch.stack([text[name] for text in texts]) for name in texts[0]},
+            latents=torch.stack([picture["latents"] for picture in pictures]),
+            cond={
+                **{name: torch.stack([text[name] for text in texts]) for name in texts[0]},
+                "framing": torch.stack([picture["framing"] for picture in pictures]),
+            },
             label=torch.tensor([pair.label for pair in pairs], dtype=torch.float32),
             weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
             seeds=seeds,
@@ -158,8 +164,13 @@ def encode_pairs(
     check_resolution(resolution)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but it must be 1 or more")
-    common = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch."), "version": 1}
-    pictures = _Queue(cache, batch_size, dtype, lambda items: {"latents": encode_images(torch.stack(items))})
+    common = {"dtype": str(dtype).removeprefix("torch."), "version": 2}
+
+    def encode_pictures(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        pixels, framings = (torch.stack(parts) for parts in zip(*items, strict=True))
+        return {"latents": encode_images(pixels), "framing": framings}
+
+    pictures = _Queue(cache, batch_size, dtype, encode_pictures)
     texts = _Queue(cache, batch_size, dtype, encode_text)
     encoded = []
     bar = tqdm(pairs, desc="encoding pairs", unit=" pairs", disable=not progress)
@@ -170,14 +181,14 @@ def encode_pairs(
         for image, digest in zip((pair.image_0, pair.image_1), digests, strict=True):
             variants = []
             for flip in (False, True) if random_flip else (False,):
-                parts = {"kind": "latents", "model": image_fingerprint, "image": digest, "crop": position, "flip": flip}
-                key = cache.key(**parts, **common)
+                parts = {"kind": "latents", "model": image_fingerprint, "image": digest, "resolution": resolution}
+                key = cache.key(**parts, crop=position, flip=flip, **common)
                 variants.append(key)
                 if pictures.lacks(key):
-                    pixels = _pixels(pair, image, resolution, position)
-                    pictures.add(key, pixels.flip(-1) if flip else pixels, pair.source)
+                    picture = _decoded(pair, image)
+                    pixels = square(picture, resolution, position, flip=flip)
+                    pictures.add(key, (pixels, framing(picture.size, resolution, position, flip=flip)), pair.source)
             keys.append(tuple(variants))
-        # The resolution is part of the text's key too: SDXL conditions on it.
         text = cache.key(kind="text", model=text_fingerprint, prompt=pair.prompt, **common)
         if texts.lacks(text):
             texts.add(text, pair.prompt, pair.source)
@@ -243,9 +254,9 @@ class _Queue:
         self.waiting = []
 
 
-def _pixels(pair: PreferencePair, image: bytes, resolution: int, position: tuple[float, float]) -> Tensor:
+def _decoded(pair: PreferencePair, image: bytes) -> Image.Image:
     try:
-        return square(image, resolution, position)
+        return decode(image)
     except ValueError as error:
         raise UserError(f"{pair.source or 'a pair'}: a picture {error}; remove the pair or repair the picture") from None
 

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -72,15 +72,36 @@ def crop_position(crop: str, seed: int) -> tuple[float, float]:
     return draw.random(), draw.random()
 
 
-def square(data: bytes, resolution: int, position: tuple[float, float] = (0.5, 0.5)) -> Float32[Tensor, "3 r r"]:
-    """The largest square of a picture at a relative position, resized with antialiasing; values in [-1, 1]."""
-    image = decode(data)
-    side = min(image.size)
-    left, top = position[0] * (image.width - side), position[1] * (image.height - side)
+def square(
+    image: Image.Image, resolution: int, position: tuple[float, float] = (0.5, 0.5), *, flip: bool = False
+) -> Float32[Tensor, "3 r r"]:
+    """The largest square of a picture at a relative position, resized with antialiasing; values in [-1, 1]; then mirrored."""
+    left, top, side = _largest_square(image.size, position)
     # Cropping in source coordinates: one resampling, and no rounding that differs between two sizes of the same picture.
     box = (left, top, left + side, top + side)
     image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
+    return pixels.flip(-1) if flip else pixels
+
+
+def framing(
+    size: tuple[int, int], resolution: int, position: tuple[float, float] = (0.5, 0.5), *, flip: bool = False
+) -> Int64[Tensor, 6]:
+    """How :func:`square` frames a picture of ``size`` (width, height), as SDXL is told (arXiv 2307.01952, section 2.2).
+
+    Original height and width; top and left of the crop, in pixels of the picture resized so that its shorter side is
+    ``resolution`` (of the mirrored picture, with ``flip``); target height and width.
+    """
+    left, top, side = _largest_square(size, position)
+    left = size[0] - side - left if flip else left
+    scale = resolution / side
+    return torch.tensor([size[1], size[0], round(top * scale), round(left * scale), resolution, resolution])
+
+
+def _largest_square(size: tuple[int, int], position: tuple[float, float]) -> tuple[float, float, int]:
+    """Left, top and side."""
+    side = min(size)
+    return position[0] * (size[0] - side), position[1] * (size[1] - side), side
 
 
 def prepare_pair(
@@ -94,5 +115,5 @@ def prepare_pair(
     """
     check_resolution(resolution)
     position = crop_position(crop, seed)
-    first, second = (square(image, resolution, position) for image in (image_0, image_1))
-    return (first.flip(-1), second.flip(-1)) if flip else (first, second)
+    first, second = (square(decode(image), resolution, position, flip=flip) for image in (image_0, image_1))
+    return first, second

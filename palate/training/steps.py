@@ -77,7 +77,7 @@ def pair_step(
     beta = named["beta"].default if "beta" in named else None
 
     def step(batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        noised = _noised(policy, space, batch, Conditioning(batch.cond).repeat(2), t_min, t_max, shared=2)
+        noised = _noised(policy, space, batch, t_min, t_max, shared=2)
         arguments, device = _fits(policy, space, noised, with_reference), noised.xt.device
         given: dict[str, Any] = {name: _pair(fit) for name, fit in arguments.items()}
         if with_label:
@@ -103,7 +103,7 @@ def sample_step(
     with_reference = "reference" in inspect.signature(objective).parameters
 
     def step(batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        noised = _noised(policy, space, batch, Conditioning(batch.cond), t_min, t_max, shared=1)
+        noised = _noised(policy, space, batch, t_min, t_max, shared=1)
         fits = _fits(policy, space, noised, with_reference)
         losses = _float32(objective, noised.xt.device, **fits) * batch.weight.to(noised.xt.device)
         metrics = {"winner_error": fits["policy"].error.detach()}
@@ -147,7 +147,7 @@ def implicit_accuracy(
         margins: list[Tensor] = []
         for part, (t_min, t_max) in enumerate(parts):
             batch = data.batch(indices, torch.tensor([mix(seed, part, index) for index in indices]))
-            noised = _noised(policy, space, batch, Conditioning(batch.cond).repeat(2), t_min, t_max, shared=2)
+            noised = _noised(policy, space, batch, t_min, t_max, shared=2)
             fits = {name: _pair(fit) for name, fit in _fits(policy, space, noised, True).items()}
             margins.append(margin(fits["policy"], fits["reference"]))
         votes = _order(torch.stack(margins).mean(0))[batch.label.to(noised.xt.device) != 0.5]
@@ -169,14 +169,13 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def _noised(
-    policy: TrainablePolicy, space: Space, batch: PairBatch, cond: Conditioning, t_min: int, t_max: int | None, *, shared: int
-) -> Noised:
+def _noised(policy: TrainablePolicy, space: Space, batch: PairBatch, t_min: int, t_max: int | None, *, shared: int) -> Noised:
+    """Both pictures of every pair with ``shared=2``, the winners alone with 1."""
     device = next(iter(policy.parameters())).device
-    latents = batch.latents if shared == 2 else batch.latents[: len(batch.label)]
+    rows = slice(shared * len(batch.label))
+    latents, cond = batch.latents[rows].to(device, torch.float32), Conditioning(batch.cond).rows(rows).to(device)
     t_min = max(t_min, space.t_min)
-    latents = latents.to(device, torch.float32)
-    return draw(policy.schedule, latents, cond.to(device), batch.seeds, t_min=t_min, t_max=t_max, shared=shared)
+    return draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=t_max, shared=shared)
 
 
 def _fits(policy: TrainablePolicy, space: Space, noised: Noised, with_reference: bool) -> dict[str, Fit]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from palate.data.cache import TensorCache
 from palate.data.encode import EncodedPair, EncodedPairs, encode_pairs
-from palate.data.images import prepare_pair, square
+from palate.data.images import decode, prepare_pair, square
 from palate.data.pairs import PreferencePair
 from palate.errors import UserError
 
@@ -62,8 +62,7 @@ class Encoders:
 
 
 def latent(data: bytes, flip: bool = False) -> torch.Tensor:
-    pixels = square(data, 16)
-    return torch.nn.functional.avg_pool2d((pixels.flip(-1) if flip else pixels)[None], 8)[0]
+    return torch.nn.functional.avg_pool2d(square(decode(data), 16, flip=flip)[None], 8)[0]
 
 
 def test_batch_holds_winners_first(tmp_path):
@@ -78,8 +77,28 @@ def test_batch_holds_winners_first(tmp_path):
     assert torch.allclose(batch.label, torch.tensor([0.8, 1.0]))
     assert torch.equal(batch.weight, torch.tensor([3.0, 1.0]))
     assert torch.equal(batch.seeds, seeds)
-    assert torch.equal(batch.cond["ids"], torch.tensor([[98, 1], [97, 1]]))
-    assert batch.cond["embeds"].shape == (2, 3, 2)
+    # Rows as those of the latents: both winners, then both losers.
+    assert torch.equal(batch.cond["ids"], torch.tensor([[98, 1], [97, 1], [98, 1], [97, 1]]))
+    assert batch.cond["embeds"].shape == (4, 3, 2)
+
+
+def test_pictures_of_different_sizes_carry_their_own_framing(tmp_path):
+    wide, tall = picture(7, width=48, height=24), picture(8, width=20, height=32)
+    seeds = torch.arange(20)
+    for label in (1.0, 0.0):
+        encoded = Encoders().encode([PreferencePair("a", wide, tall, label)], tmp_path, random_flip=True)
+        for seed in seeds:
+            batch = encoded.batch([0], seed[None])
+            first, second = batch.cond["framing"] if label else batch.cond["framing"].flip(0)
+            # Height and width; the middle square begins (48 - 24) / 2 * 16 / 24 = 8 from the left in the resized picture, and
+            # (32 - 20) / 2 * 16 / 20 = 4.8 from the top; the side is 16.
+            assert first.tolist() == [24, 48, 0, 8, 16, 16]
+            assert second.tolist() == [32, 20, 5, 0, 16, 16]
+    encoded = Encoders().encode([PreferencePair("a", wide, wide, 1.0)], tmp_path, center_crop=False, random_flip=True)
+    found = {encoded.batch([0], seed[None]).cond["framing"][0, 3].item() for seed in seeds}
+    # A crop at 0 <= left <= 16 of the resized picture, 32 wide, lies 16 - left from the left of the mirrored one.
+    assert len(found) == 2
+    assert sum(found) == 16
 
 
 @settings(max_examples=25, deadline=None)

@@ -71,7 +71,7 @@ class TinyPairs:
         self.seen += indices
         latents = torch.cat([self.latents[indices, 0], self.latents[indices, 1]])
         weight = 0.5 + 0.1 * torch.tensor(indices, dtype=torch.float32)
-        return PairBatch(latents, {"text": self.text[indices]}, self.label[indices], weight, seeds)
+        return PairBatch(latents, {"text": self.text[indices].repeat(2, 1)}, self.label[indices], weight, seeds)
 
 
 def run(output_dir, *, policy=None, data=None, on_sample=None, on_evaluate=None, beta: float = 50.0, recipe=None, **options):
