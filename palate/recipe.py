@@ -288,7 +288,23 @@ def _complete_objective(options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise UserError(f"objective is {options!r}; expected a name such as {{name: dpo, beta: 5000}}")
     name, given = options["name"], {k: v for k, v in options.items() if k != "name"}
-    return {"name": name, **keywords(_objective(name)[0], given, f"objective {name}")}
+    function, evidence = _objective(name)
+    complete = keywords(function, given, f"objective {name}")
+    if ":" not in name:
+        _try_objective(functools.partial(function, **complete), evidence)
+    return {"name": name, **complete}
+
+
+def _try_objective(objective: Callable[..., Any], evidence: str) -> None:
+    """Called once on nothing, so that values out of range are refused before any weights are loaded."""
+    import torch
+
+    from palate.diffusion.denoising import Fit, Pair
+
+    nothing = Fit(torch.zeros(1, 1))
+    fit = Pair(nothing, nothing) if evidence == "pairs" else nothing
+    known = {"policy": fit, "reference": fit, "label": torch.ones(1)}
+    objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})
 
 
 def resolve_objective(options: Mapping[str, Any]) -> tuple[Callable[..., Any], str]:

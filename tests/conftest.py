@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,8 @@ from palate.miniature.base_model import build_tokenizer
 
 LIMIT = 40  # tokens that the tiny text encoder reads
 
+hypothesis.settings.register_profile("palate", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("palate")
 torch.set_num_threads(1)  # for models as small as these, threads cost more than they save
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections import Counter
 
@@ -135,3 +136,17 @@ def test_help_tells_every_option_and_what_it_means():
         below = text[start:].splitlines()[1]
         assert below.startswith(" " * 8), f"{name} is not explained"
     assert max(map(len, text.splitlines())) <= 128
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"name": "cdpo", "label_smoothing": 0.5}, "label_smoothing is 0.5; expected"),
+        ({"name": "sdpo", "mu": 1.5}, "mu is 1.5; expected"),
+        ({"name": "dspo", "weight": 2}, "weight is 2.0; expected"),
+        ({"name": "mapo", "s": 0}, "s is 0.0; expected"),
+    ],
+)
+def test_values_that_an_objective_refuses_are_refused_with_the_recipe(objective, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        recipe.build({"objective": objective})
