@@ -1,0 +1,79 @@
+"""Rewards by the names that recipes use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from palate.errors import UserError, nearest
+from palate.judge_names import NamedJudge, find_judges
+from palate.judges import KINDS
+from palate.miniature import world
+from palate.options import foreign
+
+if TYPE_CHECKING:
+    import torch
+
+    from palate.rewards import Reward
+
+
+@dataclass(frozen=True)
+class NamedReward:
+    """A reward that is known to be loadable, but not loaded."""
+
+    name: str
+    weight: float
+    source: NamedJudge | Callable[..., Any]
+
+    def load(self, device: str | torch.device = "cpu") -> Reward:
+        from palate.rewards import from_function, from_judge
+
+        if isinstance(self.source, NamedJudge):
+            return from_judge(self.source.load(device))
+        return from_function(self.source, name=self.name, device=device)
+
+
+def find_rewards(names: str | Iterable[str] | Mapping[str, Any]) -> dict[str, NamedReward]:
+    """The rewards of these names, in order; a mapping gives weights. No weights of models are read.
+
+    A name is that of a judge (``mini-clip``, ``jpeg_compressibility``, ``aesthetic:FOLDER``; see
+    :func:`palate.judge_names.find_judges`) or ``module:function``, importable from the working directory.
+
+    Raises:
+        UserError: an unknown name, a folder in which something is missing, a function that cannot be imported, or a weight
+            that is no number.
+    """
+    names = [names] if isinstance(names, str) else names
+    weights = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    return {name: NamedReward(name, _weight(name, weight), _source(name)) for name, weight in weights.items()}
+
+
+def find_held_out(names: str | Iterable[str], trained: Iterable[str]) -> dict[str, NamedReward]:
+    """As :func:`find_rewards`, for rewards that must not be among the ``trained`` ones."""
+    found, trained = find_rewards(names), set(trained)
+    for name in found:
+        if name in trained:
+            raise UserError(f"{name} is trained on and cannot be held out as well; name a judge that the rewards do not hold")
+    return found
+
+
+def _weight(name: str, weight: Any) -> float:
+    try:
+        number = math.nan if isinstance(weight, bool) else float(weight)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"the weight of reward {name} is {weight!r}; expected a number, such as rewards: {{{name}: 1.0}}")
+    return number
+
+
+def _source(name: str) -> NamedJudge | Callable[..., Any]:
+    kind, colon, _ = name.partition(":")
+    if name in world.JUDGES or kind in KINDS:
+        return find_judges([name])[name]
+    if not colon:
+        known = [*world.JUDGES, *(k if k.startswith("jpeg") else f"{k}:FOLDER" for k in KINDS), "module:function"]
+        raise UserError(f"no reward {name!r}{nearest(name, known)}")
+    return foreign(name)

@@ -1,0 +1,298 @@
+"""Several rewards at once, evaluated in a worker while the next batch is sampled."""
+
+from __future__ import annotations
+
+import math
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from palate.data.prompts import Prompt
+from palate.errors import UserError
+from palate.rewards.reward import Reward, RewardError
+
+PAUSE = 1.0
+"""Seconds before a reward that failed is asked again; doubled every time."""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the rewards say of b images, all on the CPU, float32."""
+
+    total: Float[Tensor, " b"]
+    """The weighted sum that is trained on."""
+    raw: dict[str, Float[Tensor, " b"]]
+    """Every reward by name as it came, without weight."""
+    info: dict[str, list[Any]]
+    """What else functions returned: by name, one entry a batch; absent for rewards that return scores only."""
+
+
+class Pending:
+    """A batch that was handed in."""
+
+    def __init__(self, bundle: RewardBundle, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]):
+        self.bundle, self.images, self.prompts = bundle, images, list(prompts)
+        self.done = threading.Event()
+        self.answers: dict[str, tuple[Tensor, Any]] = {}
+        self.error: BaseException | None = None
+        self.rewards: Rewards | None = None
+
+    def result(self) -> Rewards:
+        """Waits for the rewards of this batch; the same answer when asked again.
+
+        Raises:
+            RewardError: one of the rewards failed.
+        """
+        if self.rewards is None:
+            self.rewards = self.bundle.collect([self])
+        return self.rewards
+
+
+class RewardBundle:
+    """Rewards by name, with weights.
+
+    One reward is passed on as it is, times its weight. Of several each is standardised first, so that a weight of 0.2 means
+    the same for kilobytes and for cosines: total = sum of weight * (score - mean) / (std + 1e-8), where mean and (population)
+    standard deviation are over all images collected so far in the run, these included.
+
+    Batches are evaluated by one worker, in the order in which they were handed in, and enter the statistics in the order in
+    which they are collected: so the numbers are those of calling the rewards at once, one after the other.
+
+    Args:
+        rewards: by name, in the order of evaluation.
+        weights: by name; 1 where absent. Negative ones make a reward a cost; 0 only logs it.
+        timeout: seconds that one call of one reward may take; None waits for ever. A call that takes longer cannot be
+            stopped, only left behind.
+        retries: how often a call that raised or took too long is repeated, after a pause that doubles from one second.
+        folder: where the picture is saved on which a reward failed.
+        gather: a tensor ``(b,)`` of this process to those of all processes; the identity for a single one.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, int | float] | None = None,
+        *,
+        timeout: int | float | None = None,
+        retries: int = 0,
+        folder: str | Path | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda scores: scores,
+    ):
+        if not rewards:
+            raise UserError("no rewards are given; expected at least one, such as jpeg_compressibility")
+        if retries < 0 or (timeout is not None and timeout <= 0):
+            raise UserError(f"timeout is {timeout}, retries {retries}; expected a positive number of seconds and 0 or more")
+        self.rewards = dict(rewards)
+        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in self.rewards}
+        self.timeout, self.retries, self.folder, self.gather = timeout, retries, folder, gather
+        self.statistics = {name: _Statistics() for name in self.rewards}
+        self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+
+    def submit(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Pending:
+        """Hand in a batch: images in [0, 1] and one prompt for each. Returns at once.
+
+        The images are kept until they are scored, and must not be changed meanwhile.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images came with {len(prompts)} prompts")
+        pending = Pending(self, images.detach().float(), prompts)
+        if self._worker is None:
+            # A daemon, so that a reward that hangs does not keep the program from ending.
+            self._worker = threading.Thread(target=self._work, name="rewards", daemon=True)
+            self._worker.start()
+        self._queue.put(pending)
+        return pending
+
+    def collect(self, pending: Sequence[Pending]) -> Rewards:
+        """The rewards of several batches, in order: all of them are totalled with the same statistics.
+
+        Ask for a whole round at once, and the result does not depend on how the round was cut into batches.
+
+        Raises:
+            RewardError: one of the rewards failed; that of the first batch concerned.
+        """
+        if any(p.rewards is not None for p in pending):
+            raise ValueError("a batch can be collected once: it would enter the statistics twice")
+        for p in pending:
+            p.done.wait()
+            if p.error is not None:
+                raise p.error
+        raw = {name: torch.cat([p.answers[name][0] for p in pending]) for name in self.rewards}
+        info = {name: [p.answers[name][1] for p in pending] for name in self.rewards}
+        told = {name: found for name, found in info.items() if any(i is not None for i in found)}
+        total, start = self._total(raw), 0
+        for p in pending:
+            rows = slice(start, start := start + len(p.prompts))
+            own = {name: [p.answers[name][1]] for name in told}
+            p.rewards = Rewards(total[rows], {name: scores[rows] for name, scores in raw.items()}, own)
+        return Rewards(total, raw, told)
+
+    def _total(self, raw: dict[str, Tensor]) -> Float[Tensor, " b"]:
+        if len(raw) == 1:
+            ((name, scores),) = raw.items()
+            return self.weights[name] * scores
+        total = torch.zeros(len(next(iter(raw.values()))), dtype=torch.float64)
+        for name, scores in raw.items():
+            statistics = self.statistics[name]
+            statistics.add(self.gather(scores).cpu())
+            total += self.weights[name] * (scores.double() - statistics.mean) / (statistics.std + 1e-8)
+        return total.float()
+
+    def close(self) -> None:
+        """End the worker once it has done what was handed in."""
+        if self._worker is not None:
+            self._queue.put(None)
+            self._worker.join()
+            self._worker = None
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The running statistics: for every reward number of images, mean, and sum of squared deviations."""
+        return {name: [float(s.count), s.mean, s.squares] for name, s in self.statistics.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        if set(state) != set(self.rewards):
+            raise UserError(f"the checkpoint was trained on rewards {', '.join(state)}, this run on {', '.join(self.rewards)}")
+        self.statistics = {name: _Statistics(*state[name]) for name in self.rewards}
+
+    # In the worker --------------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (pending := self._queue.get()) is not None:
+            try:
+                finite = pending.images.flatten(1).isfinite().all(dim=1)
+                if not finite.all():
+                    self._fail("the model", "made a picture that is not finite", pending, int(finite.int().argmin()))
+                for name, reward in self.rewards.items():
+                    pending.answers[name] = self._score(name, reward, pending)
+            except BaseException as error:
+                pending.error = error
+            finally:
+                pending.images = torch.empty(0, 3, 1, 1)  # memory for the batches to come
+                pending.done.set()
+
+    def _score(self, name: str, reward: Reward, pending: Pending) -> tuple[Tensor, Any]:
+        """Checked scores ``(b,)`` of one reward, and what came with them."""
+        who = f"reward {name}"
+        for attempt in range(self.retries + 1):
+            try:
+                answer = _within(self.timeout, reward, pending.images, pending.prompts)
+                break
+            except _TooLongError as error:
+                if attempt == self.retries:
+                    self._fail(who, str(error), pending, None, error)
+            except Exception as error:
+                if attempt == self.retries:
+                    problem = f"raised {type(error).__name__}: {error}"
+                    self._fail(who, problem, pending, self._culprit(reward, pending), error)
+            time.sleep(PAUSE * 2**attempt)
+        scores, info = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+        if scores is None:
+            self._fail(who, "returned nothing", pending)
+        try:
+            found = scores.detach().cpu() if isinstance(scores, Tensor) else torch.as_tensor(np.asarray(scores))
+            found = found.to(torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._fail(who, f"returned {type(scores).__name__}, which does not read as numbers", pending, None, error)
+        b = len(pending.prompts)
+        if tuple(found.shape) not in {(b,), (b, 1), *([()] if b == 1 else [])}:
+            self._fail(who, f"returned scores of shape {tuple(found.shape)} where ({b},) was expected", pending)
+        found = found.reshape(b)
+        bad = ~found.isfinite()
+        if bad.any():
+            row = int(bad.int().argmax())
+            self._fail(who, f"returned {found[row].item()}", pending, row)
+        return found, info
+
+    def _culprit(self, reward: Reward, pending: Pending) -> int | None:
+        """The image on which a reward raises, found by halving; None if it does not raise on a single one."""
+        low, high = 0, len(pending.prompts)
+        while True:
+            middle = max((low + high) // 2, low + 1)
+            try:
+                _within(self.timeout, reward, pending.images[low:middle], pending.prompts[low:middle])
+            except Exception:
+                if middle - low == 1:
+                    return low
+                high = middle
+            else:
+                low = middle
+                if low >= high:
+                    return None
+
+    def _fail(
+        self, who: str, problem: str, pending: Pending, row: int | None = None, cause: BaseException | None = None
+    ) -> None:
+        b, where = len(pending.prompts), row or 0
+        which = f"image {where} of {b}" if row is not None or b == 1 else f"images 0 to {b - 1}, of which the first"
+        saved = ""
+        if self.folder is not None:
+            path = Path(self.folder) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', who)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = (pending.images[where].nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
+            Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path)
+            saved = f", saved as {path}"
+        text = f"{who} {problem}: {which} (prompt {pending.prompts[where].text!r}{saved})"
+        raise RewardError(" ".join(text.split())) from cause
+
+
+class _Statistics:
+    """Mean and population standard deviation of all that was added, by the parallel update of Chan et al. (1979)."""
+
+    def __init__(self, count: float = 0, mean: float = 0.0, squares: float = 0.0):
+        self.count, self.mean, self.squares = int(count), mean, squares
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+    def add(self, scores: Float[Tensor, " b"]) -> None:
+        x, n = scores.double(), len(scores)
+        mean = float(x.mean())
+        apart = mean - self.mean
+        self.squares += float((x - mean).square().sum()) + apart**2 * self.count * n / (self.count + n)
+        self.mean += apart * n / (self.count + n)
+        self.count += n
+
+
+class _TooLongError(Exception):
+    """Not ``TimeoutError``, which a reward's own connection may raise."""
+
+
+def _within(timeout: int | float | None, reward: Reward, images: Tensor, prompts: list[Prompt]) -> Any:
+    """Call a reward without gradients; raise :class:`_TooLongError` if it takes longer than ``timeout`` seconds."""
+
+    @torch.no_grad()
+    def call() -> Any:
+        return reward(images, list(prompts))
+
+    if timeout is None:
+        return call()
+    answer: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answer.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="reward", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise _TooLongError(f"gave no answer within {timeout:g} s")
+    if errors:
+        raise errors[0]
+    return answer[0]

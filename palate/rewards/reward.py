@@ -1,0 +1,86 @@
+"""What a reward is, and how judges and functions from elsewhere become one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from palate.data.prompts import Prompt
+from palate.errors import UserError
+from palate.judges import Judge
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """``(images (b, 3, h, w) float32 in [0, 1], b prompts) -> (b,)`` scores, higher is better.
+
+    The scores may be anything that reads as b numbers, and may come with something to keep: ``(scores, info)``.
+    Whoever calls it checks the answer; see :func:`palate.rewards.bundle.RewardBundle`.
+    """
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Any: ...
+
+
+class RewardError(UserError):
+    """A reward failed: names the reward, the prompt and the image. What was trained until then is sound."""
+
+
+def from_judge(judge: Judge) -> Reward:
+    """A judge as a reward: it reads the text of the prompts, not what their list tells of them."""
+
+    def reward(images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Any:
+        return judge(images, [prompt.text for prompt in prompts])
+
+    return reward
+
+
+def from_function(function: Callable[..., Any], *, name: str = "", device: str | torch.device = "cpu") -> Reward:
+    """A function ``fn(images, prompts, metadata) -> scores`` or ``(scores, info)``, as ddpo-pytorch, TRL and flow_grpo call it.
+
+    ``images`` is a float32 tensor ``(b, 3, h, w)`` in [0, 1], ``prompts`` a tuple of b texts, ``metadata`` a tuple of b
+    dictionaries: positional, and copies, so that the function may change them.
+
+    A factory of such a function (ddpo-pytorch's ``jpeg_compressibility()``, flow_grpo's with a ``device``) or a class
+    whose instances can be called so is recognised by the arguments it takes, and called once.
+
+    Raises:
+        UserError: it takes neither those three arguments nor none.
+    """
+    called = name or getattr(function, "__qualname__", repr(function))
+    if not _takes(function, 3):
+        if _takes(function, 0):
+            made = function()
+        elif "device" in inspect.signature(function).parameters and _takes(function, 0, device=device):
+            made = function(device=device)
+        else:
+            raise UserError(
+                f"reward {called} takes {inspect.signature(function)}; expected (images, prompts, metadata), "
+                "or no argument if it makes such a function"
+            )
+        if not callable(made) or not _takes(made, 3):
+            raise UserError(
+                f"reward {called} takes no argument and made a {type(made).__name__}; "
+                "expected a function of (images, prompts, metadata)"
+            )
+        function = made
+
+    def reward(images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Any:
+        return function(images.clone(), tuple(p.text for p in prompts), tuple(dict(p.metadata) for p in prompts))
+
+    return reward
+
+
+def _takes(function: Callable[..., Any], count: int, **named: Any) -> bool:
+    """Whether ``count`` positional arguments (and those named) are enough and not too many."""
+    try:
+        inspect.signature(function).bind(*range(count), **named)
+    except TypeError:
+        return False
+    except ValueError:  # of some functions written in C nothing is known
+        return count == 3
+    return True
