@@ -1,0 +1,263 @@
+"""Picture folders: pictures, ``manifest.jsonl``, ``settings.json`` and ``scores/``, plain enough to be written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from palate.errors import UserError
+from palate.files import write_atomically
+
+MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One line of a manifest."""
+
+    file: str
+    """Path relative to the folder, with ``/``."""
+    prompt: str
+    seed: int
+    index: int
+    """Which of the prompt's pictures, from 0."""
+    model: str
+    negative: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What pairs the pictures of two models: prompt, seed, index."""
+        return self.prompt, self.seed, self.index
+
+    def line(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"file": self.file, "prompt": self.prompt, "seed": self.seed, "index": self.index}
+        found["model"] = self.model
+        if self.negative is not None:
+            found["negative"] = self.negative
+        return {**found, "metadata": dict(self.metadata)} if self.metadata else found
+
+
+def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Picture]:
+    """The pictures of a folder in the order of its manifest.
+
+    A last line that was cut short, as an interrupted run may leave it, is left out.
+
+    Raises:
+        UserError: no manifest, or an empty one; a line that is no JSON object or lacks something; a path that leaves the
+            folder; a file or a key (prompt, seed, index) named twice; with ``check_files``, a file that does not exist.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} has no {MANIFEST}; expected a folder that palate generate wrote, or a manifest by hand")
+    pictures: list[Picture] = []
+    files: dict[str, int] = {}
+    keys: dict[tuple[str, int, int], int] = {}
+    for number, row in _lines(path):
+        picture = _picture(f"{path}, line {number}", row)
+        for what, value, known in (("file", picture.file, files), ("prompt, seed and index", picture.key, keys)):
+            if value in known:
+                raise UserError(f"{path}, line {number}: the same {what} as line {known[value]} ({value!r}); remove one")
+            known[value] = number  # type: ignore[index]
+        pictures.append(picture)
+    if not pictures:
+        raise UserError(f"{path} names no pictures; expected one JSON object a line with file, prompt, seed, index, model")
+    missing = [p.file for p in pictures if check_files and not (folder / p.file).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(pictures)} pictures in {MANIFEST}, the first is {missing[0]}; "
+            "generate them again, or remove their lines"
+        )
+    return pictures
+
+
+def write_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
+    """Write the whole manifest at once, atomically."""
+    write_atomically(Path(folder) / MANIFEST, "".join(_dumps(picture.line()) for picture in pictures).encode())
+
+
+def append_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
+    """Add lines. Several processes may add to one manifest; a line cut short by an earlier interruption is removed."""
+    append_lines(Path(folder) / MANIFEST, [picture.line() for picture in pictures])
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """``settings.json``: what must agree between two folders that are compared; empty where there is none."""
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); write it again, or delete it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds {type(found).__name__}; expected one JSON object")
+    return found
+
+
+def write_settings(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    write_atomically(Path(folder) / SETTINGS, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+# Scores --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """What one judge said of the pictures of a folder."""
+
+    judge: str
+    kind: str
+    fingerprint: str
+    role: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """By file, higher is better."""
+    bad: Mapping[str, str] = field(default_factory=dict)
+    """Pictures without a score, and why."""
+
+    def header(self) -> dict[str, str]:
+        return {"judge": self.judge, "kind": self.kind, "fingerprint": self.fingerprint, "role": self.role}
+
+
+def score_path(folder: str | Path, judge: str) -> Path:
+    """Where a judge's scores lie: its name with all but letters, digits, points and hyphens replaced."""
+    return Path(folder) / SCORES / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', judge).strip('.')}.jsonl"
+
+
+def read_scores(path: str | Path) -> ScoreFile:
+    """One score file. Of several lines about one picture the last counts.
+
+    Raises:
+        UserError: no such file, a missing header, or a line that is no score.
+    """
+    path = Path(path)
+    lines = _lines(path)
+    header = next(lines, (1, {}))[1]
+    if not all(isinstance(header.get(name), str) for name in ("judge", "kind", "fingerprint", "role")):
+        raise UserError(f"{path}: its first line must be an object with judge, kind, fingerprint, role; score again")
+    scores: dict[str, float] = {}
+    bad: dict[str, str] = {}
+    for number, row in lines:
+        file, score = row.get("file"), row.get("score")
+        known = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        if not isinstance(file, str) or not (known or (score is None and "error" in row)):
+            raise UserError(f'{path}, line {number}: expected {{"file": ..., "score": number}}, found {_short(row)}')
+        scores.pop(file, None)
+        bad.pop(file, None)
+        if isinstance(score, int | float):
+            scores[file] = float(score)
+        else:
+            bad[file] = str(row["error"])
+    return ScoreFile(**{name: header[name] for name in ("judge", "kind", "fingerprint", "role")}, scores=scores, bad=bad)
+
+
+def read_all_scores(folder: str | Path) -> dict[str, ScoreFile]:
+    """All score files of a folder by the judge's name, sorted."""
+    found = [read_scores(path) for path in sorted((Path(folder) / SCORES).glob("*.jsonl"))]
+    return {scores.judge: scores for scores in found}
+
+
+def append_scores(path: str | Path, lines: Sequence[tuple[str, float | str]], header: ScoreFile) -> None:
+    """Add scores, or why there is none, by file; the header comes first in a new file."""
+    rows = [
+        {"file": file, "score": found} if isinstance(found, float) else {"file": file, "score": None, "error": found}
+        for file, found in lines
+    ]
+    path = Path(path)
+    begun = path.is_file() and b"\n" in path.read_bytes()[:4096]  # otherwise a header cut short, which is removed
+    append_lines(path, rows if begun else [header.header(), *rows])
+
+
+# Lines ---------------------------------------------------------------------------------------------------------------------
+
+
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add JSON lines in one write, after removing what a killed process may have left of a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as stream:
+        _mend(stream)
+        stream.write("".join(map(_dumps, rows)).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _mend(stream: Any) -> None:
+    end = stream.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    stream.seek(end - 1)
+    if stream.read(1) == b"\n":
+        return
+    stream.seek(0)
+    content = stream.read()
+    last = content.rpartition(b"\n")[2]
+    try:
+        json.loads(last)
+    except ValueError:
+        stream.truncate(len(content) - len(last))
+        return
+    stream.write(b"\n")  # written by hand, without the end of its last line
+
+
+def _dumps(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); expected JSON objects in UTF-8, one a line") from error
+    # Not splitlines(): it also breaks at characters that may stand inside a prompt.
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                return  # without an end: cut short
+            raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: expected a JSON object, found {_short(row)}")
+        yield number, row
+
+
+def _picture(where: str, row: dict[str, Any]) -> Picture:
+    def needed(name: str, kind: type, otherwise: Any = None) -> Any:
+        value = row.get(name, otherwise)
+        if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+            raise UserError(f"{where}: {name} must be {'text' if kind is str else 'a whole number'}, found {_short(value)}")
+        return value
+
+    file, prompt = needed("file", str), needed("prompt", str)
+    parts = file.replace("\\", "/").split("/")
+    if file.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in file:
+        raise UserError(f"{where}: {file!r} leads outside the folder; paths must be relative and stay inside")
+    negative, metadata = row.get("negative"), row.get("metadata", {})
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"{where}: negative must be text, found {_short(negative)}")
+    if not isinstance(metadata, dict):
+        raise UserError(f"{where}: metadata must be an object, found {_short(metadata)}")
+    return Picture(
+        file=file,
+        prompt=prompt,
+        seed=needed("seed", int),
+        index=needed("index", int, 0),
+        model=needed("model", str, "unnamed"),
+        negative=negative,
+        metadata=metadata,
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
