@@ -16,10 +16,8 @@ from palate.errors import UserError
 from palate.evaluation.statistics import (
     MeanDifference,
     WinRate,
-    mean_difference,
-    prompt_differences,
+    paired,
     sign_flip_test,
-    win_rate,
 )
 from palate.files import write_atomically
 
@@ -69,25 +67,35 @@ def compare(
     unknown = sorted((set(kinds) | set(contaminated)) - set(scores))
     if unknown:
         raise UserError(f"no scores of judge {unknown[0]!r}; there are scores of {', '.join(sorted(scores))}")
-    found = []
-    for judge, pair in scores.items():
-        base, tuned = (np.asarray(s, dtype=np.float64) for s in pair)
-        settings = {"draws": draws, "seed": seed, "confidence": confidence}
-        kind = kinds.get(judge, HELD_OUT)
-        found.append(
-            Comparison(
-                judge=judge,
-                kind=kind,
-                contaminated=kind == LABELS or judge in contaminated,
-                win_rate=win_rate(base, tuned, prompts, **settings),
-                mean_base=float(base.mean()),
-                mean_tuned=float(tuned.mean()),
-                difference=mean_difference(base, tuned, prompts, **settings),
-                p=sign_flip_test(prompt_differences(base, tuned, prompts), draws=draws, seed=seed),
-                confidence=confidence,
-            )
+    if not scores:
+        return []
+    judges = list(scores)
+    base, tuned = (_columns([scores[judge][side] for judge in judges], len(prompts)) for side in (0, 1))
+    rates, differences, _ = paired(base, tuned, prompts, draws=draws, seed=seed, confidence=confidence)
+    found = [
+        Comparison(
+            judge=judge,
+            kind=kinds.get(judge, HELD_OUT),
+            contaminated=kinds.get(judge) == LABELS or judge in contaminated,
+            win_rate=rates[j],
+            mean_base=float(base[:, j].mean()),
+            mean_tuned=float(tuned[:, j].mean()),
+            difference=differences[j],
+            p=sign_flip_test(tuned[:, j] - base[:, j], prompts, draws=draws, seed=seed),
+            confidence=confidence,
         )
+        for j, judge in enumerate(judges)
+    ]
     return by_weight(found)
+
+
+def _columns(scores: Sequence[Scores], rows: int) -> np.ndarray:
+    """``(rows, judges)`` float64."""
+    columns = [np.asarray(s, dtype=np.float64) for s in scores]
+    for column in columns:
+        if column.shape != (rows,):
+            raise UserError(f"scores of shape {column.shape} came with {rows} prompts; give one score per prompt")
+    return np.column_stack(columns)
 
 
 def by_weight(comparisons: Sequence[Comparison]) -> list[Comparison]:
