@@ -303,7 +303,7 @@ def _try_objective(objective: Callable[..., Any], evidence: str) -> None:
 
     nothing = Fit(torch.zeros(1, 1))
     fit = Pair(nothing, nothing) if evidence == "pairs" else nothing
-    known = {"policy": fit, "reference": fit, "label": torch.ones(1)}
+    known = {"policy": fit, "reference": fit, "label": torch.ones(1), "reference_point": torch.zeros(())}
     objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})
 
 

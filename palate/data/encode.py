@@ -32,6 +32,17 @@ class PairBatch:
     seeds: Int64[Tensor, " p"]
 
 
+@dataclass(frozen=True)
+class SampleBatch:
+    """b single pictures that people liked or disliked, on the CPU; rows as in ``PairBatch``."""
+
+    latents: Float[Tensor, "b c h w"]
+    cond: dict[str, Tensor]  # b rows, by name
+    label: Float[Tensor, " b"]  # in [0, 1]: probability that the picture is liked; 1 or 0 for a plain vote
+    weight: Float[Tensor, " b"]
+    seeds: Int64[Tensor, " b"]
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
     """The cache's keys of a pair, winner first: ``winner[1]`` and ``loser[1]``, if there, are the mirrored pictures."""

@@ -249,6 +249,7 @@ class _Run:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window, self.warned = Window(state["window"]), state["warned"]
+        self.step.state.update(state["step state"])
         self.began -= state["seconds"]
         return state["step"]
 
@@ -264,6 +265,7 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "window": self.window.sums,
+                "step state": dict(self.step.state),
                 "warned": self.warned,
                 "seconds": time.monotonic() - self.began,
             }
@@ -306,6 +308,7 @@ class _Run:
             scaler.update()
         stop = totals.pop("stop") > 0  # summed over processes with the rest, so that all stop after the same step
         self.last = {name: total / self.batch_size for name, total in totals.items()}
+        self.step.observe(self.last)
         self.window.add({**totals, "grad_norm": norm, "pairs": self.batch_size, "steps": 1})
         return stop
 
@@ -375,7 +378,7 @@ class _Run:
         """One line of the log, if any part of it is due: the means since the last, and what ``on_evaluate`` finds."""
         record: dict[str, Any] = {}
         if done and self._due(done, self.options.logging_steps):
-            record |= {"lr": self.optimizer.param_groups[0]["lr"], **self.window.means()}
+            record |= {"lr": self.optimizer.param_groups[0]["lr"], **self.window.means(), **self.step.state}
             self.window = Window()
             self._warn(done, record.get("logit_abs"))
         if on_evaluate is not None and self._due(done, self.options.eval_steps):

@@ -4,20 +4,50 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from palate.data.encode import PairBatch
+from palate.data.encode import PairBatch, SampleBatch
 from palate.diffusion.denoising import Conditioning, Fit, Noised, Pair, draw
 from palate.errors import UserError
 from palate.objectives import margin
 from palate.spaces import Space
 
-Step = Callable[[PairBatch], tuple[Tensor, dict[str, Tensor]]]
-"""p pairs -> losses ``(p,)`` with gradients, and detached metrics ``(p,)`` by name."""
+Batch = PairBatch | SampleBatch
+Measured = tuple[Tensor, dict[str, Tensor]]
+"""Losses ``(p,)`` with gradients, one per pair or single picture, and detached metrics ``(p,)`` by name."""
+
+MOMENTUM = 0.9
+"""Of the running means in a step's state: they look back about ten updates."""
+
+
+@dataclass(eq=False)
+class Step:
+    """Measures a batch, knowing the few numbers that a run finds out as it goes: its ``state``, which checkpoints keep.
+
+    What enters the state is a mean over a whole effective batch, found after its update and used from the next one on: so
+    losses never depend on how a batch was cut up, and a resumed run goes on with the same numbers.
+
+    Args:
+        measure: a batch and the state -> losses and metrics.
+        follows: number in the state -> metric whose running mean it is, 0 at the start.
+    """
+
+    measure: Callable[[Batch, Mapping[str, float]], Measured]
+    follows: Mapping[str, str] = field(default_factory=dict)
+    state: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, batch: Batch) -> Measured:
+        return self.measure(batch, self.state)
+
+    def observe(self, means: Mapping[str, float]) -> None:
+        """Take in the metrics of an update, each a mean over its effective batch."""
+        for name, metric in self.follows.items():
+            self.state[name] = MOMENTUM * self.state.get(name, 0.0) + (1 - MOMENTUM) * means[metric]
 
 
 @runtime_checkable
@@ -44,8 +74,11 @@ class PairSource(Protocol):
         """The indices of one epoch, each once; the same for the same arguments."""
         ...
 
-    def batch(self, indices: Sequence[int], seeds: Tensor) -> PairBatch:
-        """The pairs at ``indices``; ``seeds[i]`` decides all that is random about the i-th."""
+    def batch(self, indices: Sequence[int], seeds: Tensor) -> Any:
+        """The pairs (``PairBatch``) or single pictures (``SampleBatch``) at ``indices``.
+
+        ``seeds[i]`` decides all that is random about the i-th.
+        """
         ...
 
 
@@ -76,7 +109,9 @@ def pair_step(
     with_reference, with_label = "reference" in named, "label" in named
     beta = named["beta"].default if "beta" in named else None
 
-    def step(batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
+        if not isinstance(batch, PairBatch):
+            raise UserError("this objective compares two pictures, but the data holds single ones: use kto or sft")
         noised = _noised(policy, space, batch, t_min, t_max, shared=2)
         arguments, device = _fits(policy, space, noised, with_reference), noised.xt.device
         given: dict[str, Any] = {name: _pair(fit) for name, fit in arguments.items()}
@@ -85,7 +120,7 @@ def pair_step(
         losses = _float32(objective, device, **given) * batch.weight.to(device)
         return losses, _pair_metrics(given["policy"], given.get("reference"), beta)
 
-    return step
+    return Step(measure)
 
 
 def sample_step(
@@ -96,22 +131,73 @@ def sample_step(
     t_min: int = 0,
     t_max: int | None = None,
 ) -> Step:
-    """A step on the winners of the pairs alone, for objectives of ``palate.objectives.samples`` such as SFT.
+    """A step on single pictures, for objectives of ``palate.objectives.samples`` such as SFT and KTO.
 
-    Arguments as in ``pair_step``. Metrics: ``winner_error`` and, with a reference, ``winner_advantage``.
+    An objective that names ``label`` gets liked and disliked pictures: those of single votes, and of a pair its winner as
+    liked and its loser as disliked, each at a time and with noise of its own. One that does not gets the liked ones alone: of
+    pairs the winners, and single pictures weighted by their label. One that names ``reference_point`` gets the running mean
+    of the advantage R - L over all earlier updates.
+
+    Arguments as in ``pair_step``.
+
+    Returns:
+        Step with one loss per pair (the mean of its two pictures, if both are used) or single picture. Metrics of pairs: those
+        of ``pair_step`` if both pictures are used, else ``winner_error`` and, with a reference, ``winner_advantage``. Of single
+        pictures: ``error`` and, with a reference, ``agreement`` (1 where the advantage's sign is the vote's, 0.5 where it is
+        0). Of both, with a reference: ``advantage``.
     """
-    with_reference = "reference" in inspect.signature(objective).parameters
+    named = inspect.signature(objective).parameters
+    with_reference, with_label = "reference" in named, "label" in named
+    follows = {"reference_point": "advantage"} if "reference_point" in named else {}
+    beta = named["beta"].default if "beta" in named else None
 
-    def step(batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        noised = _noised(policy, space, batch, t_min, t_max, shared=1)
+    def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
+        items = batch if isinstance(batch, SampleBatch) else _singles(batch, both=with_label)
+        noised = _noised(policy, space, items, t_min, t_max, shared=1)
+        device = noised.xt.device
         fits = _fits(policy, space, noised, with_reference)
-        losses = _float32(objective, noised.xt.device, **fits) * batch.weight.to(noised.xt.device)
-        metrics = {"winner_error": fits["policy"].error.detach()}
+        label, given = items.label.to(device), dict[str, Any](fits)
+        if with_label:
+            given["label"] = label
+        given |= {name: torch.tensor(state.get(name, 0.0), device=device) for name in follows}
+        losses = _float32(objective, device, **given) * items.weight.to(device) * (1 if with_label else label)
+        if isinstance(batch, PairBatch):
+            p = len(batch.label)
+            return losses.reshape(-1, p).mean(0), _singles_metrics(fits, p, beta)
+        metrics = {"error": fits["policy"].error.detach()}
         if with_reference:
-            metrics["winner_advantage"] = fits["reference"].error - metrics["winner_error"]
+            metrics["advantage"] = fits["reference"].error - metrics["error"]
+            metrics["agreement"] = _order((2 * label - 1) * metrics["advantage"])
         return losses, metrics
 
-    return step
+    return Step(measure, follows)
+
+
+def _singles(batch: PairBatch, *, both: bool) -> SampleBatch:
+    """The winners as liked pictures and, if asked for, the losers as disliked ones, with noise of their own."""
+    label, seeds = batch.label, batch.seeds
+    if not both:
+        rows, label = slice(len(label)), torch.ones_like(label)
+    else:
+        rows = slice(2 * len(label))
+        label = torch.cat([label, 1 - label])
+        seeds = torch.cat([seeds, torch.tensor([mix(int(seed), 1) for seed in seeds])])
+    cond = {name: tensor[rows] for name, tensor in batch.cond.items()}
+    return SampleBatch(batch.latents[rows], cond, label, batch.weight.repeat(len(label) // len(batch.weight)), seeds)
+
+
+def _singles_metrics(fits: Mapping[str, Fit], p: int, beta: float | None) -> dict[str, Tensor]:
+    """Metrics of the pictures of p pairs, winners first, with or without the losers."""
+    policy, reference = fits["policy"], fits.get("reference")
+    if len(policy.residual) == 2 * p:
+        metrics = _pair_metrics(_pair(policy), _pair(reference) if reference else None, beta)
+    else:
+        metrics = {"winner_error": policy.error.detach()}
+        if reference:
+            metrics["winner_advantage"] = reference.error - metrics["winner_error"]
+    if reference:
+        metrics["advantage"] = (reference.error - policy.error.detach()).reshape(-1, p).mean(0)
+    return metrics
 
 
 @torch.no_grad()
@@ -169,11 +255,10 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def _noised(policy: TrainablePolicy, space: Space, batch: PairBatch, t_min: int, t_max: int | None, *, shared: int) -> Noised:
-    """Both pictures of every pair with ``shared=2``, the winners alone with 1."""
+def _noised(policy: TrainablePolicy, space: Space, batch: Batch, t_min: int, t_max: int | None, *, shared: int) -> Noised:
+    """Pairs with ``shared=2``, single pictures with 1."""
     device = next(iter(policy.parameters())).device
-    rows = slice(shared * len(batch.label))
-    latents, cond = batch.latents[rows].to(device, torch.float32), Conditioning(batch.cond).rows(rows).to(device)
+    latents, cond = batch.latents.to(device, torch.float32), Conditioning(batch.cond).to(device)
     t_min = max(t_min, space.t_min)
     return draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=t_max, shared=shared)
 

@@ -15,11 +15,12 @@ from tiny_training import PAIRS, TinyPairs, TinyPolicy, run
 
 from palate.errors import UserError
 from palate.objectives.pairs import dpo
+from palate.objectives.samples import kto
 from palate.spaces import latent
 from palate.training import checkpoints, loop
 from palate.training.log import read_log
 from palate.training.loop import Stopped, TrainOptions, lr_factor
-from palate.training.steps import mix, pair_step
+from palate.training.steps import mix, pair_step, sample_step
 
 
 def weights(policy):
@@ -70,6 +71,21 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, number):
         assert torch.equal(tensor, weights(resumed)[name])
     assert log(tmp_path / "a") == log(tmp_path / "b")
     assert [line["step"] for line in log(tmp_path / "a")] == [0, 2, 3, 4, 6, 8]
+
+
+def kto_step(policy):
+    return sample_step(policy, latent(), functools.partial(kto, beta=50.0))
+
+
+def test_ktos_reference_point_is_the_same_however_the_batch_is_cut_and_resumed(tmp_path):
+    straight = run(tmp_path / "a", make=kto_step)
+    assert log(tmp_path / "a")[-1]["reference_point"] != 0
+    cut = run(tmp_path / "b", make=kto_step, train_batch_size=2, gradient_accumulation_steps=4)
+    assert_close(weights(straight), weights(cut), 1e-6)
+    with pytest.raises(Stopped):
+        run(tmp_path / "c", make=kto_step, data=Interrupting(4))
+    assert_close(weights(straight), weights(run(tmp_path / "c", make=kto_step, resume_from_checkpoint="latest")), 0)
+    assert log(tmp_path / "a") == log(tmp_path / "c")
 
 
 def test_lines_after_the_checkpoint_are_written_anew(tmp_path):

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_training import TinyPairs, TinyPolicy
 
+from palate.data.encode import SampleBatch
 from palate.diffusion.denoising import Fit, Pair
 from palate.errors import UserError
 from palate.objectives.pairs import cpo, dpo
-from palate.objectives.samples import sft
+from palate.objectives.samples import kto, sft
 from palate.spaces import latent
 from palate.training.steps import _pair_metrics, implicit_accuracy, mix, pair_step, sample_step
 
@@ -87,6 +88,62 @@ def test_sample_step_is_the_winners_half_of_a_pair_step():
     _, pair_metrics = pair_step(policy, latent(), functools.partial(dpo, beta=1.0))(batch_of())
     torch.testing.assert_close(metrics["winner_error"], pair_metrics["winner_error"])
     torch.testing.assert_close(losses, metrics["winner_error"] * batch_of().weight)
+
+
+def singles(batch, label):
+    """The winners of a batch as single pictures."""
+    p = len(batch.label)
+    cond = {name: tensor[:p] for name, tensor in batch.cond.items()}
+    return SampleBatch(batch.latents[:p], cond, torch.tensor(label), batch.weight, batch.seeds)
+
+
+def test_kto_takes_the_winner_as_liked_and_the_loser_as_disliked():
+    policy, batch = moved_policy(), batch_of((3, 0))
+    step = sample_step(policy, latent(), functools.partial(kto, beta=40.0))
+    losses, metrics = step(batch)
+    # The same four pictures as single votes: winners with the pairs' seeds, losers with seeds of their own.
+    w, l = batch.latents.chunk(2)
+    cond = {name: tensor[:2] for name, tensor in batch.cond.items()}
+    liked = SampleBatch(w, cond, torch.ones(2), batch.weight, batch.seeds)
+    cond = {name: tensor[2:] for name, tensor in batch.cond.items()}
+    own = torch.tensor([mix(int(seed), 1) for seed in batch.seeds])
+    disliked = SampleBatch(l, cond, torch.zeros(2), batch.weight, own)
+    (a, one), (b, other) = step(liked), step(disliked)
+    torch.testing.assert_close(losses, (a + b) / 2)
+    torch.testing.assert_close(metrics["winner_advantage"], one["advantage"])
+    torch.testing.assert_close(metrics["loser_advantage"], other["advantage"])
+    torch.testing.assert_close(metrics["margin"], one["advantage"] - other["advantage"])
+    torch.testing.assert_close(metrics["advantage"], (one["advantage"] + other["advantage"]) / 2)
+    torch.testing.assert_close(
+        one["agreement"] + other["agreement"], ((one["advantage"] > 0).float() + (other["advantage"] < 0))
+    )
+
+
+def test_ktos_reference_point_is_the_mean_of_earlier_updates():
+    policy, batch = moved_policy(), batch_of()
+    step = sample_step(policy, latent(), functools.partial(kto, beta=40.0))
+    assert step.state == {}
+    first, metrics = step(batch)
+    assert torch.equal(step(batch)[0], first)  # measuring alone changes nothing
+    # 0.9 * 0 + 0.1 * 0.5 = 0.05; then 0.9 * 0.05 + 0.1 * 0.1 = 0.055.
+    step.observe({"advantage": 0.5, "loss": 1.0})
+    step.observe({"advantage": 0.1})
+    assert step.state == {"reference_point": pytest.approx(0.055)}
+    later, _ = step(singles(batch, [1.0, 1.0, 1.0]))
+    before, metrics = sample_step(policy, latent(), functools.partial(kto, beta=40.0))(singles(batch, [1.0, 1.0, 1.0]))
+    u = 20 * metrics["advantage"]
+    torch.testing.assert_close(before, torch.sigmoid(-u) * batch.weight)
+    torch.testing.assert_close(later, torch.sigmoid(-(u - 20 * 0.055)) * batch.weight)
+
+
+def test_sft_learns_from_liked_single_pictures_alone():
+    losses, metrics = sample_step(moved_policy(), latent(), sft)(singles(batch_of(), [1.0, 0.0, 0.5]))
+    torch.testing.assert_close(losses, metrics["error"] * batch_of().weight * torch.tensor([1.0, 0.0, 0.5]))
+
+
+def test_objectives_of_pairs_refuse_single_pictures():
+    with pytest.raises(UserError, match="compares two pictures"):
+        pair_step(TinyPolicy(), latent(), dpo)(singles(batch_of(), [1.0, 0.0, 1.0]))
 
 
 def test_the_space_bounds_the_times_from_below():

@@ -74,11 +74,22 @@ class TinyPairs:
         return PairBatch(latents, {"text": self.text[indices].repeat(2, 1)}, self.label[indices], weight, seeds)
 
 
-def run(output_dir, *, policy=None, data=None, on_sample=None, on_evaluate=None, beta: float = 50.0, recipe=None, **options):
-    """Train eight steps of eight pairs unless told otherwise; returns the policy."""
+def run(
+    output_dir,
+    *,
+    policy=None,
+    data=None,
+    make=None,
+    on_sample=None,
+    on_evaluate=None,
+    beta: float = 50.0,
+    recipe=None,
+    **options,
+):
+    """Train eight steps of eight pairs by DPO unless told otherwise; ``make`` makes the step; returns the policy."""
     policy, data = policy or TinyPolicy(), data or TinyPairs()
     given = {"max_train_steps": 8, "train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 3} | options
-    step = pair_step(policy, latent(), functools.partial(dpo, beta=beta))
+    step = make(policy) if make else pair_step(policy, latent(), functools.partial(dpo, beta=beta))
     options = TrainOptions(output_dir=str(output_dir), **given)
     train(step, policy, data, options=options, recipe=recipe, on_sample=on_sample, on_evaluate=on_evaluate)
     return policy
