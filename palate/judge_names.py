@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 from palate.errors import UserError, nearest
 from palate.judges import KINDS, check_judge
 from palate.miniature import world
+from palate.options import foreign
 
 if TYPE_CHECKING:
     import torch
 
     from palate.judges import Judge
+
+HELD_OUT = "held out"
+SAMPLED = 1 << 20  # bytes read at either end of a large file
 
 
 @dataclass(frozen=True)
@@ -23,36 +34,111 @@ class NamedJudge:
 
     name: str
     kind: str
-    folder: Path | None
-    role: str = "held out"
+    """One of :data:`palate.judges.KINDS`, ``function`` or ``weighted``."""
+    folder: Path | None = None
+    """Of its weights, if it has any."""
+    role: str = HELD_OUT
     """What it tells: "held out", or for a miniature judge such as "looks"."""
+    url: str | None = None
+    """What it asks, if it asks somebody."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of its kind."""
+    parts: tuple[tuple[float, NamedJudge], ...] = ()
+    """Weight and judge, of a weighted sum."""
 
     def load(self, device: str | torch.device = "cpu") -> Judge:
         from palate.judges import load_judge
+        from palate.judges.weighted import Weighted
 
-        return load_judge(self.kind, self.folder, device=device)
+        if self.kind == "weighted":
+            return Weighted([(weight, part.load(device)) for weight, part in self.parts])
+        if self.kind == "function":
+            return foreign(self.name)
+        return load_judge(self.kind, self.folder or self.url, device=device, **self.options)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the judge's kind, options or weights; what lies behind a URL is unknown.
+
+        Of weights above 2 MB the size and both ends are read, so that it takes no time.
+        """
+        about = [self.kind, self.url, dict(self.options), [[weight, part.fingerprint()] for weight, part in self.parts]]
+        digest = hashlib.sha256(json.dumps([*about, self.name if self.kind == "function" else ""]).encode())
+        for path in sorted(self.folder.rglob("*")) if self.folder else ():
+            if path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".json", ".txt"):
+                digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode())  # type: ignore[arg-type]
+                with path.open("rb") as file:
+                    digest.update(file.read(SAMPLED))
+                    if path.stat().st_size > SAMPLED:
+                        file.seek(-SAMPLED, os.SEEK_END)
+                        digest.update(file.read())
+        return digest.hexdigest()[:16]
 
 
-def find_judges(names: Iterable[str]) -> dict[str, NamedJudge]:
-    """The judges of these names, each once, in order; no weights are read.
+def find_judges(names: Iterable[str] | Mapping[str, float]) -> dict[str, NamedJudge]:
+    """The judges of these names, each once, in order; no weights are read (those of a hub id are fetched).
 
-    A name is a judge of the miniature world (``mini-heldout``), a kind that needs no weights (``jpeg_compressibility``),
-    or ``kind:folder`` (``pickscore:models/PickScore_v1``).
+    A name is one of
+
+    - ``mini-heldout``: of the miniature world;
+    - ``pickscore``: the published weights; ``pickscore:models/PickScore_v1``: from a folder; ``pickscore:owner/model``: a hub
+      id; ``jpeg_compressibility``: without weights;
+    - ``remote:http://127.0.0.1:8300``: a judge that ``palate serve-judge`` serves; ``vqascore:http://127.0.0.1:8000/v1#model``:
+      a vision model behind an OpenAI-compatible endpoint;
+    - ``package.module:function``: your own, importable from here;
+    - ``0.5*pickscore + 0.3*aesthetic``: a weighted sum of any of these.
+
+    Options of a judge follow a question mark: ``pickscore:FOLDER?dtype=bfloat16``.
 
     Raises:
-        UserError: an unknown name, or a folder in which something is missing.
+        UserError: an unknown name or option, or a folder in which something is missing.
     """
     return {name: _find(name) for name in names}
 
 
 def _find(name: str) -> NamedJudge:
+    terms = [term.strip() for term in name.split(" + ")]
+    weights = [re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.+)", term) for term in terms]
+    if len(terms) > 1 or weights[0]:
+        parts = tuple(
+            (float(found[1]), _find(found[2])) if found else (1.0, _find(term))
+            for term, found in zip(terms, weights, strict=True)
+        )
+        return NamedJudge(name, "weighted", parts=parts)
     if name in world.JUDGES:
         kind, role = world.JUDGES[name]
-        found = NamedJudge(name, kind, world.checkpoint(name), role)
-    else:
-        kind, _, folder = name.partition(":")
-        if kind not in KINDS or not (folder or kind.startswith("jpeg")):
-            raise UserError(f"no judge {name!r}{nearest(name, [*world.JUDGES, *(f'{k}:FOLDER' for k in KINDS)])}")
-        found = NamedJudge(name, kind, Path(folder).expanduser() if folder else None)
-    check_judge(found.kind, found.folder)
-    return found
+        return _checked(name, kind, str(world.checkpoint(name)), {}, role)
+    kind, _, where = name.partition(":")
+    if kind in KINDS:
+        return _checked(name, kind, *_options(name, where), HELD_OUT)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and _importable(kind):
+        foreign(name)
+        return NamedJudge(name, "function")
+    forms = [*world.JUDGES, *(k if v.place == "nothing" else f"{k}:{v.place.upper()}" for k, v in KINDS.items())]
+    raise UserError(f"no judge {name!r}{nearest(name, [*forms, 'package.module:function'])}")
+
+
+def _checked(name: str, kind: str, where: str, options: dict[str, Any], role: str) -> NamedJudge:
+    place = check_judge(kind, where or None, **options)
+    folder, url = (place, None) if isinstance(place, Path) else (None, place)
+    return NamedJudge(name, kind, folder, role, url, options)
+
+
+def _options(name: str, where: str) -> tuple[str, dict[str, Any]]:
+    """``FOLDER?dtype=bfloat16`` or ``URL?timeout=60#model`` in two."""
+    if where and Path(where).expanduser().exists():
+        return where, {}
+    where, _, model = where.partition("#")
+    where, question, text = where.partition("?")
+    pairs = parse_qsl(text, keep_blank_values=True)
+    if (question and not pairs) or any(not value for _, value in pairs):
+        raise UserError(f"judge {name!r}: expected options as ?name=value&name=value after its folder or URL")
+    return where, {**dict(pairs), **({"model": model} if model else {})}
+
+
+def _importable(module: str) -> bool:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False

@@ -27,15 +27,74 @@ def test_home_is_written_out(judge_dir, monkeypatch):
     assert find_judges([f"pickscore:~/{judge_dir.name}"]).popitem()[1].folder == judge_dir
 
 
+def test_weighted_sum(judge_dir):
+    x = torch.rand(2, 3, 32, 32)
+    prompts = ["a red house", "a tower"]
+    name = f"0.5*mini-aesthetic + -2e-1 * pickscore:{judge_dir} + jpeg_compressibility"
+    found = find_judges([name])[name]
+    assert [(w, j.kind) for w, j in found.parts] == [(0.5, "aesthetic"), (-0.2, "pickscore"), (1.0, "jpeg_compressibility")]
+    a, b, c = (part.load()(x, prompts) for _, part in found.parts)
+    torch.testing.assert_close(found.load()(x, prompts), 0.5 * a - 0.2 * b + c)
+
+
+def test_your_own_function(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_taste.py").write_text("def red(images, prompts):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    judge = find_judges(["my_taste:red"])["my_taste:red"].load()
+    assert judge(torch.full((1, 3, 4, 4), 0.25), [""]).item() == 0.25
+
+
+def test_options(judge_dir):
+    name = f"pickscore:{judge_dir}?dtype=bfloat16"
+    found = find_judges([name])[name]
+    assert found.options == {"dtype": "bfloat16"}
+    x, exact = torch.rand(1, 3, 32, 32), find_judges([f"pickscore:{judge_dir}"]).popitem()[1]
+    assert found.load()(x, ["a"]).item() == pytest.approx(exact.load()(x, ["a"]).item(), rel=0.02, abs=0.05)
+    assert found.fingerprint() != exact.fingerprint()
+    with pytest.raises(UserError, match="did you mean 'dtype'"):
+        find_judges([f"pickscore:{judge_dir}?dtipe=bfloat16"])
+    with pytest.raises(UserError, match="did you mean 'bfloat16'"):
+        find_judges([f"pickscore:{judge_dir}?dtype=bf16"])
+    with pytest.raises(UserError, match="name=value"):
+        find_judges([f"pickscore:{judge_dir}?fast"])
+
+
+def test_fingerprint_follows_the_weights(judge_dir, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(judge_dir, copy)
+    first, second = (find_judges([f"pickscore:{folder}"]).popitem()[1] for folder in (judge_dir, copy))
+    assert first.fingerprint() == second.fingerprint() != find_judges([f"clipscore:{copy}"]).popitem()[1].fingerprint()
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert first.fingerprint() != second.fingerprint()
+
+
+def test_two_judges_of_one_folder_share_its_weights(judge_dir):
+    names = [f"pickscore:{judge_dir}", f"clipscore:{judge_dir}"]
+    pick, clip = (judge.load() for judge in find_judges(names).values())
+    assert pick.clip is clip.clip
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("mini-held", "did you mean 'mini-heldout'"),
         ("pikscore:models", "did you mean 'pickscore:FOLDER'"),
-        ("pickscore", "no judge 'pickscore'"),
+        ("pickscore", "hf download yuvalkirstain/PickScore_v1"),
+        ("pickscore:someone/her-model", "--local-dir someone/her-model"),
+        ("remote.judge:score", "no judge"),
+        ("json:dumbs", "dumbs"),
+        ("jpeg_compressibility:models", "needs no weights"),
+        ("mini-heldout + mini-eye", "no judge 'mini-eye'"),
         ("clipscore:nowhere", "no folder nowhere"),
     ],
 )
-def test_unknown_names_are_refused(name, message):
+def test_unknown_names_are_refused(name, message, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         find_judges([name])

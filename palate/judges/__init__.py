@@ -1,71 +1,63 @@
-"""Judges: scores of pictures, higher is better. One protocol, one loader, one function that scores a list of pictures."""
+"""Judges: scores of pictures, higher is better. One protocol, one loader, one stream of pictures past a judge."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from palate.errors import UserError, nearest
+from palate.errors import UserError
+from palate.judges.kinds import KINDS, checked_options, find_place, module_of
 from palate.judges.pictures import to_tensor
 from palate.judges.stream import score_stream
 
-KINDS = ("aesthetic", "clipscore", "jpeg_compressibility", "jpeg_incompressibility", "pickscore")
-"""What :func:`load_judge` can load."""
+__all__ = ["KINDS", "Judge", "check_judge", "load_judge", "score"]
 
 
 @runtime_checkable
 class Judge(Protocol):
     """``(images (b, 3, h, w) in [0, 1], b prompts) -> (b,)`` float32 scores, higher is better.
 
-    A judge that sees pictures only ignores the prompts. CLIP judges are differentiable with respect to the images.
+    A judge that sees pictures only ignores the prompts. CLIP judges and ImageReward are differentiable with respect to the
+    images. A judge may also have ``preprocess(images) -> pixels (b, 3, H, W)`` of one size for pictures of any size, and
+    ``score_pixels(pixels, prompts)``; its call is the one after the other.
     """
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]: ...
 
 
-def check_judge(kind: str, folder: str | Path | None = None) -> None:
-    """Refuse what :func:`load_judge` would refuse for want of a file, in no time: no weights are read."""
-    if kind not in KINDS:
-        raise UserError(f"unknown judge {kind!r}{nearest(kind, KINDS)}")
-    if kind.startswith("jpeg"):
-        return
-    if folder is None:
-        raise UserError(f"judge {kind!r} needs the folder of its CLIP model; none was given")
-    from palate.judges.clip import check_clip
+def check_judge(kind: str, where: str | Path | None = None, **options: Any) -> Path | str | None:
+    """Refuse what :func:`load_judge` would refuse for want of a file, without reading weights.
 
-    check_clip(Path(folder))
-    if kind == "aesthetic":
-        from palate.judges.aesthetic import find_head
-
-        find_head(folder)
-
-
-def load_judge(kind: str, folder: str | Path | None = None, *, device: str | torch.device = "cpu") -> Judge:
-    """Load a judge of one of the :data:`KINDS` from a folder on disk (the two JPEG judges need none).
-
-    Raises :class:`UserError` for an unknown kind and for a folder in which something is missing.
+    Returns:
+        The folder (of a hub id: fetched by now), URL or nothing that the judge is made from.
     """
-    if kind not in KINDS:
-        raise UserError(f"unknown judge {kind!r}{nearest(kind, KINDS)}")
-    if kind in ("jpeg_compressibility", "jpeg_incompressibility"):
-        from palate.judges import jpeg
+    made = checked_options(kind, options)
+    place = find_place(kind, where)
+    module_of(kind).check(kind, place, **made)
+    return place
 
-        return getattr(jpeg, kind)
-    if folder is None:
-        raise UserError(f"judge {kind!r} needs the folder of its CLIP model; none was given")
-    if kind == "aesthetic":
-        from palate.judges.aesthetic import AestheticJudge
 
-        return AestheticJudge.load(folder, device=device)
-    from palate.judges.clip import ClipJudge
+def load_judge(kind: str, where: str | Path | None = None, *, device: str | torch.device = "cpu", **options: Any) -> Judge:
+    """Load a judge of one of the :data:`KINDS`.
 
-    return ClipJudge.load(kind, folder, device=device)
+    Args:
+        kind: such as ``pickscore``; docs/judges.md lists them.
+        where: folder on disk, hub id, or URL where the kind allows one; the published weights unless given.
+        device: of its weights.
+        options: keywords of the ``load`` function of its module, such as ``dtype="bfloat16"``.
+
+    Raises:
+        UserError: an unknown kind or option, and a folder in which something is missing.
+    """
+    made = checked_options(kind, options)
+    place = find_place(kind, where)
+    return module_of(kind).load(kind, place, device, **made)
 
 
 def score(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str], batch_size: int = 32) -> Float[Tensor, " n"]:

@@ -2,85 +2,91 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from palate.errors import UserError
-from palate.judges.clip import embed_images, load_clip
+from palate.judges.clip import Clip, check_clip, checked_dtype, load_clip
 from palate.judges.pictures import Preprocess
+from palate.judges.weights import affine, read_weights, reading
 
-HEADS = ("aesthetic_head.safetensors", "aesthetic_head.pth", "sac+logos+ava1-l14-linearMSE.pth", "sa_0_4_vit_l_14_linear.pth")
-"""File names under which a head is looked for, in this order; the last two are LAION's own (v2 and v1 for ViT-L/14)."""
+OWN = {
+    "aesthetic": ("aesthetic_head.safetensors", "aesthetic_head.pth", "sac+logos+ava1-l14-linearMSE.pth"),
+    "aesthetic_v1": ("sa_0_4_vit_l_14_linear.pth", "sa_0_4_vit_b_32_linear.pth", "sa_0_4_vit_b_16_linear.pth"),
+}
+"""Kind -> file names under which a folder may bring its own head, in this order; the last of v2 and those of v1 are LAION's."""
+PUBLISHED = Path(__file__).parent / "heads" / "laion.safetensors"
+"""LAION's heads multiplied out; names begin with one of those below."""
+FITTING = {
+    ("aesthetic", 768, 14): "v2_l14",
+    ("aesthetic_v1", 768, 14): "v1_l14",
+    ("aesthetic_v1", 512, 32): "v1_b32",
+    ("aesthetic_v1", 512, 16): "v1_b16",
+}
+"""Kind, width of the embedding and patch size -> published head. All were made for OpenAI's CLIP models."""
 
 
-def find_head(folder: str | Path) -> Path:
-    """The first of :data:`HEADS` in a folder; raises ``UserError`` if there is none."""
-    found = [Path(folder) / name for name in HEADS if (Path(folder) / name).exists()]
-    if not found:
-        raise UserError(f"{folder} has no aesthetic head; put {HEADS[0]} or LAION's {HEADS[2]} there")
-    return found[0]
+def find_head(kind: str, folder: Path) -> Path | str:
+    """The folder's own head, or the name of the published one that was made for its model; reads no weights."""
+    found = [folder / name for name in OWN[kind] if (folder / name).is_file()]
+    if found:
+        return found[0]
+    path = folder / "config.json"
+    config = reading(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+    vision = config.get("vision_config") or {}
+    width, patch = config.get("projection_dim", 512), vision.get("patch_size", 32)
+    activation = vision.get("hidden_act", "quick_gelu")  # "gelu" is LAION's own CLIP, whose embeddings are others
+    if (kind, width, patch) not in FITTING or activation != "quick_gelu":
+        raise UserError(
+            f"{folder} has no aesthetic head, and none was published for its CLIP model (width {width}, patches of {patch}, "
+            f"{activation}); put {OWN['aesthetic'][0]} there, or give the folder of openai/clip-vit-large-patch14"
+        )
+    return FITTING[kind, width, patch]
 
 
-def load_head(path: str | Path) -> tuple[Float[Tensor, " d"], Float[Tensor, ""]]:
+def load_head(head: Path | str) -> tuple[Float[Tensor, " d"], Float[Tensor, ""]]:
     """The head as one affine map: ``weight (d,)`` and ``bias ()``, float32.
 
-    Reads a v1 head (one linear layer, keys ``weight`` and ``bias``) or a v2 head (``layers.N.weight``, ``layers.N.bias``; in
-    the published one 768-1024-128-64-16-1 at N = 0, 2, 4, 6, 7). The v2 head has dropout but no activation between its
-    layers, so they multiply out to a single map; that is done in float64.
+    Reads a v1 head (one linear layer) or a v2 head (in the published one 768-1024-128-64-16-1); the v2 head has dropout but
+    no activation between its layers, so they multiply out to a single map.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no file {path}; expected an aesthetic head (.safetensors or .pth)")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        # LAION saved its v2 head on CUDA.
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    names = ["weight"] if "weight" in state else [k for k in state if k.startswith("layers.") and k.endswith(".weight")]
-    if not names:
-        raise UserError(
-            f"{path}: no aesthetic head; expected keys 'weight' or 'layers.N.weight', found {', '.join(sorted(state)[:4])}"
-        )
-    names.sort(key=lambda name: int(name.split(".")[1]) if "." in name else 0)
-    width = state[names[0]].shape[1]
-    weight, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-    for name in names:
-        layer = state[name].double()
-        if layer.shape[1] != weight.shape[0]:
-            raise UserError(f"{path}: {name} reads {layer.shape[1]} numbers but the layer before it writes {weight.shape[0]}")
-        weight, bias = layer @ weight, layer @ bias + state[name.removesuffix("weight") + "bias"].double()
-    if weight.shape[0] != 1:
-        raise UserError(f"{path}: the last layer writes {weight.shape[0]} numbers; an aesthetic head writes one")
-    return weight[0].float(), bias[0].float()
+    if isinstance(head, Path):
+        return affine(read_weights(head), head)
+    state = read_weights(PUBLISHED)
+    return state[f"{head}.weight"], state[f"{head}.bias"]
 
 
 class AestheticJudge:
     """``weight @ embedding + bias``, about 4.5 to 7 with the published v2 head on ``openai/clip-vit-large-patch14``."""
 
-    def __init__(self, model: Any, preprocess: Preprocess, weight: Float[Tensor, " d"], bias: Float[Tensor, ""]):
-        width = model.config.projection_dim
+    def __init__(self, clip: Clip, preprocess: Preprocess, weight: Float[Tensor, " d"], bias: Float[Tensor, ""]):
+        width = clip.model.config.projection_dim
         if len(weight) != width:
             raise UserError(f"the aesthetic head has width {len(weight)}, the CLIP model {width}; take a head made for it")
-        device = model.logit_scale.device
-        self.model, self.preprocess, self.weight, self.bias = model, preprocess, weight.to(device), bias.to(device)
-
-    @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> AestheticJudge:
-        """From a CLIP folder that also holds a head under one of the names in :data:`HEADS`."""
-        head = find_head(folder)
-        model, _, preprocess = load_clip(folder, device)
-        return cls(model, preprocess, *load_head(head))
+        self.clip, self.preprocess = clip, preprocess
+        self.weight, self.bias = weight.to(clip.device), bias.to(clip.device)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         return self.score_pixels(self.preprocess(images.to(self.weight.device)), prompts)
 
-    def score_pixels(self, images: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+    def score_pixels(self, pixels: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """As a call, of pictures that are already preprocessed."""
-        return embed_images(self.model, images.to(self.weight.device)) @ self.weight + self.bias
+        return self.clip.embed_images(pixels) @ self.weight + self.bias
+
+
+def check(kind: str, place: Path, *, dtype: str = "float32") -> None:
+    checked_dtype(dtype)
+    check_clip(place, kind)
+    find_head(kind, place)
+
+
+def load(kind: str, place: Path, device: str | torch.device = "cpu", *, dtype: str = "float32") -> AestheticJudge:
+    """From a CLIP folder, with its own head or the published one."""
+    clip = load_clip(place, kind, device, checked_dtype(dtype))
+    preprocess = Preprocess.load(place, clip.model.config.vision_config.image_size)
+    return AestheticJudge(clip, preprocess, *load_head(find_head(kind, place)))

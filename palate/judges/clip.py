@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -12,93 +14,145 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from palate.errors import UserError, nearest
+from palate.judges.kinds import tokenizer_folder
 from palate.judges.pictures import Preprocess
+from palate.judges.weights import DTYPES, quietly, reading, refuse_incomplete
 
-KINDS = ("clipscore", "pickscore")
+KINDS = ("clipscore", "pickscore", "hpsv2", "hpsv2.1")
+REMEMBERED = 10_000
+"""Prompts whose embeddings are kept: 40 MB at most."""
 
 
-def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Any, Any, Preprocess]:
-    """A frozen float32 ``CLIPModel``, its tokenizer and its preprocessing, from a folder in transformers' layout.
+class Clip:
+    """A frozen CLIP model with its tokenizer: embeddings of pictures and prompts, shared by the judges made of it.
 
-    The tokenizer lies in the folder itself or in its subfolder ``tokenizer``. Weights must be safetensors and complete:
-    transformers would fill missing ones with random numbers.
+    A prompt is embedded once, however many pictures are judged by it.
     """
-    from transformers import CLIPModel, CLIPTokenizer
 
-    folder = Path(folder)
-    words = check_clip(folder)
-    model, loading = CLIPModel.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise UserError(f"{folder} is no whole CLIP model: {len(missing)} weights are missing, the first is {missing[0]}")
-    tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
-    preprocess = Preprocess.load(folder, model.config.vision_config.image_size)
-    return model.eval().requires_grad_(False).to(device), tokenizer, preprocess
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        # An unset limit of a tokenizer is a huge number; the text tower has a position for each token it can read.
+        self.max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def embed_images(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
+        """L2-normalised, float32; differentiable. Without a pass through the text half."""
+        pixels = pixels.to(self.device, self.model.dtype)
+        features = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        return F.normalize(features.float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """L2-normalised, float32, cut at the tokenizer's limit (77 tokens in the published models)."""
+        found = {prompt: self._known[prompt] for prompt in prompts if prompt in self._known}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        for start in range(0, len(new), 64):
+            part = new[start : start + 64]
+            # Padded to the longest only: the text tower is causal and read at its end token, so padding changes nothing.
+            text = self.tokenizer(part, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+            ids, mask = text.input_ids.to(self.device), text.attention_mask.to(self.device)
+            pooled = self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output
+            features = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+            found |= dict(zip(part, features, strict=True))
+        for prompt in new:
+            self._known[prompt] = found[prompt]
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return torch.stack([found[prompt] for prompt in prompts])
 
 
-def check_clip(folder: Path) -> Path:
+_shared: WeakValueDictionary[tuple[str, ...], Clip] = WeakValueDictionary()
+
+
+def shared_clip(make: Callable[[], Clip], *key: object) -> Clip:
+    """The model made earlier under the same key, as long as a judge uses it: two judges of one folder load it once."""
+    name = tuple(map(str, key))
+    found = _shared.get(name)
+    if found is None:
+        found = _shared[name] = make()
+    return found
+
+
+def load_clip(folder: Path, kind: str, device: str | torch.device = "cpu", dtype: str = "float32") -> Clip:
+    """From a folder in transformers' layout; weights must be safetensors and complete. Shared by judges of one folder."""
+    words = check_clip(folder, kind)
+
+    def make() -> Clip:
+        from transformers import CLIPModel
+
+        with quietly():
+            model, found = reading(
+                folder,
+                lambda: CLIPModel.from_pretrained(
+                    folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
+                ),
+            )
+        refuse_incomplete(folder, found)
+        return Clip(model.to(device), load_tokenizer(words))
+
+    return shared_clip(make, folder.resolve(), device, dtype)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    return reading(folder, lambda: CLIPTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def check_clip(folder: Path, kind: str) -> Path:
     """The folder of the tokenizer; raises ``UserError`` if a file is missing, without reading any weights."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; expected the folder of a CLIP model")
-    words = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    _need(folder, ("config.json",))
-    _need(folder, ("model.safetensors", "model.safetensors.index.json"))
-    if not (words / "tokenizer.json").exists():
-        _need(words, ("vocab.json",))
-        _need(words, ("merges.txt",))
-    return words
-
-
-def _need(folder: Path, names: tuple[str, ...]) -> None:
-    if not any((folder / name).exists() for name in names):
-        raise UserError(f"{folder} has no {' or '.join(names)}; expected a CLIP model saved by transformers (save_pretrained)")
-
-
-def embed_images(model: Any, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
-    """L2-normalised image embeddings, without a pass through the text half."""
-    return F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
+    for names in (("config.json",), ("model.safetensors", "model.safetensors.index.json")):
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(
+                f"{folder} has no {' or '.join(names)}; expected a CLIP model saved by transformers (save_pretrained)"
+            )
+    return tokenizer_folder(kind, folder, "vocab.json", "merges.txt")
 
 
 class ClipJudge:
-    """PickScore or CLIPScore.
+    """PickScore, HPS or CLIPScore.
 
     - ``pickscore``: exp(logit_scale) * cos, about 18 to 24 (Kirstain et al. 2023, "Pick-a-Pic", Eq. 1 and model card).
+    - ``hpsv2``, ``hpsv2.1``: cos, about 0.2 to 0.35 (Wu et al. 2023, "Human Preference Score v2"); its tables print 100 cos.
     - ``clipscore``: 100 * cos, neither clamped at 0 nor with a prefix to the prompt, about 20 to 35. Other conventions of
       the same name: 2.5 * max(cos, 0) (Hessel et al. 2021, Eq. 1), 100 * max(cos, 0) (torchmetrics).
 
     Prompts are cut at the tokenizer's limit (77 for the published models).
     """
 
-    def __init__(self, kind: str, model: Any, tokenizer: Any, preprocess: Preprocess):
+    def __init__(self, kind: str, clip: Clip, preprocess: Preprocess):
         if kind not in KINDS:
             raise UserError(f"unknown CLIP judge {kind!r}{nearest(kind, KINDS)}")
-        self.model, self.tokenizer, self.preprocess = model, tokenizer, preprocess
-        # An unset limit of a tokenizer is a huge number; the text tower has a position for each token it can read.
-        self.max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
-        self.scale = float(model.logit_scale.exp()) if kind == "pickscore" else 100.0
-
-    @classmethod
-    def load(cls, kind: str, folder: str | Path, *, device: str | torch.device = "cpu") -> ClipJudge:
-        return cls(kind, *load_clip(folder, device))
+        self.clip, self.preprocess = clip, preprocess
+        self.scale = {"pickscore": float(clip.model.logit_scale.exp()), "clipscore": 100.0}.get(kind, 1.0)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        return self.score_pixels(self.preprocess(images.to(self.model.logit_scale.device)), prompts)
+        return self.score_pixels(self.preprocess(images.to(self.clip.device)), prompts)
 
-    def score_pixels(self, images: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+    def score_pixels(self, pixels: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """As a call, of pictures that are already preprocessed."""
-        if len(images) != len(prompts):
-            raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")
-        device = self.model.logit_scale.device
-        text = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        output = self.model(
-            input_ids=text.input_ids.to(device),
-            attention_mask=text.attention_mask.to(device),
-            pixel_values=images.to(device),
-        )
-        return self.scale * (output.image_embeds * output.text_embeds).sum(dim=-1)
+        if len(pixels) != len(prompts):
+            raise UserError(f"{len(pixels)} pictures came with {len(prompts)} prompts; give one prompt per picture")
+        return self.scale * (self.clip.embed_images(pixels) * self.clip.embed_texts(prompts)).sum(dim=-1)
 
-    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """L2-normalised image embeddings ``(b, d)``."""
-        return embed_images(self.model, self.preprocess(images.to(self.model.logit_scale.device)))
+
+def check(kind: str, place: Path, *, dtype: str = "float32") -> None:
+    checked_dtype(dtype)
+    check_clip(place, kind)
+
+
+def load(kind: str, place: Path, device: str | torch.device = "cpu", *, dtype: str = "float32") -> ClipJudge:
+    """From a folder that ``save_pretrained`` of transformers wrote."""
+    clip = load_clip(place, kind, device, checked_dtype(dtype))
+    return ClipJudge(kind, clip, Preprocess.load(place, clip.model.config.vision_config.image_size))
+
+
+def checked_dtype(dtype: str) -> str:
+    """``float32`` gives the published scores; the others are faster and differ in the third digit or so."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}")
+    return dtype

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,3 +26,11 @@ def jpeg_incompressibility(images: Float[Tensor, "b 3 h w"], prompts: Sequence[s
 def jpeg_compressibility(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
     """Minus :func:`jpeg_incompressibility`."""
     return -jpeg_incompressibility(images, prompts)
+
+
+def check(kind: str, place: None) -> None:
+    """Nothing can be missing."""
+
+
+def load(kind: str, place: None, device: Any = "cpu") -> Callable[..., Tensor]:
+    return jpeg_compressibility if kind == "jpeg_compressibility" else jpeg_incompressibility

@@ -32,12 +32,16 @@ class Preprocess:
 
     The resize is bicubic with antialiasing, as PIL's is: without it, scores of large pictures shift. Bicubic filters
     overshoot, so the result is clamped to [0, 1], which 8-bit pictures do by themselves.
+
+    ``whole``: nothing is cropped, as HPS does it: *longest* side to ``size``, black bars to a square before normalising. HPS
+    resizes float pictures, which do not clamp.
     """
 
     size: int = 224
     crop: tuple[int, int] = (224, 224)
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    whole: bool = False
 
     @classmethod
     def load(cls, folder: Path, default_size: int) -> Preprocess:
@@ -58,15 +62,29 @@ class Preprocess:
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 H W"]:
         x = images.float()
+        x = self._bars(x) if self.whole else self._centre(x)
+        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+    def _centre(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 H W"]:
         h, w = x.shape[-2:]
         short = min(h, w)
         if short != self.size:
-            target = (int(self.size * h / short), int(self.size * w / short))
-            x = F.interpolate(x, size=target, mode="bicubic", antialias=True, align_corners=False)
+            x = _resize(x, int(self.size * h / short), int(self.size * w / short))
         x = x.clamp(0, 1)
         h, w = x.shape[-2:]
         # Rounding half to even, as torchvision's centre crop does.
         top, left = round((h - self.crop[0]) / 2), round((w - self.crop[1]) / 2)
-        x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
-        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return x[..., top : top + self.crop[0], left : left + self.crop[1]]
+
+    def _bars(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 H W"]:
+        h, w = x.shape[-2:]
+        scale = self.size / max(h, w)
+        if scale != 1:
+            x = _resize(x, max(1, round(h * scale)), max(1, round(w * scale)))
+        down, right = self.size - x.shape[-2], self.size - x.shape[-1]
+        return F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+
+
+def _resize(x: Float[Tensor, "b 3 h w"], height: int, width: int) -> Float[Tensor, "b 3 H W"]:
+    return F.interpolate(x, size=(height, width), mode="bicubic", antialias=True, align_corners=False)

@@ -97,7 +97,7 @@ EARLY = [
     ({"output_dir": "quick.yaml"}, "output_dir quick.yaml is a file"),
     ({"output_dir": "quick.yaml/out"}, "quick.yaml is not a folder you may write to"),
     ({"judges": "[pickscor:folder]"}, "no judge 'pickscor:folder'"),
-    ({"judges": "[pickscore]"}, "no judge 'pickscore'"),
+    ({"judges": "[pickscore]"}, "hf download yuvalkirstain/PickScore_v1"),
     ({"judges": "[pickscore:gone]"}, "no folder gone"),
     ({"judges": "[pickscore:empty]"}, "empty has no config.json"),
     ({"judges": "[aesthetic:JUDGE]"}, "no aesthetic head"),

@@ -20,7 +20,7 @@ from torch import nn
 from palate.errors import UserError
 from palate.judges import load_judge, score
 from palate.judges.aesthetic import load_head
-from palate.judges.clip import ClipJudge, load_clip
+from palate.judges.clip import load_clip
 from palate.judges.jpeg import jpeg_compressibility, jpeg_incompressibility
 from palate.judges.pictures import Preprocess, to_tensor
 
@@ -176,13 +176,13 @@ def test_aesthetic_is_the_sequential_head(folder):
     state = load_file(folder / "aesthetic_head.safetensors")
     net = nn.Sequential(nn.Linear(WIDTH, 8), nn.Dropout(0.2), nn.Linear(8, 4), nn.Linear(4, 1)).eval()
     net.load_state_dict({k.removeprefix("layers."): v for k, v in state.items()})
-    model, tokenizer, preprocess = load_clip(folder)
+    clip, pixels = load_clip(folder, "aesthetic"), Preprocess(32, (32, 32))(to_tensor(IMAGES))
     with torch.no_grad():
-        tokens = tokenizer(["a"], return_tensors="pt")
-        embedding = model(**tokens, pixel_values=preprocess(to_tensor(IMAGES))).image_embeds
+        tokens = clip.tokenizer(["a"], return_tensors="pt")
+        embedding = clip.model(**tokens, pixel_values=pixels).image_embeds
         expected = net(embedding)[:, 0]
     torch.testing.assert_close(score(load_judge("aesthetic", folder), IMAGES, PROMPTS), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ClipJudge.load("clipscore", folder).embed(to_tensor(IMAGES)), embedding, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(clip.embed_images(pixels), embedding, atol=1e-6, rtol=1e-5)
 
 
 def test_head_worked_by_hand(tmp_path):
@@ -228,7 +228,7 @@ def test_jpeg_size():
 def test_mistakes_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="did you mean 'pickscore'"):
         load_judge("pikscore", folder)
-    with pytest.raises(UserError, match="needs the folder"):
+    with pytest.raises(UserError, match=r"hf download yuvalkirstain/PickScore_v1 .*3\.9 GB.* pickscore:models/PickScore_v1"):
         load_judge("pickscore")
     with pytest.raises(UserError, match="no folder"):
         load_judge("pickscore", tmp_path / "nowhere")
