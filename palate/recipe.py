@@ -102,7 +102,7 @@ class EvaluationOptions:
     """How base and tuned model are compared afterwards."""
 
     evaluation_prompts: str | None = None
-    """A text or JSONL file, or ``miniature-unseen``; no comparison without it."""
+    """A text or JSONL file, a list such as ``miniature-unseen``, or ``module:function``; no comparison without it."""
     num_evaluation_prompts: int | None = None
     """Only the first of them; all unless given."""
     images_per_prompt: int = 1

@@ -17,6 +17,7 @@ from palate.errors import UserError
 from palate.files import write_atomically
 from palate.judge_names import NamedJudge, find_judges
 from palate.miniature import world
+from palate.prompt_names import find_prompts
 from palate.recipe import Recipe
 
 
@@ -305,13 +306,10 @@ def _say_counts(counts: Any) -> None:
 
 
 def _evaluation_prompts(recipe: Recipe) -> list[str]:
-    from palate.data.prompts import read_prompts
-
     wanted = recipe.evaluation.evaluation_prompts
     if wanted is None:
         return []
-    prompts = read_prompts(world.unseen_prompts() if wanted == "miniature-unseen" else wanted)
-    return prompts[: recipe.evaluation.num_evaluation_prompts]
+    return [prompt.text for prompt in find_prompts(wanted)][: recipe.evaluation.num_evaluation_prompts]
 
 
 def _judges(recipe: Recipe) -> dict[str, NamedJudge]:

@@ -1,14 +1,28 @@
-"""Prompts from a file."""
+"""Prompts: from files, built-in lists and functions, and the order in which online training draws them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from palate.errors import UserError
+import numpy as np
+
+from palate.errors import UserError, nearest
+
+LISTS = {
+    "animals": "animals.txt",
+    "imagenet-animals": "imagenet-animals.txt",
+    "animal-activities": "animal-activities.txt",
+    "counting": "counting.jsonl",
+}
+"""Built-in lists, those of the DDPO paper: name -> file in ``prompt_lists/``."""
+
+DRAWS = 1000
+"""How often a function that makes one prompt is called."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +36,15 @@ class Prompt:
     """Such as ``category`` and ``challenge``; handed to rewards, and kept in manifests."""
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts of a text file (one a line) or of a JSONL file (one object with "prompt" a line), in order.
 
-    JSONL is recognised by its ending or by a first line that is a JSON object. Blank lines are skipped, duplicates kept.
-    Raises ``UserError`` for a missing, unreadable or empty file, and for a line of JSONL without a prompt.
+    JSONL is recognised by its ending or by a first line that is a JSON object. Beside "prompt" an object may have "negative"
+    (or "negative_prompt"); "metadata", an object, and all that goes by other names become the prompt's metadata. Blank
+    lines are skipped, duplicates kept.
+
+    Raises:
+        UserError: a missing, unreadable or empty file, or a line of JSONL without a prompt.
     """
     path = Path(path)
     try:
@@ -47,7 +65,7 @@ def read_prompts(path: str | Path) -> list[str]:
         raise UserError(f"{path} is JSON, but not one object a line: convert it to JSONL with 'prompt', or to plain text")
     if path.suffix in (".tsv", ".csv", ".parquet"):
         raise UserError(f"{path} is a table: write its column of prompts to a text file, one prompt a line")
-    return [line for _, line in lines]
+    return [Prompt(line) for _, line in lines]
 
 
 def _is_object(line: str) -> bool:
@@ -57,12 +75,95 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _prompt(path: Path, number: int, line: str) -> str:
+def _prompt(path: Path, number: int, line: str) -> Prompt:
+    where = f"{path}, line {number}"
     if not _is_object(line):
-        raise UserError(f'{path}, line {number}: not a JSON object; expected one such as {{"prompt": "a red boat"}} a line')
+        raise UserError(f'{where}: not a JSON object; expected one such as {{"prompt": "a red boat"}} a line')
     row = json.loads(line)
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         columns = ", ".join(sorted(row)) or "none"
-        raise UserError(f"{path}, line {number}: 'prompt' must be a non-empty string, found {prompt!r} (columns: {columns})")
-    return prompt.strip()
+        raise UserError(f"{where}: 'prompt' must be a non-empty string, found {prompt!r} (columns: {columns})")
+    negative = row.get("negative", row.get("negative_prompt"))
+    if not isinstance(negative, str | None):
+        raise UserError(f"{where}: 'negative' must be a string, found {negative!r}")
+    metadata = row.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise UserError(f"{where}: 'metadata' must be an object, found {metadata!r}")
+    others = {name: value for name, value in row.items() if name not in ("prompt", "negative", "negative_prompt", "metadata")}
+    return Prompt(prompt.strip(), negative, others | metadata)
+
+
+def built_in(name: str) -> list[Prompt]:
+    """One of :data:`LISTS`; raises ``UserError`` for another name."""
+    if name not in LISTS:
+        raise UserError(f"no list of prompts {name!r}{nearest(name, LISTS)}")
+    return read_prompts(Path(__file__).parent / "prompt_lists" / LISTS[name])
+
+
+def from_function(function: Callable[[], Any], name: str) -> list[Prompt]:
+    """The prompts that a function without arguments makes.
+
+    It returns a list of them; or, as ddpo-pytorch's and TRL's prompt functions do, one at random, ``(text, metadata)``: then
+    it is called :data:`DRAWS` times, from one fixed state of the random numbers of Python, NumPy and torch, and every draw
+    is kept. A prompt is a text, ``(text, metadata)`` or a :class:`Prompt`.
+
+    Raises:
+        UserError: the function raises, or returns something else or nothing.
+    """
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        random.seed(0)
+        np.random.seed(0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            made = function()
+            if _is_one(made):
+                made = [made, *(function() for _ in range(DRAWS - 1))]
+            made = list(made)
+    except Exception as error:
+        raise UserError(f"{name} raised {type(error).__name__}: {error}; expected a list of prompts, or one") from error
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+    if not made:
+        raise UserError(f"{name} made no prompts; expected a list of texts, or one (text, metadata) a call")
+    prompts = []
+    for one in made:
+        prompt = one if isinstance(one, Prompt) else Prompt(one) if isinstance(one, str) else None
+        prompt = Prompt(one[0], None, one[1]) if prompt is None and _is_one(one) else prompt
+        if prompt is None or not prompt.text.strip():
+            raise UserError(f"{name} made {one!r}; expected a text, or (text, metadata) with a dictionary")
+        prompts.append(prompt)
+    return prompts
+
+
+def _is_one(made: Any) -> bool:
+    pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], str) and isinstance(made[1], Mapping)
+    return pair or isinstance(made, str | Prompt)
+
+
+class PromptSampler:
+    """Prompts in random order, each as often as any other: one shuffled pass over the list after the other.
+
+    What a round draws depends on the seed and the number of the round alone: there is no state to save, and any round can be
+    drawn again.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int):
+        if not prompts:
+            raise UserError("there are no prompts to draw from")
+        self.prompts, self.seed = list(prompts), seed
+
+    def draw(self, round: int, groups: int, group_size: int = 1) -> list[Prompt]:
+        """``groups * group_size`` prompts of round ``round`` (from 0): the same one ``group_size`` times, then the next."""
+        n, orders = len(self.prompts), {}
+        drawn: list[Prompt] = []
+        for position in range(round * groups, (round + 1) * groups):
+            number, row = divmod(position, n)
+            if number not in orders:
+                orders[number] = np.random.default_rng([self.seed, number]).permutation(n)
+            drawn += [self.prompts[orders[number][row]]] * group_size
+        return drawn

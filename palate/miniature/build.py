@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from palate.files import write_atomically
 from palate.miniature import base_model, judging, scenes, voting, world
 from palate.miniature.base_model import SEED, say
 from palate.miniature.raters import load_eye
@@ -54,9 +55,9 @@ def build_all(work: Path, target: Path = world.ROOT) -> None:
     texts = voting.prompts(SEED + 50, voting.PAIRS, held_out=False)
     both = voting.candidates(work, sd, "candidates", texts, SEED * 10)
     voted = voting.write_pairs(target / "pairs" / "train.parquet", texts, both, work / "mini-rater", SEED + 51)
-    unseen = target / "prompts" / "unseen.txt"
-    unseen.parent.mkdir(parents=True, exist_ok=True)
-    unseen.write_text("\n".join(voting.prompts(SEED + 70, voting.UNSEEN, held_out=True)) + "\n")
+    unseen = voting.prompts(SEED + 70, voting.UNSEEN, held_out=True)
+    for name, lines in (("seen", texts[: voting.UNSEEN]), ("unseen", unseen)):
+        write_atomically(target / "prompts" / f"{name}.txt", ("\n".join(lines) + "\n").encode())
     for name in ("mini-sd", "mini-rater", *world.JUDGES):
         shutil.copytree(work / name, target / "checkpoints" / name, dirs_exist_ok=True)
     measured = measure(work, voted)

@@ -35,6 +35,11 @@ def unseen_prompts() -> Path:
     return _file(ROOT / "prompts" / "unseen.txt")
 
 
+def seen_prompts() -> Path:
+    """Captions that pairs were made from, as many as there are unseen ones."""
+    return _file(ROOT / "prompts" / "seen.txt")
+
+
 def _file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(

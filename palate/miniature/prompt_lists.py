@@ -1,0 +1,53 @@
+"""Prompts of the miniature world, by name; among them a split that tells what training on some prompts does to others.
+
+The split is by object and place (the ground): online training sees *six* combinations of three objects and three places.
+Unseen are two objects, one place, and the other three combinations of the nine. The base model knows them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from itertools import product
+from pathlib import Path
+
+from palate.data.prompts import Prompt, read_prompts
+from palate.miniature import world
+from palate.miniature.scenes import ATTRIBUTES, Scene, caption, scene_of
+
+OBJECTS, NEW_OBJECTS = ("house", "tree", "cactus"), ("tower", "sailboat")
+PLACES, NEW_PLACES = ("meadow", "sand", "snow"), ("water",)
+NEW_COMBINATIONS = frozenset(zip(OBJECTS, PLACES, strict=True))
+"""A house on a meadow, a tree on sand, a cactus in snow: every object and every place is trained with two others."""
+
+EACH = 16
+"""Prompts a combination of object and place."""
+
+SPLIT = {
+    "miniature-gen-train": [(o, p) for o in OBJECTS for p in PLACES if (o, p) not in NEW_COMBINATIONS],
+    "miniature-gen-objects": [(o, p) for o in NEW_OBJECTS for p in PLACES],
+    "miniature-gen-places": [(o, p) for o in OBJECTS for p in NEW_PLACES],
+    "miniature-gen-combinations": sorted(NEW_COMBINATIONS),
+}
+"""Name of a list -> its combinations of object and place: 96, 96, 48 and 48 prompts."""
+
+NAMES = ("miniature-seen", "miniature-unseen", *SPLIT)
+
+
+def find(name: str) -> list[Prompt]:
+    """One of :data:`NAMES`; the metadata of every prompt are the attributes of its scene."""
+    if name in SPLIT:
+        return [_prompt(caption(scene)) for o, p in SPLIT[name] for scene in _some(o, p)]
+    path: Path = {"miniature-seen": world.seen_prompts, "miniature-unseen": world.unseen_prompts}[name]()
+    return [_prompt(prompt.text) for prompt in read_prompts(path)]
+
+
+def _prompt(text: str) -> Prompt:
+    return Prompt(text, None, dataclasses.asdict(scene_of(text)))
+
+
+def _some(thing: str, place: str) -> list[Scene]:
+    """:data:`EACH` scenes of an object at a place, spread over all other attributes by a digest of the scene."""
+    fixed = {**ATTRIBUTES, "object": (thing,), "ground": (place,)}
+    scenes = [Scene(*values) for values in product(*fixed.values())]
+    return sorted(scenes, key=lambda scene: hashlib.sha256(caption(scene).encode()).digest())[:EACH]

@@ -1,0 +1,36 @@
+"""Prompts by the names that recipes and commands use."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from palate.data import prompts
+from palate.data.prompts import Prompt
+from palate.errors import UserError, nearest
+from palate.miniature import prompt_lists
+from palate.options import foreign
+
+
+def find_prompts(name: str | Path) -> list[Prompt]:
+    """The prompts that go by a name, in order.
+
+    That is a built-in list (``animals``), a list of the miniature world (``miniature-unseen``), a function ``module:function``,
+    or a text or JSONL file.
+
+    Raises:
+        UserError: an unknown name, a file that cannot be read, or no prompts.
+    """
+    text = str(name)
+    if text in prompts.LISTS:
+        return prompts.built_in(text)
+    if text in prompt_lists.NAMES:
+        return prompt_lists.find(text)
+    path = Path(name).expanduser()
+    if path.exists():
+        return prompts.read_prompts(path)
+    if re.fullmatch(r"[\w.]+:\w+", text):
+        return prompts.from_function(foreign(text), text)
+    if re.fullmatch(r"[\w-]+", text):
+        raise UserError(f"no file and no list of prompts {text!r}{nearest(text, [*prompts.LISTS, *prompt_lists.NAMES])}")
+    return prompts.read_prompts(path)
