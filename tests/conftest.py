@@ -1,4 +1,4 @@
-"""A tiny random Stable Diffusion, a tiny random judge and sixteen votes: all that the tests of the whole job share."""
+"""A tiny random Stable Diffusion and SDXL, a tiny random judge and sixteen votes: all that the tests of the whole job share."""
 
 from __future__ import annotations
 
@@ -31,25 +31,13 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
     """A ``StableDiffusionPipeline`` folder with random weights: 16 x 16 x 4 latents of 64 x 64 pictures."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=LIMIT)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=LIMIT,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        text_encoder = CLIPTextModel(tiny_text(tokenizer, 16))
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
@@ -83,6 +71,77 @@ def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A ``StableDiffusionXLPipeline`` folder with random weights: 16 x 16 x 4 latents of 64 x 64 pictures."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    first = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=LIMIT)
+    second = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=LIMIT, pad_token="!")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(4, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=64,
+            scaling_factor=0.13025,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=16 + 12,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 10,
+        )
+        encoders = CLIPTextModel(tiny_text(first, 16)), CLIPTextModelWithProjection(tiny_text(second, 12, projection_dim=10))
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_text(tokenizer, width: int, **options):
+    """Configuration of a text encoder with two layers."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LIMIT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
 
 
 @pytest.fixture(scope="session")

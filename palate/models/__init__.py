@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from palate.errors import UserError
 from palate.hub import fetch, first_line
 
 if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser
+    from palate.models.refiner import Refiner
 
-FAMILIES = {"StableDiffusionPipeline": "sd"}
+FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 """Pipeline class named in ``model_index.json`` -> family."""
+REFINER = "StableDiffusionXLImg2ImgPipeline"
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
@@ -30,15 +32,40 @@ def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu"
     """
     given = {k: v for k, v in source.items() if v is not None}
     kind = check_model(name, revision=given.get("revision"))
-    from palate.models.denoiser import DTYPES
     from palate.models.sd import StableDiffusion
+    from palate.models.sdxl import StableDiffusionXL
+
+    family = StableDiffusionXL if FAMILIES[kind] == "sdxl" else StableDiffusion
+    try:
+        return family(name, dtype=_dtype(mixed_precision), device=device, **given)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
+
+
+def load_refiner(
+    name: str, *, start: float = 0.8, mixed_precision: str = "no", device: str = "cpu", **source: str | None
+) -> Refiner:
+    """Load SDXL's refiner, which takes over when ``start`` of the denoising is done; arguments as :func:`load_denoiser`.
+
+    Raises:
+        UserError: not a refiner, parts of it missing, or not reachable.
+    """
+    given = {k: v for k, v in source.items() if v is not None}
+    check_refiner(name, revision=given.get("revision"))
+    from palate.models.refiner import Refiner
+
+    try:
+        return Refiner(name, start=start, dtype=_dtype(mixed_precision), device=device, **given)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be loaded as a refiner: {first_line(error)}") from error
+
+
+def _dtype(mixed_precision: str) -> Any:
+    from palate.models.denoiser import DTYPES
 
     if mixed_precision not in DTYPES:
         raise UserError(f"mixed_precision is {mixed_precision!r}; expected one of {', '.join(DTYPES)}")
-    try:
-        return StableDiffusion(name, dtype=DTYPES[mixed_precision], device=device, **given)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
+    return DTYPES[mixed_precision]
 
 
 def check_model(name: str, *, revision: str | None = None) -> str:
@@ -47,11 +74,34 @@ def check_model(name: str, *, revision: str | None = None) -> str:
     Raises:
         UserError: as :func:`load_denoiser`.
     """
+    kind = _pipeline_class(name, revision)
+    if kind == REFINER:
+        raise UserError(f"{name} is a refiner ({kind}), which only finishes pictures: give the base model here")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{name} is a {kind}; supported pipelines: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x, SDXL, and "
+            "their Turbo kinds)"
+        )
+    return kind
+
+
+def check_refiner(name: str, *, revision: str | None = None) -> None:
+    """Raise ``UserError`` unless a folder or hub id is SDXL's refiner; reads no weights."""
+    kind = _pipeline_class(name, revision)
+    if kind != REFINER:
+        raise UserError(f"{name} is a {kind}, not a refiner: expected a {REFINER}, such as SDXL's refiner 1.0")
+    missing = [p for p in ("unet", "text_encoder_2", "tokenizer_2") if Path(name).is_dir() and not Path(name, p).is_dir()]
+    if missing:
+        raise UserError(f"the refiner {name} lacks {', '.join(f'{p}/' for p in missing)}; download it again")
+
+
+def _pipeline_class(name: str, revision: str | None) -> str:
+    """What ``model_index.json`` names."""
     folder = Path(name)
     if folder.is_file() and folder.suffix in SINGLE_FILES:
         raise UserError(
             f"{name} is a single file; expected a pipeline folder. diffusers makes one: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+            "StableDiffusionPipeline (or StableDiffusionXLPipeline).from_single_file(FILE).save_pretrained(FOLDER)"
         )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(
@@ -62,12 +112,9 @@ def check_model(name: str, *, revision: str | None = None) -> str:
         raise UserError(f"no model at {name}: expected a pipeline folder or a hub id such as owner/model")
     index = folder / "model_index.json" if folder.exists() else _fetch_index(name, revision)
     try:
-        kind = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model_index.json of {name} is damaged ({first_line(error)}); download the model again") from error
-    if kind not in FAMILIES:
-        raise UserError(f"{name} is a {kind}; supported pipelines: {', '.join(FAMILIES)}")
-    return kind
 
 
 def _fetch_index(name: str, revision: str | None) -> Path:

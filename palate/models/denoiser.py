@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
+from palate.models.refiner import Refiner
 
 
 @runtime_checkable
@@ -28,6 +30,10 @@ class Denoiser(Protocol):
         """Prompts to what the U-Net attends to, one row each."""
         ...
 
+    def unconditional(self) -> Conditioning:
+        """One row: what guidance leads away from, and what a left-out caption is: the empty prompt, or zeros for SDXL."""
+        ...
+
     def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
         """How many different prompts are longer than the text encoder reads, and how many tokens that is."""
         ...
@@ -37,7 +43,7 @@ class Denoiser(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32."""
+        """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32; UserError if they are not finite."""
         ...
 
     def predict(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -63,7 +69,7 @@ class Denoiser(Protocol):
         ...
 
     def remember(self, prompts: list[str]) -> None:
-        """Encode prompts now for :meth:`generate` later, when the text encoder may have left memory."""
+        """Encode prompts now for :meth:`generate` later, when the text encoders may have left memory."""
         ...
 
     def pipeline(self, unet: nn.Module | None = None) -> Any:
@@ -75,14 +81,19 @@ class Denoiser(Protocol):
         prompts: list[str],
         seeds: list[int],
         *,
+        negatives: Sequence[str | None] | None = None,
         unet: nn.Module | None = None,
+        refiner: Refiner | None = None,
         num_inference_steps: int,
         guidance_scale: float,
         resolution: int,
         batch_size: int = 8,
         progress: bool = False,
     ) -> list[Image.Image]:
-        """One picture per prompt; picture i depends on ``prompts[i]`` and ``seeds[i]`` alone."""
+        """One picture per prompt; picture i depends on ``prompts[i]``, ``negatives[i]`` and ``seeds[i]`` alone.
+
+        A ``refiner`` finishes the pictures of an SDXL model. Raises UserError for pictures that are not finite or all black.
+        """
         ...
 
     def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -47,12 +47,12 @@ def pairs(pairs_dir, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test if weights are loaded: the mistake could have been seen before."""
-    from palate.models import sd
+    from palate.models.parts import Source
 
     def loaded(*_, **__):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(sd.StableDiffusion, "_read", loaded)
+    monkeypatch.setattr(Source, "read", loaded)
 
 
 EARLY = [

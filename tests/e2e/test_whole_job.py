@@ -164,12 +164,12 @@ def test_encoders_are_out_of_memory_while_training(palate, monkeypatch):
     update = loop._Run.update
 
     def watching(self, *args):
-        seen.append((self.policy.denoiser._vae, self.policy.denoiser._text))
+        seen.append((self.policy.denoiser.vae.loaded, self.policy.denoiser.text.loaded))
         return update(self, *args)
 
     monkeypatch.setattr(loop._Run, "update", watching)
     palate("train", sample_steps=1)
-    assert seen == [(None, None)] * 3
+    assert seen == [(False, False)] * 3
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -223,7 +223,7 @@ def test_encoders_leave_memory_and_come_back(load):
     denoiser = load()
     before = denoiser.encode_prompts(["a red house"]).tensors["encoder_hidden_states"]
     latents = denoiser.encode_images(torch.zeros(1, 3, 64, 64))
-    gone = [weakref.ref(denoiser.vae), weakref.ref(denoiser.text[1])]
+    gone = [weakref.ref(denoiser.vae.module), weakref.ref(denoiser.text.pair[1])]
     denoiser.release()
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
@@ -237,7 +237,7 @@ def test_sampling_needs_no_text_encoder_once_prompts_are_remembered(load):
     denoiser.release()
     options = {"num_inference_steps": 2, "guidance_scale": 2.0, "resolution": 64}
     assert len(denoiser.generate(["a red house"], [0], **options)) == 1
-    assert denoiser._text is None
+    assert not denoiser.text.loaded
     with pytest.raises(ValueError, match="2 seeds"):
         denoiser.generate(["a red house"], [0, 1], **options)
 

@@ -1,0 +1,282 @@
+"""What families of latent diffusion models share: reading a pipeline's parts, the VAE, CLIP text encoders, drawing pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from palate.diffusion.denoising import Conditioning
+from palate.errors import UserError
+from palate.models import first_line
+
+
+class Source:
+    """A pipeline folder or hub id, and the device its parts go to.
+
+    options: ``revision``, ``variant``.
+    """
+
+    def __init__(self, name: str, device: str | torch.device, **options: str):
+        self.name, self.device, self.options = name, torch.device(device), options
+        self.plain = {k: v for k, v in options.items() if k != "variant"}  # configurations and tokenizers have no variants
+
+    def config(self, kind: Any, part: str | None) -> dict[str, Any]:
+        """The configuration of a part, or of the whole pipeline."""
+        return dict(kind.load_config(self.name, subfolder=part, **self.plain))
+
+    def scheduler_config(self) -> dict[str, Any]:
+        from diffusers import DDPMScheduler
+
+        return self.config(DDPMScheduler, "scheduler")  # any scheduler's configuration can be read by any class
+
+    def read(self, kind: Any, part: str, **options: Any) -> Any:
+        """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones."""
+        try:
+            module, found = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True, **options, **self.options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{part} of {self.name} cannot be loaded: {first_line(error)}{self._variants(part)}") from error
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise UserError(f"{part} of {self.name} lacks {len(missing)} weights, the first is {missing[0]}; download it again")
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def _variants(self, part: str) -> str:
+        """Advice where a folder holds only weights such as diffusion_pytorch_model.fp16.safetensors."""
+        found = {path.name.split(".")[1] for path in Path(self.name, part).glob("*.*.safetensors")}
+        found = {name for name in found if not name.startswith("safetensors")} - {self.options.get("variant", "")}
+        return f"; its files are of variant {' and '.join(sorted(found))}: add --variant {min(found)}" if found else ""
+
+
+class Vae:
+    """Pictures to scaled latents and back; in memory from its first use until :meth:`release`.
+
+    Always float32, for SDXL's own VAE overflows in float16, unless the pipeline runs in float16 and the VAE's configuration
+    says ``force_upcast: false``, as that of sdxl-vae-fp16-fix does.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype):
+        from diffusers import AutoencoderKL
+
+        self._source, self._module = source, None
+        config = source.config(AutoencoderKL, "vae")
+        self._dtype = dtype if dtype == torch.float16 and config.get("force_upcast") is False else torch.float32
+        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
+
+    @property
+    def module(self) -> Any:
+        if self._module is None:
+            from diffusers import AutoencoderKL
+
+            self._module = self._source.read(AutoencoderKL, "vae", torch_dtype=self._dtype)
+        return self._module
+
+    @property
+    def loaded(self) -> bool:
+        return self._module is not None
+
+    def release(self) -> None:
+        self._module = None
+
+    def digest(self) -> str:
+        config = self.module.config
+        return digest(self.module, *(config.get(k) for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures ``(b, 3, h, w)`` in [-1, 1] to scaled latents (the posterior's mean), float32."""
+        mean = self.module.encode(images.to(self._source.device, self._dtype)).latent_dist.mean.float()
+        shift, scale = self._normalisation(mean)
+        return (mean - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32.
+
+        Raises:
+            UserError: the result is not finite.
+        """
+        latents = latents.to(self._source.device, torch.float32)
+        shift, scale = self._normalisation(latents)
+        pictures = self.module.decode((latents / scale + shift).to(self._dtype)).sample.float()
+        if not pictures.isfinite().all():
+            where = "the VAE" if latents.isfinite().all() else "the U-Net"
+            kind = str(self._dtype).removeprefix("torch.")
+            raise UserError(
+                f"{where} of {self._source.name} gave NaN or infinity (the VAE ran in {kind}): use mixed_precision bf16 or no, "
+                "and, if this model was trained here, a lower learning rate"
+            )
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+    def _normalisation(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """What is taken from the VAE's latents, and by what the rest is multiplied."""
+        config = self.module.config
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, std = (like.new_tensor(list(x)).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std))
+            return mean, config.scaling_factor / std
+        return config.shift_factor or 0.0, config.scaling_factor
+
+
+class TextEncoder:
+    """A CLIP tokenizer and text encoder, float32; in memory from their first use until :meth:`release`.
+
+    kind: class in transformers. ending: of the folders' names, ``_2`` for SDXL's second.
+    """
+
+    def __init__(self, source: Source, kind: str = "CLIPTextModel", ending: str = ""):
+        self._source, self._kind, self._ending = source, kind, ending
+        self._pair: tuple[Any, Any] | None = None
+
+    @property
+    def pair(self) -> tuple[Any, Any]:
+        """Tokenizer and text encoder."""
+        if self._pair is None:
+            import transformers
+
+            name, folder = self._source.name, f"tokenizer{self._ending}"
+            try:
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=folder, **self._source.plain)
+            except (OSError, ValueError) as error:
+                raise UserError(f"the {folder} of {name} cannot be loaded: {first_line(error)}") from error
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing folder
+                raise UserError(f"the {folder} of {name} has no words; expected vocab.json and merges.txt in {folder}/")
+            kind = getattr(transformers, self._kind)
+            encoder = self._source.read(kind, f"text_encoder{self._ending}", dtype=torch.float32)
+            # Of a tokenizer without a limit, model_max_length is a huge number.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            self._pair = tokenizer, encoder
+        return self._pair
+
+    @property
+    def loaded(self) -> bool:
+        return self._pair is not None
+
+    def release(self) -> None:
+        self._pair = None
+
+    def digest(self) -> str:
+        tokenizer, encoder = self.pair
+        words = f"{tokenizer.model_max_length} {tokenizer.backend_tokenizer.to_str()} {tokenizer.pad_token}"
+        return digest(encoder, words, getattr(encoder.config, "use_attention_mask", False))
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], *, hidden_states: bool = False) -> Any:
+        """What the encoder gives for prompts, cut or padded to its length."""
+        tokenizer, encoder = self.pair
+        tokens = tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        device = self._source.device
+        mask = tokens.attention_mask.to(device) if getattr(encoder.config, "use_attention_mask", False) else None
+        return encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=hidden_states)
+
+    def longer(self, prompts: list[str]) -> tuple[list[bool], int]:
+        """Which prompts are longer than the encoder reads, and how many tokens that is."""
+        tokenizer, _ = self.pair
+        ids = tokenizer(prompts, truncation=False, padding=False, verbose=False).input_ids if prompts else []
+        limit = tokenizer.model_max_length
+        return [len(tokens) > limit for tokens in ids], limit
+
+
+def digest(module: nn.Module, *settings: Any) -> str:
+    """Digest of weights and of what else decides the module's result."""
+    found = hashlib.sha256(repr(settings).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def zeros_like(cond: Conditioning) -> Conditioning:
+    return Conditioning({name: torch.zeros_like(tensor) for name, tensor in cond.tensors.items()})
+
+
+class Remembered:
+    """Text encodings of single prompts on the CPU, so that drawing needs no text encoder for them."""
+
+    def __init__(self, encode: Callable[[list[str]], Conditioning], unconditional: Callable[[], Conditioning]):
+        self._encode, self._unconditional = encode, unconditional
+        self._rows: dict[str | None, Conditioning] = {}
+
+    def add(self, prompts: Sequence[str]) -> None:
+        """Encode what is not known yet."""
+        if None not in self._rows:
+            self._rows[None] = self._unconditional().to("cpu")
+        wanted = [p for p in dict.fromkeys(prompts) if p not in self._rows]
+        for start in range(0, len(wanted), 64):
+            part = wanted[start : start + 64]
+            encoded = self._encode(part).to("cpu")
+            self._rows.update({p: encoded.rows([i]) for i, p in enumerate(part)})
+
+    def __getitem__(self, prompts: Sequence[str | None]) -> Conditioning:
+        """One row per prompt; the row of None is what guidance leads away from."""
+        return Conditioning.cat([self._rows[p] for p in prompts])
+
+
+@torch.no_grad()
+def draw_pictures(
+    pipeline: Any,
+    texts: Remembered,
+    names: Mapping[str, str],
+    decode: Callable[[Tensor], Tensor],
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    negatives: Sequence[str | None] | None,
+    resolution: int,
+    batch_size: int,
+    progress: bool,
+    finish: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> list[Image.Image]:
+    """One picture per prompt; picture i depends on ``prompts[i]``, ``negatives[i]`` and ``seeds[i]`` alone.
+
+    Args:
+        names: of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative.
+        finish: a second stage, ``(latents, prompts, negatives, generators) -> latents``.
+        options: handed to the pipeline.
+
+    Raises:
+        UserError: a picture is not finite, or all black.
+    """
+    negatives = [None] * len(prompts) if negatives is None else list(negatives)
+    if not len(prompts) == len(seeds) == len(negatives):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(negatives)} negative prompts")
+    texts.add([*prompts, *(n for n in negatives if n is not None)])
+    unet, images = pipeline.unet, []
+    device, dtype, was_training = unet.conv_in.weight.device, unet.conv_in.weight.dtype, unet.training
+    unet.eval()
+    try:
+        for start in tqdm(range(0, len(prompts), batch_size), desc="generating", disable=not progress, leave=False):
+            rows = slice(start, start + batch_size)
+            given = texts[prompts[rows]].to(device, dtype).tensors
+            away = texts[negatives[rows]].to(device, dtype).tensors
+            generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[rows]]
+            latents = pipeline(
+                **{argument: given[name] for name, argument in names.items()},
+                **{f"negative_{argument}": away[name] for name, argument in names.items()},
+                height=resolution,
+                width=resolution,
+                generator=generators,
+                output_type="latent",
+                **options,
+            ).images
+            if finish is not None:
+                latents = finish(latents, prompts[rows], negatives[rows], generators)
+            images += [_picture(p, prompt) for p, prompt in zip(decode(latents).cpu(), prompts[rows], strict=True)]
+    finally:
+        unet.train(was_training)
+    return images
+
+
+def _picture(pixels: Tensor, prompt: str) -> Image.Image:
+    if not pixels.any():
+        raise UserError(f"the picture of {prompt!r} is all black: the model is damaged, or overflows at this precision")
+    return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
