@@ -12,6 +12,7 @@ from palate.errors import UserError, nearest
 VERBS = {
     "train": "align a model: palate train RECIPE [--option value ...]",
     "evaluate": "compare base and tuned model of a finished run again: palate evaluate RUN [--option value ...]",
+    "serve-judge": "serve a judge over HTTP: palate serve-judge NAME [--port PORT]",
     "recipes": "list recipes, show one, or copy one to edit: palate recipes [show NAME | copy NAME [FILE]]",
     "miniature": "rebuild the embedded miniature world: palate miniature build [--work_dir DIR]",
 }
@@ -59,7 +60,7 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise UserError(f"no command {verb!r}{nearest(verb, VERBS)}")
-    return importlib.import_module(f"palate.verbs.{verb}").main(rest)
+    return importlib.import_module(f"palate.verbs.{verb.replace('-', '_')}").main(rest)
 
 
 def _help() -> str:

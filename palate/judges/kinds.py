@@ -51,6 +51,7 @@ KINDS: dict[str, Kind] = {
     ),
     "aesthetic": Kind("aesthetic", hub=L14, size="1.7 GB", tokenizer=L14),
     "aesthetic_v1": Kind("aesthetic", hub=L14, size="1.7 GB", tokenizer=L14),
+    "remote": Kind("remote", place="url"),
     "jpeg_compressibility": Kind("jpeg", place="nothing"),
     "jpeg_incompressibility": Kind("jpeg", place="nothing"),
 }

@@ -1,0 +1,79 @@
+"""A judge in another process or on another machine, asked by JSON; :mod:`palate.judges.server` is the other end."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from palate.errors import UserError
+from palate.judges.http import ask
+from palate.judges.pictures import encoded
+
+
+class RemoteJudge:
+    """Scores by ``POST URL/score`` with ``{"images": [PNG in base64], "prompts": [...]}``, answered by ``{"scores": [...]}``.
+
+    Pictures are rounded to 8 bits; there is no gradient. Requests of ``batch_size`` pictures go out ``concurrency`` at a time.
+    """
+
+    def __init__(self, url: str, *, batch_size: int, concurrency: int, timeout: float, retries: int):
+        self.url, self.batch_size, self.concurrency = url.rstrip("/"), batch_size, concurrency
+        self.patience = {"timeout": timeout, "retries": retries}
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        if len(images) != len(prompts):
+            raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")
+        files = encoded(images, "PNG")
+        parts = [slice(i, i + self.batch_size) for i in range(0, len(files), self.batch_size)]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            scores = pool.map(lambda part: self._ask(files[part], list(prompts[part])), parts)
+            found = [score for part in scores for score in part]
+        return torch.tensor(found, dtype=torch.float32, device=images.device)
+
+    def _ask(self, files: list[bytes], prompts: list[str]) -> list[float]:
+        content = {"images": [base64.b64encode(file).decode() for file in files], "prompts": prompts}
+        answer = ask(f"{self.url}/score", content, **self.patience)
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        usable = isinstance(scores, list) and all(s is None or _number(s) for s in scores)
+        if not usable or len(scores) != len(files):
+            raise UserError(
+                f"{self.url}/score answers {str(answer)[:120]}; expected {{'scores': [{len(files)} numbers]}}. "
+                "Is it a judge that palate serve-judge serves?"
+            )
+        return [math.nan if score is None else float(score) for score in scores]
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check(
+    kind: str, place: str, *, batch_size: int = 8, concurrency: int = 2, timeout: float = 120.0, retries: int = 4
+) -> None:
+    """Asks the server who it is, once: a wrong address is better known before hours of training than after."""
+    if batch_size < 1 or concurrency < 1 or timeout <= 0 or retries < 0:
+        raise UserError(f"judge {kind}:{place}: batch_size, concurrency and timeout must be positive, retries not negative")
+    answer = ask(f"{place.rstrip('/')}/judge", timeout=min(timeout, 10.0), retries=min(retries, 2))
+    if not isinstance(answer, dict) or "judge" not in answer:
+        raise UserError(f"{place} is no served judge (it answers {str(answer)[:120]}); start one: palate serve-judge NAME")
+
+
+def load(
+    kind: str,
+    place: str,
+    device: Any = "cpu",
+    *,
+    batch_size: int = 8,
+    concurrency: int = 2,
+    timeout: float = 120.0,
+    retries: int = 4,
+) -> RemoteJudge:
+    """Behind a URL such as ``http://127.0.0.1:8300``."""
+    return RemoteJudge(place, batch_size=batch_size, concurrency=concurrency, timeout=timeout, retries=retries)

@@ -1,0 +1,144 @@
+"""The other end of a remote judge: any judge behind HTTP with JSON, so that it may live in an environment of its own.
+
+Python's own server is enough: one judge on one device answers one request at a time, and an environment with hostile
+dependencies gets none of ours on top.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+import math
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from palate.data.images import decode
+from palate.errors import UserError
+from palate.judges import Judge, score
+from palate.judges.http import LOOPBACK
+
+MAX_BODY = 128 << 20
+MAX_PICTURES = 256
+PATIENCE = 60  # seconds for a client to send its request
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, why: str):
+        super().__init__(why)
+        self.status = status
+
+
+def serve_judge(
+    judge: Judge, name: str, *, host: str = "127.0.0.1", port: int = 8300, token: str | None = None, batch_size: int = 32
+) -> ThreadingHTTPServer:
+    """A server around a judge; its ``serve_forever()`` answers ``GET /judge`` and ``POST /score``.
+
+    Args:
+        judge: asked by one request at a time.
+        name: what ``GET /judge`` tells.
+        host: loopback unless told otherwise; anything else needs a token.
+        port: 0 for any free one (``server_address`` tells which).
+        token: what a client must send as ``Authorization: Bearer TOKEN``.
+        batch_size: pictures judged at once.
+
+    Raises:
+        UserError: no token where one is needed, or the port is taken.
+    """
+    if host not in LOOPBACK and not token:
+        raise UserError(
+            f"host {host} can be reached from outside: set PALATE_API_KEY to a token here and where it is asked from"
+        )
+    busy = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = PATIENCE
+
+        def do_GET(self) -> None:
+            self._answer(lambda: {"judge": name} if self.path == "/judge" else _no_page(self.path))
+
+        def do_POST(self) -> None:
+            self._answer(lambda: self._scores() if self.path == "/score" else _no_page(self.path))
+
+        def _scores(self) -> dict[str, Any]:
+            images, prompts = _read(self._body())
+            with busy:
+                scores = score(judge, images, prompts, batch_size)
+            return {"scores": [s if math.isfinite(s) else None for s in scores.tolist()]}
+
+        def _body(self) -> bytes:
+            if self.headers.get_content_type() != "application/json":  # what a foreign web page may not send unasked
+                raise _RefusedError(415, "send application/json")
+            length = self.headers.get("Content-Length", "")
+            if not length.isdigit():
+                raise _RefusedError(411, "Content-Length is missing")
+            if int(length) > MAX_BODY:
+                raise _RefusedError(413, f"at most {MAX_BODY >> 20} MB a request")
+            return self.rfile.read(int(length))
+
+        def _answer(self, work: Any) -> None:
+            try:
+                self._allow()
+                status, content = 200, work()
+            except _RefusedError as error:
+                status, content = error.status, {"error": str(error)}
+                self.close_connection = True  # its body may not have been read
+            except UserError as error:
+                status, content = 400, {"error": str(error)}
+            except OSError:
+                raise
+            except Exception as error:  # a foreign judge may raise anything; the next request is another matter
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                status, content = 500, {"error": f"the judge failed: {type(error).__name__}"}
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def _allow(self) -> None:
+            sent = self.headers.get("Authorization", "")
+            if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+                raise _RefusedError(401, "wrong or missing token")
+            asked = self.headers.get("Host", "").rpartition(":")[0].strip("[]") or self.headers.get("Host", "")
+            if host in LOOPBACK and asked not in LOOPBACK:  # a web page that calls itself by our address
+                raise _RefusedError(403, "ask for 127.0.0.1")
+
+        def log_message(self, *_: Any) -> None:
+            """Requests are not worth a line each."""
+
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot serve at {host}:{port} ({error}); give another --port") from error
+    server.daemon_threads = True
+    return server
+
+
+def _no_page(path: str) -> dict[str, Any]:
+    raise _RefusedError(404, f"no page {path}; GET /judge or POST /score")
+
+
+def _read(body: bytes) -> tuple[list[Any], list[str]]:
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise _RefusedError(400, "the body is not JSON") from None
+    images, prompts = (content.get(key) for key in ("images", "prompts")) if isinstance(content, dict) else (None, None)
+    lists = isinstance(images, list) and isinstance(prompts, list) and len(images) == len(prompts)
+    if not lists or not all(isinstance(part, str) for part in [*images, *prompts]):
+        raise _RefusedError(400, "expected {'images': [base64 pictures], 'prompts': [as many texts]}")
+    if len(images) > MAX_PICTURES:
+        raise _RefusedError(413, f"at most {MAX_PICTURES} pictures a request")
+    pictures = []
+    for index, text in enumerate(images):
+        try:
+            pictures.append(decode(base64.b64decode(text, validate=True)))
+        except (ValueError, binascii.Error) as error:
+            raise _RefusedError(400, f"picture {index} {error}") from None
+    return pictures, prompts
