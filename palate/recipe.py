@@ -289,10 +289,11 @@ def _complete_objective(options: Any) -> dict[str, Any]:
         raise UserError(f"objective is {options!r}; expected a name such as {{name: dpo, beta: 5000}}")
     name, given = options["name"], {k: v for k, v in options.items() if k != "name"}
     function, evidence = _objective(name)
-    complete = keywords(function, given, f"objective {name}")
+    auto = {"beta": AUTO} if given.get("beta") == AUTO else {}
+    complete = keywords(function, {**given, "beta": 1.0} if auto else given, f"objective {name}")
     if ":" not in name:
         _try_objective(functools.partial(function, **complete), evidence)
-    return {"name": name, **complete}
+    return {"name": name, **complete, **auto}
 
 
 def _try_objective(objective: Callable[..., Any], evidence: str) -> None:
@@ -308,12 +309,19 @@ def _try_objective(objective: Callable[..., Any], evidence: str) -> None:
 
 
 def resolve_objective(options: Mapping[str, Any]) -> tuple[Callable[..., Any], str]:
-    """The objective with its keywords bound, and the evidence it needs: ``pairs`` or ``samples``."""
+    """The objective with its keywords bound, and the evidence it needs: ``pairs`` or ``samples``.
+
+    An automatic beta is bound to nan: the step that chooses it gives it with every call.
+    """
     complete = _complete_objective(options)
+    if complete.get("beta") == AUTO:
+        complete["beta"] = math.nan
     function, evidence = _objective(complete.pop("name"))
     return functools.partial(function, **complete), evidence
 
 
+AUTO = "auto"
+"""As an objective's beta: chosen before training from the spread of errors."""
 SPACES = ("latent", "perceptual")
 
 
@@ -377,7 +385,7 @@ def options_help() -> str:
         "",
         "objective",
         f"  --objective {names}",
-        *indented("Its keywords follow a point: --objective.beta 2000."),
+        *indented("Its keywords follow a point: --objective.beta 2000, or auto: chosen from the spread of errors, and shown."),
         "space",
         f"  --space {' | '.join(SPACES)}",
         *indented("Where errors are measured. Keywords likewise: --space.layers mid."),

@@ -80,7 +80,16 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         seed=recipe.training.seed,
     )
     space = recipes.resolve_space(recipe.space, policy)
+    wanted = recipe.training
+    draws = steps.Draws(
+        wanted.t_min,
+        wanted.t_max,
+        wanted.snr_gamma,
+        wanted.caption_dropout,
+        denoiser.unconditional() if wanted.caption_dropout else None,
+    )
     make = steps.pair_step if evidence == "pairs" else steps.sample_step
+    step = make(policy, space, objective, draws, auto_beta=recipe.objective.get("beta") == recipes.AUTO)
     samples = _Samples(recipe, denoiser, policy, resolution)
     denoiser.release()
 
@@ -91,10 +100,15 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         return {"held_out_accuracy": found}
 
     about = {"command": command, "versions": versions(), "pairs": len(encoded), **_counts(reader.counts)}
+    if wanted.resume_from_checkpoint is None:
+        step.begin(encoded)
+        about |= {"chosen": dict(step.state)} if step.state else {}
+        if "beta" in step.state:
+            _tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
     _train(
         recipe,
         policy,
-        make(policy, space, objective, t_min=recipe.training.t_min, t_max=recipe.training.t_max),
+        step,
         encoded,
         samples,
         on_evaluate,

@@ -150,3 +150,15 @@ def test_help_tells_every_option_and_what_it_means():
 def test_values_that_an_objective_refuses_are_refused_with_the_recipe(objective, message):
     with pytest.raises(UserError, match=re.escape(message)):
         recipe.build({"objective": objective})
+
+
+def test_an_automatic_beta_is_kept_as_a_word_until_it_is_chosen():
+    made = recipe.load("miniature-dpo", {"objective.beta": "auto"})
+    assert made.objective == {"name": "dpo", "beta": "auto"}
+    assert recipe.build({"objective": {"name": "cpo", "beta": "auto", "bc_weight": 1}}).objective["beta"] == "auto"
+    function, _ = recipe.resolve_objective(made.objective)
+    nothing = Pair(Fit(torch.zeros(1, 1)), Fit(torch.zeros(1, 1)))
+    assert function(nothing, nothing, torch.ones(1)).isnan()
+    assert function(nothing, nothing, torch.ones(1), beta=1.0).isfinite()
+    with pytest.raises(UserError, match="objective orpo has no option 'beta'"):
+        recipe.build({"objective": {"name": "orpo", "beta": "auto"}})

@@ -20,7 +20,7 @@ from palate.errors import UserError
 T = TypeVar("T")
 
 # What is drawn for an item; each is independent of the others.
-TIME, NOISE, STEP_NOISE, TARGET_TIME = 0, 1, 2, 3
+TIME, NOISE, STEP_NOISE, TARGET_TIME, CAPTION = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True, eq=False)

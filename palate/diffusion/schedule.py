@@ -173,6 +173,18 @@ class Schedule:
         # The table goes to the times, so that a GPU is not waited for.
         return table.to(device, non_blocking=True)[t.to(device)].view(-1, *[1] * (like.ndim - 1))
 
+    def min_snr_weight(self, t: Int[Tensor, " b"], gamma: float) -> Float[Tensor, " b"]:
+        """Weight of the error at a time, (b,) float32: Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, sec. 3.4).
+
+        min(snr, gamma) / snr for a model of the noise, / (snr + 1) for one of v, min(snr, gamma) for one of x0: in every case
+        min(snr, gamma) times the error of x0.
+        """
+        snr = self.snr(t).double()
+        if self.prediction_type == "epsilon":
+            return (gamma / snr).clamp(max=1).float()  # 1 where snr is 0
+        capped = snr.clamp(max=gamma)
+        return (capped / (snr + 1) if self.prediction_type == "v_prediction" else capped).float()
+
     def _x0_noise(self, abar: Coefficient) -> tuple[tuple[Coefficient, Coefficient], tuple[Coefficient, Coefficient]]:
         """x0 = a xt + b output and noise = c xt + d output: ((a, b), (c, d)) for what the model predicts."""
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()

@@ -58,6 +58,10 @@ class TrainOptions:
     """Least time drawn; content and colours are decided at late times, texture at early ones."""
     t_max: int | None = None
     """Greatest time drawn; the schedule's last unless given."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the errors by time, 5 in the paper; all times alike unless given."""
+    caption_dropout: float = 0.0
+    """Share of items trained without their prompt, as classifier-free guidance wants it; both pictures of a pair together."""
     max_train_steps: int | None = None
     """Updates; overrides ``num_train_epochs``."""
     num_train_epochs: int = 1
@@ -104,6 +108,10 @@ class TrainOptions:
             raise UserError(f"learning_rate is {self.learning_rate}; expected a positive number")
         if self.t_min < 0 or (self.t_max is not None and self.t_max < self.t_min):
             raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
+            raise UserError(f"snr_gamma is {self.snr_gamma}; expected a positive number such as 5, or null for none")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"caption_dropout is {self.caption_dropout}; expected a share from 0 to 1")
         if self.lr_warmup_steps < 0:
             raise UserError(f"lr_warmup_steps is {self.lr_warmup_steps}; expected 0 or more")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
@@ -161,6 +169,7 @@ def train(
         if start >= run.total:
             log.say(f"nothing left to do after step {start}: raise max_train_steps to train on")
         if start == 0:
+            step.begin(data)
             run.report(0, on_evaluate)
             run.sample(0, on_sample)
         for done in range(start + 1, run.total + 1):

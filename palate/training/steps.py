@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from palate.data.encode import PairBatch, SampleBatch
-from palate.diffusion.denoising import Conditioning, Fit, Noised, Pair, draw
+from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw, integers
 from palate.errors import UserError
 from palate.objectives import margin
 from palate.spaces import Space
@@ -23,6 +23,50 @@ Measured = tuple[Tensor, dict[str, Tensor]]
 
 MOMENTUM = 0.9
 """Of the running means in a step's state: they look back about ten updates."""
+
+SPREAD = 3.0
+"""The logit that automatic beta gives to a margin as large as the natural spread of errors."""
+PROBED = 128
+"""Pairs from which the natural spread is measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What a step draws for each item, and how times weigh.
+
+    Args:
+        t_min, t_max: bounds of the times drawn, as in ``draw``; never below the least time at which the space carries signal.
+        snr_gamma: errors are weighted by ``Schedule.min_snr_weight``; None for all times alike.
+        caption_dropout: share of items whose prompt is left out.
+        no_prompt: what stands for no prompt, one row (``Denoiser.unconditional``); what it lacks, such as a framing, stays.
+    """
+
+    t_min: int = 0
+    t_max: int | None = None
+    snr_gamma: float | None = None
+    caption_dropout: float = 0.0
+    no_prompt: Conditioning | None = None
+
+    def captions(self, cond: Mapping[str, Tensor], seeds: Tensor) -> Conditioning:
+        """The conditioning of a batch, its rows ``n len(seeds)``, without the prompts that are dropped.
+
+        An item's own seed decides, so both pictures of a pair keep or lose their prompt together.
+        """
+        if not self.caption_dropout:
+            return Conditioning(dict(cond))
+        if self.no_prompt is None:
+            raise ValueError("caption_dropout needs no_prompt")
+        nothing = self.no_prompt.tensors
+        dropped = integers(seeds, 0, 2**24 - 1, CAPTION, "cpu") < self.caption_dropout * 2**24
+
+        def without(name: str, rows: Tensor) -> Tensor:
+            here = dropped.repeat(len(rows) // len(seeds)).reshape(-1, *[1] * (rows.ndim - 1))
+            return torch.where(here, nothing[name].to(rows), rows) if name in nothing else rows
+
+        return Conditioning({name: without(name, rows) for name, rows in cond.items()})
+
+
+PLAIN = Draws()
 
 
 @dataclass(eq=False)
@@ -35,14 +79,21 @@ class Step:
     Args:
         measure: a batch and the state -> losses and metrics.
         follows: number in the state -> metric whose running mean it is, 0 at the start.
+        prepare: training data -> numbers in the state that are found before the first update.
     """
 
     measure: Callable[[Batch, Mapping[str, float]], Measured]
     follows: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[PairSource], dict[str, float]] | None = None
     state: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, batch: Batch) -> Measured:
         return self.measure(batch, self.state)
+
+    def begin(self, data: PairSource) -> None:
+        """Find what must be known before the first update, unless a checkpoint has told or it was found already."""
+        if self.prepare is not None and not self.state:
+            self.state.update(self.prepare(data))
 
     def observe(self, means: Mapping[str, float]) -> None:
         """Take in the metrics of an update, each a mean over its effective batch."""
@@ -86,9 +137,9 @@ def pair_step(
     policy: TrainablePolicy,
     space: Space,
     objective: Callable[..., Tensor],
+    draws: Draws = PLAIN,
     *,
-    t_min: int = 0,
-    t_max: int | None = None,
+    auto_beta: bool = False,
 ) -> Step:
     """A step on pairs: winner and loser share time and noise (Diffusion-DPO, eq. 14; Noise-Conditioned Perception, eq. 15).
 
@@ -97,7 +148,8 @@ def pair_step(
         space: where errors are measured.
         objective: of ``palate.objectives.pairs``, hyperparameters bound with ``functools.partial``; gets those of
             ``policy``, ``reference`` and ``label`` that its signature names.
-        t_min, t_max: bounds of the times drawn, as in ``draw``; never below the least time at which the space carries signal.
+        draws: which times and prompts are drawn.
+        auto_beta: the objective's ``beta`` is chosen before the first update, see :func:`automatic_beta`.
 
     Returns:
         Step whose metrics are ``winner_error`` (Lw), ``loser_error`` (Ll), ``margin`` m = -((Lw - Ll) - (Rw - Rl)), without a
@@ -107,29 +159,29 @@ def pair_step(
     """
     named = inspect.signature(objective).parameters
     with_reference, with_label = "reference" in named, "label" in named
-    beta = named["beta"].default if "beta" in named else None
 
     def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
         if not isinstance(batch, PairBatch):
             raise UserError("this objective compares two pictures, but the data holds single ones: use kto or sft")
-        noised = _noised(policy, space, batch, t_min, t_max, shared=2)
-        arguments, device = _fits(policy, space, noised, with_reference), noised.xt.device
+        noised = _noised(policy, space, batch, draws, shared=2)
+        arguments, device = _fits(policy, space, noised, with_reference, draws.snr_gamma), noised.xt.device
         given: dict[str, Any] = {name: _pair(fit) for name, fit in arguments.items()}
         if with_label:
             given["label"] = batch.label.to(device)
-        losses = _float32(objective, device, **given) * batch.weight.to(device)
-        return losses, _pair_metrics(given["policy"], given.get("reference"), beta)
+        beta = _beta(named, state)
+        losses = _float32(objective, device, **given, **beta) * batch.weight.to(device)
+        return losses, _pair_metrics(given["policy"], given.get("reference"), beta.get("beta"))
 
-    return Step(measure)
+    return Step(measure, prepare=_prepare(policy, space, draws) if auto_beta else None)
 
 
 def sample_step(
     policy: TrainablePolicy,
     space: Space,
     objective: Callable[..., Tensor],
+    draws: Draws = PLAIN,
     *,
-    t_min: int = 0,
-    t_max: int | None = None,
+    auto_beta: bool = False,
 ) -> Step:
     """A step on single pictures, for objectives of ``palate.objectives.samples`` such as SFT and KTO.
 
@@ -149,28 +201,69 @@ def sample_step(
     named = inspect.signature(objective).parameters
     with_reference, with_label = "reference" in named, "label" in named
     follows = {"reference_point": "advantage"} if "reference_point" in named else {}
-    beta = named["beta"].default if "beta" in named else None
 
     def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
         items = batch if isinstance(batch, SampleBatch) else _singles(batch, both=with_label)
-        noised = _noised(policy, space, items, t_min, t_max, shared=1)
-        device = noised.xt.device
-        fits = _fits(policy, space, noised, with_reference)
+        noised = _noised(policy, space, items, draws, shared=1)
+        device, beta = noised.xt.device, _beta(named, state)
+        fits = _fits(policy, space, noised, with_reference, draws.snr_gamma)
         label, given = items.label.to(device), dict[str, Any](fits)
         if with_label:
             given["label"] = label
         given |= {name: torch.tensor(state.get(name, 0.0), device=device) for name in follows}
-        losses = _float32(objective, device, **given) * items.weight.to(device) * (1 if with_label else label)
+        losses = _float32(objective, device, **given, **beta) * items.weight.to(device) * (1 if with_label else label)
         if isinstance(batch, PairBatch):
             p = len(batch.label)
-            return losses.reshape(-1, p).mean(0), _singles_metrics(fits, p, beta)
+            return losses.reshape(-1, p).mean(0), _singles_metrics(fits, p, beta.get("beta"))
         metrics = {"error": fits["policy"].error.detach()}
         if with_reference:
             metrics["advantage"] = fits["reference"].error - metrics["error"]
             metrics["agreement"] = _order((2 * label - 1) * metrics["advantage"])
         return losses, metrics
 
-    return Step(measure, follows)
+    return Step(measure, follows, _prepare(policy, space, draws) if auto_beta else None)
+
+
+def _beta(named: Mapping[str, inspect.Parameter], state: Mapping[str, float]) -> dict[str, float]:
+    """The objective's beta, if it has one: the state's if that was chosen, else its own."""
+    return {"beta": state.get("beta", named["beta"].default)} if "beta" in named else {}
+
+
+def _prepare(policy: TrainablePolicy, space: Space, draws: Draws) -> Callable[[PairSource], dict[str, float]]:
+    return lambda data: {"beta": automatic_beta(policy, space, data, draws)}
+
+
+@torch.no_grad()
+def automatic_beta(
+    policy: TrainablePolicy, space: Space, data: PairSource, draws: Draws = PLAIN, *, pairs: int = PROBED, batch_size: int = 8
+) -> float:
+    """beta at which a margin of the errors' natural spread has the logit ``SPREAD``: 2 SPREAD / std(Ll - Lw).
+
+    The spread is that of the untrained policy over ``pairs`` pairs, at the times and noises that training draws. It carries
+    the unit in which the space measures errors, which is why one beta serves so differently in two spaces. Single pictures are
+    taken two by two. The same policy, data and draws give the same beta.
+
+    Raises:
+        UserError: fewer than two pairs, or errors that do not differ.
+    """
+    order, count = data.order(0, 0), min(pairs, len(data))
+    differences: list[Tensor] = []
+    for start in range(0, count, batch_size):
+        indices = order[start : min(start + batch_size, count)]
+        batch = data.batch(indices, torch.tensor([mix(PROBED, index) for index in indices]))
+        if not isinstance(batch, PairBatch):
+            half = len(indices) // 2
+            cond = {name: rows[: 2 * half] for name, rows in batch.cond.items()}
+            batch = PairBatch(batch.latents[: 2 * half], cond, batch.label[:half], batch.weight[:half], batch.seeds[:half])
+        if not len(batch.label):
+            continue
+        noised = _noised(policy, space, batch, draws, shared=2)
+        fit = _pair(_fits(policy, space, noised, False, draws.snr_gamma)["policy"])
+        differences.append(fit.l.error - fit.w.error)
+    spread = float(torch.cat(differences).double().std()) if sum(map(len, differences)) > 1 else 0.0
+    if not spread > 0:
+        raise UserError("beta auto needs two pairs or more whose pictures differ: give objective.beta a number")
+    return float(f"{2 * SPREAD / spread:.3g}")  # as many digits as it is worth, and as it is shown
 
 
 def _singles(batch: PairBatch, *, both: bool) -> SampleBatch:
@@ -233,7 +326,7 @@ def implicit_accuracy(
         margins: list[Tensor] = []
         for part, (t_min, t_max) in enumerate(parts):
             batch = data.batch(indices, torch.tensor([mix(seed, part, index) for index in indices]))
-            noised = _noised(policy, space, batch, t_min, t_max, shared=2)
+            noised = _noised(policy, space, batch, Draws(t_min, t_max), shared=2)
             fits = {name: _pair(fit) for name, fit in _fits(policy, space, noised, True).items()}
             margins.append(margin(fits["policy"], fits["reference"]))
         votes = _order(torch.stack(margins).mean(0))[batch.label.to(noised.xt.device) != 0.5]
@@ -255,17 +348,21 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def _noised(policy: TrainablePolicy, space: Space, batch: Batch, t_min: int, t_max: int | None, *, shared: int) -> Noised:
+def _noised(policy: TrainablePolicy, space: Space, batch: Batch, draws: Draws, *, shared: int) -> Noised:
     """Pairs with ``shared=2``, single pictures with 1."""
     device = next(iter(policy.parameters())).device
-    latents, cond = batch.latents.to(device, torch.float32), Conditioning(batch.cond).to(device)
-    t_min = max(t_min, space.t_min)
-    return draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=t_max, shared=shared)
+    latents, cond = batch.latents.to(device, torch.float32), draws.captions(batch.cond, batch.seeds).to(device)
+    t_min = max(draws.t_min, space.t_min)
+    return draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=draws.t_max, shared=shared)
 
 
-def _fits(policy: TrainablePolicy, space: Space, noised: Noised, with_reference: bool) -> dict[str, Fit]:
+def _fits(
+    policy: TrainablePolicy, space: Space, noised: Noised, with_reference: bool, snr_gamma: float | None = None
+) -> dict[str, Fit]:
     """What was measured of the policy and, if asked for, the reference."""
     device = noised.xt.device
+    # Residuals carry the root of the weight, so that errors, and all that is made of them, carry the weight itself.
+    scale = torch.ones(()) if snr_gamma is None else policy.schedule.min_snr_weight(noised.t, snr_gamma).sqrt().to(device)
     outputs: dict[str, Tensor] = {}
     # The reference first: its activations are gone before those of the policy are kept for the backward pass.
     if with_reference:
@@ -278,7 +375,8 @@ def _fits(policy: TrainablePolicy, space: Space, noised: Noised, with_reference:
     fits: dict[str, Fit] = {}
     for name, output in outputs.items():
         with torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-            fits[name] = Fit(_float32(embed, device, output.float()) - target)
+            residual = _float32(embed, device, output.float()) - target
+            fits[name] = Fit(residual if snr_gamma is None else residual * scale.reshape(-1, *[1] * (residual.ndim - 1)))
     return fits
 
 

@@ -42,6 +42,32 @@ def test_golden():
     assert std.item() == pytest.approx(math.sqrt(1 / 3), rel=1e-12)
 
 
+def test_min_snr_weights_golden():
+    # abar 4/5, 1/2, 1/5: snr 4, 1, 1/4. gamma 2: min = 2, 1, 1/4; over snr 1/2, 1, 1; over snr + 1: 2/5, 1/2, 1/5.
+    s = Schedule(torch.tensor([0.8, 0.5, 0.2], dtype=torch.float64), "epsilon")
+    t = torch.arange(3)
+    assert s.min_snr_weight(t, 2.0).tolist() == pytest.approx([0.5, 1, 1], rel=1e-6)
+    assert replace(s, prediction_type="v_prediction").min_snr_weight(t, 2.0).tolist() == pytest.approx(
+        [0.4, 0.5, 0.2], rel=1e-6
+    )
+    assert replace(s, prediction_type="sample").min_snr_weight(t, 2.0).tolist() == pytest.approx([2, 1, 0.25], rel=1e-6)
+    # Zero terminal SNR: v weighs 0 there, noise (which cannot be told from xt then) 1.
+    last = torch.tensor([999])
+    assert zero_snr.min_snr_weight(last, 5.0).item() == 0
+    assert replace(zero_snr, prediction_type="epsilon").min_snr_weight(last, 5.0).item() == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(t=times, gamma=st.floats(0.1, 20), prediction_type=st.sampled_from(PREDICTION_TYPES))
+def test_min_snr_weighs_the_error_of_x0_alike_for_all_predictions(t: int, gamma: float, prediction_type: str):
+    s, t_, x0, noise = replace(schedule, prediction_type=prediction_type), torch.tensor([t]), latents(t), latents(t + 1000)
+    xt, target = s.add_noise(x0, noise, t_), s.target(x0, noise, t_)
+    output = target + 0.1 * latents(t + 2000)
+    error = (output - target).square().mean() * s.min_snr_weight(t_, gamma).double()
+    of_x0 = (s.to_x0(output, xt, t_) - x0).square().mean() * s.snr(t_).clamp(max=gamma)
+    torch.testing.assert_close(error, of_x0, rtol=1e-5, atol=1e-12)
+
+
 @settings(max_examples=25, deadline=None)
 @given(t=times, prediction_type=st.sampled_from(PREDICTION_TYPES))
 def test_round_trips(t: int, prediction_type: str):

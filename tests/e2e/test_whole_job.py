@@ -273,6 +273,19 @@ def test_v_prediction_checkpointing_and_bf16(palate, v_model, space, method):
     assert lines[-1]["grad_norm"] > 0
 
 
+def test_automatic_beta_dropped_captions_and_weighted_times(palate, v_model):
+    options = {"objective.beta": "auto", "caption_dropout": 0.5, "snr_gamma": 5, "pretrained_model_name_or_path": v_model}
+    code, _, errors = palate("train", **options, max_train_steps=2)
+    assert code == 0, errors
+    beta = json.loads(Path("out/run.json").read_text())["chosen"]["beta"]
+    assert f"beta {beta:g}, chosen from the spread of errors" in errors
+    assert [line["beta"] for line in read_log("out/log.jsonl") if "loss" in line] == [beta, beta]
+    assert recipe.load("out/recipe.yaml").objective["beta"] == "auto"
+    code, _, errors = palate("train", **options, max_train_steps=4, resume_from_checkpoint="latest")
+    assert code == 0, errors
+    assert read_log("out/log.jsonl")[-1]["beta"] == beta
+
+
 def test_long_prompts_are_counted_and_bad_rows_told(palate, pairs_dir, tmp_path):
     import shutil
 

@@ -88,6 +88,23 @@ def test_ktos_reference_point_is_the_same_however_the_batch_is_cut_and_resumed(t
     assert log(tmp_path / "a") == log(tmp_path / "c")
 
 
+def test_an_automatic_beta_is_chosen_once_logged_and_kept(tmp_path):
+    def auto(policy):
+        return pair_step(policy, latent(), functools.partial(dpo, beta=math.nan), auto_beta=True)
+
+    def refusing(policy):
+        step = auto(policy)
+        step.prepare = None
+        return step
+
+    straight = run(tmp_path / "a", make=auto)
+    beta = log(tmp_path / "a")[-1]["beta"]
+    assert_close(weights(straight), weights(run(tmp_path / "b", beta=beta)), 0)
+    with pytest.raises(Stopped):
+        run(tmp_path / "c", make=auto, data=Interrupting(7))  # two batches of eight to choose, then four updates
+    assert_close(weights(straight), weights(run(tmp_path / "c", make=refusing, resume_from_checkpoint="latest")), 0)
+
+
 def test_lines_after_the_checkpoint_are_written_anew(tmp_path):
     run(tmp_path / "a", checkpointing_steps=5)
     expected = log(tmp_path / "a")
@@ -281,6 +298,8 @@ def test_learning_rates_match_diffusers(name):
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "no warm-up"),
+        ({"snr_gamma": 0.0}, r"snr_gamma is 0\.0"),
+        ({"caption_dropout": 1.5}, r"caption_dropout is 1\.5"),
         ({"report_to": "wandb"}, "report_to is 'wandb'"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from hypothesis import strategies as st
 from tiny_training import TinyPairs, TinyPolicy
 
 from palate.data.encode import SampleBatch
-from palate.diffusion.denoising import Fit, Pair
+from palate.diffusion.denoising import Conditioning, Fit, Pair, draw
+from palate.diffusion.schedule import Schedule
 from palate.errors import UserError
 from palate.objectives.pairs import cpo, dpo
 from palate.objectives.samples import kto, sft
 from palate.spaces import latent
-from palate.training.steps import _pair_metrics, implicit_accuracy, mix, pair_step, sample_step
+from palate.training.steps import Draws, _pair_metrics, automatic_beta, implicit_accuracy, mix, pair_step, sample_step
 
 
 def batch_of(indices=(3, 0, 5)):
@@ -146,6 +148,99 @@ def test_objectives_of_pairs_refuse_single_pictures():
         pair_step(TinyPolicy(), latent(), dpo)(singles(batch_of(), [1.0, 0.0, 1.0]))
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_snr_gamma_weighs_the_errors_themselves(prediction_type):
+    policy, batch = moved_policy(), batch_of()
+    policy.schedule = Schedule(policy.schedule.alphas_cumprod, prediction_type)
+    times = draw(policy.schedule, batch.latents[:3], Conditioning({"x": torch.zeros(3, 1)}), batch.seeds).t
+    weight = policy.schedule.min_snr_weight(times, 2.0)
+    assert len(set(weight.tolist())) == 3
+    plain, weighted = (pair_step(policy, latent(), dpo, Draws(snr_gamma=g))(batch)[1] for g in (None, 2.0))
+    for name in ("winner_error", "loser_advantage", "margin"):
+        torch.testing.assert_close(weighted[name], plain[name] * weight)
+    losses, _ = sample_step(policy, latent(), sft, Draws(snr_gamma=2.0))(batch)
+    torch.testing.assert_close(losses, plain["winner_error"] * weight * batch.weight)
+
+
+def test_dropped_captions_are_decided_by_the_items_own_seed():
+    draws = Draws(caption_dropout=0.25, no_prompt=Conditioning({"text": torch.full((1, 2), 7.0)}))
+    seeds = torch.tensor([mix(3, i) for i in range(400)])
+    cond = {"text": torch.zeros(800, 2), "framing": torch.ones(800, 6)}
+    found = draws.captions(cond, seeds).tensors
+    assert torch.equal(found["framing"], cond["framing"])
+    winners, losers = found["text"].chunk(2)
+    assert torch.equal(winners, losers)
+    dropped = winners[:, 0] == 7
+    assert torch.equal(winners, 7.0 * dropped[:, None].expand(-1, 2))
+    assert 70 <= int(dropped.sum()) <= 130  # 100 expected, standard deviation 9
+    some = [5, 0, 17]
+    alone = draws.captions({"text": torch.zeros(3, 2)}, seeds[some]).tensors["text"]
+    assert torch.equal(alone, winners[some])
+    assert (cond["text"] == 0).all()
+
+
+def test_without_its_prompt_an_item_is_measured_as_if_it_had_none():
+    policy, batch = moved_policy(), batch_of()
+    nothing = torch.full((1, 2), 0.3)
+    bare = replace(batch, cond={"text": nothing.repeat(6, 1)})
+    draws = Draws(caption_dropout=1.0, no_prompt=Conditioning({"text": nothing}))
+    assert torch.equal(pair_step(policy, latent(), dpo, draws)(batch)[0], pair_step(policy, latent(), dpo)(bare)[0])
+
+
+def test_automatic_beta_is_the_reciprocal_of_the_spread_of_errors():
+    policy, data = TinyPolicy(), TinyPairs()
+    _, metrics = pair_step(policy, latent(), dpo)(data.batch(range(11), torch.tensor([mix(128, i) for i in range(11)])))
+    spread = float((metrics["loser_error"] - metrics["winner_error"]).std())
+    assert automatic_beta(policy, latent(), data) == pytest.approx(6 / spread, rel=5e-3)  # three digits
+
+    class Scaled:
+        """The latent space in another unit: errors are 1e-6 of what they were."""
+
+        t_min = 0
+
+        def __call__(self, noised):
+            return lambda output: 1e-3 * output
+
+    assert automatic_beta(policy, Scaled(), data) == pytest.approx(1e6 * automatic_beta(policy, latent(), data), rel=1e-2)
+    step = pair_step(policy, latent(), functools.partial(dpo, beta=math.nan), auto_beta=True)
+    step.begin(data)
+    step.begin(None)  # what is known is not sought again
+    beta = step.state["beta"]
+    moved = pair_step(moved_policy(), latent(), functools.partial(dpo, beta=math.nan), auto_beta=True)
+    moved.state.update(step.state)
+    losses, metrics = moved(batch_of())
+    torch.testing.assert_close(losses, pair_step(moved_policy(), latent(), functools.partial(dpo, beta=beta))(batch_of())[0])
+    torch.testing.assert_close(metrics["logit"], beta / 2 * metrics["margin"])
+    with pytest.raises(UserError, match="two pairs or more"):
+        automatic_beta(policy, latent(), TinyPairs(1))
+
+
+def test_automatic_beta_of_single_pictures_takes_them_two_by_two():
+    data = TinyPairs()
+
+    class Singles(TinyPairs):
+        """The winners in the first half of every batch, their losers in the second."""
+
+        def order(self, seed, epoch):
+            return list(range(22))
+
+        def __len__(self):
+            return 22
+
+        def batch(self, indices, seeds):
+            pair = data.batch([i % 11 for i in indices], seeds)
+            p = len(indices)
+            latents = torch.stack([pair.latents[k if i < 11 else p + k] for k, i in enumerate(indices)])
+            return SampleBatch(latents, {"text": pair.cond["text"][:p]}, torch.ones(p), torch.ones(p), seeds)
+
+    assert automatic_beta(TinyPolicy(), latent(), Singles(), batch_size=22) == automatic_beta(TinyPolicy(), latent(), Pairs11())
+
+
+class Pairs11(TinyPairs):
+    def order(self, seed, epoch):
+        return list(range(11))
+
+
 def test_the_space_bounds_the_times_from_below():
     class Late:
         t_min = 97
@@ -155,7 +250,7 @@ def test_the_space_bounds_the_times_from_below():
             Late.times = noised.t
             return lambda output: output
 
-    pair_step(TinyPolicy(), Late(), dpo, t_max=98)(batch_of(tuple(range(11))))
+    pair_step(TinyPolicy(), Late(), dpo, Draws(t_max=98))(batch_of(tuple(range(11))))
     assert set(Late.times.tolist()) == {97, 98}
 
 
