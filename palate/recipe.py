@@ -30,7 +30,7 @@ class ModelOptions:
     """What is trained."""
 
     pretrained_model_name_or_path: str = "mini-sd"
-    """A diffusers pipeline folder, a hub id such as owner/model, or ``mini-sd``."""
+    """A diffusers pipeline folder, a hub id such as owner/model, or ``mini-sd``, ``mini-sdxl``."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -42,7 +42,7 @@ class DataOptions:
     """Which pairs it learns from."""
 
     train_data: str = "miniature-pairs"
-    """Parquet, JSONL or CSV file, a folder with one, or ``miniature-pairs``."""
+    """Parquet, JSONL or CSV file, a folder with one, or ``miniature-pairs``, ``miniature-sdxl-pairs``."""
     resolution: int | None = None
     """Side of the pictures in pixels, a multiple of 8; the model's own unless given."""
     ties: str = "drop"
@@ -111,6 +111,10 @@ class EvaluationOptions:
     """Steps of the model's own sampler."""
     guidance_scale: float = 5.0
     """Of classifier-free guidance."""
+    refiner: str | None = None
+    """Folder or hub id of SDXL's refiner, which finishes the pictures of both models; none unless given."""
+    refiner_start: float = 0.8
+    """Share of the denoising that is done when the refiner takes over."""
     evaluation_seed: int = 1234
     """Picture i is drawn from noise of this seed + i, by both models."""
     evaluation_batch_size: int = 8
@@ -125,6 +129,8 @@ class EvaluationOptions:
         _at_least(self, 1, "num_evaluation_prompts", "images_per_prompt", "num_inference_steps", "evaluation_batch_size")
         if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {self.guidance_scale}; expected 0 or more")
+        if not 0 < self.refiner_start < 1:
+            raise UserError(f"refiner_start is {self.refiner_start}; expected a number between 0 and 1")
         if self.evaluation_seed < 0:
             raise UserError(f"evaluation_seed is {self.evaluation_seed}; expected 0 or more")
 

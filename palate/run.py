@@ -41,6 +41,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         _check_output(recipe, out)
     _evaluation_prompts(recipe)
     _judges(recipe)
+    _check_refiner(recipe)
     reader = _reader(recipe)
 
     from palate.data.cache import TensorCache
@@ -133,6 +134,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
         raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
     _evaluation_prompts(recipe)
     _judges(recipe)
+    _check_refiner(recipe)
     lora, full = out / "pytorch_lora_weights.safetensors", out / "unet"
     if not lora.is_file() and not full.is_dir():
         raise UserError(f"{out} holds neither {lora.name} nor unet/; is the training finished?")
@@ -183,7 +185,7 @@ def _at_home(recipe: Recipe) -> Recipe:
         model=written_out(recipe.model, "pretrained_model_name_or_path"),
         data=written_out(recipe.data, "train_data", "cache_dir"),
         training=written_out(recipe.training, "output_dir", "resume_from_checkpoint"),
-        evaluation=written_out(recipe.evaluation, "evaluation_prompts"),
+        evaluation=written_out(recipe.evaluation, "evaluation_prompts", "refiner"),
     )
 
 
@@ -226,7 +228,7 @@ def _reader(recipe: Recipe) -> Any:
 
     options = recipe.data
     reader = read_pairs(
-        world.pairs() if options.train_data == "miniature-pairs" else options.train_data,
+        world.pairs(options.train_data) if options.train_data in world.PAIRS else options.train_data,
         ties=options.ties,
         max_bad_rows=options.max_bad_rows,
         max_train_samples=options.max_train_samples,
@@ -236,10 +238,25 @@ def _reader(recipe: Recipe) -> Any:
     return reader
 
 
-def _denoiser(recipe: Recipe) -> Any:
+def _model_path(recipe: Recipe) -> str:
+    """Folder or hub id."""
     name = recipe.model.pretrained_model_name_or_path
-    if name in world.MODELS:
-        name = str(world.checkpoint(name))
+    return str(world.checkpoint(name)) if name in world.MODELS else name
+
+
+def _check_refiner(recipe: Recipe) -> None:
+    """Refuse a refiner that cannot finish this model's pictures, before any weights are loaded."""
+    from palate.models import FAMILIES, check_model, check_refiner
+
+    if recipe.evaluation.refiner is not None:
+        check_refiner(recipe.evaluation.refiner)
+        name = _model_path(recipe)
+        if FAMILIES[check_model(name, revision=recipe.model.revision)] != "sdxl":
+            raise UserError(f"a refiner finishes pictures of an SDXL model, and {name} is none: leave out --refiner")
+
+
+def _denoiser(recipe: Recipe) -> Any:
+    name = _model_path(recipe)
     from palate.models import check_model, load_denoiser, quiet_loading
 
     check_model(name, revision=recipe.model.revision)
@@ -380,9 +397,16 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
     unique = _evaluation_prompts(recipe)
     prompts = [p for p in unique for _ in range(options.images_per_prompt)]
     seeds = [options.evaluation_seed + i for i in range(len(prompts))]
-    pictures = {}
+    pictures, refiner = {}, None
+    if options.refiner is not None:
+        from palate.models import load_refiner
+
+        precision, device = recipe.training.mixed_precision, str(denoiser.device)
+        refiner = load_refiner(options.refiner, start=options.refiner_start, mixed_precision=precision, device=device)
     for side, unet in (("base", base), ("tuned", tuned)):
-        pictures[side] = _generated(recipe, denoiser, unet, prompts, seeds, resolution, out / "evaluation" / side, side)
+        folder = out / "evaluation" / side
+        pictures[side] = _generated(recipe, denoiser, unet, refiner, prompts, seeds, resolution, folder, side)
+    del refiner
     denoiser.release()  # room for the judges
     scores, told = {}, {}
     for name, named in _judges(recipe).items():
@@ -423,7 +447,15 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
 
 
 def _generated(
-    recipe: Recipe, denoiser: Any, unet: Any, prompts: list[str], seeds: list[int], resolution: int, folder: Path, side: str
+    recipe: Recipe,
+    denoiser: Any,
+    unet: Any,
+    refiner: Any,
+    prompts: list[str],
+    seeds: list[int],
+    resolution: int,
+    folder: Path,
+    side: str,
 ) -> list[Any]:
     """One picture per prompt, kept as PNG beside a manifest."""
     options = recipe.evaluation
@@ -432,6 +464,7 @@ def _generated(
         prompts,
         seeds,
         unet=unet,
+        refiner=refiner,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
         resolution=resolution,

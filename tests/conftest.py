@@ -126,6 +126,33 @@ def sdxl_dir(tmp_path_factory, tokenizer_dir) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def refiner_dir(tmp_path_factory, sdxl_dir) -> Path:
+    """A ``StableDiffusionXLImg2ImgPipeline`` folder as SDXL's refiner has it: the second text encoder alone, five time ids."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("refiner") / "tiny-refiner"
+    base = StableDiffusionXLPipeline.from_pretrained(sdxl_dir, add_watermarker=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        unet = UNet2DConditionModel.from_config(
+            {**base.unet.config, "cross_attention_dim": 12, "projection_class_embeddings_input_dim": 5 * 8 + 10}
+        )
+    StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae,
+        text_encoder=None,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer=None,
+        tokenizer_2=base.tokenizer_2,
+        unet=unet,
+        scheduler=base.scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def tiny_text(tokenizer, width: int, **options):
     """Configuration of a text encoder with two layers."""
     from transformers import CLIPTextConfig

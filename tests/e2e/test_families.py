@@ -34,7 +34,7 @@ def sd2_dir(model_dir, tmp_path) -> Path:
     from transformers import CLIPTextModel
 
     folder = with_scheduler(
-        model_dir, tmp_path / "tiny-sd2", "DDIMScheduler", prediction_type="v_prediction", clip_sample=False
+        model_dir, tmp_path / "tiny-sd2", "DDIMScheduler", prediction_type="v_prediction", steps_offset=1, clip_sample=False
     )
     config = {**UNet2DConditionModel.load_config(folder / "unet"), "use_linear_projection": True, "attention_head_dim": [2, 4]}
     with torch.random.fork_rng():
@@ -89,6 +89,30 @@ def test_sdxl_learns_from_pictures_of_mixed_sizes(palate, sdxl_dir, mixed_sizes,
     ).images[0]
     shown = Image.open(Path("out/evaluation/tuned") / manifest[0]["file"])
     assert np.abs(np.asarray(picture, dtype=int) - np.asarray(shown, dtype=int)).max() <= 1
+
+
+def test_a_refiner_finishes_the_compared_pictures(palate, sdxl_dir, refiner_dir, prompts_file):
+    options = {"evaluation_prompts": prompts_file, "judges": "[jpeg_compressibility]", "max_train_steps": 1}
+    for name, refiner in (("plain", None), ("refined", refiner_dir)):
+        code, _, error = palate(
+            "train", pretrained_model_name_or_path=sdxl_dir, refiner=refiner, refiner_start=0.5, output_dir=name, **options
+        )
+        assert code == 0, error
+    plain, refined = (np.asarray(Image.open(f"{n}/evaluation/base/00000.png"), dtype=int) for n in ("plain", "refined"))
+    assert np.abs(plain - refined).max() > 1
+
+
+def test_a_refiner_that_cannot_be_used_is_refused_before_training(palate, model_dir, sdxl_dir, refiner_dir):
+    for model, refiner, message in (
+        (model_dir, refiner_dir, "a refiner finishes pictures of an SDXL model"),
+        (sdxl_dir, model_dir, "not a refiner"),
+        (sdxl_dir, "nowhere", "no model at nowhere"),
+        (refiner_dir, None, "is a refiner"),
+    ):
+        code, _, error = palate("train", pretrained_model_name_or_path=model, refiner=refiner)
+        assert (code, error.count("\n")) == (2, 1)
+        assert message in error
+        assert not Path("out").exists()
 
 
 def test_stable_diffusion_2_predicts_v_and_draws_as_by_diffusers(palate, sd2_dir):

@@ -246,33 +246,6 @@ def test_a_vae_that_overflows_is_an_error_and_never_a_black_picture(load, value,
 # The refiner ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def refiner_dir(tmp_path_factory, sdxl_dir):
-    """A ``StableDiffusionXLImg2ImgPipeline`` folder as SDXL's refiner has it: the second text encoder alone, five time ids."""
-    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-
-    folder = tmp_path_factory.mktemp("refiner") / "tiny-refiner"
-    base = StableDiffusionXLPipeline.from_pretrained(sdxl_dir, add_watermarker=False)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        unet = UNet2DConditionModel.from_config(
-            {**base.unet.config, "cross_attention_dim": 12, "projection_class_embeddings_input_dim": 5 * 8 + 10}
-        )
-    StableDiffusionXLImg2ImgPipeline(
-        vae=base.vae,
-        text_encoder=None,
-        text_encoder_2=base.text_encoder_2,
-        tokenizer=None,
-        tokenizer_2=base.tokenizer_2,
-        unet=unet,
-        scheduler=base.scheduler,
-        requires_aesthetics_score=True,
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    ).save_pretrained(folder)
-    return folder
-
-
 def test_the_refiner_finishes_pictures_as_by_diffusers(load, plain, refiner_dir):
     from diffusers import StableDiffusionXLImg2ImgPipeline
 
