@@ -14,7 +14,7 @@ VERBS = {
     "evaluate": "compare base and tuned model of a finished run again: palate evaluate RUN [--option value ...]",
     "serve-judge": "serve a judge over HTTP: palate serve-judge NAME [--port PORT]",
     "recipes": "list recipes, show one, or copy one to edit: palate recipes [show NAME | copy NAME [FILE]]",
-    "miniature": "rebuild the embedded miniature world: palate miniature build [--work_dir DIR]",
+    "miniature": "rebuild the embedded miniature world: palate miniature build [--work_dir DIR] [--only mini-sdxl]",
 }
 
 

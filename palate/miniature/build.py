@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from palate.files import write_atomically
-from palate.miniature import base_model, judging, scenes, voting, world
+from palate.miniature import base_model, base_model_xl, judging, scenes, voting, world
 from palate.miniature.base_model import SEED, say
 from palate.miniature.raters import load_eye
 
@@ -54,16 +54,46 @@ def build_all(work: Path, target: Path = world.ROOT) -> None:
     )
     texts = voting.prompts(SEED + 50, voting.PAIRS, held_out=False)
     both = voting.candidates(work, sd, "candidates", texts, SEED * 10)
-    voted = voting.write_pairs(target / "pairs" / "train.parquet", texts, both, work / "mini-rater", SEED + 51)
+    voted = voting.write_pairs(
+        target / world.PAIRS["miniature-pairs"] / "train.parquet", texts, both, work / "mini-rater", SEED + 51, "mini-sd"
+    )
     unseen = voting.prompts(SEED + 70, voting.UNSEEN, held_out=True)
     for name, lines in (("seen", texts[: voting.UNSEEN]), ("unseen", unseen)):
         write_atomically(target / "prompts" / f"{name}.txt", ("\n".join(lines) + "\n").encode())
     for name in ("mini-sd", "mini-rater", *world.JUDGES):
         shutil.copytree(work / name, target / "checkpoints" / name, dirs_exist_ok=True)
-    measured = measure(work, voted)
+    _write_measured(target, measure(work, voted))
+    build_xl(work, target)
+    say(f"the miniature world lies in {target}")
+
+
+def build_xl(work: Path, target: Path = world.ROOT) -> None:
+    """Train ``mini-sdxl`` from the finished mini-sd and mini-clip in ``target``, and have its pictures voted on.
+
+    On one core this takes about an hour.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    parts, xl = target / "checkpoints", work / "mini-sdxl"
+    _once(
+        xl / "model_index.json",
+        lambda: base_model_xl.build_diffusion_xl(work, parts / "mini-sd", parts / "mini-clip", xl),
+    )
+    texts = voting.prompts(SEED + 52, voting.XL_PAIRS, held_out=False)
+    both = voting.candidates(work, xl, "candidates-xl", texts, SEED * 10 + 1_000_000)
+    pairs = target / world.PAIRS["miniature-sdxl-pairs"] / "train.parquet"
+    voted = voting.write_pairs(pairs, texts, both, parts / "mini-rater", SEED + 53, "mini-sdxl")
+    shutil.copytree(xl, parts / "mini-sdxl", dirs_exist_ok=True)
+    say("measuring mini-sdxl")
+    found = {
+        "mini-sdxl: attributes found in pictures of unseen prompts": voting.followed(xl, parts / "mini-rater"),
+        "mini-sdxl: pairs": voted,
+    }
+    _write_measured(target, json.loads((parts / "measured.json").read_text()) | found)
+
+
+def _write_measured(target: Path, measured: dict[str, Any]) -> None:
     (target / "checkpoints" / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
     write_cards(target / "checkpoints", measured)
-    say(f"the miniature world lies in {target}")
 
 
 def _once(done: Path, make: Any) -> None:
@@ -106,6 +136,9 @@ ABOUT = {
     "mini-sd": """A Stable Diffusion 1.x pipeline in everything but size: 64 x 64 pictures, 16 x 16 x 4 latents, noise
 prediction, scaled-linear betas, CLIP text encoder. It has learned good and spoilt pictures alike,
 so that alignment has something to mend.""",
+    "mini-sdxl": """A Stable Diffusion XL pipeline in everything but size: two text encoders (those of mini-sd and
+mini-clip), a pooled embedding, size and crop of every picture, 64 x 64 pictures, mini-sd's VAE, Euler scheduler. Only its
+U-Net was trained, from mini-sd's weights on.""",
     "mini-rater": """The eye of the simulated raters: reads the seven attributes of a scene and the looks of a picture.
 It votes on the pairs and measures the model; it is no judge of results.""",
     "mini-clip": """A contrastive CLIP for CLIPScore: does the picture fit the prompt? Trained on renders and their
@@ -120,12 +153,12 @@ another seed. It only evaluates.""",
 
 
 def write_cards(folder: Path, measured: dict[str, Any]) -> None:
-    """One README.md per checkpoint, with what was measured on the day it was built."""
-    for name, about in ABOUT.items():
+    """One README.md per checkpoint that is there, with what was measured on the day it was built."""
+    for name, about in ((n, a) for n, a in ABOUT.items() if (folder / n).is_dir()):
         lines = [
             "---",
             "license: apache-2.0",
-            "library_name: " + ("diffusers" if name == "mini-sd" else "transformers"),
+            "library_name: " + ("diffusers" if name in world.MODELS else "transformers"),
             "---",
             "",
         ]
@@ -138,9 +171,8 @@ def write_cards(folder: Path, measured: dict[str, Any]) -> None:
             "",
         ]
         lines += ["| measured | value |", "| --- | --- |"]
-        mine = {
-            k: v for k, v in measured.items() if k.startswith(name) or (name == "mini-sd" and k.startswith(("vae", "pairs")))
-        }
+        also = ("vae", "pairs") if name == "mini-sd" else ()
+        mine = {k: v for k, v in measured.items() if k.partition(":")[0] in (name, *also)}
         for key, value in mine.items():
             for label, number in value.items() if isinstance(value, dict) else [("", value)]:
                 lines.append(f"| {key.partition(': ')[2] or key} {label}".rstrip() + f" | {number:.4g} |")

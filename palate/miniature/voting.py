@@ -16,7 +16,7 @@ from palate.miniature import scenes
 from palate.miniature.base_model import SEED, save_atomic, say
 from palate.miniature.raters import crowd, load_eye
 
-PAIRS, UNSEEN = 2400, 400
+PAIRS, XL_PAIRS, UNSEEN = 2400, 1200, 400
 STEPS, GUIDANCE = 14, 4.0
 
 
@@ -31,10 +31,10 @@ def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
 
 
 def sample(folder: Path, texts: list[str], seeds: list[int], *, guidance: float = GUIDANCE) -> list[Image.Image]:
-    """Pictures of the miniature model by DPM-Solver++, each from its own seed."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    """Pictures of a miniature model by DPM-Solver++, each from its own seed."""
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)  # of the class that the folder names
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
@@ -53,7 +53,7 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
 
 
 def candidates(work: Path, folder: Path, name: str, texts: list[str], seed: int) -> Tensor:
-    """Two pictures of the miniature model for every prompt, uint8 ``(n, 2, 3, 64, 64)``; kept part by part."""
+    """Two pictures of a miniature model for every prompt, uint8 ``(n, 2, 3, 64, 64)``; kept part by part."""
     parts = []
     for start in range(0, len(texts), 200):
         path = work / f"{name}-{start}.pt"
@@ -72,7 +72,7 @@ def jpeg(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, seed: int) -> dict[str, float]:
+def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, seed: int, model: str) -> dict[str, float]:
     """One vote of one rater on every pair, in Pick-a-Pic v2's columns. Returns what the card states."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -105,8 +105,8 @@ def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, se
                 "jpg_1": jpeg(both[index, 1]),
                 "label_0": label,
                 "label_1": 1 - label,
-                "model_0": "mini-sd",
-                "model_1": "mini-sd",
+                "model_0": model,
+                "model_1": model,
                 "ranking_id": index,
                 "user_id": chosen,
                 "num_example_per_prompt": 1,

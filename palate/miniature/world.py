@@ -7,7 +7,9 @@ from pathlib import Path
 from palate.errors import UserError
 
 ROOT = Path(__file__).parent
-MODELS = ("mini-sd",)
+MODELS = ("mini-sd", "mini-sdxl")
+PAIRS = {"miniature-pairs": "pairs", "miniature-sdxl-pairs": "pairs-sdxl"}
+"""Name -> folder of the votes on pictures of mini-sd and of mini-sdxl."""
 JUDGES = {
     "mini-heldout": ("pickscore", "held out"),
     "mini-pickscore": ("pickscore", "preference"),
@@ -25,9 +27,9 @@ def checkpoint(name: str) -> Path:
     return folder
 
 
-def pairs() -> Path:
-    """The voted pairs, in Pick-a-Pic v2's columns."""
-    return _file(ROOT / "pairs" / "train.parquet")
+def pairs(name: str = "miniature-pairs") -> Path:
+    """The voted pairs of a name in :data:`PAIRS`, in Pick-a-Pic v2's columns."""
+    return _file(ROOT / PAIRS[name] / "train.parquet")
 
 
 def unseen_prompts() -> Path:
