@@ -12,6 +12,7 @@ from palate.hub import is_hub_id, snapshot
 from palate.options import keywords
 
 CLIP_FILES = ("*.json", "*.txt", "model*.safetensors", "tokenizer/*")
+VISION_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors")
 H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 L14 = "openai/clip-vit-large-patch14"
 
@@ -51,6 +52,9 @@ KINDS: dict[str, Kind] = {
     ),
     "aesthetic": Kind("aesthetic", hub=L14, size="1.7 GB", tokenizer=L14),
     "aesthetic_v1": Kind("aesthetic", hub=L14, size="1.7 GB", tokenizer=L14),
+    "vqascore": Kind("alignment", place="endpoint", files=VISION_FILES),
+    "vlm_bertscore": Kind("alignment", place="endpoint", files=VISION_FILES),
+    "vlm_strict": Kind("alignment", place="endpoint", files=VISION_FILES),
     "remote": Kind("remote", place="url"),
     "jpeg_compressibility": Kind("jpeg", place="nothing"),
     "jpeg_incompressibility": Kind("jpeg", place="nothing"),

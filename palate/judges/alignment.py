@@ -1,0 +1,168 @@
+"""Does the picture show what was asked for? Three judges that ask a vision model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from palate.errors import UserError
+from palate.hub import is_hub_id, snapshot
+from palate.judges.bertscore import BertScore
+from palate.judges.clip import checked_dtype
+from palate.judges.vision import Endpoint, LocalVision, VisionModel, find_model
+
+SHOWS = 'Does this figure show "{prompt}"? Please answer Yes or No.'
+DESCRIBE = "Answer concisely: what is going on in this image?"
+CONTAINS = "The image contains {prompt}"
+BERT = "microsoft/deberta-xlarge-mnli"
+BERT_LAYER = 40  # of 48; the layer the authors of BERTScore chose for this encoder
+
+Questions = Mapping[str, tuple[Sequence[str], Sequence[str]]]
+"""Prompt -> questions and, as many, the words their answers must contain."""
+
+
+class VqaScore:
+    """P("Yes") to 'Does this figure show "{prompt}"?', 0 to 1 (Lin et al. 2024, "VQAScore", Eq. 1)."""
+
+    def __init__(self, vision: VisionModel):
+        self.vision = vision
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        _same_number(images, prompts)
+        return self.vision.yes(images, [SHOWS.format(prompt=p) for p in prompts]).to(images.device)
+
+
+class DescriptionScore:
+    """BERTScore recall of "The image contains {prompt}" in the model's description (Black et al. 2023, DDPO, sec. 5.2)."""
+
+    def __init__(self, vision: VisionModel, bert: BertScore):
+        self.vision, self.bert = vision, bert
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        _same_number(images, prompts)
+        said = self.vision.answer(images, [DESCRIBE] * len(prompts))
+        return self.bert.recall(said, [CONTAINS.format(prompt=p) for p in prompts]).to(images.device)
+
+
+class AnswerScore:
+    """Share of a prompt's questions whose expected word occurs in the answer, as DDPO's code counts (upper and lower case)."""
+
+    def __init__(self, vision: VisionModel, questions: Questions):
+        self.vision, self.questions = vision, questions
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        _same_number(images, prompts)
+        if unknown := [p for p in prompts if p not in self.questions]:
+            raise UserError(f"there are no questions about the prompt {unknown[0]!r}; add it to the file of questions")
+        rows = [(i, q, a) for i, p in enumerate(prompts) for q, a in zip(*self.questions[p], strict=True)]
+        said = self.vision.answer(images[[i for i, _, _ in rows]], [q for _, q, _ in rows])
+        hits, asked = torch.zeros(len(prompts)), torch.zeros(len(prompts))
+        for (i, _, wanted), reply in zip(rows, said, strict=True):
+            hits[i] += wanted in reply
+            asked[i] += 1
+        return (hits / asked).to(images.device)
+
+
+def read_questions(path: Path) -> Questions:
+    """From JSONL, ``{"prompt": ..., "questions": [...], "answers": [...]}`` a line; raises ``UserError`` with the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); expected JSONL with prompt, questions, answers") from error
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, questions, answers = (row[key] for key in ("prompt", "questions", "answers"))
+            if not questions or len(questions) != len(answers) or not all(isinstance(t, str) for t in [*questions, *answers]):
+                raise ValueError("as many answers as questions are needed, at least one, all texts")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: {error}; expected prompt, questions, answers") from error
+        found[str(prompt)] = (tuple(questions), tuple(answers))
+    if not found:
+        raise UserError(f"{path} holds no questions; expected JSONL with prompt, questions, answers")
+    return found
+
+
+def check(
+    kind: str,
+    place: Path | str,
+    *,
+    model: str = "",
+    questions: str = "",
+    bert: str = BERT,
+    layer: int = BERT_LAYER,
+    dtype: str = "bfloat16",
+    batch_size: int = 4,
+    max_tokens: int = 128,
+    concurrency: int = 4,
+    timeout: float = 120.0,
+    retries: int = 4,
+) -> None:
+    checked_dtype(dtype)
+    if min(layer, batch_size, max_tokens, concurrency) < 1 or timeout <= 0 or retries < 0:
+        raise UserError(f"judge {kind}: layer, batch_size, max_tokens, concurrency and timeout must be positive")
+    if kind == "vlm_strict":
+        if not questions:
+            raise UserError("judge vlm_strict needs ?questions=FILE.jsonl with prompt, questions and answers")
+        read_questions(Path(questions).expanduser())
+    if isinstance(place, str):
+        find_model(place, model)
+    elif not (place / "config.json").is_file():
+        raise UserError(f"{place} has no config.json; expected the folder of an image-text model of transformers")
+    if kind == "vlm_bertscore":
+        _bert_folder(bert)
+
+
+def load(
+    kind: str,
+    place: Path | str,
+    device: str | torch.device = "cpu",
+    *,
+    model: str = "",
+    questions: str = "",
+    bert: str = BERT,
+    layer: int = BERT_LAYER,
+    dtype: str = "bfloat16",
+    batch_size: int = 4,
+    max_tokens: int = 128,
+    concurrency: int = 4,
+    timeout: float = 120.0,
+    retries: int = 4,
+) -> Any:
+    """Around a folder in transformers' layout, or an endpoint's URL (ending in ``/v1`` as a rule) with its ``model``."""
+    vision: VisionModel
+    if isinstance(place, str):
+        name = find_model(place, model)
+        vision = Endpoint(place, name, timeout=timeout, retries=retries, concurrency=concurrency, max_tokens=max_tokens)
+    else:
+        vision = LocalVision.load(place, device, dtype, batch_size=batch_size, max_tokens=max_tokens)
+    if kind == "vqascore":
+        return VqaScore(vision)
+    if kind == "vlm_strict":
+        return AnswerScore(vision, read_questions(Path(questions).expanduser()))
+    return DescriptionScore(vision, BertScore.load(_bert_folder(bert), device, layer))
+
+
+def _bert_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(name):
+        raise UserError(f"no folder {name}; expected that of a text encoder for ?bert=")
+    short = f"models/{name.split('/')[-1]}"
+    how = f"Without a network, run 'hf download {name} --local-dir {short}' where there is one, copy it here, add ?bert={short}"
+    return snapshot(name, ("*.json", "*.txt", "*.safetensors", "pytorch_model.bin"), otherwise=how)
+
+
+def _same_number(images: Tensor, prompts: Sequence[str]) -> None:
+    if len(images) != len(prompts):
+        raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")

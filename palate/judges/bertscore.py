@@ -1,0 +1,71 @@
+"""BERTScore's recall (Zhang et al. 2020, "BERTScore", sec. 3): how much of a reference is said by a candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from palate.errors import UserError
+from palate.judges.weights import quietly, reading, refuse_incomplete
+
+
+class BertScore:
+    """Recall without rescaling or word frequencies, as the authors' package gives it by default.
+
+    Each token of the reference is matched with the token of the candidate most like it (cosine of the states after
+    ``layers`` layers); recall is the mean of these cosines. The tokens that begin and end a sentence do not count in the mean,
+    but may be matched.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, layers: int):
+        if not 1 <= layers <= len(model.encoder.layer):
+            raise UserError(f"layer is {layers}; the text encoder has {len(model.encoder.layer)}")
+        model.encoder.layer = model.encoder.layer[:layers]
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        # An unset limit of a tokenizer is a huge number.
+        self.max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+
+    @classmethod
+    def load(cls, folder: Path, device: Any, layers: int) -> BertScore:
+        from transformers import AutoModel, AutoTokenizer
+
+        with quietly():
+            # A .bin of the published encoder is read by torch.load with weights_only=True.
+            model, found = reading(
+                folder,
+                lambda: AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True),
+            )
+            tokenizer = reading(folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        # A pooler, which is not read here, may be missing.
+        refuse_incomplete(folder, {k: [n for n in v if "pooler" not in str(n)] for k, v in found.items() if k != "error_msgs"})
+        return cls(model.to(device), tokenizer, layers)
+
+    @torch.no_grad()
+    def recall(self, candidates: Sequence[str], references: Sequence[str]) -> Float[Tensor, " b"]:
+        """``(b,)`` float32; 0 where the candidate or the reference says nothing."""
+        said, said_there, said_words = self._embed(candidates)
+        meant, _, words = self._embed(references)
+        likeness = (meant @ said.mT).masked_fill(~said_there[:, None], -torch.inf)
+        best = likeness.max(dim=-1).values
+        recall = (best * words).sum(dim=-1) / words.sum(dim=-1).clamp(min=1)
+        return torch.where(said_words.any(dim=-1) & words.any(dim=-1), recall, 0.0).float()
+
+    def _embed(self, texts: Sequence[str]) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
+        """Normalised states, which tokens are no padding, and which of these are words."""
+        tokens = self.tokenizer(
+            [text.strip() for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        words = tokens.pop("special_tokens_mask") == 0
+        there = tokens["attention_mask"].bool()
+        return F.normalize(self.model(**tokens).last_hidden_state, dim=-1), there, words & there
