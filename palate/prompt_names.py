@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from palate.data import prompts
+from palate.data import prompt_sets, prompts
 from palate.data.prompts import Prompt
 from palate.errors import UserError, nearest
 from palate.miniature import prompt_lists
@@ -15,8 +15,8 @@ from palate.options import foreign
 def find_prompts(name: str | Path) -> list[Prompt]:
     """The prompts that go by a name, in order.
 
-    That is a built-in list (``animals``), a list of the miniature world (``miniature-unseen``), a function ``module:function``,
-    or a text or JSONL file.
+    That is a built-in list (``animals``), a list of the miniature world (``miniature-unseen``), a published set (``drawbench``,
+    or ``drawbench:FILE``), a function ``module:function``, or a text or JSONL file.
 
     Raises:
         UserError: an unknown name, a file that cannot be read, or no prompts.
@@ -26,11 +26,15 @@ def find_prompts(name: str | Path) -> list[Prompt]:
         return prompts.built_in(text)
     if text in prompt_lists.NAMES:
         return prompt_lists.find(text)
+    published, _, file = text.partition(":")
+    if published in prompt_sets.SETS:
+        return prompt_sets.load_prompt_set(published, file or None)
     path = Path(name).expanduser()
     if path.exists():
         return prompts.read_prompts(path)
     if re.fullmatch(r"[\w.]+:\w+", text):
         return prompts.from_function(foreign(text), text)
     if re.fullmatch(r"[\w-]+", text):
-        raise UserError(f"no file and no list of prompts {text!r}{nearest(text, [*prompts.LISTS, *prompt_lists.NAMES])}")
+        known = [*prompts.LISTS, *prompt_lists.NAMES, *prompt_sets.SETS]
+        raise UserError(f"no file and no list of prompts {text!r}{nearest(text, known)}")
     return prompts.read_prompts(path)

@@ -34,6 +34,12 @@ def test_errors(name, words):
         find_prompts(name)
 
 
+def test_a_published_set_from_its_file(tmp_path):
+    file = tmp_path / "drawbench.txt"
+    file.write_text("a red car\na red car\na blue car\n")
+    assert [p.text for p in find_prompts(f"drawbench:{file}")] == ["a red car", "a blue car"]
+
+
 def test_seen_and_unseen_do_not_meet():
     seen, unseen = (find_prompts(f"miniature-{side}") for side in ("seen", "unseen"))
     assert len(seen) == len(unseen) == 400

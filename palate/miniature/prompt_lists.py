@@ -48,6 +48,5 @@ def _prompt(text: str) -> Prompt:
 
 def _some(thing: str, place: str) -> list[Scene]:
     """:data:`EACH` scenes of an object at a place, spread over all other attributes by a digest of the scene."""
-    fixed = {**ATTRIBUTES, "object": (thing,), "ground": (place,)}
-    scenes = [Scene(*values) for values in product(*fixed.values())]
-    return sorted(scenes, key=lambda scene: hashlib.sha256(caption(scene).encode()).digest())[:EACH]
+    values = product(*{**ATTRIBUTES, "object": (thing,), "ground": (place,)}.values())
+    return [Scene(*v) for v in sorted(values, key=lambda v: hashlib.sha256("|".join(v).encode()).digest())[:EACH]]
