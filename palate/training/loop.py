@@ -8,6 +8,7 @@ losses over the effective batch, divided by the number of its pairs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import signal
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from palate.errors import UserError, nearest
 from palate.training import checkpoints
 from palate.training.log import RunLog, Window
+from palate.training.optimizers import OPTIMIZERS, Average, make_optimizer
 from palate.training.steps import PairSource, Step, TrainablePolicy, mix
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -44,8 +46,10 @@ class TrainOptions:
     """Folder of logs and checkpoints."""
     seed: int = 0
     """Decides order, times and noise."""
+    optimizer: str = "adamw"
+    """``adamw``; with less memory ``adamw_8bit`` (needs bitsandbytes and a GPU) or ``adafactor`` (fixed step, no momentum)."""
     learning_rate: float = 1e-5
-    """Of AdamW, after warm-up."""
+    """Of the optimizer, after warm-up."""
     lr_scheduler: str = "constant_with_warmup"
     """``constant``, ``constant_with_warmup``, ``linear`` (to 0) or ``cosine`` (to 0)."""
     lr_warmup_steps: int = 0
@@ -73,11 +77,13 @@ class TrainOptions:
     adam_beta2: float = 0.999
     """Decay of AdamW's mean of squared gradients."""
     adam_weight_decay: float = 1e-2
-    """Of AdamW, decoupled."""
+    """Of every optimizer, decoupled."""
     adam_epsilon: float = 1e-8
     """Of AdamW."""
     max_grad_norm: float | None = 1.0
     """Gradients of a larger norm are scaled down to it; None for no limit."""
+    ema_decay: float | None = None
+    """Average the weights exponentially, such as 0.999, and use the average for samples, evaluation and the saved result."""
     logging_steps: int = 10
     """Steps between two lines of the log; each is the mean since the last."""
     report_to: str = "none"
@@ -94,7 +100,12 @@ class TrainOptions:
     """A checkpoint folder, or ``latest`` for the last one in ``output_dir``."""
 
     def __post_init__(self) -> None:
-        choices = {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": MIXED_PRECISIONS, "report_to": REPORTERS}
+        choices = {
+            "optimizer": OPTIMIZERS,
+            "lr_scheduler": LR_SCHEDULERS,
+            "mixed_precision": MIXED_PRECISIONS,
+            "report_to": REPORTERS,
+        }
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name} is {value!r}{nearest(str(value), known)}")
@@ -108,6 +119,8 @@ class TrainOptions:
             raise UserError(f"learning_rate is {self.learning_rate}; expected a positive number")
         if self.t_min < 0 or (self.t_max is not None and self.t_max < self.t_min):
             raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay is {self.ema_decay}; expected between 0 and 1, such as 0.999, or null for none")
         if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
             raise UserError(f"snr_gamma is {self.snr_gamma}; expected a positive number such as 5, or null for none")
         if not 0 <= self.caption_dropout <= 1:
@@ -147,7 +160,7 @@ def train(
     on_sample: Callable[[int], Any] | None = None,
     on_evaluate: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
-    """Train ``policy`` in place.
+    """Train ``policy`` in place; with ``ema_decay`` it ends with the average of its weights.
 
     Args:
         step: from ``pair_step`` or ``sample_step``, made with this policy.
@@ -185,6 +198,8 @@ def train(
                 stopped = Stopped(run.save(done), done)
                 log.say(str(stopped), show=False)
                 raise stopped
+        if run.average is not None:
+            run.average.swap()  # the average is the result
 
 
 class _Run:
@@ -207,13 +222,8 @@ class _Run:
         self.share = range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
         self.total = options.max_train_steps or math.ceil(options.num_train_epochs * len(data) / self.batch_size)
         self.order = functools.lru_cache(maxsize=2)(lambda epoch: [int(i) for i in data.order(options.seed, epoch)])
-        self.optimizer = torch.optim.AdamW(
-            self.weights,
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            weight_decay=options.adam_weight_decay,
-            eps=options.adam_epsilon,
-        )
+        self.optimizer = make_optimizer(self.weights, options)
+        self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
         self.logs: RunLog | _Silent = _Silent()
         self.window, self.last = Window(), dict[str, float]()
         self.began, self.warned = time.monotonic(), False
@@ -255,6 +265,8 @@ class _Run:
                 raise UserError(f"{checkpoint.path} was trained with {name} {state[name]}, now it is {now}: {remedy}")
         self.policy.load_state_dict(checkpoint.weights)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window, self.warned = Window(state["window"]), state["warned"]
@@ -272,6 +284,7 @@ class _Run:
                 "effective batch": self.batch_size,
                 "number of pairs": len(self.data),
                 "optimizer": self.optimizer.state_dict(),
+                "average": [] if self.average is None else self.average.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "window": self.window.sums,
                 "step state": dict(self.step.state),
@@ -315,6 +328,8 @@ class _Run:
         else:
             scaler.step(self.optimizer)
             scaler.update()
+        if self.average is not None:
+            self.average.update(done)
         stop = totals.pop("stop") > 0  # summed over processes with the rest, so that all stop after the same step
         self.last = {name: total / self.batch_size for name, total in totals.items()}
         self.step.observe(self.last)
@@ -408,7 +423,8 @@ class _Run:
         result = None
         if self.main:
             self.policy.trainable_module.eval()
-            result = hook(done)
+            with self.average.applied() if self.average is not None else contextlib.nullcontext():
+                result = hook(done)
         self.accelerator.wait_for_everyone()
         return result
 

@@ -298,6 +298,8 @@ def test_learning_rates_match_diffusers(name):
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "no warm-up"),
+        ({"optimizer": "adam_8bit"}, "did you mean 'adamw_8bit'"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1\.0"),
         ({"snr_gamma": 0.0}, r"snr_gamma is 0\.0"),
         ({"caption_dropout": 1.5}, r"caption_dropout is 1\.5"),
         ({"report_to": "wandb"}, "report_to is 'wandb'"),

@@ -1,0 +1,93 @@
+"""What turns gradients into updates, and the running average of the weights they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from palate.errors import UserError
+
+if TYPE_CHECKING:
+    from palate.training.loop import TrainOptions
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
+
+
+def make_optimizer(weights: Sequence[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
+    """The optimizer that ``options.optimizer`` names.
+
+    Raises:
+        UserError: it needs a package that is not installed.
+    """
+    if options.optimizer == "adafactor":
+        # Adafactor (arXiv 1804.04235) as Diffusion-DPO trains SDXL with it: no relative step, no scaling by the parameter.
+        # torch multiplies the rate by max(eps2, rms of the parameter) and has no switch for it: eps2 = 1 makes that 1 for all
+        # weights of an rms up to 1, which only some scales of normalisation layers exceed, and those by little.
+        return torch.optim.Adafactor(
+            weights, lr=options.learning_rate, eps=(1e-15, 1.0), weight_decay=options.adam_weight_decay
+        )
+    kind = torch.optim.AdamW if options.optimizer == "adamw" else _adamw_8bit()
+    return kind(
+        weights,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+    )
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+    except (ImportError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(
+            f"optimizer adamw_8bit needs bitsandbytes ({line[0]}): pip install 'palate[8bit]', or use adamw or adafactor"
+        ) from error
+    return AdamW8bit
+
+
+class Average:
+    """Exponential moving average of weights (EMA), as diffusers' ``EMAModel`` has it.
+
+    After update n it keeps min(decay, n / (n + 9)) of itself, after the first nothing: so a short run forgets where it began.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], decay: float):
+        self.weights, self.decay = list(weights), decay
+        self.tensors = [weight.detach().clone() for weight in weights]
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        """Take in the weights after update ``n`` (from 1)."""
+        average = get_ema_multi_avg_fn(min(self.decay, n / (n + 9)) if n > 1 else 0.0)
+        average(self.tensors, [weight.detach() for weight in self.weights], n)
+
+    def state_dict(self) -> list[Tensor]:
+        return self.tensors
+
+    def load_state_dict(self, tensors: Sequence[Tensor]) -> None:
+        for own, given in zip(self.tensors, tensors, strict=True):
+            own.copy_(given)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the weights, in place: whoever shares the weights sees the average."""
+        for weight, average in zip(self.weights, self.tensors, strict=True):
+            kept = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the weights are the average."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
