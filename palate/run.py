@@ -10,15 +10,20 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from palate import recipe as recipes
 from palate.errors import UserError
 from palate.files import write_atomically
 from palate.judge_names import NamedJudge, find_judges
 from palate.miniature import world
+from palate.model_names import check_refiner_fits, load_base
 from palate.prompt_names import find_prompts
 from palate.recipe import Recipe
+
+if TYPE_CHECKING:
+    from palate.data.prompts import Prompt
+    from palate.evaluation.manifest import Picture
 
 
 def train(recipe: Recipe, *, command: str = "") -> Path:
@@ -41,7 +46,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         _check_output(recipe, out)
     _evaluation_prompts(recipe)
     _judges(recipe)
-    _check_refiner(recipe)
+    check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
     reader = _reader(recipe)
 
     from palate.data.cache import TensorCache
@@ -134,7 +139,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
         raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
     _evaluation_prompts(recipe)
     _judges(recipe)
-    _check_refiner(recipe)
+    check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
     lora, full = out / "pytorch_lora_weights.safetensors", out / "unet"
     if not lora.is_file() and not full.is_dir():
         raise UserError(f"{out} holds neither {lora.name} nor unet/; is the training finished?")
@@ -238,40 +243,15 @@ def _reader(recipe: Recipe) -> Any:
     return reader
 
 
-def _model_path(recipe: Recipe) -> str:
-    """Folder or hub id."""
-    name = recipe.model.pretrained_model_name_or_path
-    return str(world.checkpoint(name)) if name in world.MODELS else name
-
-
-def _check_refiner(recipe: Recipe) -> None:
-    """Refuse a refiner that cannot finish this model's pictures, before any weights are loaded."""
-    from palate.models import FAMILIES, check_model, check_refiner
-
-    if recipe.evaluation.refiner is not None:
-        check_refiner(recipe.evaluation.refiner)
-        name = _model_path(recipe)
-        if FAMILIES[check_model(name, revision=recipe.model.revision)] != "sdxl":
-            raise UserError(f"a refiner finishes pictures of an SDXL model, and {name} is none: leave out --refiner")
-
-
 def _denoiser(recipe: Recipe) -> Any:
-    name = _model_path(recipe)
-    from palate.models import check_model, load_denoiser, quiet_loading
-
-    check_model(name, revision=recipe.model.revision)
-
-    import torch
-
-    precision = recipe.training.mixed_precision
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    if precision == "fp16" and device == "cpu":
-        raise UserError("mixed_precision fp16 needs a GPU, and there is none; use bf16 or no")
-    if recipe.policy.train_method == "full":
-        precision = "no"  # all weights are trained, from their full precision on; the forward pass is autocast all the same
-    quiet_loading()
-    return load_denoiser(
-        name, mixed_precision=precision, device=device, revision=recipe.model.revision, variant=recipe.model.variant
+    options = recipe.model
+    return load_base(
+        options.pretrained_model_name_or_path,
+        mixed_precision=recipe.training.mixed_precision,
+        revision=options.revision,
+        variant=options.variant,
+        # All weights are trained, from their full precision on; the forward pass is autocast all the same.
+        full=recipe.policy.train_method == "full",
     )
 
 
@@ -336,11 +316,9 @@ def _say_counts(counts: Any) -> None:
     _tell(", ".join([f"{counts.rows} rows: {counts.pairs} pairs", *(f"{n} {what}" for what, n in parts.items() if n)]))
 
 
-def _evaluation_prompts(recipe: Recipe) -> list[str]:
+def _evaluation_prompts(recipe: Recipe) -> list[Prompt]:
     wanted = recipe.evaluation.evaluation_prompts
-    if wanted is None:
-        return []
-    return [prompt.text for prompt in find_prompts(wanted)][: recipe.evaluation.num_evaluation_prompts]
+    return [] if wanted is None else find_prompts(wanted)[: recipe.evaluation.num_evaluation_prompts]
 
 
 def _judges(recipe: Recipe) -> dict[str, NamedJudge]:
@@ -388,15 +366,16 @@ class _Samples:
 
 def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: int, out: Path, command: str) -> None:
     from palate.evaluation.compare import compare, diversity, headline, write_metrics
+    from palate.evaluation.generation import plan
     from palate.evaluation.grid import before_after_grid
     from palate.evaluation.report import write_report
     from palate.judges import score
     from palate.training.log import read_log
 
     options, began = recipe.evaluation, time.monotonic()
-    unique = _evaluation_prompts(recipe)
-    prompts = [p for p in unique for _ in range(options.images_per_prompt)]
-    seeds = [options.evaluation_seed + i for i in range(len(prompts))]
+    planned = plan(_evaluation_prompts(recipe), model="", images_per_prompt=options.images_per_prompt)
+    planned = [dataclasses.replace(p, seed=options.evaluation_seed + i) for i, p in enumerate(planned)]
+    prompts = [p.prompt for p in planned]
     pictures, refiner = {}, None
     if options.refiner is not None:
         from palate.models import load_refiner
@@ -405,7 +384,7 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
         refiner = load_refiner(options.refiner, start=options.refiner_start, mixed_precision=precision, device=device)
     for side, unet in (("base", base), ("tuned", tuned)):
         folder = out / "evaluation" / side
-        pictures[side] = _generated(recipe, denoiser, unet, refiner, prompts, seeds, resolution, folder, side)
+        pictures[side] = _generated(recipe, denoiser, unet, refiner, planned, resolution, folder, side)
     del refiner
     denoiser.release()  # room for the judges
     scores, told = {}, {}
@@ -451,38 +430,37 @@ def _generated(
     denoiser: Any,
     unet: Any,
     refiner: Any,
-    prompts: list[str],
-    seeds: list[int],
+    pictures: list[Picture],
     resolution: int,
     folder: Path,
     side: str,
 ) -> list[Any]:
-    """One picture per prompt, kept as PNG beside a manifest."""
+    """The pictures of one side, anew, in a picture folder."""
+    from PIL import Image
+
+    from palate.evaluation.generation import drawing, generate, settings
+
     options = recipe.evaluation
-    _tell(f"generating {len(prompts)} pictures of the {side} model")
-    images = denoiser.generate(
-        prompts,
-        seeds,
-        unet=unet,
-        refiner=refiner,
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        resolution=resolution,
+    sampling = {
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "resolution": resolution,
+    }
+    _tell(f"generating {len(pictures)} pictures of the {side} model")
+    partial = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    generate(
+        drawing(denoiser, unet, refiner, **sampling),
+        [dataclasses.replace(p, model=side) for p in pictures],
+        partial,
+        settings=settings(denoiser, seed=options.evaluation_seed, versions=versions(), **sampling),
+        model={"name": side, "base": recipe.model.pretrained_model_name_or_path, "refiner": options.refiner},
         batch_size=options.evaluation_batch_size,
         progress=sys.stderr.isatty(),
     )
-    partial = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    lines = []
-    for index, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-        name = f"{index:05d}.png"
-        image.save(partial / name)
-        lines.append(json.dumps({"file": name, "prompt": prompt, "seed": seed, "model": side}))
-    (partial / "manifest.jsonl").write_text("\n".join(lines) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return images
+    return [Image.open(folder / p.file).convert("RGB") for p in pictures]
 
 
 def _first_of_each(prompts: list[str], limit: int) -> list[int]:

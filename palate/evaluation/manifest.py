@@ -91,8 +91,15 @@ def append_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """``settings.json``: what must agree between two folders that are compared; empty where there is none."""
     path = Path(folder) / SETTINGS
-    if not path.is_file():
-        return {}
+    return read_json(path) if path.is_file() else {}
+
+
+def write_settings(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    write_json(Path(folder) / SETTINGS, settings)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -102,8 +109,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def write_settings(folder: str | Path, settings: Mapping[str, Any]) -> None:
-    write_atomically(Path(folder) / SETTINGS, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 # Scores --------------------------------------------------------------------------------------------------------------------

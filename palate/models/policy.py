@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,30 @@ def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
         if ".lora_" in name:
             parameter.data = parameter.data.float()  # as in training
     return unet.eval().requires_grad_(False)
+
+
+def put_loras(denoiser: Denoiser, unet: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
+    """Put LoRA files of any layout that diffusers reads into ``unet`` (and the text encoders), each at its scale.
+
+    Those that the U-Net has already, as of :func:`tuned`, stay at scale 1.
+
+    Raises:
+        UserError: a file does not fit the model, or is damaged.
+    """
+    if not loras:
+        return
+    pipeline: Any = denoiser.pipeline(unet)
+    scales = {str(name): 1.0 for name in getattr(unet, "peft_config", {})}
+    for number, (path, scale) in enumerate(loras):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+                pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"lora{number}")
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be put into {denoiser.name}: {first_line(error)}") from error
+        scales[f"lora{number}"] = scale
+    pipeline.set_adapters(list(scales), list(scales.values()))
+    unet.eval().requires_grad_(False)
 
 
 def _replace(final: Path, write: Callable[[str], Any], name: str = ".") -> Path:

@@ -114,7 +114,7 @@ def test_a_refiner_finishes_the_compared_pictures(palate, sdxl_dir, refiner_dir,
             "train", pretrained_model_name_or_path=sdxl_dir, refiner=refiner, refiner_start=0.5, output_dir=name, **options
         )
         assert code == 0, error
-    plain, refined = (np.asarray(Image.open(f"{n}/evaluation/base/00000.png"), dtype=int) for n in ("plain", "refined"))
+    plain, refined = (np.asarray(Image.open(f"{n}/evaluation/base/00000-00.png"), dtype=int) for n in ("plain", "refined"))
     assert np.abs(plain - refined).max() > 1
 
 

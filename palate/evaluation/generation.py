@@ -1,0 +1,171 @@
+"""Pictures of many prompts into a picture folder: by one process or several, going on where an interrupted one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from palate.data.prompts import Prompt
+from palate.errors import UserError
+from palate.evaluation.manifest import (
+    MANIFEST,
+    SETTINGS,
+    Picture,
+    append_manifest,
+    read_json,
+    read_manifest,
+    write_json,
+    write_settings,
+)
+from palate.files import write_atomically
+
+Draw = Callable[[list[Picture]], Sequence[Image.Image]]
+"""Some lines of a manifest to be -> their pictures."""
+MODEL = "model.json"
+"""What drew the pictures of a folder: that in which two folders differ."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The share of one process of several: every ``of``-th picture, from ``number`` (0 is the first)."""
+
+    number: int = 0
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None) -> Shard:
+        """``0/4`` to ``3/4``; without a text, what ``torchrun`` or ``accelerate launch`` told this process."""
+        given = text if text is not None else f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+        number, slash, of = given.partition("/")
+        if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+            raise UserError(f"shard is {given!r}; expected i/n with i from 0 to n - 1, such as 0/4")
+        return cls(int(number), int(of))
+
+
+def picture_seed(seed: int, prompt: str, index: int) -> int:
+    """The seed of one picture, 32 bits: of these three alone, so that every model meets a prompt with the same noise."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {index} {prompt}".encode()).digest()[:4], "big")
+
+
+def plan(
+    prompts: Sequence[Prompt], *, model: str, images_per_prompt: int = 1, seed: int = 0, negative: str | None = None
+) -> list[Picture]:
+    """The manifest of what is to be drawn. A prompt that the list repeats is drawn anew: its index counts on."""
+    met: Counter[str] = Counter()
+    found = []
+    for number, prompt in enumerate(prompts):
+        for _ in range(images_per_prompt):
+            index = met[prompt.text]
+            met[prompt.text] += 1
+            away = negative if prompt.negative is None else prompt.negative
+            file = f"{number:05d}-{index:02d}.png"
+            picture_of = picture_seed(seed, prompt.text, index)
+            found.append(Picture(file, prompt.text, picture_of, index, model, away, prompt.metadata))
+    return found
+
+
+def drawing(denoiser: Any, unet: Any = None, refiner: Any = None, **sampling: Any) -> Draw:
+    """What :func:`generate` draws with: a :class:`palate.models.denoiser.Denoiser`, its own U-Net or another."""
+
+    def draw(pictures: list[Picture]) -> Sequence[Image.Image]:
+        return denoiser.generate(
+            [p.prompt for p in pictures],
+            [p.seed for p in pictures],
+            negatives=[p.negative for p in pictures],
+            unet=unet,
+            refiner=refiner,
+            batch_size=len(pictures),
+            **sampling,
+        )
+
+    return draw
+
+
+def settings(denoiser: Any, *, seed: int, versions: Mapping[str, str], **sampling: Any) -> dict[str, Any]:
+    """What must agree between two folders that are compared."""
+    sampler = str(denoiser.scheduler_config.get("_class_name", "unknown"))
+    return {**sampling, "sampler": sampler, "seed": seed, "versions": dict(versions)}
+
+
+def generate(
+    draw: Draw,
+    pictures: Sequence[Picture],
+    folder: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+    shard: Shard | None = None,
+    progress: bool = False,
+) -> int:
+    """Draw what the folder lacks of ``pictures`` (of this ``shard``), a batch at a time; returns how many were drawn.
+
+    Each picture appears whole or not at all, and its line in the manifest after it, so the folder can be read at any time.
+
+    Args:
+        settings: what must agree between two folders that are compared; ``settings.json``. ``versions`` in it may differ
+            between the beginning and the end of one folder, nothing else may.
+        model: what draws; ``model.json``.
+
+    Raises:
+        UserError: the folder was begun with other settings or another model, or holds other pictures of these names.
+    """
+    folder, shard = Path(folder), shard or Shard()
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; expected at least 1")
+    done = _begun(folder, pictures, settings, model or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MODEL, model or {})
+    if not (folder / SETTINGS).is_file():
+        write_settings(folder, settings)
+    wanted = [p for p in pictures[shard.number :: shard.of] if p.file not in done or not (folder / p.file).is_file()]
+    bar = tqdm(total=len(wanted), desc="generating", unit=" pictures", disable=not progress)
+    with bar:
+        for start in range(0, len(wanted), batch_size):
+            part = list(wanted[start : start + batch_size])
+            images = draw(part)
+            for picture, image in zip(part, images, strict=True):
+                stream = io.BytesIO()
+                image.save(stream, "PNG")
+                write_atomically(folder / picture.file, stream.getvalue())
+            append_manifest(folder, [p for p in part if p.file not in done])
+            bar.update(len(part))
+    return len(wanted)
+
+
+def _begun(folder: Path, pictures: Sequence[Picture], settings: Mapping[str, Any], model: Mapping[str, Any]) -> set[str]:
+    """The files that the folder's manifest names already, of a folder that may be gone on with."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder")
+    for name, given in ((SETTINGS, settings), (MODEL, model)):
+        if (folder / name).is_file():
+            before = read_json(folder / name)
+            differ = [k for k in {**before, **given} if k != "versions" and before.get(k) != given.get(k)]
+            if differ:
+                k = differ[0]
+                raise UserError(
+                    f"{folder} was begun with {k} {before.get(k)!r}, now {given.get(k)!r} is asked for; "
+                    "name another folder, or give the same options to go on"
+                )
+    if not (folder / MANIFEST).is_file() or not (folder / MANIFEST).stat().st_size:
+        return set()
+    names = {p.file: p for p in pictures}
+    there = read_manifest(folder, check_files=False)
+    for old in there:
+        new = names.get(old.file)
+        if new is not None and (new.key, new.negative) != (old.key, old.negative):
+            raise UserError(f"{folder}/{old.file} shows {old.prompt!r}, not {new.prompt!r}; name another folder")
+    keys = {p.key: p for p in there}
+    taken = next((p for p in pictures if p.key in keys and keys[p.key].file != p.file), None)
+    if taken is not None:
+        raise UserError(f"{folder} already holds {taken.prompt!r} as {keys[taken.key].file}; name another folder")
+    return {p.file for p in there}

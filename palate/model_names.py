@@ -1,0 +1,187 @@
+"""Models by the names that recipes and commands use: folders, hub ids, finished runs, with LoRAs put in."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palate.errors import UserError
+from palate.miniature import world
+
+if TYPE_CHECKING:
+    from palate.models.denoiser import Denoiser
+    from palate.recipe import Recipe
+
+WEIGHTS = ("pytorch_lora_weights.safetensors", "unet")
+"""What a finished run holds: one of these."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA and the strength it is used at."""
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """``FILE``, ``FOLDER`` (of a run, or as diffusers writes it), or either with ``:scale``.
+
+        Raises:
+            UserError: nothing there, or no finite scale.
+        """
+        head, colon, tail = text.rpartition(":")
+        name, scale = (head, tail) if colon and not Path(text).expanduser().exists() else (text, "1")
+        path = Path(name).expanduser()
+        path = path / WEIGHTS[0] if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"lora {text!r}: there is no {path}; expected a .safetensors file or its folder, or PATH:scale")
+        try:
+            strength = float(scale)
+        except ValueError:
+            strength = math.nan
+        if not math.isfinite(strength):
+            raise UserError(f"lora {text!r}: the scale is {scale!r}; expected a number such as 0.8")
+        return cls(path, strength)
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that is known to be there, but not loaded."""
+
+    base: str
+    """Pipeline folder or hub id."""
+    revision: str | None = None
+    variant: str | None = None
+    tuned: Path | None = None
+    """What a run trained: a LoRA file, or a folder with the whole U-Net."""
+    recipe: Recipe | None = None
+    """Of the run."""
+    loras: tuple[Lora, ...] = ()
+    refiner: str | None = None
+    refiner_start: float = 0.8
+    label: str = ""
+
+    def about(self) -> dict[str, Any]:
+        """What decides its pictures, as JSON: names, and digests of what was trained."""
+        found: dict[str, Any] = {"name": self.label, "base": self.base, "revision": self.revision, "variant": self.variant}
+        if self.tuned is not None:
+            found["tuned"] = _digest(self.tuned)
+        if self.refiner is not None:
+            found |= {"refiner": self.refiner, "refiner_start": self.refiner_start}
+        return {**found, "loras": [{"file": x.path.name, "scale": x.scale, "digest": _digest(x.path)} for x in self.loras]}
+
+    def load(self, *, mixed_precision: str = "no") -> tuple[Denoiser, Any, Any]:
+        """The model; its tuned U-Net (its own, with LoRAs in it, unless a run trained all weights); the refiner or None."""
+        denoiser = load_base(self.base, mixed_precision=mixed_precision, revision=self.revision, variant=self.variant)
+        from palate.models.policy import put_loras, tuned
+
+        unet = denoiser.unet if self.tuned is None else tuned(denoiser, self.tuned)
+        put_loras(denoiser, unet, [(lora.path, lora.scale) for lora in self.loras])
+        if self.refiner is None:
+            return denoiser, unet, None
+        from palate.models import load_refiner
+
+        device = str(unet.device)
+        return (
+            denoiser,
+            unet,
+            load_refiner(self.refiner, start=self.refiner_start, mixed_precision=mixed_precision, device=device),
+        )
+
+
+def find_model(
+    name: str,
+    *,
+    loras: Sequence[str] = (),
+    refiner: str | None = None,
+    refiner_start: float = 0.8,
+    revision: str | None = None,
+    variant: str | None = None,
+    label: str | None = None,
+) -> NamedModel:
+    """A pipeline folder, a hub id, ``mini-sd``, or the folder of a finished ``palate train``; reads no weights.
+
+    Raises:
+        UserError: none of these, an unfinished run, or a LoRA that is not there.
+    """
+    folder = Path(name).expanduser()
+    added = tuple(map(Lora.parse, loras))
+    parts = [folder.name, *(_lora_label(lora) for lora in added), *([Path(refiner).name] if refiner else [])]
+    recipe, weights = None, None
+    if (folder / "recipe.yaml").is_file():
+        from palate import recipe as recipes
+
+        recipe = recipes.load(str(folder / "recipe.yaml"))
+        weights = next((folder / w for w in WEIGHTS if (folder / w).exists()), None)
+        if weights is None:
+            raise UserError(f"{folder} holds neither {WEIGHTS[0]} nor unet/; is the training finished?")
+        base = recipe.model
+        name, revision, variant = base.pretrained_model_name_or_path, base.revision, base.variant
+    check_refiner_fits(refiner, name, revision=revision)
+    return NamedModel(
+        base=_base(name),
+        revision=revision,
+        variant=variant,
+        tuned=weights,
+        recipe=recipe,
+        loras=added,
+        refiner=refiner,
+        refiner_start=refiner_start,
+        label=label or " + ".join(parts),
+    )
+
+
+def load_base(
+    name: str, *, mixed_precision: str = "no", revision: str | None = None, variant: str | None = None, full: bool = False
+) -> Denoiser:
+    """A pipeline folder, a hub id or ``mini-sd`` on this process's device.
+
+    full: in full precision whatever ``mixed_precision`` says, because all weights are trained.
+    """
+    from palate.models import check_model, load_denoiser, quiet_loading
+
+    name = _base(name)
+    check_model(name, revision=revision)
+
+    import torch
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if mixed_precision == "fp16" and device == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU, and there is none; use bf16 or no")
+    quiet_loading()
+    precision = "no" if full else mixed_precision
+    return load_denoiser(name, mixed_precision=precision, device=device, revision=revision, variant=variant)
+
+
+def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None = None) -> None:
+    """Refuse a refiner that cannot finish the pictures of ``base``; reads no weights."""
+    from palate.models import FAMILIES, check_model, check_refiner
+
+    if refiner is None:
+        return
+    check_refiner(refiner)
+    if FAMILIES[check_model(_base(base), revision=revision)] != "sdxl":
+        raise UserError(f"a refiner finishes pictures of an SDXL model, and {base} is none: leave out --refiner")
+
+
+def _base(name: str) -> str:
+    return str(world.checkpoint(name)) if name in world.MODELS else os.path.expanduser(name)
+
+
+def _lora_label(lora: Lora) -> str:
+    name = lora.path.parent.name if lora.path.name == WEIGHTS[0] else lora.path.stem
+    return name if lora.scale == 1 else f"{name} at {lora.scale:g}"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]

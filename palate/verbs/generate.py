@@ -1,0 +1,129 @@
+"""``palate generate``: pictures of many prompts into a folder."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+from palate.errors import UserError
+from palate.options import checked, help_lines, overrides
+
+USAGE = "palate generate MODEL --prompts P --output_dir DIR [--option value ...]"
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What is drawn, and how."""
+
+    prompts: str
+    """A text or JSONL file; ``partiprompts``, ``hpsv2``, ``pickapic``, ``drawbench``, ``geneval``, or one of these with its
+    file, ``partiprompts:FILE``; a built-in list such as ``animals`` or ``miniature-unseen``."""
+    output_dir: str
+    """The picture folder; what it holds already is kept, and only what is missing is drawn."""
+    lora: tuple[str, ...] = ()
+    """LoRA files or folders, each with a scale if not 1: ``'[style.safetensors:0.8, out/run]'``."""
+    refiner: str | None = None
+    """Folder or hub id of SDXL's refiner, which finishes the pictures."""
+    refiner_start: float = 0.8
+    """Share of the denoising that is done when the refiner takes over."""
+    model_name: str | None = None
+    """What the manifest calls the model; its folder's name and its LoRAs unless given."""
+    images_per_prompt: int = 1
+    """Pictures of each prompt, from different noise."""
+    num_prompts: int | None = None
+    """Only the first of them; all unless given."""
+    seed: int = 0
+    """With the prompt and the picture's number it decides the noise, the same for every model."""
+    num_inference_steps: int = 25
+    """Steps of the model's own sampler."""
+    guidance_scale: float = 5.0
+    """Of classifier-free guidance."""
+    negative_prompt: str | None = None
+    """What no picture should show; a prompt's own ``negative`` goes before it."""
+    resolution: int | None = None
+    """Side in pixels, a multiple of 8; that of the run, or the model's own, unless given."""
+    batch_size: int = 8
+    """Pictures drawn at once."""
+    mixed_precision: str = "no"
+    """``no``, ``fp16`` or ``bf16``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """Ending of the weight files to read, such as ``fp16``."""
+    shard: str | None = None
+    """``i/n``: the share of this process of n, i from 0; under ``torchrun`` or ``accelerate launch`` their own."""
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_prompt", "num_prompts", "num_inference_steps", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected at least 1")
+        if not 0 < self.refiner_start < 1:
+            raise UserError(f"refiner_start is {self.refiner_start}; expected a number between 0 and 1")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale is {self.guidance_scale}; expected 0 or more")
+        if self.resolution is not None:
+            from palate.data.images import check_resolution
+
+            check_resolution(self.resolution)
+
+
+def main(words: list[str]) -> int:
+    if not words or "-h" in words or "--help" in words:
+        print("\n".join([USAGE, "", "MODEL is a pipeline folder, a hub id, mini-sd, or the folder of a finished run.", ""]))
+        print("\n".join(help_lines(GenerateOptions)))
+        return 0
+    if words[0].startswith("--"):
+        raise UserError(f"palate generate expects a model first: {USAGE}")
+    options = checked(GenerateOptions, overrides(words[1:]), "palate generate")
+    from palate.evaluation.generation import Shard, drawing, generate, plan, settings
+    from palate.model_names import find_model
+    from palate.prompt_names import find_prompts
+    from palate.run import versions
+
+    model = find_model(
+        words[0],
+        loras=options.lora,
+        refiner=options.refiner,
+        refiner_start=options.refiner_start,
+        revision=options.revision,
+        variant=options.variant,
+        label=options.model_name,
+    )
+    prompts = find_prompts(options.prompts)[: options.num_prompts]
+    pictures = plan(
+        prompts,
+        model=model.label,
+        images_per_prompt=options.images_per_prompt,
+        seed=options.seed,
+        negative=options.negative_prompt,
+    )
+    shard = Shard.parse(options.shard)
+    denoiser, unet, refiner = model.load(mixed_precision=options.mixed_precision)
+    of_run = model.recipe.data.resolution if model.recipe is not None else None
+    sampling = {
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "resolution": options.resolution or of_run or denoiser.default_resolution,
+    }
+    cut, limit = denoiser.cut_prompts([p.text for p in prompts])
+    if cut:
+        print(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads", file=sys.stderr)
+    try:
+        drawn = generate(
+            drawing(denoiser, unet, refiner, **sampling),
+            pictures,
+            options.output_dir,
+            settings=settings(
+                denoiser, seed=options.seed, versions=versions(), mixed_precision=options.mixed_precision, **sampling
+            ),
+            model=model.about(),
+            batch_size=options.batch_size,
+            shard=shard,
+            progress=sys.stderr.isatty(),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command draws what is missing") from None
+    mine = len(pictures[shard.number :: shard.of])
+    print(f"drew {drawn} of {mine} pictures of {model.label}, {mine - drawn} were there; see {options.output_dir}")
+    return 0
