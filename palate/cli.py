@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": "compare base and tuned model of a finished run again: palate evaluate RUN [--option value ...]",
     "serve-judge": "serve a judge over HTTP: palate serve-judge NAME [--port PORT]",
     "generate": "pictures of many prompts: palate generate MODEL --prompts P --output_dir DIR [--option value ...]",
+    "score": "what judges say of pictures: palate score DIR --judges '[...]'",
     "recipes": "list recipes, show one, or copy one to edit: palate recipes [show NAME | copy NAME [FILE]]",
     "miniature": "rebuild the embedded miniature world: palate miniature build [--work_dir DIR] [--only mini-sdxl]",
 }

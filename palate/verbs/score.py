@@ -1,0 +1,78 @@
+"""``palate score``: what judges say of the pictures of a folder."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from palate.errors import UserError
+from palate.options import checked, help_lines, overrides
+
+USAGE = "palate score DIR --judges '[pickscore, aesthetic]' [--option value ...]"
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Who judges, and how fast."""
+
+    judges: tuple[str, ...]
+    """Names of judges, such as ``mini-heldout``, ``pickscore``, ``pickscore:FOLDER``, ``jpeg_compressibility``; one after
+    the other."""
+    batch_size: int = 32
+    """Pictures judged at once."""
+    workers: int = 4
+    """Threads that read pictures."""
+
+
+def main(words: list[str]) -> int:
+    if not words or "-h" in words or "--help" in words:
+        print("\n".join([USAGE, "", "DIR is a picture folder, as palate generate writes it.", "", *help_lines(ScoreOptions)]))
+        return 0
+    if words[0].startswith("--"):
+        raise UserError(f"palate score expects a picture folder first: {USAGE}")
+    folder, options = words[0], checked(ScoreOptions, overrides(words[1:]), "palate score")
+    from palate.evaluation.manifest import ScoreFile, read_manifest
+    from palate.evaluation.scoring import score_folder
+    from palate.evaluation.statistics import mean_difference
+    from palate.judge_names import find_judges
+
+    judges = find_judges(options.judges)
+    if not judges:
+        raise UserError("palate score needs at least one judge, such as --judges '[jpeg_compressibility]'")
+    pictures = read_manifest(folder, check_files=False)  # missing ones are told of as all bad pictures are
+
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [("judge", "mean", "95 % interval", "pictures", "prompts", "bad")]
+    for name, named in judges.items():
+        header = ScoreFile(name, named.kind, named.fingerprint(), named.role)
+        try:
+            found = score_folder(
+                named.load(device),
+                header,
+                folder,
+                pictures,
+                batch_size=options.batch_size,
+                workers=options.workers,
+                progress=sys.stderr.isatty(),
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command scores what is left") from None
+        here = [p for p in pictures if p.file in found.scores]
+        bad = [p.file for p in pictures if p.file in found.bad]
+        for file in bad[:5]:
+            print(f"{name}: {file} {found.bad[file]}", file=sys.stderr)
+        if len(bad) > 5:
+            print(f"{name}: and {len(bad) - 5} more bad pictures", file=sys.stderr)
+        if not here:
+            raise UserError(f"{name} could score none of the {len(pictures)} pictures of {folder}")
+        scores = [found.scores[p.file] for p in here]
+        mean = mean_difference([0.0] * len(here), scores, [p.prompt for p in here])
+        prompts = len({p.prompt for p in here})
+        interval = f"{mean.low:.4g} to {mean.high:.4g}" if prompts > 1 else "-"
+        rows.append((name, f"{mean.difference:.4g}", interval, str(len(here)), str(prompts), str(len(bad))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
