@@ -144,6 +144,20 @@ class Trajectory:
     log_prob: Float[Tensor, " b n"]
 
 
+@dataclass(frozen=True, eq=False)
+class TrajectoryBatch:
+    """b steps, on the CPU: each from latents `xt` at time t to `after` at time s, as it was sampled for one of `prompts`."""
+
+    xt: Float[Tensor, " b *d"]
+    after: Float[Tensor, " b *d"]
+    t: Int[Tensor, " b"]
+    s: Int[Tensor, " b"]
+    cond: dict[str, Tensor]
+    old_log_prob: Float[Tensor, " b"]
+    advantage: Float[Tensor, " b"]
+    prompts: list[str]
+
+
 @torch.no_grad()
 def sample(
     predict: Predict,
@@ -170,7 +184,8 @@ def sample(
     cond = cond.to(device)
     act = guided(predict, guidance_scale)
     judge = act if judged_scale in (None, guidance_scale) else guided(predict, judged_scale)  # type: ignore[arg-type]
-    latents, log_probs = [x], []
+    latents: list[Tensor] = [x]
+    log_probs: list[Tensor] = []
     for k, (t, s) in enumerate(zip(path.t, path.s, strict=True)):
         times = torch.full((b,), t, device=device), torch.full((b,), s, device=device)
         step = transition(act, schedule, x, *times, cond, eta=eta)
