@@ -38,6 +38,11 @@ MAY_DIFFER = frozenset(
         "checkpoints_total_limit",
         "report_to",
         "cache_dir",
+        "rounds",
+        "sample_batch_size",
+        "held_out_rewards",
+        "reward_timeout",
+        "reward_retries",
         "evaluation",
     }
 )

@@ -4,6 +4,9 @@ Nothing here depends on how a batch is cut up. An *effective batch* is ``train_b
 processes pairs; batch k holds positions k B to (k + 1) B - 1 of the endless sequence of all epochs' orders, so the rest of one
 epoch opens the next batch, and the step counter alone says where a resumed run goes on. The gradient is that of the sum of
 losses over the effective batch, divided by the number of its pairs.
+
+A source that draws its own items (``Rollouts``) is asked for a new round where an epoch begins; what it remembers is saved with
+the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from palate.errors import UserError, nearest
 from palate.training import checkpoints
 from palate.training.log import RunLog, Window
 from palate.training.optimizers import OPTIMIZERS, Average, make_optimizer
+from palate.training.rollouts import Abandoned, BudgetSpent, Processes, Rollouts
 from palate.training.steps import PairSource, Step, TrainablePolicy, mix
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -153,7 +157,7 @@ def lr_factor(name: str, step: int, *, warmup: int, total: int) -> float:
 def train(
     step: Step,
     policy: TrainablePolicy,
-    data: PairSource,
+    data: PairSource | Rollouts,
     *,
     options: TrainOptions,
     recipe: Mapping[str, Any] | None = None,
@@ -165,7 +169,7 @@ def train(
     Args:
         step: from ``pair_step`` or ``sample_step``, made with this policy.
         policy: on the device to train on, trainable weights in float32.
-        data: encoded pairs.
+        data: encoded pairs, or rollouts, whose rounds hold whole effective batches.
         recipe: everything that decides the result, as plain nested values; stored in checkpoints, and resuming is refused if
             it differs (``checkpoints.check_recipe``). The options alone if not given.
         on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only.
@@ -186,6 +190,14 @@ def train(
             run.report(0, on_evaluate)
             run.sample(0, on_sample)
         for done in range(start + 1, run.total + 1):
+            try:
+                run.begin(done, signals)
+            except Abandoned:
+                raise run.stopped(done - 1) from None
+            except BudgetSpent as spent:
+                log.say(f"training ends after step {done - 1}: {spent}")
+                run.end(done - 1, on_sample, on_evaluate)
+                break
             stop = run.update(done, signals)
             bar.update()
             bar.set_postfix(run.postfix())
@@ -195,9 +207,7 @@ def train(
             if every and (done % every == 0 or done == run.total):
                 run.save(done)
             if stop and done < run.total:
-                stopped = Stopped(run.save(done), done)
-                log.say(str(stopped), show=False)
-                raise stopped
+                raise run.stopped(done)
         if run.average is not None:
             run.average.swap()  # the average is the result
 
@@ -205,7 +215,9 @@ def train(
 class _Run:
     """The state of a run, and the parts of the loop."""
 
-    def __init__(self, step: Step, policy: TrainablePolicy, data: PairSource, options: TrainOptions, recipe: dict[str, Any]):
+    def __init__(
+        self, step: Step, policy: TrainablePolicy, data: PairSource | Rollouts, options: TrainOptions, recipe: dict[str, Any]
+    ):
         self.step, self.policy, self.data, self.options, self.recipe = step, policy, data, options, recipe
         if len(data) == 0:
             raise UserError("there are no pairs to train on")
@@ -225,6 +237,10 @@ class _Run:
         self.optimizer = make_optimizer(self.weights, options)
         self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
         self.logs: RunLog | _Silent = _Silent()
+        self.rollouts = data if isinstance(data, Rollouts) else None
+        if self.rollouts is not None and len(data) % self.batch_size:
+            raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")
+        self.round: dict[str, Any] = {}  # what a new round told, until it is logged
         self.window, self.last = Window(), dict[str, float]()
         self.began, self.warned = time.monotonic(), False
 
@@ -271,6 +287,8 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window, self.warned = Window(state["window"]), state["warned"]
         self.step.state.update(state["step state"])
+        if self.rollouts is not None:
+            self.rollouts.load_state_dict(state["rollouts"])
         self.began -= state["seconds"]
         return state["step"]
 
@@ -291,6 +309,8 @@ class _Run:
                 "warned": self.warned,
                 "seconds": time.monotonic() - self.began,
             }
+            if self.rollouts is not None:
+                state["rollouts"] = self.rollouts.state_dict(done * self.batch_size)
             checkpoints.save(
                 self.options.output_dir,
                 done,
@@ -301,6 +321,40 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()
         return path
+
+    def begin(self, done: int, signals: _Signals) -> None:
+        """Before update number ``done`` (from 1): a new round, if its items are those of one."""
+        position = (done - 1) * self.batch_size
+        if self.rollouts is None or position % len(self.data):
+            return
+        accelerator = self.accelerator
+        processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.gather)
+        torch.manual_seed(mix(self.options.seed, done, accelerator.process_index))
+        self.policy.trainable_module.train()  # as in the updates: were there dropout, the self check would tell
+        try:
+            with accelerator.autocast():
+                self.round = self.rollouts.begin_round(position // len(self.data), processes, lambda: signals.received)
+        except UserError as error:
+            message = f"{error}; the state after step {done - 1} is in {self.save(done - 1)}"
+            self.logs.say(message, show=False)
+            raise type(error)(message) from error
+
+    def stopped(self, done: int) -> Stopped:
+        """What to raise where training was asked to stop after ``done`` steps; saves a checkpoint."""
+        stopped = Stopped(self.save(done), done)
+        self.logs.say(str(stopped), show=False)
+        return stopped
+
+    def end(
+        self, done: int, on_sample: Callable[[int], Any] | None, on_evaluate: Callable[[int], Mapping[str, float]] | None
+    ) -> None:
+        """Make step ``done`` the last one."""
+        reported = not self.window.sums
+        self.total = done
+        if not reported:
+            self.report(done, on_evaluate)
+        self.sample(done, on_sample)
+        self.save(done)
 
     def update(self, done: int, signals: _Signals) -> bool:
         """Update number ``done`` (from 1). Returns whether any process was asked to stop."""
@@ -341,9 +395,16 @@ class _Run:
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for indices, seeds in self._micro_batches(done):
-            with self.accelerator.autocast():
-                losses, metrics = self.step(self.data.batch(indices, seeds))
-            self.accelerator.backward(losses.sum() / self.batch_size)
+            try:
+                with self.accelerator.autocast():
+                    losses, metrics = self.step(self.data.batch(indices, seeds))
+                self.accelerator.backward(losses.sum() / self.batch_size)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"no free memory to train on {len(indices)} at once: lower train_batch_size (and raise "
+                    "gradient_accumulation_steps as much, which online training does by itself), or set "
+                    "gradient_checkpointing true"
+                ) from error
             metrics = {"loss": losses.detach(), **metrics}
             if (u := metrics.get("logit")) is not None:
                 metrics |= {"logit_square": u.square(), "logit_abs": u.abs()}
@@ -400,8 +461,8 @@ class _Run:
 
     def report(self, done: int, on_evaluate: Callable[[int], Mapping[str, float]] | None) -> None:
         """One line of the log, if any part of it is due: the means since the last, and what ``on_evaluate`` finds."""
-        record: dict[str, Any] = {}
-        if done and self._due(done, self.options.logging_steps):
+        record, self.round = self.round, {}
+        if done and (record or self._due(done, self.options.logging_steps)):
             record |= {"lr": self.optimizer.param_groups[0]["lr"], **self.window.means(), **self.step.state}
             self.window = Window()
             self._warn(done, record.get("logit_abs"))
@@ -409,7 +470,11 @@ class _Run:
             record |= self._in_main_process(on_evaluate, done) or {}
         if record:
             pairs, seconds = done * self.batch_size, round(time.monotonic() - self.began, 2)
-            place = {"step": done, "epoch": round(pairs / len(self.data), 4), "pairs": pairs, "seconds": seconds}
+            epoch = round(pairs / len(self.data), 4)
+            counted = {"epoch": epoch, "pairs": pairs}
+            if self.rollouts is not None:
+                counted = {"round": epoch, "reward_queries": self.rollouts.queries}
+            place = {"step": done, **counted, "seconds": seconds}
             self.logs.record({**place, **record})
 
     def sample(self, done: int, on_sample: Callable[[int], Any] | None) -> None:

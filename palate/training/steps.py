@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from palate.data.encode import PairBatch, SampleBatch
 from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw, integers
+from palate.diffusion.sampling import TrajectoryBatch
 from palate.errors import UserError
 from palate.objectives import margin
 from palate.spaces import Space
 
-Batch = PairBatch | SampleBatch
+Batch = PairBatch | SampleBatch | TrajectoryBatch
 Measured = tuple[Tensor, dict[str, Tensor]]
 """Losses ``(p,)`` with gradients, one per pair or single picture, and detached metrics ``(p,)`` by name."""
 

@@ -1,0 +1,591 @@
+"""The source of online training: what the policy itself draws, judged, as items for the one loop.
+
+A round draws ``samples_per_round`` pictures, asks the rewards, and plans ``updates_per_round`` x ``inner_epochs`` effective
+batches of what was found: steps of trajectories with advantages (DDPO), final latents with weights (reward-weighted
+regression), or ranked pairs (online DPO). Everything random derives from seed, round and number of the picture, so that neither
+the cut into batches nor the number of processes nor an interruption changes a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from palate.data.encode import PairBatch, SampleBatch
+from palate.data.prompts import Prompt, PromptSampler
+from palate.diffusion.denoising import Conditioning
+from palate.diffusion.sampling import SPACINGS, Path, TrajectoryBatch, Transition, guided, join, path, sample, transition
+from palate.errors import UserError, nearest
+from palate.training import advantages
+from palate.training.steps import Step, TrainablePolicy, mix
+
+ADVANTAGES = ("tracker", "group", "round")
+WEIGHTINGS = ("softmax", "percentile", "streaming_percentile", "threshold")
+EVIDENCE = ("trajectories", "samples", "pairs")
+PICTURE, PLAN = 101, 102  # what a number is drawn for
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """How the model's own pictures are drawn, judged and learned from; without ``train_prompts`` training reads pairs."""
+
+    train_prompts: str | None = None
+    """A list by name or a text or JSONL file: what to draw. Turns a recipe into online training."""
+    rewards: tuple[str, ...] | dict[str, str] = ("jpeg_compressibility",)
+    """What to make larger: judges by name, or ``module:function``. Several are standardised and added; ``{name: weight}``
+    gives weights."""
+    held_out_rewards: tuple[str, ...] = ()
+    """Never trained on: measured during training, they choose the ``best/`` weights and raise the alarm."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward may take."""
+    reward_retries: int = 0
+    """How often a call that failed is repeated."""
+    rounds: int = 10
+    """Times that pictures are drawn and learned from; ``max_train_steps`` may end training earlier."""
+    samples_per_round: int = 256
+    """Pictures drawn in a round, by all processes together."""
+    sample_batch_size: int = 8
+    """Pictures drawn at once by a process."""
+    group_size: int = 1
+    """Pictures of one prompt in a round; divides ``samples_per_round``."""
+    sample_num_steps: int = 50
+    """Steps of DDIM."""
+    sample_eta: float = 1.0
+    """Noise of each step: 1 as much as DDPM, 0 none (and no likelihood)."""
+    sample_guidance_scale: float = 5.0
+    """Of classifier-free guidance; 1 for none, at half the cost."""
+    guidance_in_training: bool = True
+    """Whether the guided prediction is trained, as in the paper, or that of the prompt alone, at half the cost."""
+    timestep_spacing: str | None = None
+    """``leading``, ``trailing`` or ``linspace``; the model's own unless given."""
+    updates_per_round: int = 4
+    """Updates in which everything of a round is seen once; divides it."""
+    inner_epochs: int = 1
+    """Times that a round is learned from."""
+    window_start: int = 0
+    """First step of sampling that is trained, counted from 0."""
+    window_size: int | None = None
+    """Steps from there on that are trained; all unless given."""
+    timestep_fraction: float = 1.0
+    """Share of those steps that is trained, drawn for each picture anew."""
+    advantage: str = "tracker"
+    """``tracker``: against the prompt's latest rewards; ``group``: against the other pictures of the prompt in this round;
+    ``round``: against all pictures of the round."""
+    tracker_buffer_size: int = 32
+    """Rewards that the tracker keeps of a prompt."""
+    tracker_min_count: int = 16
+    """A prompt with fewer is measured against the round."""
+    global_std: bool = False
+    """Divide advantages by the standard deviation of the whole round."""
+    adv_clip: float = 5.0
+    """Advantages are cut off there."""
+    kl_weight: float = 0.0
+    """Weight of each step's exact KL divergence from the model before training; costs a pass of it."""
+    kl_samples: int = 8
+    """Pictures of a round on whose way the KL divergence is measured; 0 for none."""
+    kl_budget: float | None = None
+    """Training ends once the KL divergence of a picture's whole way exceeds this, in nats per latent element."""
+    weighting: str = "softmax"
+    """For objectives of single pictures: ``softmax`` of the rewards, or only the best: ``percentile`` of the round,
+    ``streaming_percentile`` of all rounds so far, ``threshold``."""
+    temperature: float = 5.0
+    """Of the softmax, in units of the reward."""
+    standardise_rewards: bool = False
+    """Bring rewards to mean 0 and standard deviation 1 before the softmax."""
+    per_prompt: bool = False
+    """Softmax or percentile over the pictures of each prompt instead of the round."""
+    percentile: float = 90.0
+    """Share of the pictures, in percent, that is left out."""
+    threshold: float | None = None
+    """Least reward that is kept under ``weighting: threshold``."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("advantage", ADVANTAGES), ("weighting", WEIGHTINGS), ("timestep_spacing", SPACINGS)):
+            if (value := getattr(self, name)) is not None and value not in known:
+                raise UserError(f"{name} is {value!r}{nearest(value, known)}")
+        counts = ("rounds", "samples_per_round", "sample_batch_size", "group_size", "sample_num_steps", "updates_per_round")
+        for name in (*counts, "inner_epochs", "window_size", "tracker_buffer_size", "tracker_min_count"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected at least 1")
+        for name in ("window_start", "kl_samples", "reward_retries", "sample_eta", "sample_guidance_scale", "kl_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("adv_clip", "temperature", "reward_timeout", "kl_budget"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name} is {value}; expected a positive number")
+        if not 0 < self.timestep_fraction <= 1:
+            raise UserError(f"timestep_fraction is {self.timestep_fraction}; expected more than 0 and at most 1")
+        if not 0 <= self.percentile < 100:
+            raise UserError(f"percentile is {self.percentile}; expected 0 or more and below 100")
+        if self.weighting == "threshold" and self.threshold is None:
+            raise UserError("weighting is threshold, but no threshold is given: name the least reward to keep")
+        if self.samples_per_round % self.group_size:
+            raise UserError(
+                f"group_size {self.group_size} does not divide samples_per_round {self.samples_per_round}; "
+                f"use {_divisors_near(self.samples_per_round, self.group_size)}"
+            )
+        if self.window_start + (self.window_size or 1) > self.sample_num_steps:
+            raise UserError(
+                f"a window of {self.window_size or 1} steps from step {self.window_start} on does not fit into "
+                f"{self.sample_num_steps} steps; lower window_start or window_size, or raise sample_num_steps"
+            )
+        if self.kl_budget is not None and not self.kl_samples:
+            raise UserError("kl_budget needs kl_samples: name the number of pictures on which to measure it")
+
+    @property
+    def window(self) -> range:
+        """The numbers of the steps that are trained."""
+        end = self.sample_num_steps if self.window_size is None else self.window_start + self.window_size
+        return range(self.window_start, end)
+
+    @property
+    def trained_scale(self) -> float:
+        """The guidance of what is trained."""
+        return self.sample_guidance_scale if self.guidance_in_training else 1.0
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a round falls into effective batches, for one objective's evidence."""
+
+    items: int  # seen once in an inner epoch: steps, pictures or pairs
+    effective_batch: int
+    updates: int  # a round
+    steps: int  # trained of each picture
+
+    @classmethod
+    def of(cls, options: OnlineOptions, evidence: str) -> Arithmetic:
+        """Raises UserError: numbers that do not divide one another."""
+        n, updates = options.samples_per_round, options.updates_per_round
+        steps = max(1, math.floor(options.timestep_fraction * len(options.window))) if evidence == "trajectories" else 1
+        parts = n
+        if evidence == "pairs":
+            if options.group_size < 2:
+                raise UserError("objectives of pairs rank the pictures of a prompt: set group_size to 2 or more")
+            parts = n // options.group_size * (options.group_size // 2)
+        if parts % updates:
+            what = "pairs" if evidence == "pairs" else "samples_per_round"
+            raise UserError(f"updates_per_round {updates} does not divide {what} {parts}; use {_divisors_near(parts, updates)}")
+        return cls(parts * steps, parts // updates * steps, updates * options.inner_epochs, steps)
+
+    def accumulation(self, train_batch_size: int, processes: int) -> int:
+        """Forward and backward passes per update. Raises UserError: they do not come out even."""
+        share, rest = divmod(self.effective_batch, processes)
+        if rest or share % train_batch_size:
+            fitting = _divisors_near(share, train_batch_size) if not rest else "another number of processes"
+            raise UserError(
+                f"train_batch_size {train_batch_size} on {processes} process(es) does not divide the effective batch of "
+                f"{self.effective_batch}; use {fitting}, or change samples_per_round or updates_per_round"
+            )
+        return share // train_batch_size
+
+
+def _divisors_near(n: int, wanted: int) -> str:
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    below, above = [d for d in divisors if d <= wanted], [d for d in divisors if d > wanted]
+    return " or ".join(str(d) for d in (below[-1:] + above[:1]))
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """What rewards say: ``total (n,)`` and every reward by name."""
+
+    total: Tensor
+    raw: dict[str, Tensor]
+
+
+@runtime_checkable
+class Bundle(Protocol):
+    """What rollouts need of ``palate.rewards.RewardBundle``."""
+
+    gather: Callable[[Tensor], Tensor]
+
+    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Any: ...
+    def collect(self, pending: Sequence[Any]) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share a round; ``gather`` puts their rows together, in order of the processes."""
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+
+
+class Abandoned(Exception):  # noqa: N818
+    """A round was given up because training was asked to stop."""
+
+
+class BudgetSpent(Exception):  # noqa: N818
+    """The KL budget is spent: training ends here."""
+
+
+class Rollouts:
+    """A source of items for the loop that draws them itself, round by round.
+
+    Args:
+        policy: draws the pictures and is trained on them.
+        prompts: what to draw; every prompt once before any is drawn again.
+        conditions: what the policy is conditioned on, one row for each prompt, joined with that of its negative prompt
+            (`palate.diffusion.sampling.join`).
+        shape: of the latents of a picture.
+        decode: latents to pictures in [0, 1].
+        rewards: judges of pictures.
+        evidence: what the objective learns from: ``trajectories``, ``samples`` or ``pairs``.
+        spacing, steps_offset: of the times of sampling.
+        seed: decides prompts, noise and order.
+        replay: the step that will train on trajectories, to check that it finds them as likely as sampling did.
+        tolerance: greatest difference of log-probabilities that this check lets pass.
+        progress: show a bar.
+    """
+
+    def __init__(
+        self,
+        policy: TrainablePolicy,
+        prompts: Sequence[Prompt],
+        conditions: Conditioning,
+        shape: Sequence[int],
+        *,
+        decode: Callable[[Tensor], Tensor],
+        rewards: Bundle,
+        options: OnlineOptions,
+        evidence: str,
+        spacing: str = "leading",
+        steps_offset: int = 1,
+        seed: int = 0,
+        replay: Step | None = None,
+        replay_batch_size: int = 8,
+        tolerance: float = 1e-5,
+        progress: bool = False,
+    ):
+        if evidence == "trajectories" and options.sample_eta == 0:
+            raise UserError("sample_eta is 0: nothing is drawn on the way, so there is no likelihood to train; use 1")
+        self.policy, self.prompts, self.conditions, self.shape = policy, list(prompts), conditions, tuple(shape)
+        self.decode, self.rewards, self.options, self.evidence, self.seed = decode, rewards, options, evidence, seed
+        self.sampler = PromptSampler(self.prompts, seed)
+        self.places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
+        self.arithmetic = Arithmetic.of(options, evidence)
+        times = options.timestep_spacing or spacing
+        self.path: Path = path(
+            policy.schedule.num_train_timesteps, options.sample_num_steps, spacing=times, steps_offset=steps_offset
+        )
+        self.replay, self.replay_batch_size, self.tolerance, self.progress = replay, replay_batch_size, tolerance, progress
+        self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)
+        self.seen: list[float] = []  # every reward so far, for the streaming percentile
+        self.queries = 0
+        self.round = -1
+        self.before = self._memory()  # as it was before the round at hand
+        self.data: dict[str, Tensor] = {}  # the round at hand; rows are pictures
+        self.plan: list[tuple[int, ...]] = []  # of each item of the round: its rows
+        self.checked = False
+
+    # What the loop asks ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Items of a round, all inner epochs together."""
+        return self.arithmetic.items * self.options.inner_epochs
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The plan of a round is already in order."""
+        return list(range(len(self)))
+
+    def begin_round(
+        self, number: int, processes: Processes | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """Draw and judge the pictures of round ``number``, and plan what is learned from them.
+
+        Returns what the log should tell: rewards, KL divergence, diversity and what belongs to the objective.
+
+        Raises:
+            UserError: latents that are not finite, a reward that failed, or a likelihood that training finds different from
+                sampling.
+            Abandoned: ``stop()`` became true between two batches (of a single process).
+            BudgetSpent: the policy is farther from the reference than ``kl_budget``.
+        """
+        processes = processes or Processes()
+        n, self.before = self.options.samples_per_round, self._memory()
+        share, rest = divmod(n, processes.count)
+        if rest:
+            raise UserError(f"samples_per_round {n} does not divide among {processes.count} processes; use a multiple")
+        try:
+            drawn, rewards, kl = self._draw(
+                number, range(processes.index * share, (processes.index + 1) * share), processes, stop
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"no free memory to draw {self.options.sample_batch_size} pictures at once: lower sample_batch_size"
+            ) from error
+        prompts = [self.prompts[i].text for i in drawn["prompt"].tolist()]
+        thumbnails = drawn.pop("thumbnail")
+        if kl and self.options.kl_budget is not None and sum(kl) > self.options.kl_budget:
+            raise BudgetSpent(f"KL divergence {sum(kl):.3g} is over kl_budget {self.options.kl_budget}")
+        self.queries += n
+        self.round = number
+        total = rewards["total"]
+        told: dict[str, Any] = {"reward_mean": float(total.mean()), "reward_std": float(total.std(correction=0))}
+        told |= {f"reward/{name}": float(raw.mean()) for name, raw in rewards.items() if name != "total"}
+        apart = advantages.spread(prompts, thumbnails)
+        told |= {"diversity": apart} if apart is not None else {}
+        told |= {"kl_path": sum(kl), "kl_steps": [round(x, 8) for x in kl]} if kl else {}
+        self.data = drawn
+        told |= self._plan(number, prompts, total)
+        self._check()
+        return told
+
+    def batch(self, indices: Sequence[int], seeds: Tensor) -> TrajectoryBatch | PairBatch | SampleBatch:
+        """The items at these places of the plan."""
+        rows = [self.plan[i] for i in indices]
+        first = torch.tensor([row[0] for row in rows])
+        which = self.data["prompt"][first]
+        cond = self._conditions(which, self.options.trained_scale)
+        if self.evidence == "trajectories":
+            step = torch.tensor([row[1] for row in rows])
+            times = step + self.options.window.start
+            latents, t, s = self.data["latents"], torch.tensor(self.path.t), torch.tensor(self.path.s)
+            return TrajectoryBatch(
+                xt=latents[first, step],
+                after=latents[first, step + 1],
+                t=t[times],
+                s=s[times],
+                cond=cond.tensors,
+                old_log_prob=self.data["log_prob"][first, step],
+                advantage=self.data["advantage"][first],
+                prompts=[self.prompts[i].text for i in which.tolist()],
+            )
+        latents, label = self.data["latents"], torch.ones(len(rows))
+        if self.evidence == "samples":
+            return SampleBatch(latents[first], cond.tensors, label, self.data["weight"][first], seeds)
+        second, total = torch.tensor([row[1] for row in rows]), self.data["total"]
+        weight = (total[first] != total[second]).float()  # equals teach nothing
+        return PairBatch(torch.cat([latents[first], latents[second]]), cond.repeat(2).tensors, label, weight, seeds)
+
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """All that is needed to go on from item ``position`` of the endless sequence of rounds."""
+        number, within = divmod(position, len(self))
+        if within:
+            return {"memory": self._memory(), "round": self.round, "data": self.data, "plan": self.plan}
+        # At the border of two rounds only what they remember counts; the one at hand may have been drawn for nothing.
+        return {"memory": self._memory() if number > self.round else self.before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        memory = state["memory"]
+        self.tracker.load_state_dict(memory["tracker"])
+        self.rewards.load_state_dict(memory["rewards"])
+        self.seen, self.queries = list(memory["seen"]), memory["queries"]
+        if "plan" in state:
+            self.round, self.data = state["round"], dict(state["data"])
+            self.plan = [tuple(rows) for rows in state["plan"]]
+
+    # Parts ----------------------------------------------------------------------------------------------------------------
+
+    def _memory(self) -> dict[str, Any]:
+        """What outlives a round, copied."""
+        return {
+            "tracker": self.tracker.state_dict(),
+            "rewards": self.rewards.state_dict(),
+            "seen": list(self.seen),
+            "queries": self.queries,
+        }
+
+    def _conditions(self, which: Tensor, scale: float) -> Conditioning:
+        rows = self.conditions.rows(which)
+        return rows if scale != 1 else Conditioning({k: v for k, v in rows.tensors.items() if "/" not in k})
+
+    @torch.no_grad()
+    def _draw(
+        self, number: int, share: range, processes: Processes, stop: Callable[[], bool]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+        """The pictures of all processes, in order; rewards by name; the KL divergence of each step from the reference."""
+        options, n = self.options, self.options.samples_per_round
+        device = next(iter(self.policy.parameters())).device
+        self.rewards.gather = lambda scores: processes.gather(scores.to(device)).cpu()
+        asked = self.sampler.draw(number, n // options.group_size, options.group_size)
+        which = [self.places[id(asked[row])] for row in share]
+        seeds = torch.tensor([mix(self.seed, PICTURE, number * n + row) for row in share])
+        keep = slice(options.window.start, options.window.stop + 1) if self.evidence == "trajectories" else slice(-1, None)
+        parts: dict[str, list[Tensor]] = {"latents": [], "log_prob": [], "thumbnail": []}
+        pending: list[Any] = []
+        kl = torch.zeros(len(self.path), dtype=torch.float64)
+        refer = guided(self.policy.reference, options.trained_scale)
+        bar = tqdm(
+            total=len(share),
+            desc=f"round {number}: drawing",
+            unit="picture",
+            leave=False,
+            disable=None if self.progress else True,
+        )
+        for start in range(0, len(share), options.sample_batch_size):
+            if processes.count == 1 and stop():
+                bar.close()
+                raise Abandoned
+            part = which[start : start + options.sample_batch_size]
+            cond = self._conditions(torch.tensor(part), options.sample_guidance_scale).to(device)
+            measured = max(0, min(len(part), options.kl_samples - share.start - start))
+
+            def measure(k: int, x: Tensor, step: Transition, measured: int = measured, cond: Conditioning = cond) -> None:
+                if not measured:
+                    return
+                t, s = (torch.full((measured,), times[k], device=device) for times in (self.path.t, self.path.s))
+                there = cond.rows(slice(measured))
+                base = transition(refer, self.policy.schedule, x[:measured], t, s, there, eta=options.sample_eta)
+                kl[k] += Transition(step.mean[:measured], step.std[:measured]).kl(base).double().sum().cpu()
+
+            drawn = sample(
+                self.policy,
+                self.policy.schedule,
+                self.path,
+                cond,
+                seeds[start : start + len(part)],
+                self.shape,
+                guidance_scale=options.sample_guidance_scale,
+                eta=options.sample_eta,
+                judged_scale=options.trained_scale,
+                device=device,
+                on_step=measure if options.sample_eta > 0 else None,
+            )
+            self._all_finite(drawn.latents, number * n + share.start + start, part)
+            with torch.autocast(device.type, enabled=False):
+                pictures = self.decode(drawn.latents[:, -1]).cpu()
+            pending.append(self.rewards.submit(pictures, [self.prompts[i] for i in part]))
+            parts["thumbnail"].append(F.adaptive_avg_pool2d(pictures.float(), 16))
+            parts["latents"].append(drawn.latents[:, keep].cpu())
+            parts["log_prob"].append(drawn.log_prob[:, options.window.start : options.window.stop].cpu())
+            bar.update(len(part))
+        bar.close()
+        judged: Judged = self.rewards.collect(pending)
+
+        def whole(rows: Tensor) -> Tensor:
+            return processes.gather(rows.to(device)).cpu() if processes.count > 1 else rows
+
+        data = {name: whole(torch.cat(tensors)) for name, tensors in parts.items()} | {"prompt": whole(torch.tensor(which))}
+        if self.evidence != "trajectories":
+            data["latents"] = data["latents"][:, 0]
+            del data["log_prob"]
+        measured_in_all = min(n, options.kl_samples)
+        kl_of_all = whole(kl.float()[None]).sum(0).double() / max(1, measured_in_all)
+        scores = {"total": whole(judged.total)} | {name: whole(raw) for name, raw in judged.raw.items()}
+        known = bool(measured_in_all) and options.sample_eta > 0
+        return data, scores, kl_of_all.tolist() if known else []
+
+    def _all_finite(self, latents: Tensor, first: int, which: Sequence[int]) -> None:
+        finite = latents.flatten(2).isfinite().all(2)
+        if bool(finite.all()):
+            return
+        row, after = (int(x) for x in (~finite).nonzero()[0])
+        raise UserError(
+            f"picture {first + row} ({self.prompts[which[row]].text!r}) is not finite after step {after - 1} of "
+            f"{len(self.path)} (time {self.path.t[max(0, after - 1)]}); lower learning_rate, or use mixed_precision bf16 or no"
+        )
+
+    def _plan(self, number: int, prompts: list[str], total: Tensor) -> dict[str, Any]:
+        """What is learned from the round, item by item, and what the log should tell of it."""
+        options, seed = self.options, mix(self.seed, PLAN, number)
+        self.data["total"] = total
+        told: dict[str, Any] = {}
+        if self.evidence == "trajectories":
+            found = self._advantages(prompts, total)
+            told["advantage_clipped"] = float((found.abs() > options.adv_clip).float().mean())
+            self.data["advantage"] = found.clamp(-options.adv_clip, options.adv_clip)
+            self.plan = []
+            for epoch in range(options.inner_epochs):
+                for row in _shuffled(len(prompts), mix(seed, epoch)):
+                    steps = _shuffled(len(options.window), mix(seed, epoch, row))[: self.arithmetic.steps]
+                    self.plan += [(row, step) for step in steps]
+            return told
+        self.data["weight"] = torch.ones(len(prompts))
+        rows: list[tuple[int, ...]]
+        if self.evidence == "pairs":
+            rows = list(advantages.ranked_pairs(prompts, total))
+            told["ties"] = sum(float(total[w]) == float(total[l]) for w, l in rows)
+        elif options.weighting == "softmax":
+            weights = advantages.softmax_weights(
+                prompts,
+                total,
+                temperature=options.temperature,
+                per_prompt=options.per_prompt,
+                standardise=options.standardise_rewards,
+            )
+            self.data["weight"], rows = weights, [(row,) for row in range(len(prompts))]
+            told["effective_samples"] = advantages.effective_sample_size(weights)
+        else:
+            kept = self._kept(prompts, total)
+            rows = [(row,) for row in kept.nonzero()[:, 0].tolist()]
+            told["kept"] = len(rows)
+        # As many items whatever was kept: what there is, shuffled, again and again.
+        self.plan, epoch = [], 0
+        while len(self.plan) < len(self):
+            self.plan += [rows[i] for i in _shuffled(len(rows), mix(seed, epoch))]
+            epoch += 1
+        self.plan = self.plan[: len(self)]
+        return told
+
+    def _advantages(self, prompts: list[str], total: Tensor) -> Tensor:
+        options = self.options
+        if options.advantage == "group":
+            return advantages.group_advantages(prompts, total, global_std=options.global_std)
+        if options.advantage == "round":
+            return advantages.group_advantages([""] * len(prompts), total)
+        return self.tracker.advantages(prompts, total, global_std=options.global_std)
+
+    def _kept(self, prompts: list[str], total: Tensor) -> Tensor:
+        options = self.options
+        if options.weighting == "threshold":
+            assert options.threshold is not None  # OnlineOptions refuses it otherwise
+            return advantages.best(total, options.threshold)
+        if options.weighting == "streaming_percentile":
+            self.seen += total.tolist()
+            return advantages.best(total, advantages.percentile(torch.tensor(self.seen), options.percentile))
+        kept, keys = torch.zeros(len(prompts), dtype=torch.bool), prompts if options.per_prompt else [""] * len(prompts)
+        for key in dict.fromkeys(keys):
+            own = torch.tensor([k == key for k in keys])
+            kept[own] = advantages.best(total[own], advantages.percentile(total[own], options.percentile))
+        return kept
+
+    def _check(self) -> None:
+        """Once: training must find what was just sampled exactly as likely as sampling did."""
+        if self.replay is None or self.checked:
+            return
+        places = list(range(min(self.replay_batch_size, len(self))))
+        with torch.no_grad():
+            _, metrics = self.replay(self.batch(places, torch.zeros(len(places), dtype=torch.int64)))  # type: ignore[arg-type]
+        worst = float(metrics["log_ratio"].abs().max())
+        if worst > self.tolerance:
+            raise UserError(
+                f"the policy finds its own fresh samples {worst:.2g} more or less likely than when it drew them "
+                f"(tolerance {self.tolerance:g}): the ratio of importance sampling would be wrong from the start. A model with "
+                "dropout, or mixed_precision bf16 with batches of different size, does this: use mixed_precision no or fp16, "
+                "and train_batch_size equal to sample_batch_size"
+            )
+        self.checked = True
+
+
+def encode(
+    encode_prompts: Callable[[list[str]], Conditioning],
+    unconditional: Conditioning,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 32,
+) -> Conditioning:
+    """What a model is conditioned on for each prompt, joined with its negative prompt, on the CPU.
+
+    unconditional: one row, what a prompt without a negative one is guided away from.
+    """
+    texts = list(dict.fromkeys(text for p in prompts for text in (p.text, p.negative) if text is not None))
+    parts = [encode_prompts(texts[i : i + batch_size]).to("cpu") for i in range(0, len(texts), batch_size)]
+    encoded = Conditioning.cat([*parts, unconditional.to("cpu")])
+    place: dict[str | None, int] = {text: i for i, text in enumerate([*texts, None])}
+    return join(encoded.rows([place[p.text] for p in prompts]), encoded.rows([place[p.negative] for p in prompts]))
+
+
+def _shuffled(n: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()

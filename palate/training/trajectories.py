@@ -1,0 +1,95 @@
+"""From steps of sampled trajectories to one loss per step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palate.diffusion.denoising import Conditioning
+from palate.diffusion.sampling import TrajectoryBatch, guided, transition
+from palate.errors import UserError
+from palate.training.steps import Batch, Measured, Step, TrainablePolicy
+
+
+class Guided:
+    """A policy and its reference as they act under classifier-free guidance, for steps that know nothing of it."""
+
+    def __init__(self, policy: TrainablePolicy, guidance_scale: float):
+        self.policy = policy
+        self.act, self.refer = guided(policy, guidance_scale), guided(policy.reference, guidance_scale)
+
+    def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.act(xt, t, cond)
+
+    def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        with torch.no_grad():
+            return self.refer(xt, t, cond)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+
+def trajectory_step(
+    policy: TrainablePolicy,
+    objective: Callable[..., Tensor],
+    *,
+    eta: float,
+    guidance_scale: float,
+    clip_range: float | None = None,
+    kl_weight: float = 0.0,
+    measure_kl: bool = False,
+) -> Step:
+    """A step on sampled steps (arXiv 2305.13301, section 4.3).
+
+    Args:
+        objective: of ``palate.objectives.trajectories``, hyperparameters bound.
+        eta, guidance_scale: as in sampling; guidance 1 where training goes without.
+        clip_range: of the objective, for ``clip_fraction``.
+        kl_weight: adds this times the exact KL divergence of the step from the reference's, mean over elements.
+        measure_kl: log it even at weight 0; costs a pass of the reference.
+
+    Returns:
+        Step whose metrics are ``log_ratio`` L - L_old (its square in ``approx_kl`` = (L - L_old)^2 / 2), ``clip_fraction``
+        (1 where the ratio is outside the clip range), and with a reference ``kl``.
+
+    Raises:
+        UserError: a log-probability that is not finite; names time and prompt.
+    """
+    act, refer = guided(policy, guidance_scale), guided(policy.reference, guidance_scale)
+    named = inspect.signature(objective).parameters
+    clip_range = named["clip_range"].default if clip_range is None and "clip_range" in named else clip_range
+
+    def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
+        assert isinstance(batch, TrajectoryBatch)  # rollouts make no others for trajectories
+        device = next(iter(policy.parameters())).device
+        xt, after, t, s = (x.to(device) for x in (batch.xt, batch.after, batch.t, batch.s))
+        old, advantage = batch.old_log_prob.to(device), batch.advantage.to(device)
+        cond = Conditioning(batch.cond).to(device)
+        reference = None
+        if kl_weight or measure_kl:
+            with torch.no_grad():
+                reference = transition(refer, policy.schedule, xt, t, s, cond, eta=eta)
+        now = transition(act, policy.schedule, xt, t, s, cond, eta=eta)
+        log_prob = now.log_prob(after)
+        if not bool(log_prob.isfinite().all()):
+            row = int(log_prob.isfinite().int().argmin())
+            raise UserError(
+                f"the log-probability of the step from time {int(t[row])} to {int(s[row])} of a picture of "
+                f"{batch.prompts[row]!r} is {float(log_prob[row])}; lower learning_rate, or use mixed_precision bf16 or no"
+            )
+        losses = objective(log_prob, old, advantage)
+        log_ratio = (log_prob - old).detach()
+        metrics = {"log_ratio": log_ratio, "approx_kl": log_ratio.square() / 2}
+        if clip_range is not None:
+            metrics["clip_fraction"] = ((log_ratio.exp() - 1).abs() > clip_range).float()
+        if reference is not None:
+            kl = now.kl(reference)
+            metrics["kl"] = kl.detach()
+            losses = losses + kl_weight * kl if kl_weight else losses
+        return losses, metrics
+
+    return Step(measure)

@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_rollouts import PROMPTS, Brightness, decode, rollouts, run, step_for
+from tiny_training import TinyPolicy
+
+from palate.data.prompts import Prompt
+from palate.errors import UserError
+from palate.training import checkpoints
+from palate.training.log import read_log
+from palate.training.loop import Stopped
+from palate.training.rollouts import Arithmetic, OnlineOptions
+
+
+def weights(policy):
+    return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+
+
+def log(folder):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(Path(folder) / "log.jsonl")]
+
+
+def drawn(objective="ddpo_is", *, seed=0, number=0, **options):
+    source = rollouts(TinyPolicy(), objective, seed=seed, **options)
+    told = source.begin_round(number)
+    return source, told
+
+
+# Laws of a round ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_does_not_depend_on_how_it_is_cut():
+    whole, told = drawn(sample_batch_size=8)
+    for size in (1, 3):
+        cut, told_cut = drawn(sample_batch_size=size)
+        torch.testing.assert_close(cut.data["latents"], whole.data["latents"])
+        assert cut.plan == whole.plan
+        assert told_cut["reward_mean"] == pytest.approx(told["reward_mean"])
+        assert told_cut["kl_steps"] == pytest.approx(told["kl_steps"], abs=1e-6)
+
+
+def test_rounds_and_seeds_differ():
+    first, _ = drawn()
+    for other in (drawn(number=1)[0], drawn(seed=1)[0]):
+        assert not torch.equal(other.data["latents"], first.data["latents"])
+
+
+def test_every_prompt_comes_once_before_any_comes_again():
+    source = rollouts(TinyPolicy(), group_size=2)
+    which = []
+    for number in range(5):  # 5 x 4 groups over 5 prompts
+        source.begin_round(number)
+        which.append(source.data["prompt"].tolist())
+    groups = [row for rows in which for row in rows[::2]]
+    assert groups == [row for rows in which for row in rows[1::2]]
+    for start in range(0, 20, 5):
+        assert sorted(groups[start : start + 5]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_first_ratio_is_1(scale, guided):
+    policy = TinyPolicy()
+    source = rollouts(policy, sample_guidance_scale=scale, guidance_in_training=guided)
+    source.begin_round(0)
+    step = step_for(policy, "ddpo_is", source.options)
+    _, metrics = step(source.batch(range(len(source)), torch.zeros(len(source), dtype=torch.int64)))
+    assert metrics["log_ratio"].abs().max() < 1e-6
+    assert metrics["clip_fraction"].sum() == 0
+
+
+def test_kl_is_0_before_training_and_positive_after():
+    policy = TinyPolicy()
+    source = rollouts(policy)
+    assert source.begin_round(0)["kl_path"] == 0
+    with torch.no_grad():
+        policy.trainable_module.weight.mul_(1.5)
+    assert source.begin_round(1)["kl_path"] > 1e-4
+
+
+def test_kl_as_penalty_pulls_towards_the_reference():
+    policy = TinyPolicy()
+    source = rollouts(policy, kl_weight=2.0)
+    source.begin_round(0)
+    batch = source.batch(range(4), torch.zeros(4, dtype=torch.int64))
+    with torch.no_grad():
+        policy.trainable_module.weight.mul_(1.5)
+    losses, metrics = step_for(policy, "ddpo_is", source.options)(batch)
+    plain, _ = step_for(policy, "ddpo_is", OnlineOptions())(batch)
+    assert (metrics["kl"] > 0).all()
+    torch.testing.assert_close(losses.detach() - plain.detach(), 2 * metrics["kl"])
+
+
+def test_the_window_and_the_fraction_of_steps():
+    source, _ = drawn(sample_num_steps=6, window_start=1, window_size=4, timestep_fraction=0.5)
+    assert len(source) == 8 * 2
+    batch = source.batch(range(16), torch.zeros(16, dtype=torch.int64))
+    assert set(batch.t.tolist()) <= set(source.path.t[1:5])
+    for row in range(8):
+        steps = [step for picture, step in source.plan if picture == row]
+        assert len(set(steps)) == 2
+    assert batch.s.tolist() == [source.path.s[source.path.t.index(t)] for t in batch.t.tolist()]
+
+
+def test_every_inner_epoch_holds_every_step_of_every_picture():
+    source, _ = drawn(inner_epochs=2)
+    assert len(source) == 2 * 8 * 4
+    for half in (source.plan[:32], source.plan[32:]):
+        assert sorted(half) == [(row, step) for row in range(8) for step in range(4)]
+    assert source.plan[:32] != source.plan[32:]
+
+
+def test_pairs_are_the_best_and_the_worst_of_a_prompt():
+    source, _ = drawn("dpo", group_size=4, updates_per_round=1)
+    total, which = source.data["total"], source.data["prompt"]
+    assert len(source.plan) == 4
+    for w, l in source.plan:
+        assert which[w] == which[l]
+        assert total[w] > total[l]
+    batch = source.batch(range(4), torch.arange(4))
+    assert torch.equal(batch.latents[:4], source.data["latents"][[w for w, _ in source.plan]])
+    assert batch.weight.tolist() == [1.0] * 4
+
+
+def test_equals_make_pairs_that_weigh_nothing():
+    source, told = drawn("dpo", group_size=2, updates_per_round=1, rewards=Brightness(lambda i, p: torch.ones(len(i))))
+    assert told["ties"] == 4
+    assert source.batch(range(4), torch.arange(4)).weight.sum() == 0
+
+
+def test_equal_rewards_make_rwr_sft():
+    source, told = drawn("sft", rewards=Brightness(lambda images, prompts: torch.full((len(images),), -3.0)))
+    assert source.batch(range(8), torch.arange(8)).weight.tolist() == [1.0] * 8
+    assert told["effective_samples"] == 8
+
+
+@pytest.mark.parametrize("weighting", ["percentile", "streaming_percentile", "threshold"])
+def test_sparse_rwr_trains_on_the_best_again_and_again(weighting):
+    source, told = drawn("sft", weighting=weighting, percentile=75.0, threshold=0.0)
+    total = source.data["total"]
+    kept = {row for (row,) in source.plan}
+    wanted = 2 if weighting != "threshold" else 8
+    assert told["kept"] == len(kept) == wanted
+    assert len(source.plan) == 8
+    assert kept == set(total.topk(wanted).indices.tolist())
+
+
+def test_streaming_remembers_earlier_rounds():
+    source = rollouts(TinyPolicy(), "sft", weighting="streaming_percentile", percentile=50.0)
+    source.begin_round(0)
+    before = list(source.seen)
+    source.begin_round(1)
+    assert len(source.seen) == 16
+    assert source.seen[:8] == before
+
+
+def test_diversity_is_told_where_prompts_repeat():
+    # Two prompts with two pictures each, all black but one white: distances 1 and 0, 0.5 in the mean.
+    pictures = torch.zeros(4, 3, 4, 4)
+    pictures[1] = 1
+    from palate.training.advantages import spread
+
+    assert spread(["a", "a", "b", "b"], pictures) == pytest.approx(0.5)
+    assert spread(["a", "b"], pictures[:2]) is None
+
+
+# In the loop -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("objective", "updates"), [("ddpo_is", 2), ("ddpo_sf", 1)])
+def test_the_reward_rises(tmp_path, objective, updates):
+    online = {"samples_per_round": 64, "sample_batch_size": 64, "advantage": "round", "kl_samples": 0}
+    online |= {"sample_guidance_scale": 1.0, "updates_per_round": updates}
+    run(
+        tmp_path, objective, online=online,
+        max_train_steps=12 * updates, learning_rate=0.1, train_batch_size=128,
+    )  # fmt: skip
+    rounds = [line for line in log(tmp_path) if "reward_mean" in line]
+    assert [line["reward_queries"] for line in rounds] == [64 * k for k in range(1, 13)]
+    assert rounds[-1]["reward_mean"] > rounds[0]["reward_mean"] + 0.05
+
+
+@pytest.mark.parametrize("objective", ["ddpo_is", "sft", "dpo"])
+@pytest.mark.parametrize("when", [1, 2])
+def test_killed_in_a_round_or_between_two_and_resumed_equals_uninterrupted(tmp_path, objective, when):
+    online = {"tracker_min_count": 2, "group_size": 2, "weighting": "streaming_percentile", "percentile": 50.0}
+    straight, _ = run(tmp_path / "a", objective, online=online)
+    calls = []
+
+    def interrupting(latents):
+        calls.append(len(latents))
+        if len(calls) == 3:  # in the second round, between its two batches: given up, and drawn again
+            signal.raise_signal(signal.SIGINT)
+        return decode(latents)
+
+    how = {"decode": interrupting} if when == 1 else {"rewards": _Interrupting()}
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path / "b", objective, online=online, **how)
+    assert stopped.value.step == (2 if when == 1 else 3)
+    resumed, source = run(tmp_path / "b", objective, online=online, resume_from_checkpoint="latest")
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+    assert source.queries == 24
+
+
+class _Interrupting(Brightness):
+    """Interrupts once the second round is complete, so that the loop stops after its first update."""
+
+    def collect(self, pending):
+        if self.asked == 16:
+            signal.raise_signal(signal.SIGINT)
+        return super().collect(pending)
+
+
+@pytest.mark.parametrize("objective", ["ddpo_is", "dpo"])
+def test_two_processes_are_one(tmp_path, objective):
+    online = {"group_size": 2, "updates_per_round": 1} if objective == "dpo" else {}
+    root = Path(__file__).parents[2]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, str(Path(__file__).with_name("tiny_rollouts.py")), str(tmp_path / "two"), objective]
+    workers = [
+        subprocess.Popen(
+            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    one, _ = run(tmp_path / "one", objective, online=online, checkpointing_steps=100)
+    for worker in workers:
+        _, errors = worker.communicate(timeout=60)
+        assert worker.returncode == 0, errors.decode()
+    two = checkpoints.load(checkpoints.latest(tmp_path / "two"))
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, two.weights[name], rtol=0, atol=1e-4)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a["reward_queries"] == b["reward_queries"]
+        assert ("reward_mean" in a) == ("reward_mean" in b)
+        if "reward_mean" in a:
+            assert a["reward_mean"] == pytest.approx(b["reward_mean"], rel=1e-3)
+
+
+def test_the_budget_ends_training(tmp_path):
+    _, source = run(tmp_path, online={"kl_budget": 1e-6}, learning_rate=0.1)
+    assert log(tmp_path)[-1]["step"] == 2
+    assert "over kl_budget" in (tmp_path / "train.log").read_text()
+    assert checkpoints.latest(tmp_path).name == "checkpoint-2"
+    assert source.queries == 8
+
+
+# What is refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 3, "samples_per_round": 8}, "group_size 3 does not divide samples_per_round 8; use 2 or 4"),
+        ({"sample_num_steps": 5, "window_size": 6}, "window of 6 steps from step 0 on does not fit into 5 steps"),
+        ({"sample_num_steps": 5, "window_start": 5}, "does not fit into 5 steps"),
+        ({"advantage": "groups"}, "did you mean 'group'"),
+        ({"weighting": "threshold"}, "name the least reward"),
+        ({"timestep_fraction": 0.0}, "more than 0"),
+        ({"kl_budget": 1.0, "kl_samples": 0}, "needs kl_samples"),
+        ({"adv_clip": -1.0}, "positive"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(UserError, match=message):
+        OnlineOptions(**options)
+
+
+def test_batches_that_do_not_come_out_even():
+    with pytest.raises(UserError, match="updates_per_round 3 does not divide samples_per_round 8; use 2 or 4"):
+        Arithmetic.of(OnlineOptions(samples_per_round=8, updates_per_round=3), "trajectories")
+    with pytest.raises(UserError, match="set group_size to 2 or more"):
+        Arithmetic.of(OnlineOptions(), "pairs")
+    # 256 pictures in 4 updates are 64, times 50 steps 3200: 4 at once are 800 passes, and 400 in each of two processes.
+    paper = Arithmetic.of(OnlineOptions(), "trajectories")
+    assert (paper.items, paper.effective_batch, paper.updates) == (12800, 3200, 4)
+    assert (paper.accumulation(4, 1), paper.accumulation(4, 2)) == (800, 400)
+    with pytest.raises(
+        UserError, match=r"train_batch_size 3 on 1 process.* does not divide the effective batch of 3200; use 2 or 4"
+    ):
+        paper.accumulation(3, 1)
+
+
+def test_no_likelihood_without_noise():
+    with pytest.raises(UserError, match="sample_eta is 0"):
+        rollouts(TinyPolicy(), sample_eta=0.0)
+
+
+def test_pictures_that_are_not_finite_are_named(tmp_path):
+    policy = TinyPolicy()
+    with torch.no_grad():
+        policy.trainable_module.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"picture 0 \('a \w+'\) is not finite after step 0 of 4 \(time 76\)"):
+        rollouts(policy).begin_round(0)
+
+
+def test_a_policy_that_changes_its_mind_is_refused(tmp_path):
+    class Wavering(TinyPolicy):
+        def __call__(self, xt, t, cond):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().__call__(xt, t, cond) * (1 + 1e-3 * self.calls)
+
+    with pytest.raises(UserError, match="more or less likely than when it drew them"):
+        run(tmp_path, policy=Wavering())
+
+
+def test_a_reward_that_fails_leaves_a_checkpoint(tmp_path):
+    class Failing(Brightness):
+        def collect(self, pending):
+            if self.asked > 8:
+                raise UserError("reward brightness raised ValueError: no")
+            return super().collect(pending)
+
+    with pytest.raises(UserError, match=r"raised ValueError: no; the state after step 2 is in .*checkpoint-2"):
+        run(tmp_path / "a", rewards=Failing())
+    straight, _ = run(tmp_path / "b")
+    resumed, _ = run(tmp_path / "a", resume_from_checkpoint="latest")
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+
+
+def test_no_prompts():
+    with pytest.raises(UserError, match="no prompts"):
+        rollouts(TinyPolicy(), prompts=[])
+
+
+def test_negative_prompts_are_encoded_beside_the_others():
+    from palate.diffusion.denoising import Conditioning
+    from palate.training.rollouts import encode
+
+    asked = []
+
+    def encode_prompts(texts):
+        asked.extend(texts)
+        return Conditioning({"text": torch.tensor([[float(len(t))] for t in texts])})
+
+    nothing = Conditioning({"text": torch.zeros(1, 1)})
+    found = encode(encode_prompts, nothing, [Prompt("dog", "blur"), Prompt("horse"), PROMPTS[0]], batch_size=2)
+    assert found.tensors["text"][:, 0].tolist() == [3, 5, 5]
+    assert found.tensors["negative/text"][:, 0].tolist() == [4, 0, 0]
+    assert sorted(asked) == sorted({"dog", "blur", "horse", "a dog"})
