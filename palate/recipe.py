@@ -1,6 +1,6 @@
 """Recipes: YAML and command-line overrides to checked options, and options to assembled objects.
 
-A recipe has seven sections. Every leaf name is unique, so an override may leave its section out:
+A recipe has eight sections. Every leaf name is unique, so an override may leave its section out:
 ``--learning_rate 1e-4`` and ``--training.learning_rate 1e-4`` are the same.
 """
 
@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import math
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,7 @@ from palate.errors import UserError, nearest
 from palate.files import write_atomically
 from palate.options import dumps, foreign, help_lines, indented, keywords, parse, section, typed
 from palate.training.loop import TrainOptions
+from palate.training.rollouts import Arithmetic, OnlineOptions
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -155,12 +157,34 @@ class Recipe:
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
     space: dict[str, Any] | list[dict[str, Any]] = field(default_factory=lambda: {"name": "latent"})
     policy: PolicyOptions = field(default_factory=PolicyOptions)
+    online: OnlineOptions = field(default_factory=OnlineOptions)
     training: TrainOptions = field(default_factory=TrainOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", _complete_objective(self.objective))
         object.__setattr__(self, "space", _complete_space(self.space))
+        self._check_online()
+
+    def _check_online(self) -> None:
+        """Objective, rollouts and loop must fit together."""
+        _, evidence = resolve_objective(self.objective)
+        if self.online.train_prompts is None:
+            if evidence == "trajectories":
+                raise UserError(f"objective {self.objective['name']} learns from the model's own pictures: name train_prompts")
+            return
+        arithmetic = Arithmetic.of(self.online, evidence)
+        if self.objective.get("beta") == AUTO:
+            raise UserError("beta auto is chosen from pairs that are there before training: name a number in online training")
+        if self.training.caption_dropout:
+            raise UserError("caption_dropout is for training on pictures that were not drawn from the prompt: leave it out")
+        if self.objective["name"] == "ddpo_sf" and arithmetic.updates > 1:
+            raise UserError(
+                f"objective ddpo_sf is right for one update a round, not {arithmetic.updates}: set updates_per_round and "
+                "inner_epochs to 1, or use ddpo_is"
+            )
+        if evidence == "trajectories" and self.space != {"name": "latent"}:
+            raise UserError(f"objective {self.objective['name']} measures likelihoods, not errors: leave out space")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries and lists, as written to ``recipe.yaml``."""
@@ -174,6 +198,7 @@ OPTIONS: dict[str, str] = {
         ("model", ModelOptions),
         ("data", DataOptions),
         ("policy", PolicyOptions),
+        ("online", OnlineOptions),
         ("training", TrainOptions),
         ("evaluation", EvaluationOptions),
     )
@@ -275,9 +300,10 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _objective(name: str) -> tuple[Callable[..., Any], str]:
-    from palate.objectives import pairs, samples
+    from palate.objectives import pairs, samples, trajectories
 
-    known = {n: (getattr(m, n), evidence) for m, evidence in ((pairs, "pairs"), (samples, "samples")) for n in m.__all__}
+    rooms = ((pairs, "pairs"), (samples, "samples"), (trajectories, "trajectories"))
+    known = {n: (getattr(m, n), evidence) for m, evidence in rooms for n in m.__all__}
     if name in known:
         return known[name]
     if ":" not in name:
@@ -285,8 +311,13 @@ def _objective(name: str) -> tuple[Callable[..., Any], str]:
     function = foreign(name)
     first = next(iter(inspect.signature(function).parameters.values()), None)
     annotation = str(first.annotation) if first is not None else ""
+    if first is not None and first.name == "log_prob":
+        return function, "trajectories"
     if "Pair" not in annotation and "Fit" not in annotation:
-        raise UserError(f"{name}: its first argument must be annotated, policy: Pair[Fit] for pairs or Fit for single pictures")
+        raise UserError(
+            f"{name}: its first argument must be log_prob for trajectories, or annotated, policy: Pair[Fit] for pairs "
+            "or Fit for single pictures"
+        )
     return function, "pairs" if "Pair" in annotation else "samples"
 
 
@@ -311,11 +342,12 @@ def _try_objective(objective: Callable[..., Any], evidence: str) -> None:
     nothing = Fit(torch.zeros(1, 1))
     fit = Pair(nothing, nothing) if evidence == "pairs" else nothing
     known = {"policy": fit, "reference": fit, "label": torch.ones(1), "reference_point": torch.zeros(())}
+    known |= dict.fromkeys(("log_prob", "old_log_prob", "advantage"), torch.zeros(1))
     objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})
 
 
 def resolve_objective(options: Mapping[str, Any]) -> tuple[Callable[..., Any], str]:
-    """The objective with its keywords bound, and the evidence it needs: ``pairs`` or ``samples``.
+    """The objective with its keywords bound, and the evidence it needs: ``pairs``, ``samples`` or ``trajectories``.
 
     An automatic beta is bound to nan: the step that chooses it gives it with every call.
     """
@@ -380,9 +412,9 @@ def write(recipe: Recipe, path: Path) -> None:
 
 def options_help() -> str:
     """Every option of a recipe with its default and what it means, by section."""
-    from palate.objectives import pairs, samples
+    from palate.objectives import pairs, samples, trajectories
 
-    names = " | ".join((*pairs.__all__, *samples.__all__, "package.module:function"))
+    names = " | ".join((*pairs.__all__, *samples.__all__, *trajectories.__all__, "package.module:function"))
     lines = [
         "palate train RECIPE [--option value ...]",
         "",
@@ -390,7 +422,7 @@ def options_help() -> str:
         *(f"  {name}" for name in built_in()),
         "",
         "objective",
-        f"  --objective {names}",
+        *textwrap.wrap(f"--objective {names}", 120, initial_indent="  ", subsequent_indent=" " * 14),
         *indented("Its keywords follow a point: --objective.beta 2000, or auto: chosen from the spread of errors, and shown."),
         "space",
         f"  --space {' | '.join(SPACES)}",

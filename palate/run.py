@@ -47,11 +47,12 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     _evaluation_prompts(recipe)
     _judges(recipe)
     check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
+    if recipe.online.train_prompts is not None:
+        return _train_online(recipe, out, command)
     reader = _reader(recipe)
 
     from palate.data.cache import TensorCache
     from palate.data.encode import encode_pairs
-    from palate.models.policy import Policy
     from palate.training import steps
 
     denoiser = _denoiser(recipe)
@@ -76,15 +77,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     objective, evidence = recipes.resolve_objective(recipe.objective)
     if evidence == "samples":
         encoded = encoded.without_ties()
-    policy = Policy(
-        denoiser,
-        kind=recipe.policy.train_method,
-        rank=recipe.policy.rank,
-        lora_alpha=recipe.policy.lora_alpha,
-        lora_layers=recipe.policy.lora_layers,
-        gradient_checkpointing=recipe.policy.gradient_checkpointing,
-        seed=recipe.training.seed,
-    )
+    policy = _policy(recipe, denoiser)
     space = recipes.resolve_space(recipe.space, policy)
     wanted = recipe.training
     draws = steps.Draws(
@@ -113,6 +106,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
             _tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
     _train(
         recipe,
+        recipe.training,
         policy,
         step,
         encoded,
@@ -120,14 +114,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         on_evaluate,
         about,
     )
-    if not _main():
-        return out
-    _tell(f"wrote {policy.save(out)}")
-    if recipe.evaluation.evaluation_prompts is not None:
-        try:
-            _compare(recipe, denoiser, policy.frozen, policy.trainable_module, resolution, out, command)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"the trained weights are in {out}; compare them with: palate evaluate {out}") from None
+    _finish(recipe, denoiser, policy, resolution, out, command)
     return out
 
 
@@ -164,6 +151,53 @@ def versions() -> dict[str, str]:
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------------
+
+
+def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
+    """The same job where the policy draws what it learns from."""
+    from palate import online
+
+    found = online.find(recipe)
+    _tell(online.told(recipe, found))
+    denoiser = _denoiser(recipe)
+    resolution = recipe.data.resolution or denoiser.default_resolution
+    cut, limit = denoiser.cut_prompts([prompt.text for prompt in found.prompts])
+    if cut:
+        _tell(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads: their ends are not seen")
+    policy = _policy(recipe, denoiser)
+    step, rollouts = online.assemble(recipe, found, denoiser, policy, resolution, progress=_main() and sys.stderr.isatty())
+    samples = _Samples(recipe, denoiser, policy, resolution)
+    denoiser.release()
+    about = {"command": command, "versions": versions(), "prompts": len(found.prompts)}
+    _train(recipe, online.training_options(recipe), policy, step, rollouts, samples, None, about)
+    _finish(recipe, denoiser, policy, resolution, out, command)
+    return out
+
+
+def _policy(recipe: Recipe, denoiser: Any) -> Any:
+    from palate.models.policy import Policy
+
+    return Policy(
+        denoiser,
+        kind=recipe.policy.train_method,
+        rank=recipe.policy.rank,
+        lora_alpha=recipe.policy.lora_alpha,
+        lora_layers=recipe.policy.lora_layers,
+        gradient_checkpointing=recipe.policy.gradient_checkpointing,
+        seed=recipe.training.seed,
+    )
+
+
+def _finish(recipe: Recipe, denoiser: Any, policy: Any, resolution: int, out: Path, command: str) -> None:
+    """Save what was trained and compare it with the base model."""
+    if not _main():
+        return
+    _tell(f"wrote {policy.save(out)}")
+    if recipe.evaluation.evaluation_prompts is not None:
+        try:
+            _compare(recipe, denoiser, policy.frozen, policy.trainable_module, resolution, out, command)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the trained weights are in {out}; compare them with: palate evaluate {out}") from None
 
 
 def _main() -> bool:
@@ -256,7 +290,14 @@ def _denoiser(recipe: Recipe) -> Any:
 
 
 def _train(
-    recipe: Recipe, policy: Any, step: Any, encoded: Any, samples: _Samples, on_evaluate: Any, about: dict[str, Any]
+    recipe: Recipe,
+    options: Any,
+    policy: Any,
+    step: Any,
+    data: Any,
+    samples: _Samples,
+    on_evaluate: Any,
+    about: dict[str, Any],
 ) -> None:
     """The loop, with the files that say what was run. What fails before its first checkpoint leaves nothing behind."""
     from palate.training import checkpoints, loop
@@ -277,8 +318,8 @@ def _train(
         loop.train(
             step,
             policy,
-            encoded,
-            options=recipe.training,
+            data,
+            options=options,
             recipe=recipe.as_dict(),
             on_sample=samples.draw if recipe.evaluation.validation_prompts else None,
             on_evaluate=on_evaluate,

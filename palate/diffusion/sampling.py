@@ -22,7 +22,7 @@ Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(xt (b, ...), t (b,), cond of b rows) -> the model's output (b, ...)."""
 
 SPACINGS = ("leading", "trailing", "linspace")
-START, FIRST_STEP = 4, 1000
+START, FIRST_STEP = 10, 1000
 """Streams of random numbers: the noise that a picture begins with, and that of its step k (FIRST_STEP + k)."""
 LEAST_STD = 0.01
 """Floor of a step's standard deviation where eta > 0. Schedules that end in abar = 1 end without noise: the density would be

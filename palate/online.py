@@ -1,0 +1,139 @@
+"""Online training assembled: a recipe, a model and a policy to the rollouts and the step that the loop runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palate.data.prompts import Prompt
+from palate.errors import UserError
+from palate.prompt_names import find_prompts
+from palate.recipe import Recipe, resolve_objective, resolve_space
+from palate.reward_names import NamedReward, find_held_out, find_rewards
+from palate.training.loop import TrainOptions
+from palate.training.rollouts import Arithmetic, Rollouts
+
+TOLERANCE = {"no": 1e-5, "fp16": 1e-3, "bf16": 5e-3}
+"""How far log-probabilities of sampling and training may be apart, by precision. On a GPU a batch of another size is computed
+by other kernels even in float32; there the tolerance is that of float16."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an online recipe names, found before any weights are loaded."""
+
+    prompts: list[Prompt]
+    rewards: dict[str, NamedReward]
+    held_out: dict[str, NamedReward]
+
+
+def find(recipe: Recipe) -> Wanted:
+    """Raises UserError: an unknown prompt list or reward, or batches that do not come out even."""
+    assert recipe.online.train_prompts is not None  # the mark of an online recipe
+    training_options(recipe)
+    rewards = find_rewards(recipe.online.rewards)
+    return Wanted(find_prompts(recipe.online.train_prompts), rewards, find_held_out(recipe.online.held_out_rewards, rewards))
+
+
+def training_options(recipe: Recipe) -> TrainOptions:
+    """The loop's options, with what follows from the rounds: accumulation and the number of steps.
+
+    Raises:
+        UserError: they do not come out even, or accumulation was given.
+    """
+    options, arithmetic = recipe.training, _arithmetic(recipe)
+    if options.gradient_accumulation_steps != 1:
+        raise UserError(
+            "gradient_accumulation_steps follows from samples_per_round, updates_per_round and train_batch_size in online "
+            "training: leave it out"
+        )
+    accumulation = arithmetic.accumulation(options.train_batch_size, _processes())
+    total = options.max_train_steps or recipe.online.rounds * arithmetic.updates
+    return dataclasses.replace(options, gradient_accumulation_steps=accumulation, max_train_steps=total)
+
+
+def told(recipe: Recipe, found: Wanted) -> str:
+    """The arithmetic of batches in words."""
+    online, arithmetic, options = recipe.online, _arithmetic(recipe), training_options(recipe)
+    _, evidence = resolve_objective(recipe.objective)
+    passes = 2 if online.trained_scale != 1 else 1
+    unit = {"trajectories": f"steps ({arithmetic.steps} of each picture)", "samples": "pictures", "pairs": "pairs"}[evidence]
+    rounds = -(-(options.max_train_steps or 0) // arithmetic.updates)
+    return (
+        f"{len(found.prompts)} prompts; a round draws {online.samples_per_round} pictures of "
+        f"{online.samples_per_round // online.group_size} prompts in {online.sample_num_steps} steps "
+        f"({online.sample_batch_size} at once) and makes {arithmetic.updates} updates of {arithmetic.effective_batch} {unit}: "
+        f"{options.train_batch_size} at once x {options.gradient_accumulation_steps} x {_processes()} process(es), "
+        f"{passes * options.train_batch_size * (2 if evidence == 'pairs' else 1)} rows in a forward pass. "
+        f"{rounds} rounds, {options.max_train_steps} updates, {rounds * online.samples_per_round} reward queries"
+    )
+
+
+def assemble(
+    recipe: Recipe, found: Wanted, denoiser: Any, policy: Any, resolution: int, *, progress: bool = False
+) -> tuple[Any, Rollouts]:
+    """The step, and the rollouts that feed it. Prompts are encoded here, once."""
+    from palate.rewards import RewardBundle
+    from palate.training import steps
+    from palate.training.rollouts import encode
+    from palate.training.trajectories import Guided, trajectory_step
+
+    options = recipe.online
+    objective, evidence = resolve_objective(recipe.objective)
+    if evidence == "trajectories":
+        step: Any = trajectory_step(
+            policy,
+            objective,
+            eta=options.sample_eta,
+            guidance_scale=options.trained_scale,
+            kl_weight=options.kl_weight,
+        )
+    else:
+        make = steps.pair_step if evidence == "pairs" else steps.sample_step
+        acting: Any = Guided(policy, options.trained_scale) if options.trained_scale != 1 else policy
+        space = resolve_space(recipe.space, policy)
+        draws = steps.Draws(recipe.training.t_min, recipe.training.t_max, recipe.training.snr_gamma)
+        step = make(acting, space, objective, draws)
+    side = resolution // denoiser.vae_scale_factor
+    bundle = RewardBundle(
+        {name: reward.load(denoiser.device) for name, reward in found.rewards.items()},
+        {name: reward.weight for name, reward in found.rewards.items()},
+        timeout=options.reward_timeout,
+        retries=options.reward_retries,
+        folder=Path(recipe.training.output_dir) / "failed",
+    )
+    precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
+    rollouts = Rollouts(
+        policy,
+        found.prompts,
+        encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts),
+        (denoiser.unet.config.in_channels, side, side),
+        decode=denoiser.decode,
+        rewards=bundle,
+        options=options,
+        evidence=evidence,
+        spacing=denoiser.scheduler_config.get("timestep_spacing", "leading"),
+        steps_offset=int(denoiser.scheduler_config.get("steps_offset", 0)),
+        seed=recipe.training.seed,
+        replay=step if evidence == "trajectories" else None,
+        replay_batch_size=recipe.training.train_batch_size,
+        tolerance=TOLERANCE[precision],
+        progress=progress,
+    )
+    return step, rollouts
+
+
+def _arithmetic(recipe: Recipe) -> Arithmetic:
+    return Arithmetic.of(recipe.online, resolve_objective(recipe.objective)[1])
+
+
+def _processes() -> int:
+    """How many processes ``accelerate launch`` has started; known before accelerate is loaded."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _gpu(precision: str) -> str:
+    return "fp16" if precision == "no" else precision
