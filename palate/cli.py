@@ -15,6 +15,8 @@ VERBS = {
     "serve-judge": "serve a judge over HTTP: palate serve-judge NAME [--port PORT]",
     "generate": "pictures of many prompts: palate generate MODEL --prompts P --output_dir DIR [--option value ...]",
     "score": "what judges say of pictures: palate score DIR --judges '[...]'",
+    "compare": "which folder of pictures is better: palate compare BASE OTHER [OTHER ...] [--option value ...]",
+    "report": "runs or comparisons as one page: palate report FOLDER [FOLDER ...]",
     "recipes": "list recipes, show one, or copy one to edit: palate recipes [show NAME | copy NAME [FILE]]",
     "miniature": "rebuild the embedded miniature world: palate miniature build [--work_dir DIR] [--only mini-sdxl]",
 }

@@ -406,12 +406,11 @@ class _Samples:
 
 
 def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: int, out: Path, command: str) -> None:
-    from palate.evaluation.compare import compare, diversity, headline, write_metrics
+    from palate.evaluation.folders import compare_folders, write_result
     from palate.evaluation.generation import plan
     from palate.evaluation.grid import before_after_grid
-    from palate.evaluation.report import write_report
+    from palate.evaluation.report import chapter_of, write_report
     from palate.judges import score
-    from palate.training.log import read_log
 
     options, began = recipe.evaluation, time.monotonic()
     planned = plan(_evaluation_prompts(recipe), model="", images_per_prompt=options.images_per_prompt)
@@ -428,14 +427,13 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
         pictures[side] = _generated(recipe, denoiser, unet, refiner, planned, resolution, folder, side)
     del refiner
     denoiser.release()  # room for the judges
-    scores, told = {}, {}
-    for name, named in _judges(recipe).items():
+    sides = {side: out / "evaluation" / side for side in pictures}
+    for named in _judges(recipe).values():
         judge = named.load(denoiser.device)
-        scores[name] = tuple(score(judge, pictures[side], prompts) for side in ("base", "tuned"))
-        told[name] = named.role
-    found = compare(scores, prompts, kinds=told)
-    sentence = headline(found, unseen=options.evaluation_prompts == "miniature-unseen")
-    variety = diversity(pictures["base"], pictures["tuned"], prompts)
+        for side, folder in sides.items():
+            _keep_scores(named, folder, score(judge, pictures[side], prompts).tolist())
+    unseen = options.evaluation_prompts == "miniature-unseen"
+    found = compare_folders(list(sides.values()), judges=list(_judges(recipe)), unseen=unseen, who="the aligned model")
     shown = _first_of_each(prompts, 12)
     before_after_grid(
         [prompts[i] for i in shown],
@@ -444,26 +442,23 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
         out / "before_after.png",
         columns=4,
     )
-    run_file = out / "run.json"
-    run = json.loads(run_file.read_text()) if run_file.is_file() else {}
-    write_metrics(out / "metrics.json", found, {"headline": sentence, "diversity": dataclasses.asdict(variety)})
     method = f"{recipe.objective['name']} in {_space_name(recipe.space)} space"
-    shown = _first_of_each(prompts, 48)
-    write_report(
-        out / "report.html",
-        title=f"{Path(recipe.model.pretrained_model_name_or_path).name}, aligned by {method}",
-        headline=sentence,
-        comparisons=found,
-        prompts=[prompts[i] for i in shown],
-        base_images=[pictures["base"][i] for i in shown],
-        tuned_images=[pictures["tuned"][i] for i in shown],
-        training_curves=read_log(out / "log.jsonl") if (out / "log.jsonl").is_file() else [],
-        settings={"command": run.get("command") or command, **_flat(recipe.as_dict())},
-        versions=run.get("versions", versions()),
-        notes=[variety.sentence()],
-    )
+    title = f"{Path(recipe.model.pretrained_model_name_or_path).name}, aligned by {method}"
+    # run.json tells the command of a training; the weights may also have come without it.
+    extra = {"title": title} if (out / "run.json").is_file() else {"title": title, "command": command}
+    write_result(out / "metrics.json", found, extra)
+    write_report(out / "report.html", [chapter_of(out)])
     _tell(f"compared in {time.monotonic() - began:.0f} s; see {out / 'report.html'}")
-    print(sentence)
+    print(found.versus[0].headline)
+
+
+def _keep_scores(judge: NamedJudge, folder: Path, scores: list[float]) -> None:
+    """The score file of one judge beside the pictures, in the order of their manifest."""
+    from palate.evaluation.manifest import ScoreFile, append_scores, read_manifest, score_path
+
+    files = [picture.file for picture in read_manifest(folder)]
+    header = ScoreFile(judge.name, judge.kind, str(judge.folder or ""), judge.role)
+    append_scores(score_path(folder, judge.name), list(zip(files, scores, strict=True)), header)
 
 
 def _generated(
@@ -514,13 +509,3 @@ def _first_of_each(prompts: list[str], limit: int) -> list[int]:
 def _space_name(space: Any) -> str:
     parts = space if isinstance(space, list) else [space]
     return " + ".join(p["name"] for p in parts)
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            flat |= _flat(inner, f"{prefix}{name}.")
-        elif inner is not None:
-            flat[prefix + name] = inner
-    return flat

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.errors import UserError, nearest
+from palate.evaluation.diversity import Diversity
 from palate.evaluation.statistics import (
+    Average,
     MeanDifference,
     WinRate,
+    bradley_terry,
     paired,
     sign_flip_test,
+    win_rate,
 )
-from palate.files import write_atomically
 
 Scores = Sequence[float] | np.ndarray | Tensor
 HELD_OUT, LABELS = "held out", "labels"
+FOLLOWING = ("clipscore", "vqascore", "llava_bertscore", "llava_strict")
+"""Kinds of judges that tell whether a picture follows its prompt."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The same judge on a part of the prompts, such as those of category Animals."""
+
+    field: str
+    value: str
+    win_rate: WinRate
+    difference: MeanDifference
 
 
 @dataclass(frozen=True)
@@ -43,9 +55,7 @@ class Comparison:
     difference: MeanDifference
     p: float
     confidence: float = 0.95
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    groups: tuple[Group, ...] = ()
 
 
 def compare(
@@ -54,6 +64,7 @@ def compare(
     *,
     kinds: Mapping[str, str] | None = None,
     contaminated: Collection[str] = (),
+    groups: Mapping[str, Sequence[str | None]] | None = None,
     draws: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -61,7 +72,8 @@ def compare(
     """Compare by every judge: ``scores[judge] = (base (n,), tuned (n,))``, row i of both from prompt i and one seed.
 
     ``kinds`` names the judges' parts ("held out" where unnamed); those of kind "labels" are contaminated, and so are those
-    listed. Held-out judges come first, contaminated ones last.
+    listed. ``groups``: by field, such as "category", the value of each row, None where it has none. Held-out judges come
+    first, contaminated ones last.
     """
     kinds = dict(kinds or {})
     unknown = sorted((set(kinds) | set(contaminated)) - set(scores))
@@ -72,6 +84,14 @@ def compare(
     judges = list(scores)
     base, tuned = (_columns([scores[judge][side] for judge in judges], len(prompts)) for side in (0, 1))
     rates, differences, _ = paired(base, tuned, prompts, draws=draws, seed=seed, confidence=confidence)
+    parts: list[list[Group]] = [[] for _ in judges]
+    for field, values in (groups or {}).items():
+        for value in sorted({v for v in values if v is not None}):
+            rows = np.array([v == value for v in values])
+            ids = [prompt for prompt, inside in zip(prompts, rows, strict=True) if inside]
+            inner = paired(base[rows], tuned[rows], ids, draws=draws, seed=seed, confidence=confidence)
+            for j in range(len(judges)):
+                parts[j].append(Group(field, value, inner[0][j], inner[1][j]))
     found = [
         Comparison(
             judge=judge,
@@ -83,6 +103,7 @@ def compare(
             difference=differences[j],
             p=sign_flip_test(tuned[:, j] - base[:, j], prompts, draws=draws, seed=seed),
             confidence=confidence,
+            groups=tuple(parts[j]),
         )
         for j, judge in enumerate(judges)
     ]
@@ -103,10 +124,10 @@ def by_weight(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return sorted(comparisons, key=lambda c: (c.contaminated, c.kind != HELD_OUT))
 
 
-def headline(comparisons: Sequence[Comparison], *, unseen: bool = True) -> str:
+def headline(comparisons: Sequence[Comparison], *, unseen: bool = True, who: str = "the aligned model") -> str:
     """The result in one sentence, by the most independent judge; says so when nothing or harm was found.
 
-    ``unseen``: the prompts were in none of the training pairs.
+    ``unseen``: the prompts were in none of the training pairs. ``who``: what to call the model that is not the base.
     """
     if not comparisons:
         raise UserError("there is no comparison to tell of; score the pictures by at least one judge")
@@ -119,14 +140,13 @@ def headline(comparisons: Sequence[Comparison], *, unseen: bool = True) -> str:
     interval = f"{percent(best.confidence)} % interval {percent(w.low)}-{percent(w.high)} %{ties}"
     if not w.clear:
         return (
-            f"No clear difference: {judge} prefers the aligned model's picture in {percent(w.rate)} % of {among}, "
+            f"No clear difference: {judge} prefers {who}'s picture in {percent(w.rate)} % of {among}, "
             f"and 50 % lies inside the uncertainty ({interval})."
         )
     if w.rate < 0.5:
-        return (
-            f"The aligned model is worse here: {judge} prefers its picture in only {percent(w.rate)} % of {among} ({interval})."
-        )
-    return f"{judge[0].upper()}{judge[1:]} prefers the aligned model's picture in {percent(w.rate)} % of {among} ({interval})."
+        share = f"{percent(w.rate)} % of {among} ({interval})"
+        return f"{who[:1].upper()}{who[1:]} is worse here: {judge} prefers its picture in only {share}."
+    return f"{judge[0].upper()}{judge[1:]} prefers {who}'s picture in {percent(w.rate)} % of {among} ({interval})."
 
 
 def percent(share: float) -> str:
@@ -135,64 +155,132 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}" if whole in ("0", "50", "100") and abs(100 * share - float(whole)) > 1e-9 else whole
 
 
+def warnings(comparisons: Sequence[Comparison]) -> list[str]:
+    """What the table of judges hides in its rows: pictures that please more and follow their prompts less."""
+    found = []
+    for c in comparisons:
+        if follows_prompts(c) and c.difference.high < 0:
+            found.append(
+                f"{c.judge} says that pictures follow their prompts less ({c.difference.difference:+.3g} on average, "
+                f"{percent(c.confidence)} % interval {c.difference.low:.3g} to {c.difference.high:.3g})."
+            )
+    if comparisons and not any(map(follows_prompts, comparisons)):
+        found.append("No judge looked at whether pictures follow their prompts; add one of kind clipscore.")
+    if comparisons and all(c.contaminated for c in comparisons):
+        found.append("Every judge here was part of training: add one that was not before believing any of them.")
+    return found
+
+
+def follows_prompts(c: Comparison) -> bool:
+    """Whether a judge tells how well pictures follow their prompts: such may not silently drop."""
+    return c.kind == "prompt following" or c.judge.partition(":")[0] in FOLLOWING
+
+
 @dataclass(frozen=True)
-class Diversity:
-    """Mean distance between pictures before and after: a fall warns of collapse onto one picture."""
+class Versus:
+    """One model against the base: all that is told of the two."""
 
-    base: float
-    tuned: float
-    over: str  # "seeds of a prompt" or "prompts"
-    measure: str = "root-mean-square difference of pixels in [0, 1] at 16 x 16"
-
-    @property
-    def ratio(self) -> float:
-        return self.tuned / self.base if self.base else float("nan")
-
-    def sentence(self) -> str:
-        if not self.base:
-            return "Diversity could not be measured: the base model's pictures are all alike."
-        change = round(100 * (self.ratio - 1))
-        warning = " Look for repeated compositions or colours." if change <= -20 else ""
-        return f"Variety between {self.over} changed by {change:+d} % ({self.measure}).{warning}"
+    base: str
+    model: str
+    headline: str
+    comparisons: list[Comparison]
+    macro: Average | None
+    """Mean of the win rates of the judges that took no part in training; None unless there are two."""
+    diversity: Diversity
+    flags: list[str]
 
 
-def diversity(base_images: Sequence[Image.Image], tuned_images: Sequence[Image.Image], prompts: Sequence[str]) -> Diversity:
-    """Mean pairwise distance within prompts that have several pictures; across all pictures if no prompt has.
+def versus(
+    base: str,
+    model: str,
+    scores: Mapping[str, tuple[Scores, Scores]],
+    prompts: Sequence[str],
+    variety: Diversity,
+    *,
+    unseen: bool = False,
+    who: str = "the aligned model",
+    **settings: Any,
+) -> Versus:
+    """:func:`compare` with its headline, macro average and flags; ``settings`` are those of :func:`compare`."""
+    found = compare(scores, prompts, **settings)
+    fair = [c.judge for c in found if not c.contaminated]
+    macro = None
+    if len(fair) > 1:
+        sides = (_columns([scores[judge][side] for judge in fair], len(prompts)) for side in (0, 1))
+        drawn = {name: settings[name] for name in ("draws", "seed", "confidence") if name in settings}
+        macro = paired(*sides, prompts, **drawn)[2]
+    sentence = headline(found, unseen=unseen, who=who)
+    return Versus(base, model, sentence, found, macro, variety, [*warnings(found), *variety.flags()])
 
-    The distance is the root-mean-square difference of pixels after downscaling to 16 x 16: it sees composition and colour,
-    not meaning. Row i of all three belongs together.
+
+@dataclass(frozen=True)
+class Ranking:
+    """More than two models by one judge, or by votes: Bradley-Terry strengths on the scale of chess, mean 1000."""
+
+    judge: str
+    contaminated: bool
+    models: list[str]
+    elo: list[float]
+    low: list[float]
+    high: list[float]
+    shares: list[list[float | None]]
+    """``shares[i][j]``: how often i was preferred to j, ties as half; None where they never met."""
+    comparisons: int
+
+
+def rank(judge: str, models: Sequence[str], wins: np.ndarray, *, contaminated: bool = False, seed: int = 0) -> Ranking:
+    """Rank by ``wins``: ``(m, m)``, or ``(prompts, m, m)`` so that intervals are over prompts (:func:`bradley_terry`)."""
+    wins = np.asarray(wins, dtype=np.float64)
+    total = wins if wins.ndim == 2 else wins.sum(axis=0)
+    elo, low, high = (row.tolist() for row in bradley_terry(wins, seed=seed).elo())
+    games = total + total.T
+    shares = [
+        [float(total[i, j] / games[i, j]) if i != j and games[i, j] else None for j in range(len(models))]
+        for i in range(len(models))
+    ]
+    return Ranking(judge, contaminated, list(models), elo, low, high, shares, round(float(np.triu(games, 1).sum())))
+
+
+@dataclass(frozen=True)
+class Votes:
+    """What people said: every pair of models that met, as (model, base, win rate of model), and the ranking of several."""
+
+    pairs: list[tuple[str, str, WinRate]]
+    ranking: Ranking | None
+
+
+def count_votes(
+    models: Sequence[str], votes: Iterable[tuple[str, str, str, float]], *, draws: int = 10_000, seed: int = 0
+) -> Votes:
+    """The numbers of ``palate compare`` from votes instead of scores.
+
+    Args:
+        models: their names; the first is the base.
+        votes: ``(prompt, a, b, share)``; share 1 says that a's picture is better, 0 that b's is, 0.5 a tie.
+
+    Raises:
+        UserError: a model that is not named, a share outside [0, 1], or no vote.
     """
-    if not len(base_images) == len(tuned_images) == len(prompts):
-        raise UserError(
-            f"{len(base_images)} and {len(tuned_images)} pictures came with {len(prompts)} prompts; give as many of each"
-        )
-    groups: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(row)
-    several = [rows for rows in groups.values() if len(rows) > 1]
-    over = "seeds of a prompt" if several else "prompts"
-    rows = several or [list(range(len(prompts)))]
-    return Diversity(_distance(base_images, rows), _distance(tuned_images, rows), over)
-
-
-def _distance(images: Sequence[Image.Image], groups: list[list[int]]) -> float:
-    """Mean over groups of the mean pairwise distance; 0 where a group has one picture."""
-    means = []
-    for rows in groups:
-        small = [images[i].convert("RGB").resize((16, 16), Image.Resampling.BOX) for i in rows]
-        x = np.stack([np.asarray(s, dtype=np.float64).ravel() / 255 for s in small])
-        x -= x.mean(axis=0)
-        square = (x * x).sum(axis=1)
-        apart = np.sqrt(np.maximum(square[:, None] + square - 2 * x @ x.T, 0) / x.shape[1])
-        means.append(apart[np.triu_indices(len(x), 1)].mean() if len(x) > 1 else 0.0)
-    return float(np.mean(means))
-
-
-def write_metrics(path: str | Path, comparisons: Sequence[Comparison], extra: Mapping[str, Any] | None = None) -> None:
-    """Write ``metrics.json`` atomically: {"comparisons": [...], ...extra}."""
-    content = {"comparisons": [c.to_dict() for c in comparisons], **(extra or {})}
-    try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written as JSON ({error}); use finite numbers, text, lists and dicts") from error
-    write_atomically(path, (text + "\n").encode())
+    place = {name: i for i, name in enumerate(models)}
+    rows = list(votes)
+    if not rows:
+        raise UserError("there are no votes yet")
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row[0] for row in rows))}
+    wins = np.zeros((len(prompts), len(models), len(models)))
+    met: dict[tuple[int, int], tuple[list[str], list[float]]] = {}
+    for prompt, a, b, share in rows:
+        for name in (a, b):
+            if name not in place:
+                raise UserError(f"a vote names the model {name!r}{nearest(name, place)}")
+        if a == b or not 0 <= share <= 1:
+            raise UserError(f"a vote says {share} for {a!r} against {b!r}; expected two models and a share from 0 to 1")
+        i, j = place[a], place[b]
+        wins[prompts[prompt], i, j] += share
+        wins[prompts[prompt], j, i] += 1 - share
+        which = met.setdefault((min(i, j), max(i, j)), ([], []))
+        which[0].append(prompt)
+        which[1].append(share if i > j else 1 - share)  # of the later model
+    pairs = []
+    for (i, j), (ids, shares) in sorted(met.items()):
+        pairs.append((models[j], models[i], win_rate(np.full(len(shares), 0.5), shares, ids, draws=draws, seed=seed)))
+    return Votes(pairs, rank("votes", models, wins, seed=seed) if len(models) > 2 else None)

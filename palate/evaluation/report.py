@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -15,9 +17,13 @@ from typing import Any
 
 from PIL import Image
 
+from palate.data.images import decode
 from palate.errors import UserError
-from palate.evaluation.compare import Comparison, by_weight, percent
+from palate.evaluation.compare import Comparison, Group, Ranking, Versus, by_weight, percent
+from palate.evaluation.folders import Result, read_result
+from palate.evaluation.statistics import Average, WinRate
 from palate.files import write_atomically
+from palate.options import parse
 
 STYLE = """
 :root{--paper:#faf9f6;--card:#fff;--ink:#23211d;--soft:#6a665d;--line:#e3e0d8;--good:#1f7a5a;--bad:#b3442f;--even:#8a7430;
@@ -67,10 +73,30 @@ button[aria-pressed=true]{background:var(--ink);color:var(--paper);border-color:
 .view span{position:absolute;left:8px;bottom:8px;font-size:12px;line-height:1;padding:4px 7px;border-radius:6px;
 background:rgba(20,19,17,.72);color:#fff}
 .pair figcaption{font-size:14px;line-height:1.45;margin-top:8px;color:var(--soft);overflow-wrap:anywhere}
-.stacked .views{grid-template-columns:1fr;cursor:pointer}
-.stacked .view{grid-area:1/1}
-.stacked .views .after{visibility:visible}.stacked .views .before{visibility:hidden}
-.stacked .views.flipped .after{visibility:hidden}.stacked .views.flipped .before{visibility:visible}
+.views.many{grid-template-columns:repeat(auto-fill,minmax(130px,1fr))}
+.stacked .views,.slid .views{grid-template-columns:1fr;position:relative}
+.stacked .views{cursor:pointer}
+.stacked .view,.slid .view{grid-area:1/1}
+.stacked .view{visibility:hidden}.stacked .view.on{visibility:visible}
+.slid .view:first-of-type{z-index:1;clip-path:inset(0 calc(100% - var(--cut,50%)) 0 0)}
+.slid .view:not(:first-of-type) span{left:auto;right:8px}
+.slide{position:absolute;z-index:3;inset:0;width:100%;height:100%;margin:0;opacity:0;cursor:ew-resize;touch-action:pan-y}
+.slid .views::after{content:"";position:absolute;z-index:2;top:0;bottom:0;
+left:calc(var(--cut,50%) - 1px);width:2px;background:#fff;
+box-shadow:0 0 4px rgba(0,0,0,.5);pointer-events:none}
+.slid .views:focus-within{outline:2px solid var(--good);outline-offset:2px}
+.flags{list-style:none;padding:0}
+.flags li{border-left:3px solid var(--bad);background:var(--card);border-radius:0 8px 8px 0;padding:8px 14px}
+.contents{width:auto}.contents td .bar{width:180px}.contents a,.contents a:visited{color:inherit}
+article+article{margin-top:72px;padding-top:40px;border-top:1px solid var(--line)}
+.groups td:first-child{width:40%}
+.small .bar{width:160px}
+.key{display:inline-block;width:14px;height:3px;border-radius:2px;vertical-align:middle;margin-right:5px;background:var(--good)}
+.key.trained{background:var(--even)}
+.chart figcaption.keys{justify-content:flex-start;font-weight:400;color:var(--soft)}
+.smooth.trained{stroke:var(--even)}
+.scroll{overflow-x:auto}
+.dotm{fill:var(--good)}.dotm.trained{fill:var(--even)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:24px;margin-top:16px}
 .chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px 10px;min-width:0}
 .chart figcaption{display:flex;justify-content:space-between;gap:12px;font-size:14px;font-weight:600}
@@ -104,83 +130,238 @@ dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}
 @media print{.tools{display:none}.pair,.chart{break-inside:avoid}}
 """
 
-# Without it the pictures stand side by side; with it they can also lie on each other and flip.
+# Without it the pictures stand side by side; with it they can also lie on each other and flip, or be slid over one another.
 SCRIPT = """
 (function(){
-var pairs=document.querySelector('.pairs'),tools=document.querySelector('.tools');
+[].forEach.call(document.querySelectorAll('.compared'),function(part){
+var pairs=part.querySelector('.pairs'),tools=part.querySelector('.tools');
 if(!pairs||!tools)return;
 tools.hidden=false;
-var side=tools.querySelector('.side'),stack=tools.querySelector('.stack'),all=tools.querySelector('.all');
+var buttons={side:tools.querySelector('.side'),slid:tools.querySelector('.over'),stacked:tools.querySelector('.stack')};
+var all=tools.querySelector('.all');
 var views=[].slice.call(pairs.querySelectorAll('.views'));
-function show(stacked){
-pairs.classList.toggle('stacked',stacked);
-side.setAttribute('aria-pressed',String(!stacked));stack.setAttribute('aria-pressed',String(stacked));all.hidden=!stacked;
+function sides(v){return [].slice.call(v.querySelectorAll('.view'))}
+function turn(v,n){var s=sides(v);v.dataset.on=String((n+s.length)%s.length);
+s.forEach(function(x,i){x.classList.toggle('on',i===+v.dataset.on)});
+v.setAttribute('aria-label','Shown: '+s[+v.dataset.on].querySelector('span').textContent+'. Press for the next')}
+function show(mode){
+['slid','stacked'].forEach(function(m){pairs.classList.toggle(m,m===mode)});
+Object.keys(buttons).forEach(function(m){if(buttons[m])buttons[m].setAttribute('aria-pressed',String(m===mode))});
+all.hidden=mode!=='stacked';
 views.forEach(function(v){
-v.classList.remove('flipped');
-if(stacked){v.tabIndex=0;v.setAttribute('role','button');v.setAttribute('aria-pressed','false');
-v.setAttribute('aria-label','Show the picture before alignment')}
-else{['tabindex','role','aria-pressed','aria-label'].forEach(function(a){v.removeAttribute(a)})}
+var old=v.querySelector('.slide');if(old)v.removeChild(old);
+['tabindex','role','aria-label'].forEach(function(a){v.removeAttribute(a)});
+if(mode==='stacked'){v.tabIndex=0;v.setAttribute('role','button');turn(v,sides(v).length-1)}
+if(mode==='slid'){var r=document.createElement('input');r.type='range';r.className='slide';r.min=0;r.max=100;r.value=50;
+r.setAttribute('aria-label','How much of the first picture is shown, in percent');
+r.oninput=function(){v.style.setProperty('--cut',r.value+'%')};r.oninput();v.appendChild(r)}
 });}
-function flip(v,on){v.classList.toggle('flipped',on);v.setAttribute('aria-pressed',String(v.classList.contains('flipped')))}
-side.onclick=function(){show(false)};
-stack.onclick=function(){show(true)};
-all.onclick=function(){var on=!views.every(function(v){return v.classList.contains('flipped')});
-views.forEach(function(v){flip(v,on)})};
+buttons.side.onclick=function(){show('side')};
+if(buttons.slid)buttons.slid.onclick=function(){show('slid')};
+buttons.stacked.onclick=function(){show('stacked')};
+all.onclick=function(){var n=+views[0].dataset.on+1;views.forEach(function(v){turn(v,n)})};
 views.forEach(function(v){
-v.onclick=function(){if(pairs.classList.contains('stacked'))flip(v)};
-v.onkeydown=function(e){if((e.key===' '||e.key==='Enter')&&pairs.classList.contains('stacked')){e.preventDefault();flip(v)}};
+v.onclick=function(){if(pairs.classList.contains('stacked'))turn(v,+v.dataset.on+1)};
+v.onkeydown=function(e){if(!pairs.classList.contains('stacked'))return;
+var by={' ':1,Enter:1,ArrowRight:1,ArrowLeft:-1}[e.key];if(by){e.preventDefault();turn(v,+v.dataset.on+by)}};
+});
 });
 })();
 """
 
+SHOWN, LONGEST = 48, 512  # pairs of pictures on a page, and pixels of a picture's longest side: a page stays small
+UNDRAWN = ("step", "reward_queries", "seconds", "pairs", "epoch", "round")
+DISTANCES = ("kl_path", "kl", "lora_norm", "logit_abs")
+"""Names in a log that say how far a model is from its base, the best first."""
 
-def write_report(
-    path: str | Path,
-    *,
-    title: str,
-    headline: str,
-    comparisons: Sequence[Comparison],
-    prompts: Sequence[str],
-    base_images: Sequence[Image.Image],
-    tuned_images: Sequence[Image.Image],
-    training_curves: Sequence[Mapping[str, Any]] = (),
-    settings: Mapping[str, Any] | None = None,
-    versions: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
-) -> None:
-    """Write one self-contained HTML file, atomically.
 
-    ``prompts``, ``base_images``, ``tuned_images``: the pairs to show, which may be fewer than were compared.
-    ``training_curves``: rows of the training log, ``{"step": 10, "loss": 0.69, ...}``; every number that occurs in two rows or
-    more becomes a chart. ``settings``: whatever a reader needs to repeat the run, nested at will; an entry ``command`` is
-    shown as a command line. All text is escaped.
+@dataclass(frozen=True)
+class Chapter:
+    """One run or one comparison, ready to be shown.
+
+    ``pictures``: prompt, and a picture of each side, which may be fewer than were compared; ``labels``: what the sides are
+    called. ``curves``: rows of the training log, ``{"step": 10, "loss": 0.69, ...}``; every number that occurs in two rows or
+    more becomes a chart. ``settings``: whatever a reader needs to repeat the run, nested at will.
     """
-    if not len(prompts) == len(base_images) == len(tuned_images):
-        raise UserError(f"{len(prompts)} prompts, {len(base_images)} and {len(tuned_images)} pictures; give as many of each")
-    ordered = by_weight(comparisons)
-    settings = dict(settings or {})
-    command = settings.pop("command", None)
+
+    title: str
+    result: Result | None = None
+    pictures: Sequence[tuple[str, Sequence[Image.Image]]] = ()
+    labels: Sequence[str] = ("before", "after")
+    curves: Sequence[Mapping[str, Any]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    command: str | None = None
+
+
+def chapter_of(folder: str | Path) -> Chapter:
+    """What lies in the folder of a run or of a comparison, finished or not.
+
+    Raises:
+        UserError: neither a log nor a comparison is there, or one is damaged.
+    """
+    folder = Path(folder)
+    if folder.is_file() and folder.suffix == ".json":
+        folder = folder.parent
+    found = next((folder / n for n in ("comparison.json", "metrics.json") if (folder / n).is_file()), None)
+    log = folder / "log.jsonl"
+    if found is None and not log.is_file():
+        raise UserError(
+            f"{folder} holds no comparison.json, metrics.json or log.jsonl; name the folder of a run or a comparison"
+        )
+    result, extra = read_result(found) if found else (None, {})
+    run = _read_json(folder / "run.json")
+    recipe = folder / "recipe.yaml"
+    settings = parse(recipe.read_text(encoding="utf-8"), str(recipe)) if recipe.is_file() else {}
+    labels, pictures, title = ["before", "after"], [], folder.resolve().name
+    if result is not None:
+        if not recipe.is_file():
+            settings, title = {"folders": ", ".join(result.folders), **result.settings}, " and ".join(result.models)
+            labels = list(result.models)
+        pictures = [(shown["prompt"], _open(result.folders, shown["files"])) for shown in result.shown[:SHOWN]]
+    return Chapter(
+        title=str(extra.get("title") or title),
+        result=result,
+        pictures=pictures,
+        labels=labels,
+        curves=read_lines(log) if log.is_file() else [],
+        settings=settings if isinstance(settings, dict) else {},
+        versions=run.get("versions") or {},
+        command=run.get("command") or extra.get("command"),
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; lines that are none, such as one cut short, are left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def write_report(path: str | Path, chapters: Sequence[Chapter]) -> None:
+    """Write one self-contained HTML file, atomically. All text is escaped."""
+    if not chapters:
+        raise UserError("there is nothing to report; name the folder of a run or of a comparison")
+    title = chapters[0].title if len(chapters) == 1 else f"{len(chapters)} results"
     page = Template(files("palate.evaluation").joinpath("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         style=STYLE,
         style_hash=_sha256(STYLE),
         script=SCRIPT,
         script_hash=_sha256(SCRIPT),
-        hero=_hero(headline, ordered),
-        judges=_judges(ordered),
-        pictures=_pictures(prompts, base_images, tuned_images),
-        curves=_curves(training_curves),
-        notes=_notes(notes),
-        making=_making(command, settings, dict(versions or {})),
+        contents=_contents(chapters) if len(chapters) > 1 else "",
+        chapters="".join(_chapter(c, f"result-{i}") for i, c in enumerate(chapters, start=1)),
     )
     write_atomically(path, page.encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); mend it, or delete it") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _open(folders: Sequence[str], names: Sequence[str]) -> list[Image.Image]:
+    images = []
+    for folder, name in zip(folders, names, strict=True):
+        path = Path(folder) / name
+        if not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"{name} leads outside {folder}; compare again")
+        try:
+            images.append(decode(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"the picture {path} cannot be shown ({error}); compare again") from error
+    return images
+
+
+def _contents(chapters: Sequence[Chapter]) -> str:
+    rows = []
+    for number, chapter in enumerate(chapters, start=1):
+        v = chapter.result.versus[0] if chapter.result else None
+        best = by_weight(v.comparisons)[0] if v and v.comparisons else None
+        cells = "<td></td><td></td><td>no comparison yet</td>"
+        if best is not None:
+            w = best.win_rate
+            cells = f"""<td>{_bar(w)}</td><td class="num"><strong>{percent(w.rate)} %</strong>
+<span class="soft">{percent(w.low)}–{percent(w.high)} %</span></td><td data-name="Judge">{escape(best.judge)}</td>"""
+        tone = _verdict(best) if best else "even"
+        rows.append(
+            f'<tr class="{tone}"><th scope="row"><a href="#result-{number}">{escape(chapter.title)}</a></th>{cells}</tr>'
+        )
+    return f"""<header><h1>{len(chapters)} results</h1><table class="contents small"><thead><tr><th scope="col">Result</th>
+<th scope="col">Preferred to its base</th><th scope="col">Share</th><th scope="col">Most independent judge</th></tr></thead>
+<tbody>{"".join(rows)}</tbody></table></header>"""
+
+
+def _chapter(c: Chapter, anchor: str) -> str:
+    pairs = c.result.versus if c.result else []
+    hero = "".join(_hero(v.headline, by_weight(v.comparisons)) for v in pairs)
+    hero = hero or '<div class="hero"><h1>Training so far. It has not been compared with its base.</h1></div>'
+    aligned = c.labels[-1] if len(c.labels) == 2 and tuple(c.labels) != ("before", "after") else "the aligned model"
+    judges = "".join(
+        _flags(v.flags) + _judges(v, v.model if len(pairs) > 1 else aligned, several=len(pairs) > 1) for v in pairs
+    )
+    rankings = _rankings(c.result.rankings) if c.result else ""
+    notes = (
+        [
+            *c.result.notes,
+            *(f"{v.model}: {v.diversity.sentence()}" if len(pairs) > 1 else v.diversity.sentence() for v in pairs),
+        ]
+        if c.result
+        else []
+    )
+    return f"""<article id="{anchor}"><header><p class="kicker">{escape(c.title)}</p>{hero}</header>
+{judges}{rankings}{_pictures(c.pictures, c.labels)}{_distance(c.curves)}{_curves(c.curves)}{_notes(notes)}
+{_making(c.command, dict(c.settings), dict(c.versions))}</article>"""
+
+
+def _flags(flags: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(flag)}</li>" for flag in flags)
+    return f'<section><h2>Look at this first</h2><ul class="flags">{items}</ul></section>' if items else ""
+
+
+def _rankings(rankings: Sequence[Ranking]) -> str:
+    if not rankings:
+        return ""
+    parts = []
+    for r in rankings:
+        order = sorted(range(len(r.models)), key=lambda i: -r.elo[i])
+        dirty = ' <span class="tag dirty">trained on</span>' if r.contaminated else ""
+        head = "".join(f'<th scope="col">beats {escape(r.models[j])}</th>' for j in order)
+        rows = "".join(
+            f"""<tr><th scope="row">{escape(r.models[i])}</th>
+<td class="num" data-name="Strength"><strong>{r.elo[i]:.0f}</strong>
+<span class="soft">{r.low[i]:.0f}–{r.high[i]:.0f}</span></td>"""
+            + "".join(f'<td class="num" data-name="Beats {escape(r.models[j])}">{_share(r.shares[i][j])}</td>' for j in order)
+            + "</tr>"
+            for i in order
+        )
+        parts.append(
+            f"""<h3>{escape(r.judge)}{dirty}</h3><div class="scroll"><table><thead><tr><th scope="col">Model</th>
+<th scope="col">Strength</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"""
+        )
+    return f"""<section><h2>All models together</h2>
+<p>Strength is on the scale of chess: the mean is 1000, and 400 points are odds of ten to one. Behind it stands the
+95 % interval over prompts.</p>{"".join(parts)}</section>"""
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{percent(share)} %"
 
 
 def _sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _verdict(c: Comparison) -> str:
+def _verdict(c: Comparison | Group) -> str:
     if not c.win_rate.clear:
         return "even"
     return "good" if c.win_rate.rate > 0.5 else "bad"
@@ -194,19 +375,47 @@ def _hero(headline: str, ordered: list[Comparison]) -> str:
     return f'<div class="hero">{number}<h1>{escape(headline)}</h1></div>'
 
 
-def _judges(ordered: list[Comparison]) -> str:
+def _judges(v: Versus, who: str, *, several: bool) -> str:
+    ordered = by_weight(v.comparisons)
     if not ordered:
         return ""
     rows = "".join(_judge(c) for c in ordered)
+    if v.macro is not None:
+        m = v.macro
+        rows += f"""<tr class="even"><th scope="row">mean of {m.judges}<br><span class="tag">not trained on</span></th>
+<td>{_bar(m)}</td><td class="num"><strong>{percent(m.rate)} %</strong>
+<span class="soft">{percent(m.low)}–{percent(m.high)} %</span></td><td></td><td></td><td></td></tr>"""
+    heading = f"What the judges say of {escape(v.model)}" if several else "What the judges say"
     w = ordered[0].win_rate
     each = "one pair each" if w.n == w.prompts else f"{w.n} pairs in all"
-    return f"""<section><h2>What the judges say</h2>
+    return f"""<section><h2>{heading}</h2>
 <p>Both models drew the same {w.prompts} prompts ({each}) from the same starting noise. A judge is a program that scores a
-picture; it prefers the one it scores higher. 50 % would mean that alignment changed nothing it can see. The shaded bar is the
+picture; it prefers the one it scores higher. 50 % would mean that nothing it can see has changed. The shaded bar is the
 {percent(ordered[0].confidence)} % interval over prompts.</p>
-<table><thead><tr><th scope="col">Judge</th><th scope="col">Prefers the aligned model</th><th scope="col">Share</th>
+<table><thead><tr><th scope="col">Judge</th><th scope="col">Prefers {escape(who)}</th><th scope="col">Share</th>
 <th scope="col">Wins, ties, losses</th><th scope="col">Mean score, before to after</th><th scope="col">p</th></tr></thead>
-<tbody>{rows}</tbody></table>{_explain(ordered)}</section>"""
+<tbody>{rows}</tbody></table>{_explain(ordered)}{_groups(ordered)}</section>"""
+
+
+def _groups(ordered: list[Comparison]) -> str:
+    """The parts of the prompts, by each judge, behind a click."""
+    tables = []
+    for c in ordered:
+        rows = "".join(
+            f"""<tr class="{_verdict(g)}"><th scope="row">{escape(g.value)}</th><td>{_bar(g.win_rate)}</td><td class="num">
+<strong>{percent(g.win_rate.rate)} %</strong>
+<span class="soft">{percent(g.win_rate.low)}–{percent(g.win_rate.high)} %</span></td>
+<td class="num" data-name="Prompts">{g.win_rate.prompts}</td></tr>"""
+            for g in c.groups
+        )
+        if rows:
+            fields = ", ".join(dict.fromkeys(g.field for g in c.groups))
+            tables.append(
+                f"""<details{" open" if c is ordered[0] else ""}><summary>{escape(c.judge)} by {escape(fields)}</summary>
+<table class="groups small"><thead><tr><th scope="col">Prompts</th><th scope="col">Preferred</th><th scope="col">Share</th>
+<th scope="col">Number</th></tr></thead><tbody>{rows}</tbody></table></details>"""
+            )
+    return "".join(tables)
 
 
 def _explain(ordered: list[Comparison]) -> str:
@@ -229,15 +438,14 @@ def _judge(c: Comparison) -> str:
     low, high = percent(w.low), percent(w.high)
     p = "below 0.001" if c.p < 0.001 else f"{c.p:.3f}"
     return f"""<tr class="{_verdict(c)}"><th scope="row">{escape(c.judge)}<br>{tag}</th>
-<td>{_bar(c)}</td><td class="num"><strong>{percent(w.rate)} %</strong> <span class="soft">{low}–{high} %</span></td>
+<td>{_bar(w)}</td><td class="num"><strong>{percent(w.rate)} %</strong> <span class="soft">{low}–{high} %</span></td>
 <td data-name="Wins, ties, losses" class="num">{w.wins}, {w.ties}, {w.losses}</td>
 <td data-name="Mean score"><span class="num">{_number(c.mean_base)} → {_number(c.mean_tuned)}</span>
 <span class="soft num">({d.difference:+.3g}, {_number(d.low)} to {_number(d.high)})</span></td>
 <td data-name="p" class="num">{p}</td></tr>"""
 
 
-def _bar(c: Comparison) -> str:
-    w = c.win_rate
+def _bar(w: WinRate | Average) -> str:
     label = f"{percent(w.rate)} %, interval {percent(w.low)} to {percent(w.high)} %"
     x, low, high = (10 + 200 * v for v in (w.rate, w.low, w.high))
     return f"""<svg class="bar" viewBox="0 0 220 26" role="img" aria-label="{label}">
@@ -246,66 +454,149 @@ def _bar(c: Comparison) -> str:
 <circle class="dot" cx="{x:.1f}" cy="13" r="5"/></svg>"""
 
 
-def _pictures(prompts: Sequence[str], base: Sequence[Image.Image], tuned: Sequence[Image.Image]) -> str:
-    if not prompts:
+def _pictures(pictures: Sequence[tuple[str, Sequence[Image.Image]]], labels: Sequence[str]) -> str:
+    if not pictures:
         return ""
+    for prompt, images in pictures:
+        if len(images) != len(labels):
+            raise UserError(f"{len(images)} pictures of {prompt!r} came with {len(labels)} sides; give as many of each")
+    many = " many" if len(labels) > 2 else ""
     cards = "".join(
-        f"""<figure class="pair"><div class="views">{_view("before", prompt, b)}{_view("after", prompt, t)}</div>
+        f"""<figure class="pair"><div class="views{many}">{"".join(map(_view, labels, [prompt] * len(labels), images))}</div>
 <figcaption>{escape(prompt)}</figcaption></figure>"""
-        for prompt, b, t in zip(prompts, base, tuned, strict=True)
+        for prompt, images in pictures
     )
-    return f"""<section><h2>Before and after</h2>
-<p>The same prompt and the same starting noise, without and with alignment.</p>
-<div class="tools" hidden><button class="side" type="button" aria-pressed="true">Side by side</button>
-<button class="stack" type="button" aria-pressed="false">Click a picture to flip it</button>
+    slide = "" if many else '<button class="over" type="button" aria-pressed="false">Slide</button>'
+    names = " and ".join(labels) if len(labels) == 2 else ", ".join(labels)
+    return f"""<section class="compared"><h2>{escape(names[:1].upper() + names[1:])}</h2>
+<p>The same prompt and the same starting noise. Chosen without looking at any score.</p>
+<div class="tools" hidden><button class="side" type="button" aria-pressed="true">Side by side</button>{slide}
+<button class="stack" type="button" aria-pressed="false">Flip</button>
 <button class="all" type="button" hidden>Flip all</button></div>
 <div class="pairs">{cards}</div></section>"""
 
 
-def _view(when: str, prompt: str, image: Image.Image) -> str:
+def _view(label: str, prompt: str, image: Image.Image) -> str:
     # Small pictures are enlarged here by a whole factor: Lanczos keeps edges that a browser's own enlarging blurs.
     image = image.convert("RGB")
     factor = max(1, round(256 / max(image.size)))
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
+    image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, optimize=True)
+    image.save(buffer, "WEBP", quality=86, method=4)
     data = base64.b64encode(buffer.getvalue()).decode()
     size = f'width="{image.width}" height="{image.height}"'
-    alt = escape(f"{when.capitalize()} alignment: {prompt}")
-    picture = f'<img src="data:image/jpeg;base64,{data}" {size} alt="{alt}">'
-    return f'<div class="view {when}">{picture}<span aria-hidden="true">{when}</span></div>'
+    alt = escape(f"{label}: {prompt}")
+    picture = f'<img src="data:image/webp;base64,{data}" {size} alt="{alt}">'
+    return f'<div class="view">{picture}<span aria-hidden="true">{escape(label)}</span></div>'
+
+
+def _distance(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Over-optimisation: what training pushes up and what it does not see, against the distance from the base."""
+    name = next((d for d in DISTANCES if sum(_is_number(row.get(d)) for row in rows) > 1), None)
+    if name is None:
+        return ""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    far = 0.0
+    for row in rows:
+        far = float(row[name]) if _is_number(row.get(name)) else far
+        for key, value in row.items():
+            if _is_number(value) and (_is_trained(key) or _is_held_out(key)):
+                lines.setdefault(key, []).append((far, float(value)))
+    lines = {key: points for key, points in lines.items() if len(points) > 2}
+    if not any(map(_is_trained, lines)):
+        return ""
+    held = any(map(_is_held_out, lines))
+    told = (
+        "The further a model goes, the more it earns from what it is trained on. While a measure that training never sees "
+        "rises as well, pictures get better; where it turns down, training goes too far."
+        if held
+        else "Nothing that training does not see was measured on the way: this view cannot tell when training went too far."
+    )
+    return f"""<section><h2>How far is too far</h2><p>{told} Every line is drawn in units of
+its own range.</p><div class="charts"><figure class="chart">{_against(lines, _title(name))}</figure></div></section>"""
+
+
+def _against(lines: Mapping[str, list[tuple[float, float]]], name: str) -> str:
+    left, right, top, bottom = 12, 354, 10, 148
+    far = max(x for points in lines.values() for x, _ in points) or 1.0
+    drawn, keys = [], []
+    for key, points in sorted(lines.items(), key=lambda item: _is_held_out(item[0])):
+        ys = [y for _, y in points]
+        span = (max(ys) - min(ys)) or 1.0
+        style = "" if _is_held_out(key) else " trained"
+        at = " ".join(
+            f"{left + x / far * (right - left):.1f},{bottom - (y - min(ys)) / span * (bottom - top):.1f}" for x, y in points
+        )
+        drawn.append(f'<polyline class="smooth{style}" points="{at}"/>')
+        x, _, y = at.rpartition(" ")[2].partition(",")
+        drawn.append(f'<circle class="dotm{style}" cx="{x}" cy="{y}" r="4"/>')
+        change = f"{_number(ys[0])} → {_number(ys[-1])}"
+        keys.append(f'<span><i class="key{style}"></i>{escape(_title(key))} {change}</span>')
+    label = f"Trained and held-out measures against {name}"
+    return f"""<figcaption class="keys">{"".join(keys)}</figcaption>
+<svg viewBox="0 0 360 172" role="img" aria-label="{escape(label)}">
+<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>{"".join(drawn)}
+<text x="{left}" y="{bottom + 17}">0</text>
+<text x="{right}" y="{bottom + 17}" text-anchor="end">{escape(name)} {_number(far)}</text></svg>"""
+
+
+def _is_trained(name: str) -> bool:
+    return name in ("reward_mean", "implicit_accuracy") or name.startswith("reward/")
+
+
+def _is_held_out(name: str) -> bool:
+    return name.startswith("held_out")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").replace("/", ", ")
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
+    queries = any("reward_queries" in row for row in rows)
+    axis = "reward_queries" if queries else "step"
+    asked = 0.0
     for index, row in enumerate(rows):
-        step = row.get("step", index)
+        asked = float(row.get("reward_queries", asked))
+        place = asked if queries else float(row.get("step", index))
         for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                series.setdefault(name, []).append((float(step), float(value)))
+            if name not in UNDRAWN and _is_number(value):
+                series.setdefault(name, []).append((place, float(value)))
     names = sorted((n for n, points in series.items() if len(points) > 1), key=_importance)
     if not names:
         return ""
     first, rest = [n for n in names if _importance(n) < 3], [n for n in names if _importance(n) == 3]
-    more = _charts(rest, series)
+    more = _charts(rest, series, _title(axis))
+    told = "The bold line is a moving average where the log is dense."
+    if queries:
+        told += " Rewards are those of the pictures that the model drew for training; below stands how many were judged so far."
+    if any("accuracy" in name for name in names):
+        told += " An accuracy says how often the model being trained orders a pair as the votes do; 0.5 (dashed) is chance."
     if first and rest:
         more = f"<details><summary>More curves</summary>{more}</details>"
     return f"""<section><h2>Training</h2>
-<p>The bold line is a moving average where the log is dense. An accuracy says how often the model being trained orders a pair
-as the votes do; 0.5 (dashed) is chance.</p>{_charts(first, series)}{more}</section>"""
+<p>{told}</p>{_charts(first, series, _title(axis))}{more}</section>"""
 
 
 def _importance(name: str) -> int:
     name = name.lower()
-    return 0 if name == "loss" else 1 if "accuracy" in name else 2 if "loss" in name or "margin" in name else 3
+    if name == "reward_mean" or _is_held_out(name) or "accuracy" in name:
+        return 0
+    return 1 if name == "loss" else 2 if "loss" in name or "margin" in name or name.startswith(("reward/", "kl")) else 3
 
 
-def _charts(names: list[str], series: Mapping[str, list[tuple[float, float]]]) -> str:
-    return f'<div class="charts">{"".join(_chart(name, series[name]) for name in names)}</div>' if names else ""
+def _charts(names: list[str], series: Mapping[str, list[tuple[float, float]]], axis: str) -> str:
+    return f'<div class="charts">{"".join(_chart(name, series[name], axis) for name in names)}</div>' if names else ""
 
 
-def _chart(name: str, points: list[tuple[float, float]]) -> str:
+def _chart(name: str, points: list[tuple[float, float]], axis: str) -> str:
     points = _thin(sorted(points), 400)
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     smooth = _moving_average(ys, max(1, len(ys) // 15)) if len(ys) > 30 else ys
@@ -327,7 +618,7 @@ def _chart(name: str, points: list[tuple[float, float]]) -> str:
     if shares:
         y = bottom - (0.5 - low) / (high - low) * (bottom - top)
         chance = f'<line class="half" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    title = escape(name.replace("_", " ").replace("/", ", "))
+    title = escape(_title(name))
     start, end = _number(smooth[0]), _number(smooth[-1])
     return f"""<figure class="chart"><figcaption>{title}<span>{start} → {end}</span></figcaption>
 <svg viewBox="0 0 360 146" role="img" aria-label="{title} from {start} to {end}">
@@ -335,7 +626,7 @@ def _chart(name: str, points: list[tuple[float, float]]) -> str:
 {line(ys, "raw") if smooth is not ys else ""}{line(smooth, "smooth")}
 <text x="{left - 6}" y="{top + 8}" text-anchor="end">{_number(high)}</text>
 <text x="{left - 6}" y="{bottom}" text-anchor="end">{_number(low)}</text>
-<text x="{left}" y="{bottom + 15}">step {xs[0]:g}</text>
+<text x="{left}" y="{bottom + 15}">{axis} {xs[0]:g}</text>
 <text x="{right}" y="{bottom + 15}" text-anchor="end">{xs[-1]:g}</text></svg></figure>"""
 
 
@@ -352,8 +643,7 @@ def _moving_average(values: list[float], radius: int) -> list[float]:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    lines = [notes] if isinstance(notes, str) else notes
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{escape(line)}</li>" for line in notes)
     return f"<section><h2>Notes</h2><ul>{items}</ul></section>" if items else ""
 
 
@@ -370,7 +660,7 @@ def _entries(values: Mapping[str, Any], prefix: str = "") -> str:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             parts.append(_entries(value, f"{name}."))
-        else:
+        elif value is not None:
             parts.append(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>")
     return "".join(parts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from html.parser import HTMLParser
 
@@ -15,9 +14,11 @@ from PIL import Image, ImageFont
 
 from palate.errors import UserError
 from palate.evaluation import grid
-from palate.evaluation.compare import compare, diversity, headline, percent, write_metrics
+from palate.evaluation.compare import compare, count_votes, headline, percent, rank, versus
+from palate.evaluation.diversity import diversity, thumbnail
+from palate.evaluation.folders import Result
 from palate.evaluation.grid import before_after_grid
-from palate.evaluation.report import write_report
+from palate.evaluation.report import Chapter, write_report
 from palate.miniature import scenes
 
 rng = np.random.default_rng(0)
@@ -95,31 +96,107 @@ def test_percent_never_rounds_into_certainty():
     ]
 
 
-def test_diversity_by_hand():
-    def grey(value):
-        return Image.new("RGB", (64, 64), (value,) * 3)
+def small(*greys: int) -> np.ndarray:
+    return np.stack([thumbnail(Image.new("RGB", (64, 64), (v,) * 3)) for v in greys])
 
+
+def test_diversity_by_hand():
     # Within a: 0 and 255 are 1 apart, b: 0 and 51 are 0.2 apart, mean 0.6; after: all alike.
-    d = diversity([grey(v) for v in (0, 255, 0, 51)], [grey(7)] * 4, ["a", "a", "b", "b"])
+    d = diversity(small(0, 255, 0, 51), small(7, 7, 7, 7), ["a", "a", "b", "b"])
     assert (d.base, d.tuned, d.over) == (pytest.approx(0.6), pytest.approx(0), "seeds of a prompt")
     assert "-100 %" in d.sentence()
-    assert "repeated" in d.sentence()
+    # 0 stands there twice, once for each prompt; after, all four are alike.
+    assert (d.twins_base, d.twins_tuned) == (0.5, 1.0)
+    assert [flag.split()[0] for flag in d.flags()] == ["Variety", "100"]
+    assert "repeated" in d.flags()[0]
     # One picture a prompt: pairs (0, 255), (0, 51), (51, 255) are 1, 0.2 and 0.8 apart, mean 2/3.
-    d = diversity([grey(v) for v in (0, 255, 51)], [grey(v) for v in (255, 0, 204)], ["a", "b", "c"])
+    d = diversity(small(0, 255, 51), small(255, 0, 204), ["a", "b", "c"])
     assert (d.base, d.tuned, d.over) == (pytest.approx(2 / 3), pytest.approx(2 / 3), "prompts")
     assert "+0 %" in d.sentence()
+    assert d.flags() == []
 
 
-def test_metrics_are_json(tmp_path):
-    found = compare({"j": wins(0.7)}, IDS, draws=300)
-    write_metrics(tmp_path / "deep" / "metrics.json", found, {"headline": headline(found)})
-    read = json.loads((tmp_path / "deep" / "metrics.json").read_text())
-    assert read["comparisons"][0]["win_rate"]["rate"] == 0.7
-    assert read["headline"].startswith("An independent judge")
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["metrics.json"]
-    with pytest.raises(UserError, match="cannot be written as JSON"):
-        write_metrics(tmp_path / "bad.json", found, {"x": float("nan")})
-    assert not (tmp_path / "bad.json").exists()
+def test_a_fall_in_variety_needs_an_interval():
+    """Distances of 40 prompts, two seeds each, halved: flagged. Two prompts, of which one fell: not clear, not flagged."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(size=(80, 16, 16, 3)).astype(np.float32)
+    middle = base.reshape(40, 2, -1).mean(axis=1).repeat(2, axis=0).reshape(base.shape)
+    prompts = [f"prompt {i // 2}" for i in range(80)]
+    d = diversity(base, (base + middle) / 2, prompts)
+    assert d.ratio == pytest.approx(0.5)
+    assert d.low == pytest.approx(0.5, abs=1e-6) == d.high
+    assert d.flags()
+    d = diversity(small(0, 255, 0, 51), small(0, 128, 0, 61), ["a", "a", "b", "b"])
+    assert d.ratio < 0.7
+    assert d.low < 1 < d.high
+    assert d.flags() == []
+
+
+def test_loud_colours_are_flagged():
+    grey, red = np.full((4, 16, 16, 3), 0.5, np.float32), np.zeros((4, 16, 16, 3), np.float32)
+    grey[..., 0], red[..., 0] = 0.6, 1.0
+    d = diversity(grey, red, ["a", "b", "c", "d"])
+    # 0.1 of 0.6 before, 1 after.
+    assert (d.saturation_base, d.saturation_tuned) == (pytest.approx(1 / 6), pytest.approx(1))
+    assert any("saturated" in flag for flag in d.flags())
+
+
+ALIKE = diversity(small(0, 100), small(0, 100), ["a", "b"])
+
+
+def test_prompt_following_does_not_drop_in_silence():
+    scores = {"fresh": wins(0.9), "clipscore:somewhere": wins(0.2)}
+    found = versus("base", "tuned", scores, IDS, ALIKE, draws=300)
+    assert "clipscore:somewhere says that pictures follow their prompts less" in found.flags[0]
+    # One judge by its kind, another by the part it plays.
+    found = versus("base", "tuned", {"mini": wins(0.2)}, IDS, ALIKE, kinds={"mini": "prompt following"}, draws=300)
+    assert "mini says" in found.flags[0]
+    found = versus("base", "tuned", {"fresh": wins(0.9)}, IDS, ALIKE, draws=300)
+    assert found.flags == ["No judge looked at whether pictures follow their prompts; add one of kind clipscore."]
+    found = versus("base", "tuned", {"clipscore": wins(0.9)}, IDS, ALIKE, contaminated={"clipscore"}, draws=300)
+    assert found.flags[0].startswith("Every judge here was part of training")
+
+
+def test_macro_average_leaves_contaminated_judges_out():
+    scores = {"a": wins(0.8), "b": wins(0.6), "trained": wins(1.0)}
+    found = versus("base", "tuned", scores, IDS, ALIKE, contaminated={"trained"}, draws=300)
+    assert found.macro is not None
+    assert (found.macro.rate, found.macro.judges) == (pytest.approx(0.7), 2)
+    assert found.macro.low < 0.7 < found.macro.high
+    assert versus("base", "tuned", {"a": wins(0.8)}, IDS, ALIKE, draws=300).macro is None
+
+
+def test_groups_are_the_judge_on_their_rows():
+    base, tuned = wins(0.5)
+    kinds = ["people" if i < 50 else "places" for i in range(90)] + [None] * 10
+    (found,) = compare({"j": (base, tuned)}, IDS, groups={"category": kinds}, draws=300)
+    assert [(g.field, g.value, g.win_rate.n, g.win_rate.rate) for g in found.groups] == [
+        ("category", "people", 50, 1.0),
+        ("category", "places", 40, 0.0),
+    ]
+
+
+def test_votes_give_the_same_numbers_as_scores():
+    base, tuned = wins(0.7)
+    base[0] = tuned[0]  # a tie
+    shares = [(1.0 if t > b else 0.0 if t < b else 0.5) for b, t in zip(base, tuned, strict=True)]
+    votes = [
+        (p, "tuned", "base", s) if i % 2 else (p, "base", "tuned", 1 - s)
+        for i, (p, s) in enumerate(zip(IDS, shares, strict=True))
+    ]
+    found = count_votes(["base", "tuned"], votes, draws=500)
+    (by_score,) = compare({"j": (base, tuned)}, IDS, draws=500)
+    assert found.pairs == [("tuned", "base", by_score.win_rate)]
+    assert found.ranking is None
+    found = count_votes(["base", "tuned", "third"], [*votes, ("x", "third", "base", 1.0)], draws=200)
+    assert found.ranking is not None
+    assert found.ranking.comparisons == 101
+    assert found.ranking.shares[1][0] == pytest.approx(0.695)
+    assert found.ranking.shares[1][2] is None
+    with pytest.raises(UserError, match="did you mean 'tuned'"):
+        count_votes(["base", "tuned"], [("p", "base", "tunde", 1.0)])
+    with pytest.raises(UserError, match="no votes yet"):
+        count_votes(["base", "tuned"], [])
 
 
 def test_grid(tmp_path):
@@ -173,42 +250,42 @@ EVIL = "<script>alert(1)</script>\"'&$title"
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    found = compare({"labeller": wins(0.9), EVIL: wins(0.8)}, IDS, kinds={"labeller": "labels"}, draws=300)
+    scores = {"labeller": wins(0.9), EVIL: wins(0.8)}
+    kinds = [EVIL if i % 2 else "places" for i in range(100)]
+    pair = versus("base", EVIL, scores, IDS, ALIKE, kinds={"labeller": "labels"}, groups={EVIL: kinds}, unseen=True, draws=300)
+    ranking = rank(EVIL, ["base", EVIL, "third"], np.array([[0.0, 3, 2], [4, 0, 1], [5, 2, 0]]))
     rows = [
         {"step": i, "loss": 0.7 - i / 1000, "implicit_accuracy": 0.5 + i / 500, "name": "text", "bad": float("nan")}
         for i in range(50)
     ]
-    write_report(
-        path,
+    chapter = Chapter(
         title=EVIL,
-        headline=headline(found),
-        comparisons=found[::-1],
-        prompts=[*PROMPTS[:3], EVIL],
-        base_images=BASE,
-        tuned_images=TUNED,
-        training_curves=[*rows, {"step": 50, EVIL: 1.0}, {"step": 51, EVIL: 2}],
-        settings={"command": f"palate train {EVIL}", "seed": 7, "objective": {"name": EVIL, "beta": 5000}},
+        result=Result(["base", EVIL, "third"], ["a", "b", "c"], 100, 100, [pair], [ranking], {}, [EVIL]),
+        pictures=list(zip([*PROMPTS[:3], EVIL], zip(BASE, TUNED, strict=True), strict=True)),
+        curves=[*rows, {"step": 50, EVIL: 1.0}, {"step": 51, EVIL: 2}],
+        settings={"seed": 7, "unset": None, "objective": {"name": EVIL, "beta": 5000}},
         versions={"torch": EVIL},
-        notes=[EVIL],
+        command=f"palate train {EVIL}",
     )
+    write_report(path, [chapter])
     return path.read_text(encoding="utf-8")
 
 
 def test_report_is_whole(page):
     parsed = Page(page)
     assert parsed.open == []
-    assert headline(compare({"j": wins(0.8)}, IDS, draws=300)).replace("'", "&#x27;") in page
+    assert headline(compare({"j": wins(0.8)}, IDS, draws=300), who="the aligned model").partition("prefers")[0] in page
+    assert "unset" not in page
     assert page.index("held out</span>") < page.index("trained on</span>")
     assert "<dt>objective.beta</dt><dd>5000</dd>" in page
     assert "<dt>seed</dt><dd>7</dd>" in page
     images = [attributes for tag, attributes in parsed.tags if tag == "img"]
     assert len(images) == 8
-    assert {i["alt"] for i in images if i["alt"].startswith("Before")} == {
-        f"Before alignment: {p}" for p in [*PROMPTS[:3], EVIL]
-    }
+    assert {i["alt"] for i in images if i["alt"].startswith("before")} == {f"before: {p}" for p in [*PROMPTS[:3], EVIL]}
     charts = [a["aria-label"] for tag, a in parsed.tags if tag == "svg" and a.get("class") != "bar"]
     assert len(charts) == 3
-    assert charts[0].startswith("loss from 0.69")
+    assert charts[0].startswith("implicit accuracy from 0.5")
+    assert charts[1].startswith("loss from 0.69")
 
 
 def test_report_needs_nothing_else(page):
@@ -216,7 +293,7 @@ def test_report_needs_nothing_else(page):
     parsed = Page(page)
     for _, attributes in parsed.tags:
         for name in ("src", "href", "srcset", "action"):
-            assert (attributes.get(name) or "data:").startswith("data:")
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
         assert not any(name.startswith("on") for name in attributes)
         assert "style" not in attributes
     assert "url(" not in page
@@ -231,9 +308,45 @@ def test_report_needs_nothing_else(page):
 
 
 def test_report_of_little(tmp_path):
-    write_report(tmp_path / "r.html", title="t", headline="h", comparisons=[], prompts=[], base_images=[], tuned_images=[])
+    write_report(tmp_path / "r.html", [Chapter("t")])
     assert Page((tmp_path / "r.html").read_text()).open == []
-    with pytest.raises(UserError, match="as many of each"):
-        write_report(
-            tmp_path / "r.html", title="t", headline="h", comparisons=[], prompts=["a"], base_images=[], tuned_images=[]
-        )
+    with pytest.raises(UserError, match="give as many of each"):
+        write_report(tmp_path / "r.html", [Chapter("t", pictures=[("a", BASE[:1])])])
+    with pytest.raises(UserError, match="nothing to report"):
+        write_report(tmp_path / "r.html", [])
+
+
+def test_online_curves_lie_over_what_was_judged(tmp_path):
+    """Rewards against pictures judged, and the view that tells when training went too far."""
+    rows = [
+        {
+            "step": i,
+            "round": i,
+            "reward_queries": 32 * (i + 1),
+            "reward_mean": i / 10,
+            "reward/jpeg": -10.0 + i,
+            "kl_path": i / 50,
+            "held_out/clip": 1 - (i - 3) ** 2 / 9,
+            "kl_steps": [0.1],
+        }
+        for i in range(8)
+    ]
+    write_report(tmp_path / "r.html", [Chapter("online", curves=rows)])
+    page = (tmp_path / "r.html").read_text()
+    assert Page(page).open == []
+    assert "reward queries 32<" in page
+    assert "How far is too far" in page
+    assert "kl path 0.14<" in page
+    assert "held out, clip 0 → -0.778" in page
+    # Without a measure that training does not see, the page says that it cannot tell.
+    blind = [{k: v for k, v in row.items() if "held_out" not in k} for row in rows]
+    write_report(tmp_path / "r.html", [Chapter("online", curves=blind)])
+    assert "cannot tell when training went too far" in (tmp_path / "r.html").read_text()
+
+
+def test_large_pictures_stay_small(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8))
+    write_report(tmp_path / "r.html", [Chapter("t", pictures=[("p", [noise, noise])])])
+    page = Page((tmp_path / "r.html").read_text())
+    assert {a["width"] for tag, a in page.tags if tag == "img"} == {"512"}
+    assert (tmp_path / "r.html").stat().st_size < 700_000

@@ -1,0 +1,372 @@
+"""Picture folders compared: paired by prompt, seed and index, judged by the scores that lie beside the pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from palate.errors import UserError, nearest
+from palate.evaluation.compare import LABELS, Comparison, Group, Ranking, Versus, rank, versus
+from palate.evaluation.diversity import Diversity, diversity, thumbnails
+from palate.evaluation.manifest import Picture, ScoreFile, read_all_scores, read_manifest, read_settings
+from palate.evaluation.statistics import Average, MeanDifference, WinRate
+from palate.files import write_atomically
+from palate.options import parse
+
+VERSIONS = "versions"  # in the settings: may differ, which is told
+GROUPS = 40  # a field of the metadata with more values than these is no category
+
+
+@dataclass(frozen=True)
+class Side:
+    """One folder: what it shows and what judges said of it."""
+
+    name: str
+    folder: Path
+    pictures: Mapping[tuple[str, int, int], Picture]
+    settings: Mapping[str, Any]
+    scores: Mapping[str, ScoreFile]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A comparison of two or more picture folders; the first is the base."""
+
+    models: list[str]
+    folders: list[str]
+    prompts: int
+    pictures: int
+    versus: list[Versus]
+    rankings: list[Ranking]
+    settings: dict[str, Any]
+    notes: list[str]
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    """A few pairs for the report: prompt, and the file of each side."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: the first model against the base at the top, other models under ``others``."""
+        told = asdict(self)
+        first, *others = told.pop("versus")
+        return {**first, "others": others, **told}
+
+
+def read_side(folder: str | Path) -> Side:
+    """A picture folder with its scores.
+
+    Raises:
+        UserError: no manifest, missing pictures, or a damaged score file.
+    """
+    folder = Path(folder)
+    pictures = read_manifest(folder)
+    names = sorted({p.model for p in pictures})
+    name = names[0] if len(names) == 1 and names[0] != "unnamed" else folder.name
+    return Side(name, folder, {p.key: p for p in pictures}, read_settings(folder), read_all_scores(folder))
+
+
+def compare_folders(
+    folders: Sequence[str | Path],
+    *,
+    judges: Sequence[str] = (),
+    trained_on: Collection[str] = (),
+    allow_different_settings: bool = False,
+    unseen: bool = False,
+    who: str | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Result:
+    """Compare the pictures of ``folders``, the first being the base, by the scores in them.
+
+    Args:
+        judges: which judges to ask; all that have scored every folder unless named.
+        trained_on: judges or kinds of judges that took part in training; score files of role "labels" are known to.
+        allow_different_settings: compare what two sides have in common although prompts or settings differ.
+        unseen: the prompts were in none of the training pairs.
+        who: what to call the model in the headline; its name unless given.
+
+    Raises:
+        UserError: fewer than two folders; sides that differ in prompts, seeds or settings; a judge that is unknown, has not
+            scored a side, or scored two sides with different weights.
+    """
+    if len(folders) < 2:
+        raise UserError("a comparison needs two picture folders or more: the base first, then the others")
+    sides = _named(list(map(read_side, folders)))
+    notes = _differences(sides, allow_different_settings)
+    names = _common_judges(sides, judges)
+    keys, left_out = _common_keys(sides, names)
+    if left_out:
+        notes.append(f"{left_out} pictures without a score on some side are left out of all sides.")
+    prompts = [key[0] for key in keys]
+    files = {name: _score_files(sides, name) for name in names}
+    scores = {
+        name: [np.array([f.scores[s.pictures[k].file] for k in keys]) for s, f in zip(sides, found, strict=True)]
+        for name, found in files.items()
+    }
+    kinds = {name: found[0].role for name, found in files.items()}
+    followed = dict.fromkeys([*trained_on, *(name for side in sides for name in rewards_of(side))])
+    dirty = [n for n in names if kinds[n] == LABELS or any(_same(n, reward) for reward in followed)]
+    notes += [f"Training followed {r}, which judged nothing here." for r in followed if not any(_same(n, r) for n in names)]
+    small = [thumbnails(s.folder / s.pictures[k].file for k in keys) for s in sides]
+    told = {
+        "kinds": kinds,
+        "contaminated": dirty,
+        "groups": _groups([sides[0].pictures[k] for k in keys]),
+        "draws": draws,
+        "seed": seed,
+    }
+    found = [
+        versus(
+            sides[0].name,
+            side.name,
+            {name: (columns[0], columns[i]) for name, columns in scores.items()},
+            prompts,
+            diversity(small[0], small[i], prompts),
+            unseen=unseen,
+            who=who or side.name,
+            **told,
+        )
+        for i, side in enumerate(sides)
+        if i > 0
+    ]
+    rankings = []
+    if len(sides) > 2:
+        models = [s.name for s in sides]
+        for name in names:
+            rankings.append(rank(name, models, _wins(scores[name], prompts), contaminated=name in dirty, seed=seed))
+        fair = [n for n in names if n not in dirty]
+        if len(fair) > 1:
+            wins = sum((_wins(scores[n], prompts) for n in fair), start=np.zeros(())) / len(fair)
+            rankings.insert(0, rank("all untouched judges", models, wins, seed=seed))
+    return Result(
+        models=[s.name for s in sides],
+        folders=[str(s.folder) for s in sides],
+        prompts=len(set(prompts)),
+        pictures=len(keys),
+        versus=found,
+        rankings=rankings,
+        settings=dict(sides[0].settings),
+        notes=notes,
+        shown=_shown(sides, keys, 24),
+    )
+
+
+def rewards_of(side: Side) -> list[str]:
+    """The rewards that trained the model of a folder, if its run lies around the folder or is named as the model."""
+    named = [Path(text) for text in _texts(_model(side.folder)) if text]
+    models = [place for path in named for place in (path, path.parent)]
+    for place in (side.folder, *side.folder.resolve().parents[:2], *models):
+        path = place / "recipe.yaml"
+        if path.is_file():
+            found = parse(path.read_text(encoding="utf-8"), str(path))
+            return rewards_in(found) if isinstance(found, dict) else []
+    return []
+
+
+def _model(folder: Path) -> Any:
+    """``model.json``: what drew the pictures, with the paths of its weights."""
+    path = folder / "model.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        return {}
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in inner for text in _texts(part)]
+
+
+def rewards_in(recipe: Mapping[str, Any]) -> list[str]:
+    """The names of the rewards that a recipe trains on; none where it trains on pairs."""
+    online = recipe.get("online") or {}
+    if not isinstance(online, dict) or not online.get("train_prompts"):
+        return []
+    rewards = online.get("rewards") or ()
+    return [rewards] if isinstance(rewards, str) else [str(name) for name in rewards]
+
+
+def _same(judge: str, reward: str) -> bool:
+    """Whether a judge is a reward: of that name, or of that kind with weights from another folder."""
+    return judge.partition(":")[0] == reward.partition(":")[0]
+
+
+def write_result(path: str | Path, result: Result, extra: Mapping[str, Any] | None = None) -> None:
+    """Write ``comparison.json`` or ``metrics.json``, atomically."""
+    path = Path(path)
+    folders = [Path(os.path.relpath(folder, path.parent)).as_posix() for folder in result.folders]
+    text = json.dumps({**result.to_dict(), "folders": folders, **(extra or {})}, indent=2, ensure_ascii=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def read_result(path: str | Path) -> tuple[Result, dict[str, Any]]:
+    """What :func:`write_result` wrote: the result, its folders as they are reached from here, and what else stands there.
+
+    Raises:
+        UserError: the file is missing, damaged or older than this version.
+    """
+    path = Path(path)
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        ours = {f.name for f in (*fields(Versus), *fields(Result))} | {"others"}
+        extra = {name: told[name] for name in told if name not in ours}
+        pairs = [_versus(part) for part in (told, *told["others"])]
+        folders = [str(path.parent / folder) for folder in told["folders"]]
+        rest = {f.name: told[f.name] for f in fields(Result) if f.name not in ("versus", "rankings", "folders")}
+        result = Result(versus=pairs, rankings=[Ranking(**r) for r in told["rankings"]], folders=folders, **rest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is no comparison that this version wrote ({error!r}); compare again") from error
+    return result, extra
+
+
+def _versus(told: dict[str, Any]) -> Versus:
+    return Versus(
+        base=told["base"],
+        model=told["model"],
+        headline=told["headline"],
+        comparisons=[_comparison(c) for c in told["comparisons"]],
+        macro=Average(**told["macro"]) if told["macro"] else None,
+        diversity=Diversity(**told["diversity"]),
+        flags=list(told["flags"]),
+    )
+
+
+def _comparison(told: dict[str, Any]) -> Comparison:
+    def inner(part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "win_rate": WinRate(**part["win_rate"]), "difference": MeanDifference(**part["difference"])}
+
+    return Comparison(**{**inner(told), "groups": tuple(Group(**inner(g)) for g in told["groups"])})
+
+
+def _named(sides: list[Side]) -> list[Side]:
+    """Every side by a name of its own: its model's, or its folder's where two models have one name."""
+    names = [s.name for s in sides]
+    if len(set(names)) < len(names):
+        names = [s.folder.resolve().name for s in sides]
+    if len(set(names)) < len(names):
+        names = [str(s.folder) for s in sides]
+    if len(set(names)) < len(names):
+        raise UserError(f"the folder {next(n for n in names if names.count(n) > 1)} was given twice; name different ones")
+    return [Side(n, s.folder, s.pictures, s.settings, s.scores) for n, s in zip(names, sides, strict=True)]
+
+
+def _differences(sides: Sequence[Side], allowed: bool) -> list[str]:
+    """What differs between neighbours although it should not; refused unless allowed."""
+    found = []
+    for a, b in pairwise(sides):
+        lost, more = (next((k for k in x.pictures if k not in y.pictures), None) for x, y in ((a, b), (b, a)))
+        for holder, other, key in ((a, b, lost), (b, a, more)):
+            if key is not None:
+                count = sum(k not in other.pictures for k in holder.pictures)
+                found.append(
+                    f"{count} of {len(holder.pictures)} pictures in {holder.folder} have no partner in {other.folder}, "
+                    f"such as prompt {_short(key[0])}, seed {key[1]}, index {key[2]}"
+                )
+        away = next((k for k in a.pictures if k in b.pictures and a.pictures[k].negative != b.pictures[k].negative), None)
+        if away is not None:
+            found.append(f"the negative prompts of {_short(away[0])} differ in {a.folder} and {b.folder}")
+        for name in sorted((set(a.settings) | set(b.settings)) - {VERSIONS}):
+            left, right = a.settings.get(name), b.settings.get(name)
+            if left != right:
+                found.append(f"{name} is {_short(left)} in {a.folder} and {_short(right)} in {b.folder}")
+    if found and not allowed:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise UserError(
+            f"the sides were not made alike: {'; '.join(found[:3])}{more}; generate them with the same prompts, seeds and "
+            "settings, or compare what they share with --allow_different_settings true"
+        )
+    notes = [f"Not made alike: {text}." for text in found]
+    if any(a.settings.get(VERSIONS) != b.settings.get(VERSIONS) for a, b in pairwise(sides)):
+        notes.append("The sides were drawn with different versions of the libraries; see their settings.json.")
+    return notes
+
+
+def _common_judges(sides: Sequence[Side], wanted: Sequence[str]) -> list[str]:
+    known = {name for side in sides for name in side.scores}
+    if not known:
+        raise UserError(f"{sides[0].folder} holds no scores; first: palate score {sides[0].folder} --judges ...")
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"no scores of judge {name!r}{nearest(name, known)}")
+    names = list(dict.fromkeys(wanted)) or [n for n in sides[0].scores if all(n in s.scores for s in sides)]
+    for name in names or sorted(known):
+        lacking = [str(s.folder) for s in sides if name not in s.scores]
+        if lacking:
+            raise UserError(f"judge {name} has not scored {lacking[0]}; run: palate score {lacking[0]} --judges {name}")
+    return names
+
+
+def _score_files(sides: Sequence[Side], name: str) -> list[ScoreFile]:
+    found = [side.scores[name] for side in sides]
+    for side, file in zip(sides, found, strict=True):
+        if file.fingerprint != found[0].fingerprint:
+            raise UserError(
+                f"judge {name} scored {sides[0].folder} and {side.folder} with different weights; score one of them again"
+            )
+    return found
+
+
+def _common_keys(sides: Sequence[Side], names: Sequence[str]) -> tuple[list[tuple[str, int, int]], int]:
+    """The pictures that every side has and every judge has scored, and how many could not be scored."""
+    keys = [k for k in sides[0].pictures if all(k in s.pictures for s in sides)]
+    if not keys:
+        raise UserError(f"{sides[0].folder} and {sides[1].folder} share no prompt with the same seed: nothing can be paired")
+    bad = set()
+    for side in sides:
+        for name in names:
+            file = side.scores[name]
+            for key in keys:
+                picture = side.pictures[key].file
+                if picture in file.scores:
+                    continue
+                if picture not in file.bad:
+                    raise UserError(
+                        f"judge {name} has not scored {side.folder / picture}; run: palate score {side.folder} --judges {name}"
+                    )
+                bad.add(key)
+    kept = [k for k in keys if k not in bad]
+    if not kept:
+        raise UserError(f"no picture of {sides[0].folder} could be scored on all sides; see the errors in its scores/")
+    return kept, len(bad)
+
+
+def _groups(pictures: Sequence[Picture]) -> dict[str, list[str | None]]:
+    """Fields of the metadata that sort prompts into a few kinds, such as category and challenge."""
+    fields = sorted({name for p in pictures for name in p.metadata})
+    found = {}
+    for name in fields:
+        values = [p.metadata.get(name) for p in pictures]
+        kinds = {v for v in values if isinstance(v, str)}
+        if 2 <= len(kinds) <= GROUPS and len(kinds) <= len({p.prompt for p in pictures}) / 2:
+            found[name] = [v if isinstance(v, str) else None for v in values]
+    return found
+
+
+def _wins(columns: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+    """``(prompts, m, m)``: how often i beat j on each prompt, ties as half."""
+    x = np.stack(columns, axis=1)
+    points = (x[:, :, None] > x[:, None, :]) + 0.5 * (x[:, :, None] == x[:, None, :])
+    points *= 1 - np.eye(x.shape[1])
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    wins = np.zeros((len(number), *points.shape[1:]))
+    np.add.at(wins, [number[p] for p in prompts], points)
+    return wins
+
+
+def _shown(sides: Sequence[Side], keys: Sequence[tuple[str, int, int]], limit: int) -> list[dict[str, Any]]:
+    """The first picture of evenly spaced prompts: chosen without looking at a score."""
+    first = list({key[0]: key for key in reversed(keys)}.values())[::-1]
+    picked = np.unique(np.linspace(0, len(first) - 1, min(limit, len(first))).astype(int))
+    return [{"prompt": first[i][0], "files": [s.pictures[first[i]].file for s in sides]} for i in picked]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,60 @@
+"""``palate compare``: which of two or more folders of pictures is better, by the judges that scored them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from palate.errors import UserError
+from palate.options import checked, help_lines, overrides
+
+
+@dataclass(frozen=True)
+class Options:
+    judges: tuple[str, ...] = ()
+    """Whom to ask; all that have scored every folder unless named: ``'[pickscore:FOLDER, jpeg_compressibility]'``."""
+    trained_on: tuple[str, ...] = ()
+    """Judges, or kinds of judges, whose taste training followed: they are marked and come last."""
+    output_dir: str = "comparison"
+    """Where comparison.json and report.html are written."""
+    allow_different_settings: bool = False
+    """Compare what the folders have in common although prompts, seeds or settings differ; what differs is told."""
+    unseen: bool = False
+    """The prompts were in none of the training pairs: the headline may say so."""
+    draws: int = 10_000
+    """Of the bootstrap and the sign-flip test."""
+    seed: int = 0
+    """Of the same."""
+
+
+def main(words: list[str]) -> int:
+    folders = [word for i, word in enumerate(words) if not any(w.startswith("--") for w in words[: i + 1])]
+    if not folders or words[0] in ("-h", "--help"):
+        print("palate compare BASE OTHER [OTHER ...] [--option value ...]: folders with manifest.jsonl and scores/\n")
+        print("\n".join(help_lines(Options)))
+        return 0
+    options = checked(Options, overrides(words[len(folders) :]), "palate compare")
+    if len(folders) < 2:
+        raise UserError(f"palate compare needs two folders or more: the base first; only {folders[0]} was given")
+    if options.draws < 100:
+        raise UserError(f"draws is {options.draws}; an interval needs at least 100")
+
+    from palate.evaluation.folders import compare_folders, write_result
+    from palate.evaluation.report import chapter_of, write_report
+    from palate.evaluation.tables import table
+
+    result = compare_folders(
+        folders,
+        judges=options.judges,
+        trained_on=options.trained_on,
+        allow_different_settings=options.allow_different_settings,
+        unseen=options.unseen,
+        draws=options.draws,
+        seed=options.seed,
+    )
+    out = Path(options.output_dir)
+    write_result(out / "comparison.json", result)
+    write_report(out / "report.html", [chapter_of(out)])
+    print(table(result))
+    print(f"\nwrote {out / 'comparison.json'} and {out / 'report.html'}")
+    return 0

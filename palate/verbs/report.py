@@ -1,0 +1,33 @@
+"""``palate report``: runs and comparisons as one page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from palate.options import checked, help_lines, overrides
+
+
+@dataclass(frozen=True)
+class Options:
+    output: str | None = None
+    """The file to write; report.html in the folder unless given, or in the working directory for several folders."""
+
+
+def main(words: list[str]) -> int:
+    folders = [word for i, word in enumerate(words) if not any(w.startswith("--") for w in words[: i + 1])]
+    if not folders or words[0] in ("-h", "--help"):
+        print("palate report FOLDER [FOLDER ...] [--option value ...]: of palate train or palate compare\n")
+        print("\n".join(help_lines(Options)))
+        return 0
+    options = checked(Options, overrides(words[len(folders) :]), "palate report")
+
+    from palate.evaluation.report import chapter_of, write_report
+
+    chapters = [chapter_of(folder) for folder in folders]
+    first = Path(folders[0])
+    beside = (first if first.is_dir() else first.parent) if len(folders) == 1 else Path()
+    path = Path(options.output).expanduser() if options.output else beside / "report.html"
+    write_report(path, chapters)
+    print(f"wrote {path}")
+    return 0
