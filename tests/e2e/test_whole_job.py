@@ -78,7 +78,7 @@ def test_everything_a_run_leaves(palate, judge_dir, prompts_file):
         "metrics.json",
         "report.html",
         "checkpoint-3",
-        "evaluation/tuned/00003.png",
+        "evaluation/tuned/00003-00.png",
     }
     assert not [name for name in found if name.endswith((".tmp", ".saving")) or "/." in name]
     with safe_open("out/pytorch_lora_weights.safetensors", "pt") as file:
