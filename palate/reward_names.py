@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from palate.errors import UserError, nearest
+from palate.errors import UserError
 from palate.judge_names import NamedJudge, find_judges
 from palate.judges import KINDS
-from palate.miniature import world
 from palate.options import foreign
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class NamedReward:
 def find_rewards(names: str | Iterable[str] | Mapping[str, Any]) -> dict[str, NamedReward]:
     """The rewards of these names, in order; a mapping gives weights. No weights of models are read.
 
-    A name is that of a judge (``mini-clip``, ``jpeg_compressibility``, ``aesthetic:FOLDER``; see
-    :func:`palate.judge_names.find_judges`) or ``module:function``, importable from the working directory.
+    A name is that of a judge (``mini-clip``, ``jpeg_compressibility``, ``aesthetic:FOLDER``, ``remote:URL``; see
+    :func:`palate.judge_names.find_judges`) or ``module:function``, importable from the working directory; see
+    :func:`palate.rewards.reward.from_function`.
 
     Raises:
         UserError: an unknown name, a folder in which something is missing, a function that cannot be imported, or a weight
@@ -70,10 +71,7 @@ def _weight(name: str, weight: Any) -> float:
 
 
 def _source(name: str) -> NamedJudge | Callable[..., Any]:
-    kind, colon, _ = name.partition(":")
-    if name in world.JUDGES or kind in KINDS:
-        return find_judges([name])[name]
-    if not colon:
-        known = [*world.JUDGES, *(k if k.startswith("jpeg") else f"{k}:FOLDER" for k in KINDS), "module:function"]
-        raise UserError(f"no reward {name!r}{nearest(name, known)}")
-    return foreign(name)
+    # A judge by function gets no metadata, so functions are loaded here.
+    if re.fullmatch(r"[\w.]+:\w+", name) and name.partition(":")[0] not in KINDS:
+        return foreign(name)
+    return find_judges([name])[name]

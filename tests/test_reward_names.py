@@ -39,7 +39,7 @@ def test_names_without_weights():
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ("jpeg_compressability", "no reward 'jpeg_compressability' .did you mean 'jpeg_compressibility'"),
+        ("jpeg_compressability", "'jpeg_compressability' .did you mean 'jpeg_compressibility'"),
         ("mini-clop", "did you mean 'mini-clip'"),
         ("pickscore:/nowhere", "/nowhere"),
         ("own_taste:NUMBER", "own_taste:NUMBER is int; expected a function"),

@@ -40,8 +40,8 @@ def parted(
     (von Neumann 1941), so that a trend does not count as wobble. Never before ``2 * window`` evaluations.
 
     Four standard errors look strict because the best of many averages is compared, evaluation after evaluation: without any
-    decline, 20 evaluations of 64 images raise a false alarm in 1 to 4 of 100 runs, depending on the wobble; see
-    ``tests/rewards/test_held_out.py``.
+    decline, 20 evaluations of 64 images raise a false alarm in none to 4 of 100 runs, depending on the wobble; see
+    ``reproduction/false_alarms.py``.
 
     Args:
         trained: the mean trained reward at each evaluation.

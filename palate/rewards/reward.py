@@ -45,14 +45,17 @@ def from_function(function: Callable[..., Any], *, name: str = "", device: str |
     ``images`` is a float32 tensor ``(b, 3, h, w)`` in [0, 1], ``prompts`` a tuple of b texts, ``metadata`` a tuple of b
     dictionaries: positional, and copies, so that the function may change them.
 
-    A factory of such a function (ddpo-pytorch's ``jpeg_compressibility()``, flow_grpo's with a ``device``) or a class
-    whose instances can be called so is recognised by the arguments it takes, and called once.
+    A function of two arguments is a judge, ``fn(images, prompts) -> scores``. A factory (ddpo-pytorch's
+    ``jpeg_compressibility()``, flow_grpo's with a ``device``) or a class whose instances can be called so is recognised
+    by the arguments it takes, and called once.
 
     Raises:
-        UserError: it takes neither those three arguments nor none.
+        UserError: it takes neither those arguments nor none.
     """
     called = name or getattr(function, "__qualname__", repr(function))
     if not _takes(function, 3):
+        if _takes(function, 2):
+            return from_judge(function)
         if _takes(function, 0):
             made = function()
         elif "device" in inspect.signature(function).parameters and _takes(function, 0, device=device):

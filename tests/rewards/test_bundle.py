@@ -309,12 +309,13 @@ def test_factories_and_classes():
         {
             "peer": from_function(in_the_style_of_ddpo),
             "ours": from_judge(load_judge("jpeg_compressibility")),
+            "judge": from_function(lambda images, prompts: [len(p) for p in prompts]),
             "class": from_function(Scorer, device="cpu"),
         }
     )
     found = made.submit(x, PROMPTS).result()
     assert torch.equal(found.raw["peer"], found.raw["ours"])
-    assert found.raw["class"].tolist() == [5, 5, 6, 6]
+    assert found.raw["judge"].tolist() == found.raw["class"].tolist() == [5, 5, 6, 6]
 
 
 @pytest.mark.parametrize(
