@@ -11,6 +11,7 @@ from palate.errors import UserError, nearest
 
 VERBS = {
     "train": "align a model: palate train RECIPE [--option value ...]",
+    "vote": "a page on which people judge pictures: palate vote DIR [--option value ...]",
     "evaluate": "compare base and tuned model of a finished run again: palate evaluate RUN [--option value ...]",
     "serve-judge": "serve a judge over HTTP: palate serve-judge NAME [--port PORT]",
     "generate": "pictures of many prompts: palate generate MODEL --prompts P --output_dir DIR [--option value ...]",

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from palate.data.votes import QUESTIONS, WEIGHTS
 from palate.errors import UserError, nearest
 from palate.files import write_atomically
 from palate.options import dumps, foreign, help_lines, indented, keywords, parse, section, typed
@@ -44,7 +45,8 @@ class DataOptions:
     """Which pairs it learns from."""
 
     train_data: str = "miniature-pairs"
-    """Parquet, JSONL or CSV file, a folder with one, or ``miniature-pairs``, ``miniature-sdxl-pairs``."""
+    """Parquet, JSONL or CSV file, a folder with one, the ``votes.db`` of ``palate vote``, ``miniature-pairs`` or
+    ``miniature-sdxl-pairs``."""
     resolution: int | None = None
     """Side of the pictures in pixels, a multiple of 8; the model's own unless given."""
     ties: str = "drop"
@@ -55,6 +57,10 @@ class DataOptions:
     """Read no more pairs than this."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names to those of the file, such as ``{prompt: text}``."""
+    vote_question: str = "overall"
+    """Of ``votes.db``: the votes on ``overall``, ``appeal`` or ``following``."""
+    vote_weights: str = "equal"
+    """Of ``votes.db``: ``equal``, or ``agreement`` to weigh a vote by how far its rater agrees with others beyond chance."""
     center_crop: bool = True
     """Crop the middle square; false for a place drawn once per pair."""
     random_flip: bool = False
@@ -66,6 +72,8 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         _choose("ties", self.ties, ("drop", "keep"))
+        _choose("vote_question", self.vote_question, QUESTIONS)
+        _choose("vote_weights", self.vote_weights, WEIGHTS)
         _at_least(self, 0, "max_bad_rows")
         _at_least(self, 1, "max_train_samples")
         if self.resolution is not None:

@@ -272,6 +272,8 @@ def _reader(recipe: Recipe) -> Any:
         max_bad_rows=options.max_bad_rows,
         max_train_samples=options.max_train_samples,
         columns=options.columns or None,
+        vote_question=options.vote_question,
+        vote_weights=options.vote_weights,
     )
     next(iter(reader))
     return reader

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from palate.data import votes
 from palate.data.images import decode
 from palate.errors import UserError, nearest
 
@@ -89,9 +90,10 @@ class _BadValueError(Exception):
 @dataclass(frozen=True)
 class _File:
     path: Path
-    format: str  # "parquet" | "jsonl" | "csv"
+    format: str  # "parquet" | "jsonl" | "csv" | "votes"
     names: dict[str, str]  # our name -> column of the file
     layout: tuple[str, ...]
+    votes: Mapping[str, str]  # how a database of votes is read
 
 
 class PairReader:
@@ -194,6 +196,8 @@ def read_pairs(
     max_bad_rows: int = 0,
     max_train_samples: int | None = None,
     columns: Mapping[str, str] | None = None,
+    vote_question: str = "overall",
+    vote_weights: str = "equal",
 ) -> PairReader:
     """A streaming reader of preference pairs; formats are recognised by content and columns.
 
@@ -205,6 +209,7 @@ def read_pairs(
     - ``prompt, chosen, rejected`` (or ``chosen_file_name, rejected_file_name``)
     - ``prompt, image_0, image_1, label`` (probability that ``image_0`` is the better one; 0.5 is a tie)
     - ``prompt, images, rankings`` (see ``pairs_from_rankings``)
+    - or the ``votes.db`` of ``palate vote``: the votes on ``vote_question``, weighted by ``vote_weights`` (see ``vote_rows``)
 
     Pictures are bytes, ``struct<bytes, path>``, or paths relative to the file that do not leave its folder. ``columns`` maps
     names of this list to those in the file. Ties are dropped and counted unless ``ties="keep"``; a dropped tie's pictures
@@ -221,7 +226,10 @@ def read_pairs(
     if max_train_samples is not None and max_train_samples < 1:
         raise UserError(f"max_train_samples is {max_train_samples}, but it must be 1 or more (leave it out to read all)")
     mapping = _own_names(columns or {})
-    files = [_open(path, mapping) for path in _find(source)]
+    voting = {"question": vote_question, "weights": vote_weights}
+    files = [_open(path, mapping, voting) for path in _find(source)]
+    if vote_weights != "equal" and not any(file.format == "votes" for file in files):
+        raise UserError(f"vote_weights is {vote_weights!r}, but {source} holds no votes of palate vote: leave it out")
     return PairReader(str(source), files, ties == "keep", max_bad_rows, max_train_samples)
 
 
@@ -263,7 +271,7 @@ def _find(source: str | Path) -> list[Path]:
     return found
 
 
-def _open(path: Path, mapping: Mapping[str, str]) -> _File:
+def _open(path: Path, mapping: Mapping[str, str], voting: Mapping[str, str]) -> _File:
     """Recognise format and layout; the columns are checked before a single picture is read."""
     try:
         with path.open("rb") as stream:
@@ -273,7 +281,10 @@ def _open(path: Path, mapping: Mapping[str, str]) -> _File:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text:
         raise UserError(f"{path} is empty: expected preference pairs as parquet, JSONL or CSV")
-    if head.startswith(b"PAR1"):
+    if head.startswith(votes.HEAD):
+        next(votes.vote_rows(path, **voting), None)  # refuses what is no database of votes
+        present, file_format = list(votes.COLUMNS), "votes"
+    elif head.startswith(b"PAR1"):
         present = _parquet_columns(path)
         file_format = "parquet"
     elif text.startswith(b"{"):
@@ -286,7 +297,7 @@ def _open(path: Path, mapping: Mapping[str, str]) -> _File:
     else:
         present, file_format = _csv_header(path), "csv"
     names = _resolve(path, present, mapping)
-    return _File(path, file_format, names, _layout(path, present, names))
+    return _File(path, file_format, names, _layout(path, present, names), voting)
 
 
 def _resolve(path: Path, present: list[str], mapping: Mapping[str, str]) -> dict[str, str]:
@@ -316,6 +327,8 @@ def _layout(path: Path, present: list[str], names: Mapping[str, str]) -> tuple[s
 def _rows(file: _File) -> Iterator[Any]:
     if file.format == "parquet":
         return _parquet_rows(file)
+    if file.format == "votes":
+        return votes.vote_rows(file.path, **file.votes)
     return _json_rows(file.path) if file.format == "jsonl" else _csv_rows(file.path)
 
 

@@ -1,0 +1,55 @@
+"""``palate vote``: a page on which people judge pictures; their votes out and in."""
+
+from __future__ import annotations
+
+from palate.errors import UserError, nearest
+from palate.options import checked, help_lines, overrides
+
+USAGE = "palate vote DIR [--option value ...] | palate vote export DIR --output FILE | palate vote import DIR --input FILE"
+
+
+def main(words: list[str]) -> int:
+    if not words or "-h" in words or "--help" in words:
+        print(_help())
+        return 0
+    if words[0] in ("export", "import"):
+        from palate.votes import exchange
+
+        if len(words) < 2 or words[1].startswith("--"):
+            raise UserError(f"palate vote {words[0]} expects the folder of the votes first: {USAGE}")
+        command = f"palate vote {words[0]}"
+        if words[0] == "export":
+            options = checked(exchange.ExportOptions, overrides(words[2:]), command)
+            print(exchange.export_votes(words[1], options))
+        else:
+            print(exchange.import_votes(words[1], checked(exchange.ImportOptions, overrides(words[2:]), command)))
+        return 0
+    if words[0].startswith("--"):
+        raise UserError(f"palate vote expects a folder of pictures first: {USAGE}")
+    if len(words) > 1 and not words[1].startswith("--"):
+        raise UserError(f"{words[0]!r} is followed by {words[1]!r}{nearest(words[0], ['export', 'import'])}: {USAGE}")
+    from palate.votes.server import serve
+    from palate.votes.study import VoteOptions
+
+    serve(words[0], checked(VoteOptions, overrides(words[1:]), "palate vote"))
+    return 0
+
+
+def _help() -> str:
+    from palate.votes.exchange import ExportOptions, ImportOptions
+    from palate.votes.study import VoteOptions
+
+    return "\n".join(
+        [
+            USAGE.replace(" | ", "\n"),
+            "",
+            "DIR is a folder that 'palate generate' wrote, or one that holds several of them, such as a run's evaluation/.",
+            "",
+            "the page",
+            *help_lines(VoteOptions),
+            "export",
+            *help_lines(ExportOptions),
+            "import",
+            *help_lines(ImportOptions),
+        ]
+    )

@@ -1,0 +1,230 @@
+"""Votes out of a folder and into it: the columns of Pick-a-Pic as parquet, or JSONL and CSV that name the pictures' files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palate.data.pairs import PreferencePair, read_pairs
+from palate.data.votes import LABELS, QUESTIONS, VALID, open_votes
+from palate.errors import UserError, nearest
+from palate.files import write_atomically
+from palate.votes.store import NAME, Lock, Store
+
+IMPORTED = "imported"
+SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
+COLUMNS = ("prompt", "image_0", "image_1", "label", "rater", "question", "choice", "model_0", "model_1", "seed", "created_at")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Votes of a folder to a file that ``palate train --train_data FILE`` reads."""
+
+    output: str
+    """``.parquet`` with Pick-a-Pic's columns and the pictures inside; ``.jsonl`` or ``.csv`` name the pictures' files."""
+    question: str = "overall"
+    """``overall``, ``appeal`` or ``following``."""
+
+    def __post_init__(self) -> None:
+        _check_question(self.question)
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Votes from a file, of any kind that ``palate train --train_data FILE`` reads, into a folder."""
+
+    input: str
+    """Parquet, JSONL or CSV; pictures that the folder lacks are copied into it."""
+    question: str = "overall"
+    """What was asked: ``overall``, ``appeal`` or ``following``."""
+
+    def __post_init__(self) -> None:
+        _check_question(self.question)
+
+
+def export_votes(folder: str | Path, options: ExportOptions) -> str:
+    """Write the votes on one question, one a row; planned repeats and skipped pairs are left out, both bad counts as a tie.
+
+    Returns a sentence about what was written. Raises ``UserError`` for no votes, an unknown ending, or a JSONL or CSV file
+    from which the pictures could not be named without leaving its folder.
+    """
+    folder, output = Path(folder), Path(options.output)
+    kinds = {".parquet": _parquet, ".jsonl": _jsonl, ".csv": _csv}
+    if output.suffix not in kinds:
+        raise UserError(f"--output {output} ends in {output.suffix or 'nothing'!r}; expected {', '.join(kinds)}")
+    connection = open_votes(folder / NAME)
+    try:
+        votes = [dict(v) for v in connection.execute(VALID) if v["question"] == options.question and not v["repeat"]]
+    finally:
+        connection.close()
+    if not votes:
+        raise UserError(f"{folder / NAME} holds no votes on the question {options.question!r}; collect some with palate vote")
+    kept = [v for v in votes if all((folder / v[side]).is_file() for side in ("image_0", "image_1"))]
+    if not kept:
+        raise UserError(f"none of the pictures that were voted on is left in {folder}")
+    write_atomically(output, kinds[output.suffix](kept, folder, output))
+    lost = len(votes) - len(kept)
+    return f"wrote {len(kept)} votes to {output}" + (f"; {lost} were left out, their pictures are gone" if lost else "")
+
+
+def import_votes(folder: str | Path, options: ImportOptions) -> str:
+    """Add the votes of a file. What the folder knows already, the same rater on the same two pictures, is not added again.
+
+    Returns a sentence about what was added. Raises ``UserError`` for a file that cannot be read (nothing is added then), and
+    while a page serves the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; make it, or name the one whose pictures were judged")
+    lock = Lock(folder)
+    try:
+        pairs = read_pairs(options.input, ties="keep")
+        store = Store(folder)
+        try:
+            with store.writing():
+                added, known = _add(store, folder, pairs, options.question)
+        finally:
+            store.close()
+    finally:
+        lock.release()
+    return f"added {added} votes to {folder / NAME}" + (f"; {known} were there already" if known else "")
+
+
+def _add(store: Store, folder: Path, pairs: Any, question: str) -> tuple[int, int]:
+    numbers = {_digest((folder / p.file).read_bytes()): p for p in store.pictures() if (folder / p.file).is_file()}
+    by_prompt = {(digest, p.prompt): p.id for digest, p in numbers.items()}
+
+    def picture(data: bytes, pair: PreferencePair) -> int:
+        digest = _digest(data)
+        if (digest, pair.prompt) not in by_prompt:
+            # The name holds the prompt too: the same picture may have been judged under another.
+            name = f"{IMPORTED}/{_digest(pair.prompt.encode())[:8]}-{digest[:24]}{_suffix(data)}"
+            if not (folder / name).is_file():
+                write_atomically(folder / name, data)
+            by_prompt[digest, pair.prompt] = store.add_picture(
+                name, pair.prompt, seed=None, number=0, model=IMPORTED, metadata={}
+            )
+        return by_prompt[digest, pair.prompt]
+
+    added = known = 0
+    for pair in pairs:
+        first, second = picture(pair.image_0, pair), picture(pair.image_1, pair)
+        if first == second:
+            raise UserError(f"{pair.source}: both pictures are the same; remove the row")
+        label = pair.label if first < second else 1 - pair.label
+        choice = {1.0: "first", 0.0: "second", 0.5: "tie"}.get(label)
+        if choice is None:
+            raise UserError(
+                f"{pair.source}: label {pair.label:g} is a share of several raters; expected votes of one: 0, 0.5 or 1"
+            )
+        rater, public = store.add_rater("", None, pair.rater or f"imported {Path(pair.source.partition(', row')[0]).stem}")
+        pictures = (min(first, second), max(first, second))
+        shown = store.rows(
+            "SELECT id FROM showings WHERE rater = ? AND picture_0 = ? AND picture_1 = ? AND repeat = 0", rater, *pictures
+        )
+        showing = shown[0]["id"] if shown else store.add_showing(rater, pictures, swapped=False, repeat=False, mode="import")
+        name = _digest("\0".join((public, str(pictures), question)).encode())[:32]
+        try:
+            store.add_vote(name, showing, question, choice, None)
+            added += 1
+        except sqlite3.IntegrityError:
+            known += 1
+    return added, known
+
+
+def _parquet(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
+    """Pick-a-Pic v2's columns, with ``rater``; a row group holds 64 votes, as pictures are large."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    raters = {rater: i for i, rater in enumerate(dict.fromkeys(v["rater"] for v in votes))}
+    kinds = {
+        pa.string(): ("caption", "best_image_uid", "image_0_uid", "image_1_uid", "model_0", "model_1", "created_at", "rater"),
+        pa.binary(): ("jpg_0", "jpg_1"),
+        pa.float64(): ("label_0", "label_1"),
+        pa.bool_(): ("has_label", "are_different"),
+        pa.int64(): ("ranking_id", "user_id"),
+    }
+    schema = pa.schema([(name, kind) for kind, names in kinds.items() for name in names])
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, vote in enumerate(votes):
+            label = LABELS[vote["choice"]]
+            data = [(folder / vote[side]).read_bytes() for side in ("image_0", "image_1")]
+            uids = [_digest(d)[:32] for d in data]
+            yield {
+                "caption": vote["prompt"],
+                "jpg_0": data[0],
+                "jpg_1": data[1],
+                "label_0": label,
+                "label_1": 1 - label,
+                "has_label": True,
+                "are_different": data[0] != data[1],
+                "best_image_uid": {1.0: uids[0], 0.0: uids[1]}.get(label, "tie"),
+                "image_0_uid": uids[0],
+                "image_1_uid": uids[1],
+                "model_0": vote["model_0"],
+                "model_1": vote["model_1"],
+                "ranking_id": number,
+                "user_id": raters[vote["rater"]],
+                "created_at": vote["created"],
+                "rater": vote["rater"],
+            }
+
+    sink, made = io.BytesIO(), rows()
+    with pq.ParquetWriter(sink, schema) as writer:
+        while part := list(itertools.islice(made, 64)):
+            writer.write_table(pa.Table.from_pylist(part, schema=schema))
+    return sink.getvalue()
+
+
+def _jsonl(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _named(votes, folder, output)).encode()
+
+
+def _csv(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(_named(votes, folder, output))
+    return text.getvalue().encode()
+
+
+def _named(votes: list[dict[str, Any]], folder: Path, output: Path) -> Iterator[dict[str, Any]]:
+    here, base = folder.resolve(), output.parent.resolve()
+    if not here.is_relative_to(base):
+        raise UserError(
+            f"{output} would name pictures outside its folder, which no reader follows: write it to "
+            f"{folder / output.name}, or export .parquet, which holds the pictures"
+        )
+    prefix = here.relative_to(base)
+    for vote in votes:
+        named = {side: (prefix / vote[side]).as_posix() for side in ("image_0", "image_1")}
+        yield {
+            "prompt": vote["prompt"],
+            **named,
+            "label": LABELS[vote["choice"]],
+            **{name: vote[name] for name in ("rater", "question", "choice", "model_0", "model_1", "seed")},
+            "created_at": vote["created"],
+        }
+
+
+def _check_question(question: str) -> None:
+    if question not in QUESTIONS:
+        raise UserError(f"question is {question!r}{nearest(question, QUESTIONS)}")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _suffix(data: bytes) -> str:
+    return next((suffix for head, suffix in SUFFIXES.items() if data.startswith(head)), ".img")

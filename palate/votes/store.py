@@ -1,0 +1,227 @@
+"""Votes on disk: one SQLite file beside the pictures. What ``commit`` has returned for survives a killed process and, as far
+as the disk keeps its promises, a power cut (write-ahead log with synchronous=FULL)."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from palate.data.votes import APPLICATION, VALID, VERSION, check_version
+from palate.errors import UserError
+
+NAME = "votes.db"
+TABLES = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE pictures (
+    id INTEGER PRIMARY KEY, file TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, seed INTEGER, number INTEGER, model TEXT NOT NULL,
+    metadata TEXT NOT NULL DEFAULT '{}'
+);
+CREATE TABLE raters (
+    id INTEGER PRIMARY KEY, public TEXT NOT NULL UNIQUE, name TEXT NOT NULL, token TEXT UNIQUE, created TEXT NOT NULL
+);
+CREATE TABLE showings (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, rater INTEGER NOT NULL REFERENCES raters,
+    picture_0 INTEGER NOT NULL REFERENCES pictures, picture_1 INTEGER NOT NULL REFERENCES pictures, swapped INTEGER NOT NULL,
+    repeat INTEGER NOT NULL, mode TEXT NOT NULL, created TEXT NOT NULL, CHECK (picture_0 < picture_1)
+);
+CREATE TABLE votes (
+    id TEXT NOT NULL PRIMARY KEY, showing TEXT NOT NULL REFERENCES showings (id), question TEXT NOT NULL,
+    choice TEXT NOT NULL CHECK (choice IN ('first', 'second', 'tie', 'bad', 'skip')), seconds REAL, created TEXT NOT NULL,
+    undone INTEGER NOT NULL DEFAULT 0
+);
+CREATE UNIQUE INDEX one_showing ON showings (rater, picture_0, picture_1, repeat);
+CREATE UNIQUE INDEX one_answer ON votes (showing, question) WHERE undone = 0;
+"""
+
+
+class DiskError(Exception):
+    """What was to be kept could not be written; nothing of it was."""
+
+
+class Picture(NamedTuple):
+    """A picture that can be voted on; ``file`` is relative to the folder of the database."""
+
+    id: int
+    file: str
+    prompt: str
+    seed: int | None
+    number: int
+    model: str
+    metadata: Mapping[str, Any]
+
+
+class Store:
+    """The votes of a folder. One connection, one writer at a time; methods may be called from any thread."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / NAME
+        self._lock = threading.RLock()
+        try:
+            self._connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=10)
+            self._connection.row_factory = sqlite3.Row
+            self._prepare()
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error}): votes need a folder you may write to, with space"
+            ) from None
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path} is not a readable database of votes ({error}); restore it from a copy") from None
+        self.secret = self._setting("secret", lambda: secrets.token_hex(32))
+        """Decides shuffles, opaque names and links; made once."""
+
+    def _prepare(self) -> None:
+        if self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            check_version(self._connection, self.path)  # there is but one version so far: nothing to bring up to date
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        self._connection.execute("PRAGMA foreign_keys = ON")
+        if not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            with self.writing():
+                for statement in TABLES.split(";"):
+                    self._connection.execute(statement)
+                self._connection.execute(f"PRAGMA application_id = {APPLICATION}")
+                self._connection.execute(f"PRAGMA user_version = {VERSION}")
+
+    def _setting(self, name: str, make: Any) -> str:
+        with self.writing():
+            found = self._connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+            if found is None:
+                self._connection.execute("INSERT INTO settings VALUES (?, ?)", (name, make()))
+                return self._setting(name, make)
+            return found["value"]
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """All that happens inside is kept, or nothing; on disk when the block is left. May be nested.
+
+        Raises ``DiskError`` if the disk does not take it.
+        """
+        with self._lock:
+            if self._connection.in_transaction:
+                yield
+                return
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise DiskError(str(error)) from error
+                raise
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    # Writing --------------------------------------------------------------------------------------------------------------
+
+    def add_picture(
+        self, file: str, prompt: str, *, seed: int | None, number: int, model: str, metadata: Mapping[str, Any]
+    ) -> int:
+        """The picture's number. Raises ``UserError`` if the file was voted on under another prompt."""
+        with self.writing():
+            found = self._connection.execute("SELECT id, prompt, model FROM pictures WHERE file = ?", (file,)).fetchone()
+            if found is None:
+                values = (file, prompt, seed, number, model, json.dumps(dict(metadata), ensure_ascii=False))
+                made = self._connection.execute(
+                    "INSERT INTO pictures (file, prompt, seed, number, model, metadata) VALUES (?, ?, ?, ?, ?, ?)", values
+                )
+                return int(made.lastrowid or 0)
+            if (found["prompt"], found["model"]) != (prompt, model):
+                raise UserError(
+                    f"{file} was of prompt {found['prompt']!r} by {found['model']!r} when its votes were given, and now is of "
+                    f"{prompt!r} by {model!r}: keep new pictures in a new folder, or delete {self.path} with its votes"
+                )
+            return int(found["id"])
+
+    def add_rater(self, name: str, token: str | None, public: str | None = None) -> tuple[int, str]:
+        """The rater's number and public name; ``token`` is what recognises them (its hash), None for imported ones."""
+        with self.writing():
+            public = public or f"rater-{secrets.token_hex(3)}"
+            known = self._connection.execute("SELECT id FROM raters WHERE public = ?", (public,)).fetchone()
+            if known is not None:
+                return int(known["id"]), public
+            values = (public, name, token, _now())
+            made = self._connection.execute("INSERT INTO raters (public, name, token, created) VALUES (?, ?, ?, ?)", values)
+            return int(made.lastrowid or 0), public
+
+    def add_showing(self, rater: int, pictures: tuple[int, int], *, swapped: bool, repeat: bool, mode: str) -> str:
+        """A new opaque name under which this rater is shown these two pictures; the lower number comes first."""
+        name = secrets.token_urlsafe(12)
+        with self.writing():
+            self._connection.execute(
+                "INSERT INTO showings (id, rater, picture_0, picture_1, swapped, repeat, mode, created) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (name, rater, *pictures, int(swapped), int(repeat), mode, _now()),
+            )
+        return name
+
+    def add_vote(self, name: str, showing: str, question: str, choice: str, seconds: float | None, created: str = "") -> None:
+        """Raises ``sqlite3.IntegrityError`` if the name is taken or the question is answered."""
+        with self.writing():
+            values = (name, showing, question, choice, seconds, created or _now())
+            self._connection.execute(
+                "INSERT INTO votes (id, showing, question, choice, seconds, created) VALUES (?, ?, ?, ?, ?, ?)", values
+            )
+
+    def undo_vote(self, name: str) -> None:
+        with self.writing():
+            self._connection.execute("UPDATE votes SET undone = 1 WHERE id = ?", (name,))
+
+    # Reading --------------------------------------------------------------------------------------------------------------
+
+    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
+    def pictures(self) -> list[Picture]:
+        found = self.rows("SELECT id, file, prompt, seed, number, model, metadata FROM pictures ORDER BY id")
+        return [Picture(*row[:6], json.loads(row["metadata"])) for row in found]
+
+    def valid_votes(self) -> list[dict[str, Any]]:
+        """All votes that say something, repeats among them, as they came; see ``palate.data.votes.VALID``."""
+        return [dict(row) for row in self.rows(VALID)]
+
+
+class Lock:
+    """One process at a time writes the votes of a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder) / ".votes.lock"
+        try:
+            self._file = path.open("a+")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): votes need a folder you may write to") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(f"the votes of {folder} are in use by {owner}: use that page, or stop it first") from None
+        self.tell(f"process {os.getpid()}")
+
+    def tell(self, owner: str) -> None:
+        """What the next one is told who wants the same folder."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(owner)
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,516 @@
+"""A study: a folder's pictures, who is shown which of them, and the votes. All that the page asks for, without the web."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import io
+import re
+import secrets
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from palate.data.votes import LABELS, QUESTIONS
+from palate.errors import UserError, nearest
+from palate.evaluation.manifest import Picture as Listed
+from palate.evaluation.manifest import read_manifest
+from palate.votes.queue import Dealt, Queue
+from palate.votes.store import Store
+
+MODES = ("compare", "collect")
+CHOICES = ("left", "right", "tie", "bad", "skip")
+AHEAD = 4  # pairs a rater holds: the one before them and those whose pictures are fetched meanwhile
+LEASE = 20 * 60.0  # after so many seconds without a sign of life a rater's untouched pairs go to others
+MAX_RATERS = 1000
+NAME = re.compile(r"[A-Za-z0-9_-]{8,64}")
+
+
+class RefusedError(Exception):
+    """A request that cannot be met; ``status`` is the answer's HTTP status, the text is for the rater."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class VoteOptions:
+    """What is asked of whom, and where."""
+
+    mode: str | None = None
+    """``compare`` (two models on the same prompt and seed) or ``collect`` (any two pictures of a prompt); compare unless given,
+    where the folder has two models."""
+    questions: tuple[str, ...] = ()
+    """A list of ``overall``, ``appeal`` (the prompt is hidden), ``following``; all in compare, overall in collect."""
+    raters: int | None = None
+    """So many people judge each pair; 5 in compare, 1 in collect unless given."""
+    repeats: float = 0.05
+    """Share of a rater's pairs that come again with sides changed, to measure consistency; 0 for none."""
+    chain: bool = False
+    """In collect: the better picture is challenged again by another of its prompt, as in Pick-a-Pic."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but this machine alone, such as ``0.0.0.0``, needs the link that is printed."""
+    port: int = 8421
+    """If it is taken, the next free one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise UserError(f"port is {self.port}; expected a number from 1 to 65535, or 0 for any")
+        if self.mode is not None and self.mode not in MODES:
+            raise UserError(f"mode is {self.mode!r}{nearest(self.mode, MODES)}")
+        for question in self.questions:
+            if question not in QUESTIONS:
+                raise UserError(f"questions names {question!r}{nearest(question, QUESTIONS)}")
+        if self.raters is not None and self.raters < 1:
+            raise UserError(f"raters is {self.raters}; expected 1 or more")
+        if not 0 <= self.repeats <= 0.5:
+            raise UserError(f"repeats is {self.repeats}; expected a share from 0 to 0.5")
+        if self.chain and self.mode == "compare":
+            raise UserError(
+                "chain is for collecting pairs; in compare every pair is one prompt and seed: leave one of them out"
+            )
+
+
+@dataclass
+class _Showing:
+    id: str
+    rater: str
+    pair: int | None  # None: no pair of this study, but of an earlier one in the same folder
+    pictures: tuple[int, int]
+    swapped: bool
+    repeat: bool
+    votes: dict[str, tuple[str, str]]  # question -> choice, name of the vote
+
+
+class Study:
+    """Opens the folder's votes, or begins them. Methods may be called from any thread.
+
+    Raises ``UserError`` for a folder without pictures, a prompt or model that changed under votes, a database it cannot read.
+    """
+
+    def __init__(self, folder: str | Path, options: VoteOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.folder = Path(folder).resolve()
+        listed = find_pictures(self.folder)
+        self.mode = options.mode or ("compare" if not options.chain and _across_models(listed) else "collect")
+        rows = _across_models(listed) if self.mode == "compare" else _within_prompts(listed)
+        if not rows:
+            raise UserError(
+                f"{folder} has no two models with pictures of the same prompt and seed: generate both with the same "
+                "prompts and seeds, or use --mode collect"
+                if self.mode == "compare"
+                else f"{folder} has no prompt with two pictures: generate more than one picture of a prompt"
+            )
+        # In the paper's order the prompt is seen first; here appeal is asked before it is shown.
+        asked = options.questions or (QUESTIONS if self.mode == "compare" else ("overall",))
+        self.questions = sorted(set(asked), key=("appeal", "overall", "following").index)
+        self.raters_per_pair = options.raters or (5 if self.mode == "compare" else 1)
+        self.options, self._clock, self._lock = options, clock, threading.RLock()
+        self.store = Store(self.folder)
+        with self.store.writing():
+            ids = [
+                self.store.add_picture(p.file, p.prompt, seed=p.seed, number=p.index, model=p.model, metadata=p.metadata)
+                for p in listed
+            ]
+        self.pictures = {p.id: p for p in self.store.pictures()}
+        self._opaque = {number: self._sign("picture", p.file)[:20] for number, p in self.pictures.items()}
+        self._by_opaque = {name: number for number, name in self._opaque.items()}
+        self.pairs = [(min(ids[a], ids[b]), max(ids[a], ids[b])) for a, b in rows]
+        self.gone: set[int] = set()
+        self._restore()
+
+    def close(self) -> None:
+        self.store.close()
+
+    def key(self, role: str) -> str:
+        """The secret part of the link for ``rater`` or ``owner``; the same whenever this folder is served."""
+        return self._sign("key", role)[:32]
+
+    # What the page asks for -------------------------------------------------------------------------------------------------
+
+    def join(self, name: str = "") -> str:
+        """A token by which a new rater is recognised from now on."""
+        with self._lock:
+            if len(self._ids) >= MAX_RATERS:
+                raise RefusedError(503, f"{MAX_RATERS} people take part already; ask the owner of this page")
+            token = secrets.token_urlsafe(24)
+            number, public = self.store.add_rater(" ".join(name.split())[:40], _hash(token))
+            self._ids[public], self._tokens[_hash(token)] = number, public
+            return token
+
+    def rater(self, token: str) -> str | None:
+        """Who shows this token."""
+        return self._tokens.get(_hash(token))
+
+    def state(self, rater: str) -> dict[str, Any]:
+        """All that a rater's page needs: their pairs, how far they are, and what undo would take back."""
+        with self._lock, self._whole():
+            self._here(rater)
+            self._deal(rater)
+            return self._state(rater)
+
+    def vote(
+        self, rater: str, *, name: str, showing: str, question: str, choice: str, seconds: float | None = None
+    ) -> dict[str, Any]:
+        """Keep an answer; what comes again under the same ``name`` counts once. The new state, when the vote is on disk."""
+        if not NAME.fullmatch(name) or question not in QUESTIONS or choice not in CHOICES:
+            raise RefusedError(400, "not a vote: expected a name, a question and a choice that this page knows")
+        with self._lock, self._whole():
+            shown = self._showing(rater, showing)
+            self._here(rater)
+            known = self._votes.get(name)
+            if known is not None:
+                if known != (showing, question):
+                    raise RefusedError(409, "another vote has this name; reload the page")
+            else:
+                self._keep(rater, shown, name, question, choice, seconds)
+            self._deal(rater)
+            return self._state(rater)
+
+    def undo(self, rater: str, name: str) -> dict[str, Any]:
+        """Take a vote back; the pair is before the rater again. Twice is once."""
+        with self._lock, self._whole():
+            self._here(rater)
+            found = self._votes.get(name)
+            shown = self._showing(rater, found[0]) if found else None
+            if found is None or shown is None:
+                raise RefusedError(404, "there is no such vote to undo")
+            question = found[1]
+            if shown.votes.get(question, ("", ""))[1] == name:
+                before, answer = self._verdict(shown), shown.votes.pop(question)
+                if not self._settle(shown, before):
+                    shown.votes[question] = answer
+                    raise RefusedError(409, "enough people have judged that pair meanwhile")
+                self.store.undo_vote(name)
+                self._done[rater].remove(name)
+            return self._state(rater)
+
+    def picture(self, opaque: str) -> bytes:
+        """A picture as PNG without anything that tells where it comes from; ``RefusedError`` 404 or, if it vanished, 410."""
+        number = self._by_opaque.get(opaque)
+        if number is None:
+            raise RefusedError(404, "there is no such picture")
+        path = self.folder / self.pictures[number].file
+        try:
+            return plain_png(path, path.stat().st_mtime_ns)
+        except (OSError, ValueError) as error:
+            self._lose(number, error)
+            raise RefusedError(410, "this picture is gone; the next pair comes") from None
+
+    # Dealing --------------------------------------------------------------------------------------------------------------
+
+    def _deal(self, rater: str) -> None:
+        """Fill up the rater's open pairs."""
+        self._let_go()
+        open_ = self._open[rater]
+        for shown in list(open_.values()):
+            if any(p in self.gone for p in shown.pictures):
+                del open_[shown.id]
+        chain = self.options.chain
+        while len(open_) < (1 if chain else AHEAD):
+            dealt = self.queue.choose(rater, self._champion(rater) if chain else None)
+            if dealt is None:
+                return
+            missing = [p for p in self.pairs[dealt.pair] if not (self.folder / self.pictures[p].file).is_file()]
+            if missing:
+                self._lose(missing[0], None)
+                continue
+            self.queue.take(rater, dealt)
+            pictures = self.pairs[dealt.pair]
+            name = self.store.add_showing(
+                self._ids[rater], pictures, swapped=dealt.swapped, repeat=dealt.repeat, mode=self.mode
+            )
+            self._add(_Showing(name, rater, dealt.pair, pictures, dealt.swapped, dealt.repeat, {}))
+
+    def _champion(self, rater: str) -> int | None:
+        """The picture that the rater's latest vote preferred."""
+        if not self._done[rater]:
+            return None
+        shown = self._showings[self._votes[self._done[rater][-1]][0]]
+        choice = next(iter(shown.votes.values()))[0]
+        return {"first": shown.pictures[0], "second": shown.pictures[1]}.get(choice)
+
+    def _here(self, rater: str) -> None:
+        """A sign of life: pairs that were let go come back where there is room, the others leave the rater's list."""
+        self._last_seen[rater] = self._clock()
+        for shown in list(self._open[rater].values()):
+            fresh = shown.pair is not None and not shown.repeat and not shown.votes
+            if fresh and not self.queue.resume(rater, shown.pair or 0):
+                del self._open[rater][shown.id]
+
+    def _let_go(self) -> None:
+        now = self._clock()
+        for rater, seen in list(self._last_seen.items()):
+            if now - seen > LEASE:
+                del self._last_seen[rater]
+                for shown in self._open[rater].values():
+                    if shown.pair is not None and not shown.repeat and not shown.votes:
+                        self.queue.let_go(rater, shown.pair)
+
+    def _lose(self, number: int, error: Exception | None) -> None:
+        with self._lock:
+            if number not in self.gone:
+                self.gone.add(number)
+                why = f" ({error})" if error else ""
+                print(f"{self.pictures[number].file} is gone{why}: its pairs are shown no more", file=sys.stderr, flush=True)
+            for pair, ends in enumerate(self.pairs):
+                if number in ends:
+                    self.queue.lose(pair)
+
+    # Votes ------------------------------------------------------------------------------------------------------------------
+
+    def _keep(self, rater: str, shown: _Showing, name: str, question: str, choice: str, seconds: float | None) -> None:
+        if shown.id not in self._open[rater]:
+            raise RefusedError(409, "this pair is answered already, or enough people have judged it meanwhile")
+        if question in shown.votes or question not in self.questions:
+            raise RefusedError(409, "this question is answered already")
+        if choice in ("left", "right"):
+            choice = "first" if (choice == "left") != shown.swapped else "second"
+        if seconds is not None:
+            seconds = min(max(seconds, 0.0), 3600.0)
+        self.store.add_vote(name, shown.id, question, choice, seconds)
+        before = self._verdict(shown)
+        shown.votes[question] = (choice, name)
+        self._votes[name] = (shown.id, question)
+        self._done[rater].append(name)
+        self._settle(shown, before)
+
+    def _verdict(self, shown: _Showing) -> float | str | None:
+        """What a finished showing says of its first picture, or "skip"; None while questions are open."""
+        choices = {question: choice for question, (choice, _) in shown.votes.items()}
+        if "skip" in choices.values():
+            return "skip"
+        if set(self.questions) - set(choices):
+            return None
+        return LABELS[choices.get("overall", choices[self.questions[0]])]
+
+    def _settle(self, shown: _Showing, before: float | str | None) -> bool:
+        """Tell queue and list what a vote, or its undoing, changed; False, and nothing happens, if there is no room to undo."""
+        after, queue, counted = self._verdict(shown), self.queue, shown.pair is not None and not shown.repeat
+        if before == after:
+            return True
+        if counted and shown.pair is not None:
+            if before == "skip":
+                if not queue.undo_skip(shown.rater, shown.pair):
+                    return False
+            elif isinstance(before, float):
+                queue.undo_answer(shown.rater, shown.pair, before)
+            if after == "skip":
+                queue.skip(shown.rater, shown.pair)
+            elif isinstance(after, float):
+                queue.answer(shown.rater, shown.pair, after)
+        if after is None:
+            self._open[shown.rater][shown.id] = shown
+        else:
+            self._open[shown.rater].pop(shown.id, None)
+        return True
+
+    def _state(self, rater: str) -> dict[str, Any]:
+        done = self._done[rater]
+        last = None
+        if done:
+            showing, question = self._votes[done[-1]]
+            last = {"vote": done[-1], "question": question, "showing": self._told(self._showings[showing])}
+        pairs_done = len({self._votes[name][0] for name in done} - set(self._open[rater]))
+        return {
+            "rater": rater,
+            "mode": self.mode,
+            "questions": self.questions,
+            "chain": self.options.chain,
+            "done": pairs_done,
+            "left": self.queue.left(rater) + len(self._open[rater]),
+            "open": [self._told(shown) for shown in sorted(self._open[rater].values(), key=lambda s: self._order[s.id])],
+            "last": last,
+        }
+
+    def _told(self, shown: _Showing) -> dict[str, Any]:
+        first, second = (self._opaque[p] for p in shown.pictures)
+        return {
+            "id": shown.id,
+            "left": second if shown.swapped else first,
+            "right": first if shown.swapped else second,
+            "prompt": self.pictures[shown.pictures[0]].prompt,
+            "answered": list(shown.votes),
+        }
+
+    # State ------------------------------------------------------------------------------------------------------------------
+
+    def _whole(self) -> _Whole:
+        return _Whole(self)
+
+    def _restore(self) -> None:
+        """All that is kept in memory, from what is on disk."""
+        self.queue = Queue(
+            self.pairs, raters_per_pair=self.raters_per_pair, repeats=self.options.repeats, seed=self.store.secret
+        )
+        raters = self.store.rows("SELECT id, public, token FROM raters")
+        self._ids = {row["public"]: row["id"] for row in raters}
+        self._tokens = {row["token"]: row["public"] for row in raters if row["token"]}
+        self._last_seen: dict[str, float] = {}
+        self._showings: dict[str, _Showing] = {}
+        self._order: dict[str, int] = {}
+        self._open: dict[str, dict[str, _Showing]] = _PerRater(dict)
+        self._votes: dict[str, tuple[str, str]] = {}
+        self._done: dict[str, list[str]] = _PerRater(list)
+        number = {pair: i for i, pair in enumerate(self.pairs)}
+        public = {row["id"]: row["public"] for row in raters}
+        for row in self.store.rows("SELECT * FROM showings ORDER BY number"):
+            pictures = (row["picture_0"], row["picture_1"])
+            rater, pair = public[row["rater"]], number.get(pictures)
+            self._add(_Showing(row["id"], rater, pair, pictures, bool(row["swapped"]), bool(row["repeat"]), {}))
+        for row in self.store.rows("SELECT id, showing, question, choice, undone FROM votes ORDER BY rowid"):
+            self._votes[row["id"]] = (row["showing"], row["question"])
+            if not row["undone"]:
+                shown = self._showings[row["showing"]]
+                shown.votes[row["question"]] = (row["choice"], row["id"])
+                self._done[shown.rater].append(row["id"])
+        # Pairs that carry votes first: they keep their places, whoever else had them open.
+        for shown in sorted(self._showings.values(), key=lambda s: (not s.votes, self._order[s.id])):
+            if shown.pair is None:
+                del self._open[shown.rater][shown.id]
+                continue
+            full = self.queue.held[shown.pair] >= self.raters_per_pair
+            self.queue.take(shown.rater, Dealt(shown.pair, shown.swapped, shown.repeat))
+            self._settle(shown, None)
+            if full and not shown.repeat and not shown.votes:
+                self.queue.let_go(shown.rater, shown.pair)
+        for rater, open_ in self._open.items():
+            if open_:
+                self._last_seen[rater] = self._clock()
+        for lost in self.gone:
+            self._lose(lost, None)
+
+    def _add(self, shown: _Showing) -> None:
+        self._order[shown.id] = len(self._order)
+        self._showings[shown.id] = shown
+        self._open[shown.rater][shown.id] = shown
+
+    def _showing(self, rater: str, name: str) -> _Showing:
+        shown = self._showings.get(name)
+        if shown is None or shown.rater != rater:
+            raise RefusedError(404, "there is no such pair; reload the page")
+        return shown
+
+    def _sign(self, kind: str, text: str) -> str:
+        return hmac.new(self.store.secret.encode(), f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()
+
+
+class _PerRater(dict):
+    """An empty container for a rater who has none yet."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, rater: str) -> Any:
+        return self.setdefault(rater, self._make())
+
+
+class _Whole:
+    """One transaction; if it fails, memory is read anew from the disk, so that both always agree."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self._writing = study, study.store.writing()
+
+    def __enter__(self) -> None:
+        self._writing.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, RefusedError):  # raised before anything was changed
+            self._writing.__exit__(None, None, None)
+            return
+        try:
+            self._writing.__exit__(kind, error, trace)
+        except BaseException:
+            self._study._restore()
+            raise
+
+
+def find_pictures(folder: Path) -> list[Listed]:
+    """The pictures of a picture folder, or of all picture folders inside it; files relative to ``folder``.
+
+    Two folders whose pictures name the same model are told apart by the folders' names.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; expected one that 'palate generate' wrote")
+    folders = [folder] if (folder / "manifest.jsonl").is_file() else sorted(p.parent for p in folder.glob("*/manifest.jsonl"))
+    if not folders:
+        pictures = any(p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for p in folder.iterdir())
+        what = "pictures but no manifest.jsonl" if pictures else "no pictures: no manifest.jsonl"
+        raise UserError(
+            f"{folder} has {what}, neither in it nor in its folders. 'palate generate' writes both; or write one line for each "
+            'picture: {"file": "a.png", "prompt": "...", "seed": 0, "index": 0, "model": "..."}'
+        )
+    read = {inner: read_manifest(inner, check_files=False) for inner in folders}
+    told = [model for listed in read.values() for model in {p.model for p in listed}]
+    found = []
+    for inner, listed in read.items():
+        for p in listed:
+            model = p.model if told.count(p.model) == 1 else f"{p.model} ({inner.name})"
+            path = (inner / p.file).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise UserError(f"{inner}/manifest.jsonl names {p.file}, outside {folder}: copy the picture into the folder")
+            file = path.relative_to(folder.resolve()).as_posix()
+            found.append(Listed(file, p.prompt, p.seed, p.index, model, p.negative, p.metadata))
+    return found
+
+
+def _across_models(listed: Sequence[Listed]) -> list[tuple[int, int]]:
+    groups: dict[Any, list[int]] = {}
+    for i, p in enumerate(listed):
+        groups.setdefault((p.prompt, p.seed, p.index), []).append(i)
+    return [(a, b) for rows in groups.values() for a, b in combinations(rows, 2) if listed[a].model != listed[b].model]
+
+
+def _within_prompts(listed: Sequence[Listed]) -> list[tuple[int, int]]:
+    groups: dict[str, list[int]] = {}
+    for i, p in enumerate(listed):
+        groups.setdefault(p.prompt, []).append(i)
+    return [pair for rows in groups.values() for pair in combinations(rows, 2)]
+
+
+@lru_cache(maxsize=64)
+def plain_png(path: Path, changed: int) -> bytes:
+    """The picture as PNG, pixels and colour profile only: texts and EXIF often name the model. ``changed`` renews the cache.
+
+    Raises ``OSError`` or ``ValueError`` for a file that is missing or no picture.
+    """
+    data = path.read_bytes()
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _without_texts(data)
+    from palate.data.images import decode
+
+    out = io.BytesIO()
+    decode(data).save(out, format="PNG", compress_level=1)
+    return out.getvalue()
+
+
+KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT")
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without the chunks that are not pixels or colour (PNG specification, third edition, section 5.3)."""
+    parts, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        length = struct.unpack(">I", data[at : at + 4])[0]
+        chunk = data[at : at + 12 + length]
+        if len(chunk) < 12 + length:
+            break
+        if chunk[4:8] in KEPT:
+            parts.append(chunk)
+        if chunk[4:8] == b"IEND":
+            return b"".join(parts)
+        at += 12 + length
+    raise ValueError("is a PNG that ends too early")
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

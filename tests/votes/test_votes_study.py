@@ -1,0 +1,308 @@
+"""A study without the web: what is kept, what is counted, what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import sqlite3
+from collections import Counter
+
+import pytest
+from party import picture_folder
+
+from palate.errors import UserError
+from palate.votes.store import DiskError, Lock, Store
+from palate.votes.study import AHEAD, LEASE, RefusedError, Study, VoteOptions, plain_png
+
+
+def _join(study, name=""):
+    return study.rater(study.join(name))
+
+
+def _answer(study, rater, choice="left", vote=None):
+    """Answer the first open question of the rater's first pair; the new state."""
+    state = study.state(rater)
+    shown = state["open"][0]
+    question = next(q for q in study.questions if q not in shown["answered"])
+    name = vote or f"v{random.randrange(16**12):012x}"
+    return study.vote(rater, name=name, showing=shown["id"], question=question, choice=choice, seconds=1.0)
+
+
+def test_compare_pairs_two_models_on_prompt_and_seed(study_of):
+    study = study_of(prompts=3)
+    assert study.mode == "compare"
+    for a, b in study.pairs:
+        first, second = study.pictures[a], study.pictures[b]
+        assert (first.prompt, first.seed) == (second.prompt, second.seed)
+        assert {first.model, second.model} == {"plain", "tuned"}
+    assert len(study.pairs) == 3
+
+
+def test_collect_pairs_all_of_a_prompt(study_of):
+    study = study_of(prompts=2, per_prompt=3, models=("plain",))
+    assert study.mode == "collect"
+    assert len(study.pairs) == 2 * 3  # 3 choose 2, of each prompt
+    assert study.questions == ["overall"]
+
+
+def test_what_the_page_sees_tells_nothing_of_the_model(study_of):
+    study = study_of()
+    state = json.dumps(study.state(_join(study)))
+    assert not any(word in state for word in ("plain", "tuned", ".png"))
+    shown = study.state(_join(study))["open"][0]
+    for side in ("left", "right"):
+        data = study.picture(shown[side])
+        assert b"parameters" not in data
+        assert b"Model" not in data
+
+
+def test_the_picture_itself_is_unchanged(study_of, tmp_path):
+    from PIL import Image, ImageChops
+
+    study = study_of()
+    for number, opaque in study._opaque.items():
+        before = Image.open(tmp_path / study.pictures[number].file)
+        (tmp_path / "served.png").write_bytes(study.picture(opaque))
+        assert ImageChops.difference(before, Image.open(tmp_path / "served.png")).getbbox() is None
+
+
+def test_other_formats_are_served_as_png(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (9, 7), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0" + b"secret")
+    data = plain_png(tmp_path / "a.jpg", 0)
+    assert data.startswith(b"\x89PNG")
+    assert b"secret" not in data
+    (tmp_path / "b.png").write_text("<html>")
+    with pytest.raises(ValueError, match="not a picture"):
+        plain_png(tmp_path / "b.png", 0)
+
+
+@pytest.mark.parametrize("mode", ["compare", "collect"])
+def test_sides_are_counted_right(study_of, mode):
+    """Whoever always prefers the tuned model's picture, wherever it stands, has preferred it every time."""
+    study = study_of(prompts=6, mode=mode, questions=("overall",))
+    rater = _join(study)
+    tuned = {name for number, name in study._opaque.items() if study.pictures[number].model == "tuned"}
+    sides = Counter()
+    while study.state(rater)["open"]:
+        choice = "left" if study.state(rater)["open"][0]["left"] in tuned else "right"
+        sides[choice] += 1
+        _answer(study, rater, choice)
+    assert sides.total() == 6
+    assert len(sides) == 2
+    for vote in study.store.valid_votes():
+        assert {"first": vote["model_0"], "second": vote["model_1"]}[vote["choice"]] == "tuned"
+
+
+def test_a_vote_sent_twice_counts_once(study_of):
+    study = study_of(questions=("overall",))
+    rater = _join(study)
+    shown = study.state(rater)["open"][0]["id"]
+    vote = {"name": "the-same-vote", "showing": shown, "question": "overall", "choice": "left"}
+    assert study.vote(rater, **vote)["done"] == study.vote(rater, **vote)["done"] == 1
+    with pytest.raises(RefusedError, match="answered already"):
+        study.vote(rater, **{**vote, "name": "another-name"})
+    with pytest.raises(RefusedError, match="another vote"):
+        study.vote(rater, **{**vote, "showing": study.state(rater)["open"][0]["id"]})
+    assert len(study.store.valid_votes()) == 1
+
+
+def test_undo_and_undo_again(study_of):
+    study = study_of(questions=("overall",))
+    rater = _join(study)
+    first = study.state(rater)["open"][0]["id"]
+    _answer(study, rater, "left", "vote-one")
+    _answer(study, rater, "skip", "vote-two")
+    state = study.undo(rater, "vote-two")
+    assert study.undo(rater, "vote-two") == state
+    assert state["last"]["vote"] == "vote-one"
+    state = study.undo(rater, "vote-one")
+    assert state["open"][0]["id"] == first
+    assert (state["done"], state["last"]) == (0, None)
+    assert not study.store.valid_votes()
+    _answer(study, rater, "right")
+    assert len(study.store.valid_votes()) == 1
+
+
+def test_a_restart_goes_on_where_it_was(study_of):
+    """After every step, a study that is opened anew says the same to every rater."""
+    chance = random.Random(0)
+    study = study_of(prompts=10, repeats=0.3, raters=2)
+    raters = [_join(study) for _ in range(3)]
+    for _ in range(80):
+        rater = chance.choice(raters)
+        state = study.state(rater)
+        if chance.random() < 0.2 and state["last"]:
+            with contextlib.suppress(RefusedError):  # a skipped pair that others have taken meanwhile
+                study.undo(rater, state["last"]["vote"])
+        elif state["open"]:
+            _answer(study, rater, chance.choice(["left", "right", "tie", "bad", "skip"]))
+    before = [study.state(rater) for rater in raters]
+    held = study.queue.held.tolist()
+    study = study_of(prompts=10, repeats=0.3, raters=2)
+    assert [study.state(rater) for rater in raters] == before
+    assert study.queue.held.tolist() == held
+    assert max(held) <= 2
+
+
+def test_no_more_raters_than_asked_and_no_pair_twice(study_of):
+    study = study_of(prompts=5, raters=2, questions=("overall",), repeats=0.0)
+    raters = [_join(study) for _ in range(4)]
+    while any(study.state(rater)["open"] for rater in raters):
+        for rater in raters:
+            if study.state(rater)["open"]:
+                _answer(study, rater)
+    votes = Counter((v["picture_0"], v["picture_1"]) for v in study.store.valid_votes())
+    assert set(votes.values()) == {2}
+    assert len(votes) == 5
+    assert max(Counter((v["rater"], v["picture_0"]) for v in study.store.valid_votes()).values()) == 1
+
+
+def test_who_leaves_gives_their_pairs_to_others(study_of):
+    now = [0.0]
+    study = study_of(prompts=AHEAD, raters=1, questions=("overall",), clock=lambda: now[0])
+    gone, other = _join(study), _join(study)
+    held = study.state(gone)["open"]
+    assert len(held) == AHEAD
+    assert study.state(other)["open"] == []
+    now[0] += LEASE + 1
+    assert len(study.state(other)["open"]) == AHEAD
+    with pytest.raises(RefusedError, match="enough people"):
+        study.vote(gone, name="too-late-1", showing=held[0]["id"], question="overall", choice="left")
+    assert study.state(gone)["open"] == []
+
+
+def test_planned_repeats_measure_consistency_alone(study_of):
+    from palate.votes.results import results
+
+    study = study_of(prompts=14, repeats=0.2, questions=("overall",))
+    rater = _join(study)
+    while study.state(rater)["open"]:
+        _answer(study, rater, "left")  # sides change, so "always left" contradicts itself
+    told = results(study.store.valid_votes(), mode="compare", raters_per_pair=5)
+    assert told["votes"] == 14
+    assert told["raters"][0]["repeated"] >= 1
+    assert told["raters"][0]["same"] == 0
+    assert told["raters"][0]["left"] == 1.0
+
+
+def test_the_better_picture_is_challenged_again(study_of):
+    study = study_of(prompts=2, per_prompt=4, models=("plain",), chain=True, repeats=0.0)
+    rater = _join(study)
+    shown = study.state(rater)["open"][0]
+    champion = shown["left"]
+    for _ in range(3):
+        shown = study.state(rater)["open"][0]
+        side = "left" if shown["left"] == champion else "right"
+        assert champion in (shown["left"], shown["right"])
+        _answer(study, rater, side)
+    assert champion not in (study.state(rater)["open"][0]["left"], study.state(rater)["open"][0]["right"])
+
+
+def test_a_picture_deleted_while_serving(study_of, tmp_path, capsys):
+    study = study_of(prompts=6, questions=("overall",))
+    rater = _join(study)
+    shown = study.state(rater)["open"][0]
+    number = study._by_opaque[shown["left"]]
+    (tmp_path / study.pictures[number].file).unlink()
+    with pytest.raises(RefusedError, match="gone"):
+        study.picture(shown["left"])
+    assert shown["id"] not in [pair["id"] for pair in study.state(rater)["open"]]
+    assert f"{study.pictures[number].file} is gone" in capsys.readouterr().err
+    for file in tmp_path.glob("tuned/*.png"):
+        file.unlink()
+    assert study.state(_join(study))["open"] == []
+
+
+def test_a_full_disk_is_told_and_nothing_is_half_kept(study_of):
+    study = study_of(prompts=12, questions=("overall",))
+    rater = _join(study)
+    study.state(rater)
+    connection = study.store._connection
+    connection.execute(f"PRAGMA max_page_count = {connection.execute('PRAGMA page_count').fetchone()[0]}")
+    acknowledged = 0
+
+    def until_full() -> None:
+        nonlocal acknowledged
+        while acknowledged < 2000:
+            _answer(study, rater, "left")
+            acknowledged += 1
+            study.undo(rater, study.state(rater)["last"]["vote"])
+
+    with pytest.raises(DiskError, match="full"):
+        until_full()
+    connection.execute("PRAGMA max_page_count = 1000000")
+    assert study.store.rows("SELECT count(*) FROM votes")[0][0] == acknowledged
+    _answer(study, rater, "left")
+    assert len(study.store.valid_votes()) == 1
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        Study(tmp_path / "nowhere", VoteOptions())
+    with pytest.raises(UserError, match=r"no pictures: no manifest.jsonl.*palate generate"):
+        Study(tmp_path, VoteOptions())
+    (tmp_path / "a.png").touch()
+    with pytest.raises(UserError, match=r"pictures but no manifest.jsonl"):
+        Study(tmp_path, VoteOptions())
+    folder = picture_folder(tmp_path / "one", models=("plain",))
+    with pytest.raises(UserError, match="no two models"):
+        Study(folder, VoteOptions(mode="compare"))
+    with pytest.raises(UserError, match="no prompt with two pictures"):
+        Study(folder, VoteOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "colect"}, "did you mean 'collect'"),
+        ({"questions": ("apeal",)}, "did you mean 'appeal'"),
+        ({"raters": 0}, "expected 1 or more"),
+        ({"repeats": 0.9}, "expected a share"),
+        ({"port": 70000}, "expected a number"),
+        ({"chain": True, "mode": "compare"}, "chain is for collecting"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        VoteOptions(**options)
+
+
+def test_databases_that_are_refused(study_of, tmp_path):
+    study = study_of()
+    study.close()
+    path = tmp_path / "votes.db"
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(UserError, match="newer Palate"):
+        Store(tmp_path)
+    for ending in ("", "-wal", "-shm"):
+        (tmp_path / f"votes.db{ending}").unlink(missing_ok=True)
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE other (x)")
+    connection.close()
+    with pytest.raises(UserError, match="not of votes"):
+        Store(tmp_path)
+    path.write_bytes(b"SQLite format 3\0" + bytes(5000))
+    with pytest.raises(UserError, match="restore it"):
+        Store(tmp_path)
+
+
+def test_pictures_that_changed_under_their_votes(study_of, tmp_path):
+    study_of().close()
+    manifest = tmp_path / "plain" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("&0", "&changed"))
+    with pytest.raises(UserError, match="new folder"):
+        study_of(mode="collect")
+
+
+def test_one_writer_at_a_time(tmp_path):
+    lock = Lock(tmp_path)
+    lock.tell("the page http://127.0.0.1:8421")
+    with pytest.raises(UserError, match=r"in use by the page http://127.0.0.1:8421"):
+        Lock(tmp_path)
+    lock.release()
+    Lock(tmp_path).release()
