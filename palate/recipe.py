@@ -130,8 +130,8 @@ class EvaluationOptions:
     evaluation_batch_size: int = 8
     """Pictures drawn at once."""
     judges: tuple[str, ...] = ()
-    """``mini-heldout``, ``mini-pickscore``, ``mini-clip``, ``mini-aesthetic``, or ``kind:folder`` such as
-    ``pickscore:models/PickScore_v1``."""
+    """``mini-heldout``, ``mini-pickscore``, ``mini-clip``, ``mini-aesthetic``; ``pickscore``, ``hpsv2.1``, ``imagereward`` and
+    others with the published weights; ``kind:folder`` such as ``pickscore:models/PickScore_v1``; docs/judges.md lists all."""
     validation_prompts: tuple[str, ...] = ()
     """Shown in the sample pictures during training."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -383,3 +384,14 @@ def test_missing_files_are_named(hps_dir, imagereward_dir, tmp_path, monkeypatch
     (tmp_path / "tokenizer").unlink()
     with pytest.raises(UserError, match="unknown weight new"):
         load_judge("imagereward", tmp_path)
+
+
+SAMPLE = HEADS.parent / "preferences" / "imagereward-sample"
+
+
+@pytest.mark.skipif("IMAGEREWARD_FOLDER" not in os.environ, reason="needs the published ImageReward weights (1.8 GB)")
+def test_real_imagereward_scores_what_its_readme_prints():
+    judge = load_judge("imagereward", os.environ["IMAGEREWARD_FOLDER"])
+    images = [Image.open(SAMPLE / f"{i}.webp") for i in range(1, 5)]
+    prompt = "a painting of an ocean with clouds and birds, day time, low depth field effect"
+    assert score(judge, images, [prompt] * 4).tolist() == pytest.approx([0.58, 0.27, -1.41, -2.03], abs=0.03)
