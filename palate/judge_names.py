@@ -74,7 +74,7 @@ class NamedJudge:
         return digest.hexdigest()[:16]
 
 
-def find_judges(names: Iterable[str] | Mapping[str, float]) -> dict[str, NamedJudge]:
+def find_judges(names: Iterable[str]) -> dict[str, NamedJudge]:
     """The judges of these names, each once, in order; no weights are read (those of a hub id are fetched).
 
     A name is one of
