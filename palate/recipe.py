@@ -90,6 +90,9 @@ class PolicyOptions:
 
     train_method: str = "lora"
     """``lora``, or ``full`` for all weights of the U-Net."""
+    pretrained_lora: str | None = None
+    """A LoRA (file, or folder of a run) to train on: the model with it is the reference, and the result holds the whole change.
+    Its own rank, strength and layers stand in place of the three options below."""
     rank: int = 16
     """Of the LoRA matrices."""
     lora_alpha: float | None = None
@@ -102,6 +105,8 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         _choose("train_method", self.train_method, ("lora", "full"))
         _choose("lora_layers", self.lora_layers, ("attention", "all"))
+        if self.pretrained_lora is not None and self.train_method != "lora":
+            raise UserError("pretrained_lora continues a LoRA, but train_method is full; use lora, or merge the LoRA first")
         _at_least(self, 1, "rank")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise UserError(f"lora_alpha is {self.lora_alpha}; expected a positive number")

@@ -47,6 +47,10 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     _evaluation_prompts(recipe)
     _judges(recipe)
     check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
+    if recipe.policy.pretrained_lora is not None:
+        from palate.models.policy import find_lora
+
+        find_lora(recipe.policy.pretrained_lora)
     if recipe.online.train_prompts is not None:
         return _train_online(recipe, out, command)
     reader = _reader(recipe)
@@ -130,10 +134,12 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     lora, full = out / "pytorch_lora_weights.safetensors", out / "unet"
     if not lora.is_file() and not full.is_dir():
         raise UserError(f"{out} holds neither {lora.name} nor unet/; is the training finished?")
-    from palate.models.policy import tuned, twin
+    from palate.models.policy import load_lora, tuned, twin
 
     denoiser = _denoiser(recipe)
     base = twin(denoiser.unet, share=True)
+    if recipe.policy.pretrained_lora is not None:
+        load_lora(denoiser, base, recipe.policy.pretrained_lora)
     resolution = recipe.data.resolution or denoiser.default_resolution
     _compare(recipe, denoiser, base, tuned(denoiser, lora if lora.is_file() else full), resolution, out, command)
 
@@ -185,6 +191,7 @@ def _policy(recipe: Recipe, denoiser: Any) -> Any:
         lora_layers=recipe.policy.lora_layers,
         gradient_checkpointing=recipe.policy.gradient_checkpointing,
         seed=recipe.training.seed,
+        pretrained_lora=recipe.policy.pretrained_lora,
     )
 
 
@@ -223,6 +230,7 @@ def _at_home(recipe: Recipe) -> Recipe:
         recipe,
         model=written_out(recipe.model, "pretrained_model_name_or_path"),
         data=written_out(recipe.data, "train_data", "cache_dir"),
+        policy=written_out(recipe.policy, "pretrained_lora"),
         training=written_out(recipe.training, "output_dir", "resume_from_checkpoint"),
         evaluation=written_out(recipe.evaluation, "evaluation_prompts", "refiner"),
     )

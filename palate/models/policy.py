@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
@@ -19,15 +19,20 @@ from palate.errors import UserError
 from palate.hub import first_line
 from palate.models.denoiser import Denoiser
 
+LORA = ".lora_"
+"""In the names of all of a LoRA's parameters, and of no others."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
 
 def twin(module: nn.Module, *, share: bool) -> nn.Module:
-    """A second module tree; with ``share`` its parameters and buffers are the very tensors of the first.
+    """A second module tree; with ``share`` its parameters and buffers are the very tensors of the first, a LoRA's excepted.
 
-    Adapters put into one tree later are not in the other, so a shared twin is the model without adapters at no memory.
+    Adapters put into one tree later are not in the other, so a shared twin is the model as it is now at no memory but that of
+    the LoRA it has.
     """
     memo: dict[int, Any] = {}
     if share:
-        memo = {id(x): x for x in (*module.parameters(), *module.buffers())}
+        memo = {id(x): x for name, x in (*module.named_parameters(), *module.named_buffers()) if LORA not in name}
     return copy.deepcopy(module, memo)
 
 
@@ -41,6 +46,8 @@ class Policy:
         lora_layers: ``attention`` (the published recipes), or ``all`` for the linear and convolution layers of all blocks.
         lora_alpha: strength; ``rank`` unless given, so that readers that ignore alpha get the trained strength.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        pretrained_lora: folder or file of a LoRA to continue: its matrices are trained on, and the reference is the model with
+            the LoRA as it was. Its own rank, strength and layers stand in place of those given.
 
     Trainable weights are float32 whatever the precision of the frozen ones.
     """
@@ -55,6 +62,7 @@ class Policy:
         lora_layers: str = "attention",
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        pretrained_lora: str | Path | None = None,
     ):
         if kind not in ("lora", "full"):
             raise UserError(f"policy kind is {kind!r}; expected 'lora' or 'full'")
@@ -62,7 +70,18 @@ class Policy:
         self.rank, self.gradient_checkpointing = rank, gradient_checkpointing
         unet: Any = denoiser.unet
         unet.requires_grad_(False)
-        if kind == "lora":
+        if kind == "full":
+            if pretrained_lora is not None:
+                raise UserError("pretrained_lora continues a LoRA; with train_method full there is none: use lora")
+            self.frozen = twin(unet, share=False)
+            unet.float().requires_grad_(True)
+        elif pretrained_lora is not None:
+            load_lora(denoiser, unet, pretrained_lora)
+            self.frozen = twin(unet, share=True).requires_grad_(False)
+            self.rank = unet.peft_config["default"].r
+            for name, parameter in unet.named_parameters():
+                parameter.requires_grad_(LORA in name)
+        else:
             from peft import LoraConfig
 
             if rank < 1:
@@ -79,9 +98,6 @@ class Policy:
                 unet.add_adapter(config)
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()
-        else:
-            self.frozen = twin(unet, share=False)
-            unet.float().requires_grad_(True)
         self.frozen.eval()
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -138,8 +154,7 @@ class Policy:
         from peft import get_peft_model_state_dict
 
         weights, metadata = get_peft_model_state_dict(unet), _collate_lora_metadata({"unet": unet})
-        name = "pytorch_lora_weights.safetensors"
-        return _replace(folder / name, lambda partial: self.denoiser.save_lora(partial, weights, metadata), name)
+        return _replace(folder / LORA_FILE, lambda partial: self.denoiser.save_lora(partial, weights, metadata), LORA_FILE)
 
 
 def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
@@ -149,15 +164,12 @@ def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
         UserError: it does not fit the model, or is damaged.
     """
     unet: Any = denoiser.unet
-    try:
-        if path.is_dir():
+    if path.is_dir():
+        try:
             return type(unet).from_pretrained(str(path)).to(unet.device).eval().requires_grad_(False)
-        denoiser.pipeline().load_lora_weights(str(path.parent), weight_name=path.name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be put into {denoiser.name}: {first_line(error)}") from error
-    for name, parameter in unet.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()  # as in training
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be put into {denoiser.name}: {first_line(error)}") from error
+    load_lora(denoiser, unet, path)
     return unet.eval().requires_grad_(False)
 
 
@@ -183,6 +195,54 @@ def put_loras(denoiser: Denoiser, unet: nn.Module, loras: Sequence[tuple[Path, f
         scales[f"lora{number}"] = scale
     pipeline.set_adapters(list(scales), list(scales.values()))
     unet.eval().requires_grad_(False)
+
+
+def find_lora(path: str | Path) -> Path:
+    """The file of a LoRA named by itself or by its folder; of its weights only the names are read.
+
+    Raises:
+        UserError: it is missing, no safetensors file, holds nothing for a U-Net, or more than its matrices.
+    """
+    path = Path(path)
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no LoRA at {path}: expected a .safetensors file, or a folder with {LORA_FILE}")
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no readable safetensors file ({first_line(error)}); a LoRA is expected") from error
+    if not any("lora" in name for name in names):
+        raise UserError(f"{file} holds no LoRA: none of its {len(names)} weights is named as one")
+    if others := [name for name in names if name.startswith(("text_encoder", "lora_te")) or "dora" in name]:
+        raise UserError(
+            f"{file} also changes what is not trained here ({len(others)} weights, such as {others[0]}): "
+            "give a plain LoRA of the U-Net alone"
+        )
+    return file
+
+
+def load_lora(denoiser: Denoiser, unet: nn.Module, path: str | Path) -> None:
+    """Put a LoRA, in the layout of diffusers or kohya, into ``unet`` (the denoiser's own or a twin), in float32 as in training.
+
+    Raises:
+        UserError: as :func:`find_lora`, or it does not fit the model.
+    """
+    file = find_lora(path)
+    try:
+        denoiser.pipeline(unet).load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="default")
+        with safe_open(file, "pt") as opened:
+            given = sum(name.endswith(".weight") and "lora" in name for name in opened.keys())  # noqa: SIM118
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be put into {denoiser.name}: {first_line(error)}") from error
+    found = [parameter for name, parameter in unet.named_parameters() if LORA in name]
+    if len(found) != given:
+        raise UserError(
+            f"{file} does not fit {denoiser.name}: {len(found)} of its {given} matrices found their layer; "
+            "was it trained for another family of models?"
+        )
+    for parameter in found:
+        parameter.data = parameter.data.float()
 
 
 def _replace(final: Path, write: Callable[[str], Any], name: str = ".") -> Path:

@@ -140,6 +140,53 @@ def test_diffusers_draws_the_pictures_that_training_showed(palate, model_dir, ju
     assert np.abs(tuned - base).max() > 10
 
 
+def test_a_lora_trained_here_is_continued_here_and_loaded_by_plain_diffusers(palate, model_dir, prompts_file):
+    from diffusers import StableDiffusionPipeline
+
+    palate("train", learning_rate=0.05, lora_alpha=8, output_dir="first")
+    options = {"judges": "[jpeg_compressibility]", "evaluation_prompts": prompts_file, "pretrained_lora": "first"}
+    code, _, errors = palate("train", learning_rate=0.05, **options)
+    assert code == 0, errors
+    assert read_log("out/log.jsonl")[0]["held_out_accuracy"] == 0.5  # it begins as its own reference
+    evaluation = recipe.load("out/recipe.yaml").evaluation
+    prompts = prompts_file.read_text().splitlines()
+
+    def draw(lora: str) -> np.ndarray:
+        pipeline = StableDiffusionPipeline.from_pretrained(model_dir)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.load_lora_weights(lora)
+        images = pipeline(
+            prompts,
+            num_inference_steps=evaluation.num_inference_steps,
+            guidance_scale=evaluation.guidance_scale,
+            generator=[torch.Generator().manual_seed(evaluation.evaluation_seed + i) for i in range(len(prompts))],
+        ).images
+        return np.stack([np.asarray(image) for image in images]).astype(int)
+
+    before, after = pictures("out/evaluation/base"), pictures("out/evaluation/tuned")
+    assert np.abs(draw("first") - before).max() <= 1
+    assert np.abs(draw("out") - after).max() <= 1
+    assert np.abs(after - before).max() > 10
+    # Comparing again makes the same pictures; resuming what is finished changes nothing.
+    assert palate("evaluate", "out")[0] == 0
+    assert np.abs(pictures("out/evaluation/base") - before).max() <= 1
+    assert np.abs(pictures("out/evaluation/tuned") - after).max() <= 1
+    weights = load_file("out/pytorch_lora_weights.safetensors")
+    code, _, errors = palate("train", learning_rate=0.05, **options, resume_from_checkpoint="latest")
+    assert code == 0, errors
+    assert all(torch.equal(t, weights[n]) for n, t in load_file("out/pytorch_lora_weights.safetensors").items())
+
+
+def test_an_average_of_weights_is_what_is_saved(palate):
+    palate("train", learning_rate=0.05, output_dir="plain")
+    code, _, errors = palate("train", learning_rate=0.05, ema_decay=0.9, optimizer="adamw", max_train_steps=3)
+    assert code == 0, errors
+    plain, averaged = (load_file(f"{folder}/pytorch_lora_weights.safetensors") for folder in ("plain", "out"))
+    assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
+    last = load_file("out/checkpoint-3/weights.safetensors")
+    assert sorted(t.sum().item() for t in last.values()) == sorted(t.sum().item() for t in plain.values())
+
+
 def test_a_second_run_encodes_nothing(palate, tmp_path, monkeypatch):
     encoded = []
     flush = encode._Queue.flush

@@ -9,12 +9,13 @@ import weakref
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palate.diffusion.denoising import Conditioning, draw
 from palate.errors import UserError
 from palate.models import load_denoiser
-from palate.models.policy import Policy, tuned
+from palate.models.policy import LORA, Policy, tuned
 from palate.spaces import perceptual
 
 
@@ -116,6 +117,81 @@ def test_lora_on_all_layers_reaches_convolutions(load):
     assert {"to_q", "conv1", "conv2", "proj_in", "time_emb_proj"} <= names
     attention = {n.split(".lora_A")[0].split(".")[-1] for n in Policy(load()).state_dict() if "lora_A" in n}
     assert attention == {"to_q", "to_k", "to_v", "0"}
+
+
+@pytest.mark.parametrize("space", ["mid", "all"])
+def test_a_continued_lora_starts_as_its_own_reference(load, batch, tmp_path, space):
+    first = Policy(load(), rank=4, lora_alpha=2.0, lora_layers="all")
+    disturb(first)
+    first.save(tmp_path / "first")
+    plain = load()
+    expected, base = first(*batch), plain.predict(plain.unet, *batch)
+    policy = Policy(load(), pretrained_lora=tmp_path / "first")
+    assert policy.rank == 4
+    assert torch.equal(policy(*batch), expected)
+    assert torch.equal(policy.reference(*batch), expected)
+    before = policy.features(*batch, space)
+    disturb(policy)
+    assert torch.equal(policy.reference(*batch), expected)
+    assert all(torch.equal(a, b) for a, b in zip(policy.features(*batch, space), before, strict=True))
+    assert all(LORA in name for name in policy.state_dict())
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    frozen = dict(policy.frozen.named_parameters())
+    assert not any(p.requires_grad for p in frozen.values())
+    for name, own in policy.trainable_module.named_parameters():
+        assert (own.data_ptr() == frozen[name].data_ptr()) == (LORA not in name)
+    # What is saved is the whole change, for a plain pipeline too.
+    path = policy.save(tmp_path / "second")
+    again = load()
+    again.pipeline().load_lora_weights(str(path.parent), weight_name=path.name)
+    assert torch.equal(again.predict(again.unet, *batch), policy(*batch))
+    assert not torch.equal(policy(*batch), expected)
+    assert not torch.equal(expected, base)
+
+
+def test_a_lora_in_kohyas_layout_is_continued_at_its_strength(load, batch, tmp_path):
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    first = Policy(load(), rank=4, lora_alpha=2.0)
+    disturb(first)
+    kohya = convert_state_dict_to_kohya({f"unet.{name.replace('.default', '')}": t for name, t in first.state_dict().items()})
+    named = {name.replace("unet.", "unet_", 1): tensor for name, tensor in kohya.items()}
+    kohya = {name: torch.tensor(2.0) if name.endswith("alpha") else tensor.contiguous() for name, tensor in named.items()}
+    assert any(name.startswith("lora_unet_down_blocks_0") for name in kohya)
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    torch.testing.assert_close(Policy(load(), pretrained_lora=tmp_path / "kohya.safetensors")(*batch), first(*batch))
+
+
+def test_loras_that_cannot_be_continued_are_told_in_one_line(load, tmp_path):
+    def refused(message, path, **options):
+        with pytest.raises(UserError, match=message) as error:
+            Policy(load(), pretrained_lora=path, **options)
+        assert "\n" not in str(error.value)
+
+    def changed(name, change):
+        weights = change(load_file(path))
+        save_file({n: t.contiguous() for n, t in weights.items()}, tmp_path / name)
+        return tmp_path / name
+
+    path = Policy(load(), rank=4).save(tmp_path / "fine")
+    refused("no LoRA at", tmp_path / "nowhere")
+    refused("no LoRA at .*expected a .safetensors file", tmp_path)
+    (tmp_path / "text.safetensors").write_text("no")
+    refused("no readable safetensors file", tmp_path / "text.safetensors")
+    refused("holds no LoRA", changed("plain.safetensors", lambda w: {"weight": torch.zeros(2)}))
+    refused("not trained here", changed("te.safetensors", lambda w: {**w, "text_encoder.a.lora_A.weight": torch.zeros(2, 2)}))
+    elsewhere = changed(
+        "xl.safetensors",
+        lambda w: {
+            **w,
+            "unet.down_blocks.9.to_q.lora_A.weight": torch.zeros(4, 8),
+            "unet.down_blocks.9.to_q.lora_B.weight": torch.zeros(8, 4),
+        },
+    )
+    refused("cannot be put into|found their layer", elsewhere)
+    larger = changed("large.safetensors", lambda w: {n: torch.cat([t, t], 1) if "lora_A" in n else t for n, t in w.items()})
+    refused("cannot be put into", larger)
+    refused("train_method full", path, kind="full")
 
 
 def test_weights_of_another_rank_are_refused(load):
