@@ -1,0 +1,193 @@
+"""AI feedback: judges' scores to preference pairs (Diffusion-DPO, arXiv 2311.12908, section 5.3)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from palate.errors import UserError
+
+Key = Any
+"""What tells a picture from others: its file, or the digest of its bytes."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Two pictures of a prompt, and how probably the first is the better one; 0.5 is a tie."""
+
+    prompt: str
+    first: Key
+    second: Key
+    label: float
+    source: Any = None
+
+    @property
+    def winner(self) -> Key | None:
+        return None if self.label == 0.5 else self.first if self.label > 0.5 else self.second
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """What became of the candidates."""
+
+    prompts: int
+    single: int
+    """Prompts with one picture only: nothing to compare."""
+    pairs: int
+    ties: int
+    disagreements: int
+    """Pairs on which not all judges say the same."""
+    filtered: int
+    """Pairs left out for want of an absolute winner in them."""
+    written: int
+    changed: int | None = None
+    """Of an existing set: labels that no longer point the same way."""
+
+    def sentence(self) -> str:
+        parts = [f"{self.prompts} prompts, {self.pairs} pairs: {self.ties} ties, judges disagree on {self.disagreements}"]
+        if self.single:
+            parts.append(f"{self.single} prompts have one picture only")
+        if self.filtered:
+            parts.append(f"{self.filtered} without the absolute winner of their prompt left out")
+        if self.changed is not None:
+            parts.append(f"{self.changed} labels changed")
+        return "; ".join([*parts, f"{self.written} written"])
+
+
+def label_of(margins: Sequence[float], *, temperature: float | None = None, threshold: float = 0.0) -> float:
+    """One label of several judges' margins (score of the first minus score of the second).
+
+    Hard (``temperature`` None): the majority's vote, 1, 0, or 0.5 where as many judges say one as the other. Soft: the mean of
+    ``sigmoid(margin / temperature)``. A judge whose margin is at most ``threshold`` says 0.5. Judges of different scales need
+    hard labels.
+    """
+
+    def vote(margin: float) -> float:
+        if abs(margin) <= threshold:
+            return 0.5
+        if temperature is None:
+            return float(margin > 0)
+        return 0.5 * (1 + math.tanh(margin / temperature / 2))  # the sigmoid, without overflow
+
+    mean = math.fsum(map(vote, margins)) / len(margins)
+    return mean if temperature is not None else 0.5 * (1 + (mean > 0.5) - (mean < 0.5))
+
+
+def pairs_of(
+    candidates: Mapping[str, Mapping[Key, Sequence[float]]], decide: Callable[[Sequence[float]], float], *, which: str = "all"
+) -> tuple[list[Labelled], int]:
+    """Pairs of candidates, and on how many the judges disagree.
+
+    Args:
+        candidates: prompt -> picture -> its scores by every judge.
+        decide: margins to a label, such as :func:`label_of`.
+        which: ``all``, or ``extremes``: of each prompt the picture that wins most and the one that wins least.
+    """
+    found, disagreements = [], 0
+    for prompt, scores in candidates.items():
+        pairs = [
+            (a, b, [x - y for x, y in zip(scores[a], scores[b], strict=True)]) for a, b in itertools.combinations(scores, 2)
+        ]
+        labelled = [(Labelled(prompt, a, b, decide(margins)), margins) for a, b, margins in pairs]
+        if which == "extremes" and labelled:
+            points = dict.fromkeys(scores, 0.0)
+            for pair, _ in labelled:
+                points[pair.first] += pair.label
+                points[pair.second] += 1 - pair.label
+            best, least = max(points, key=points.__getitem__), min(reversed(list(points)), key=points.__getitem__)
+            labelled = [(p, m) for p, m in labelled if {p.first, p.second} == {best, least}]
+        disagreements += sum(disagree(margins) for _, margins in labelled)
+        found += [pair for pair, _ in labelled]
+    return found, disagreements
+
+
+def disagree(margins: Sequence[float]) -> bool:
+    return min(margins) < 0 < max(margins)
+
+
+def absolute_winners(pairs: Sequence[Labelled]) -> list[Labelled]:
+    """The pairs that hold the absolute winner of their prompt: the one picture that wins all its pairs, without a tie.
+
+    Noise-Conditioned Perception (arXiv 2406.17636) trains on such pairs. A prompt on which two pictures are unbeaten, or none
+    is, has no absolute winner.
+    """
+    unbeaten: dict[str, set[Key]] = {}
+    for pair in pairs:
+        unbeaten.setdefault(pair.prompt, set()).update((pair.first, pair.second))
+    for pair in pairs:
+        unbeaten[pair.prompt] -= {pair.first, pair.second} - {pair.winner}
+    return [p for p in pairs if len(unbeaten[p.prompt]) == 1 and p.winner in unbeaten[p.prompt]]
+
+
+def finish(
+    pairs: Sequence[Labelled], counts: LabelCounts, *, absolute_winner: bool, keep_ties: bool
+) -> tuple[list[Labelled], LabelCounts]:
+    """Apply the filters, and count what they left out.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    kept = absolute_winners(pairs) if absolute_winner else list(pairs)
+    written = [pair for pair in kept if keep_ties or pair.label != 0.5]
+    ties = sum(pair.label == 0.5 for pair in pairs)
+    counts = replace(counts, pairs=len(pairs), ties=ties, filtered=len(pairs) - len(kept), written=len(written))
+    if not written:
+        raise UserError(f"no pairs are left ({counts.sentence()}); lower the threshold, keep ties, or give more candidates")
+    return written, counts
+
+
+def write_pairs(path: str | Path, rows: Iterable[tuple[str, bytes, bytes, float, Mapping[str, str]]]) -> None:
+    """Write pairs in Pick-a-Pic v2's columns, whole or not at all; memory does not grow with their number.
+
+    rows: prompt, both encoded pictures, probability that the first is the better one, and text columns such as ``model_0``.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("model_0", "model_1", "image_0_uid", "image_1_uid")
+    schema = pa.schema(
+        [
+            ("caption", pa.string()),
+            *((name, pa.binary()) for name in ("jpg_0", "jpg_1")),
+            *((name, pa.float64()) for name in ("label_0", "label_1")),
+            ("has_label", pa.bool_()),
+            *((name, pa.string()) for name in names),
+        ]
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for part in _batches(rows, 64):
+                writer.write_batch(
+                    pa.RecordBatch.from_pylist(
+                        [
+                            {
+                                "caption": prompt,
+                                "jpg_0": first,
+                                "jpg_1": second,
+                                "label_0": label,
+                                "label_1": 1 - label,
+                                "has_label": True,
+                                **{name: more.get(name) for name in names},
+                            }
+                            for prompt, first, second, label, more in part
+                        ],
+                        schema,
+                    )
+                )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _batches(rows: Iterable[Any], size: int) -> Iterable[list[Any]]:
+    stream = iter(rows)
+    while part := list(itertools.islice(stream, size)):
+        yield part

@@ -1,0 +1,180 @@
+"""Picture folders, or an existing set of pairs, labelled by judges."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from palate.errors import UserError, nearest
+from palate.evaluation.labelling import LabelCounts, Labelled, disagree, finish, label_of, pairs_of, write_pairs
+from palate.evaluation.manifest import Picture, ScoreFile, read_manifest
+from palate.evaluation.scoring import score_folder
+from palate.judge_names import NamedJudge, find_judges
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """Who decides, and how."""
+
+    output: str
+    """The parquet file to write, in Pick-a-Pic v2's columns."""
+    judges: tuple[str, ...] = ()
+    """Names of judges; of several the majority decides. Without any, pairs keep their labels and are only filtered."""
+    soft: bool = False
+    """Write the probability sigmoid(margin / temperature) instead of the winner."""
+    temperature: float = 1.0
+    """Of soft labels, in the judge's units: PickScore's model card has 1."""
+    threshold: float = 0.0
+    """Margins up to this are ties, in the judge's units."""
+    ties: str = "drop"
+    """``drop``, or ``keep`` as a label of one half."""
+    pairs: str = "all"
+    """Of candidates: ``all`` pairs of a prompt, or its ``extremes``, the best against the worst."""
+    absolute_winner: bool = False
+    """Keep only pairs that hold the one picture of their prompt that wins all its pairs, as the NCP paper does."""
+    max_bad_rows: int = 0
+    """Of an existing set: so many unusable rows are listed and skipped."""
+    batch_size: int = 32
+    """Pictures judged at once."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("ties", ("drop", "keep")), ("pairs", ("all", "extremes"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}{nearest(getattr(self, name), known)}")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; expected a positive number")
+        if not 0 <= self.threshold < math.inf:
+            raise UserError(f"threshold is {self.threshold}; expected 0 or more")
+        if self.soft and len(self.judges) > 1:
+            raise UserError("soft labels need one judge: margins of several have different units; leave out --soft")
+        if not self.output.endswith(".parquet"):
+            raise UserError(f"output is {self.output!r}; expected a file name that ends in .parquet")
+
+
+def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: bool = False) -> LabelCounts:
+    """Pairs of the candidates that picture folders hold of each prompt between them; scores are kept in the folders.
+
+    Raises:
+        UserError: no judge, a folder that cannot be read, pictures without a score, or nothing to compare.
+    """
+    judges = find_judges(options.judges)
+    if not judges:
+        raise UserError("candidates are labelled by judges; name one, such as --judges '[pickscore]'")
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    scores: dict[tuple[Path, str], list[float]] = {}
+    bad: Counter[Path] = Counter()
+    for named in judges.values():
+        judge = named.load(_device())
+        header = ScoreFile(named.name, named.kind, named.fingerprint(), named.role)
+        for folder, pictures in manifests.items():
+            found = score_folder(judge, header, folder, pictures, batch_size=options.batch_size, progress=progress)
+            for picture in pictures:
+                if picture.file in found.scores:
+                    scores.setdefault((folder, picture.file), []).append(found.scores[picture.file])
+    candidates: dict[str, dict[tuple[Path, str], list[float]]] = {}
+    about: dict[tuple[Path, str], Picture] = {}
+    for folder, pictures in manifests.items():
+        for picture in pictures:
+            key = (folder, picture.file)
+            if len(scores.get(key, ())) < len(judges):
+                bad[folder] += 1
+                continue
+            about[key] = picture
+            candidates.setdefault(picture.prompt, {})[key] = scores[key]
+    for folder, number in bad.items():
+        print(f"{folder}: {number} pictures without a score are left out", file=sys.stderr)
+    pairs, disagreements = pairs_of(candidates, _decide(options), which=options.pairs)
+    if not pairs:
+        raise UserError(f"no prompt has two pictures or more among {len(about)}; generate with --images_per_prompt 2 or more")
+    single = sum(len(found) == 1 for found in candidates.values())
+    counts = LabelCounts(len(candidates), single, 0, 0, disagreements, 0, 0)
+    kept, counts = finish(pairs, counts, absolute_winner=options.absolute_winner, keep_ties=options.ties == "keep")
+
+    def rows() -> Iterator[tuple[str, bytes, bytes, float, Mapping[str, str]]]:
+        for pair in kept:
+            (folder_0, file_0), (folder_1, file_1) = pair.first, pair.second
+            more = {"model_0": about[pair.first].model, "model_1": about[pair.second].model}
+            more |= {"image_0_uid": f"{folder_0.name}/{file_0}", "image_1_uid": f"{folder_1.name}/{file_1}"}
+            yield pair.prompt, (folder_0 / file_0).read_bytes(), (folder_1 / file_1).read_bytes(), pair.label, more
+
+    write_pairs(options.output, rows())
+    return counts
+
+
+def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> LabelCounts:
+    """An existing set with the judges' labels in place of its own; without judges only filtered.
+
+    Raises:
+        UserError: a set that cannot be read, or nothing is left of it.
+    """
+    from palate.data.pairs import read_pairs
+
+    judges = find_judges(options.judges)
+    reader = read_pairs(source, ties="keep", max_bad_rows=options.max_bad_rows)
+    before: list[Labelled] = []
+    for number, pair in enumerate(reader):
+        first, second = (hashlib.sha256(image).digest() for image in (pair.image_0, pair.image_1))
+        before.append(Labelled(pair.prompt, first, second, pair.label, number))
+    for row in reader.counts.bad:
+        print(f"skipped {row}", file=sys.stderr)
+    labelled, disagreements, changed = before, 0, None
+    if judges:
+        margins = list(zip(*(judge_margins(j, reader, options.batch_size, progress) for j in judges.values()), strict=True))
+        decide = _decide(options)
+        labelled = [replace(pair, label=decide(found)) for pair, found in zip(before, margins, strict=True)]
+        disagreements = sum(map(disagree, margins))
+        changed = sum(old.winner != new.winner for old, new in zip(before, labelled, strict=True))
+    counts = LabelCounts(len({p.prompt for p in before}), 0, 0, 0, disagreements, 0, 0, changed)
+    kept, counts = finish(labelled, counts, absolute_winner=options.absolute_winner, keep_ties=options.ties == "keep")
+    labels = {pair.source: pair.label for pair in kept}
+    # The set is read once more, so that its pictures need not stay in memory.
+    rows = ((p.prompt, p.image_0, p.image_1, labels[i], {}) for i, p in enumerate(reader) if i in labels)
+    write_pairs(options.output, rows)
+    return counts
+
+
+def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress: bool = False) -> list[float]:
+    """Score of the first minus score of the second picture of every pair of a reader, in order.
+
+    Raises:
+        UserError: a picture that the judge gives no finite score.
+    """
+    from palate.data.images import decode
+    from palate.judges.pictures import to_tensor
+    from palate.judges.stream import score_stream
+
+    where: list[str] = []
+
+    def items() -> Iterator[tuple[Any, str]]:
+        for pair in pairs:
+            where.append(pair.source)
+            for image in (pair.image_0, pair.image_1):
+                yield (lambda image=image: to_tensor([decode(image)])), pair.prompt
+
+    scores: dict[int, float] = {}
+    stream = score_stream(named.load(_device()), items(), batch_size=batch_size, workers=2)
+    for index, found in tqdm(stream, desc=named.name, unit=" pictures", disable=not progress):
+        if not isinstance(found, float):
+            raise UserError(f"{where[index // 2]}: a picture {found}")
+        scores[index] = found
+    return [scores[2 * i] - scores[2 * i + 1] for i in range(len(scores) // 2)]
+
+
+def _decide(options: LabelOptions) -> Any:
+    temperature = options.temperature if options.soft else None
+    return partial(label_of, temperature=temperature, threshold=options.threshold)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

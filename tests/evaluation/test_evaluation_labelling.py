@@ -1,0 +1,75 @@
+"""Scores to pairs: laws, and small cases by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from palate.data.pairs import read_pairs
+from palate.errors import UserError
+from palate.evaluation.labelling import LabelCounts, Labelled, absolute_winners, finish, label_of, pairs_of, write_pairs
+
+MARGINS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5)
+NONE = LabelCounts(0, 0, 0, 0, 0, 0, 0)
+
+
+@given(MARGINS, st.none() | st.floats(1e-3, 1e3), st.floats(0, 10))
+def test_swapping_the_pictures_mirrors_the_label(margins, temperature, threshold):
+    here = label_of(margins, temperature=temperature, threshold=threshold)
+    there = label_of([-m for m in margins], temperature=temperature, threshold=threshold)
+    assert 0 <= here <= 1
+    assert here + there == pytest.approx(1, abs=1e-12)
+
+
+def test_labels_by_hand():
+    assert label_of([2.0, 1.0, -5.0]) == 1.0  # two of three, however strong the third
+    assert label_of([2.0, -5.0]) == 0.5
+    assert label_of([0.3, 0.1, -1.0], threshold=0.2) == 0.5  # one for, one undecided, one against
+    assert label_of([0.4], temperature=0.2) == pytest.approx(1 / (1 + math.exp(-2)))
+    assert label_of([0.1], temperature=0.2, threshold=0.1) == 0.5
+    assert label_of([-1e9], temperature=1e-3) == 0.0
+
+
+def test_pairs_of_candidates():
+    candidates = {"a": {"x": [3.0], "y": [1.0], "z": [2.0]}, "b": {"only": [0.0]}}
+    found, disagreements = pairs_of(candidates, label_of)
+    assert [(p.first, p.second, p.label) for p in found] == [("x", "y", 1.0), ("x", "z", 1.0), ("y", "z", 0.0)]
+    assert disagreements == 0
+    found, _ = pairs_of(candidates, label_of, which="extremes")
+    assert [(p.first, p.second) for p in found] == [("x", "y")]
+    # Two judges of opposite taste agree on nothing.
+    assert pairs_of({"a": {"x": [1.0, 0.0], "y": [0.0, 1.0]}}, label_of) == ([Labelled("a", "x", "y", 0.5)], 1)
+
+
+def test_absolute_winners():
+    def pair(first, second, label, prompt="p"):
+        return Labelled(prompt, first, second, label)
+
+    beats_all = [pair("x", "y", 1.0), pair("z", "x", 0.0), pair("y", "z", 1.0)]
+    assert absolute_winners(beats_all) == beats_all[:2]
+    assert absolute_winners([pair("x", "y", 1.0), pair("y", "z", 1.0), pair("z", "x", 1.0)]) == []  # a circle
+    assert absolute_winners([pair("x", "y", 1.0), pair("x", "z", 0.5)]) == []  # a tie
+    assert absolute_winners([pair("x", "y", 1.0), pair("u", "v", 1.0)]) == []  # two that never met
+    apart = [pair("x", "y", 1.0), pair("x", "y", 0.0, "q")]
+    assert absolute_winners(apart) == apart
+
+
+def test_ties_are_dropped_or_kept_and_counted():
+    pairs = [Labelled("p", 1, 2, 1.0), Labelled("q", 3, 4, 0.5)]
+    kept, counts = finish(pairs, NONE, absolute_winner=False, keep_ties=False)
+    assert (kept, counts.pairs, counts.ties, counts.written) == (pairs[:1], 2, 1, 1)
+    assert finish(pairs, NONE, absolute_winner=False, keep_ties=True)[0] == pairs
+    with pytest.raises(UserError, match="no pairs are left"):
+        finish(pairs[1:], NONE, absolute_winner=False, keep_ties=False)
+
+
+def test_written_pairs_are_read(tmp_path, pairs_dir):
+    images = [(pairs_dir / f"0-{side}.png").read_bytes() for side in ("chosen", "rejected")]
+    write_pairs(tmp_path / "sub/p.parquet", [("a boat", *images, 0.25, {"model_0": "m"})] * 70)
+    found = list(read_pairs(tmp_path / "sub/p.parquet"))
+    assert len(found) == 70
+    assert (found[0].prompt, found[0].image_0, found[0].image_1, found[0].label) == ("a boat", *images, 0.25)
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["p.parquet"]
