@@ -95,6 +95,21 @@ def find_judges(names: Iterable[str]) -> dict[str, NamedJudge]:
     return {name: _find(name) for name in names}
 
 
+def score_folders(
+    judges: Iterable[NamedJudge], folders: Iterable[str | Path], *, device: str | torch.device = "cpu", progress: bool = False
+) -> None:
+    """Let judges score what they have not scored yet of picture folders; one judge in memory at a time."""
+    from palate.evaluation.manifest import ScoreFile, read_manifest
+    from palate.evaluation.scoring import score_folder
+
+    read = {str(folder): read_manifest(folder) for folder in folders}
+    for named in judges:
+        judge = named.load(device)
+        header = ScoreFile(named.name, named.kind, named.fingerprint(), named.role)
+        for folder, pictures in read.items():
+            score_folder(judge, header, folder, pictures, progress=progress)
+
+
 def _find(name: str) -> NamedJudge:
     terms = [term.strip() for term in name.split(" + ")]
     weights = [re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.+)", term) for term in terms]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from palate import recipe as recipes
 from palate.errors import UserError
 from palate.files import write_atomically
-from palate.judge_names import NamedJudge, find_judges
+from palate.judge_names import NamedJudge, find_judges, score_folders
 from palate.miniature import world
 from palate.model_names import check_refiner_fits, load_base
 from palate.prompt_names import find_prompts
@@ -420,7 +420,6 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
     from palate.evaluation.generation import plan
     from palate.evaluation.grid import before_after_grid
     from palate.evaluation.report import chapter_of, write_report
-    from palate.judges import score
 
     options, began = recipe.evaluation, time.monotonic()
     planned = plan(_evaluation_prompts(recipe), model="", images_per_prompt=options.images_per_prompt)
@@ -437,13 +436,11 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
         pictures[side] = _generated(recipe, denoiser, unet, refiner, planned, resolution, folder, side)
     del refiner
     denoiser.release()  # room for the judges
-    sides = {side: out / "evaluation" / side for side in pictures}
-    for named in _judges(recipe).values():
-        judge = named.load(denoiser.device)
-        for side, folder in sides.items():
-            _keep_scores(named, folder, score(judge, pictures[side], prompts).tolist())
+    sides = [out / "evaluation" / side for side in pictures]
+    judges = _judges(recipe)
+    score_folders(judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
     unseen = options.evaluation_prompts == "miniature-unseen"
-    found = compare_folders(list(sides.values()), judges=list(_judges(recipe)), unseen=unseen, who="the aligned model")
+    found = compare_folders(sides, judges=list(judges), unseen=unseen, who="the aligned model")
     shown = _first_of_each(prompts, 12)
     before_after_grid(
         [prompts[i] for i in shown],
@@ -460,15 +457,6 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
     write_report(out / "report.html", [chapter_of(out)])
     _tell(f"compared in {time.monotonic() - began:.0f} s; see {out / 'report.html'}")
     print(found.versus[0].headline)
-
-
-def _keep_scores(judge: NamedJudge, folder: Path, scores: list[float]) -> None:
-    """The score file of one judge beside the pictures, in the order of their manifest."""
-    from palate.evaluation.manifest import ScoreFile, append_scores, read_manifest, score_path
-
-    files = [picture.file for picture in read_manifest(folder)]
-    header = ScoreFile(judge.name, judge.kind, str(judge.folder or ""), judge.role)
-    append_scores(score_path(folder, judge.name), list(zip(files, scores, strict=True)), header)
 
 
 def _generated(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -93,7 +94,8 @@ article+article{margin-top:72px;padding-top:40px;border-top:1px solid var(--line
 .small .bar{width:160px}
 .key{display:inline-block;width:14px;height:3px;border-radius:2px;vertical-align:middle;margin-right:5px;background:var(--good)}
 .key.trained{background:var(--even)}
-.chart figcaption.keys{justify-content:flex-start;font-weight:400;color:var(--soft)}
+.chart figcaption.keys{justify-content:flex-start;flex-wrap:wrap;gap:4px 16px;font-weight:400}
+.wide{max-width:620px}
 .smooth.trained{stroke:var(--even)}
 .scroll{overflow-x:auto}
 .dotm{fill:var(--good)}.dotm.trained{fill:var(--even)}
@@ -382,7 +384,8 @@ def _judges(v: Versus, who: str, *, several: bool) -> str:
     rows = "".join(_judge(c) for c in ordered)
     if v.macro is not None:
         m = v.macro
-        rows += f"""<tr class="even"><th scope="row">mean of {m.judges}<br><span class="tag">not trained on</span></th>
+        tone = "good" if m.low > 0.5 else "bad" if m.high < 0.5 else "even"
+        rows += f"""<tr class="{tone}"><th scope="row">mean of {m.judges}<br><span class="tag">not trained on</span></th>
 <td>{_bar(m)}</td><td class="num"><strong>{percent(m.rate)} %</strong>
 <span class="soft">{percent(m.low)}–{percent(m.high)} %</span></td><td></td><td></td><td></td></tr>"""
     heading = f"What the judges say of {escape(v.model)}" if several else "What the judges say"
@@ -515,7 +518,7 @@ def _distance(rows: Sequence[Mapping[str, Any]]) -> str:
         else "Nothing that training does not see was measured on the way: this view cannot tell when training went too far."
     )
     return f"""<section><h2>How far is too far</h2><p>{told} Every line is drawn in units of
-its own range.</p><div class="charts"><figure class="chart">{_against(lines, _title(name))}</figure></div></section>"""
+its own range.</p><figure class="chart wide">{_against(lines, _title(name))}</figure></section>"""
 
 
 def _against(lines: Mapping[str, list[tuple[float, float]]], name: str) -> str:
@@ -526,12 +529,11 @@ def _against(lines: Mapping[str, list[tuple[float, float]]], name: str) -> str:
         ys = [y for _, y in points]
         span = (max(ys) - min(ys)) or 1.0
         style = "" if _is_held_out(key) else " trained"
-        at = " ".join(
-            f"{left + x / far * (right - left):.1f},{bottom - (y - min(ys)) / span * (bottom - top):.1f}" for x, y in points
-        )
-        drawn.append(f'<polyline class="smooth{style}" points="{at}"/>')
-        x, _, y = at.rpartition(" ")[2].partition(",")
-        drawn.append(f'<circle class="dotm{style}" cx="{x}" cy="{y}" r="4"/>')
+        places = [(left + x / far * (right - left), bottom - (y - min(ys)) / span * (bottom - top)) for x, y in points]
+        # A distance measured on one batch goes to and fro: there only the points are drawn.
+        if all(a[0] <= b[0] for a, b in pairwise(points)):
+            drawn.append(f'<polyline class="smooth{style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+        drawn += [f'<circle class="dotm{style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
         change = f"{_number(ys[0])} → {_number(ys[-1])}"
         keys.append(f'<span><i class="key{style}"></i>{escape(_title(key))} {change}</span>')
     label = f"Trained and held-out measures against {name}"

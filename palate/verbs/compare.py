@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from palate.options import checked, help_lines, overrides
 @dataclass(frozen=True)
 class Options:
     judges: tuple[str, ...] = ()
-    """Whom to ask; all that have scored every folder unless named: ``'[pickscore:FOLDER, jpeg_compressibility]'``."""
+    """Whom to ask; all that have scored every folder unless named: ``'[pickscore:FOLDER, jpeg_compressibility]'``. What a
+    named judge has not scored yet, it scores first."""
     trained_on: tuple[str, ...] = ()
     """Judges, or kinds of judges, whose taste training followed: they are marked and come last."""
     output_dir: str = "comparison"
@@ -40,9 +42,18 @@ def main(words: list[str]) -> int:
         raise UserError(f"draws is {options.draws}; an interval needs at least 100")
 
     from palate.evaluation.folders import compare_folders, write_result
+    from palate.evaluation.manifest import read_all_scores
     from palate.evaluation.report import chapter_of, write_report
     from palate.evaluation.tables import table
+    from palate.judge_names import find_judges, score_folders
 
+    known = [read_all_scores(folder) for folder in folders]
+    missing = [name for name in options.judges if any(name not in scores for scores in known)]
+    if missing:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        score_folders(find_judges(missing).values(), folders, device=device, progress=sys.stderr.isatty())
     result = compare_folders(
         folders,
         judges=options.judges,

@@ -112,6 +112,16 @@ def test_sides_that_differ_are_refused_unless_told(tmp_path, capsys, monkeypatch
     assert json.loads(Path("comparison/comparison.json").read_text())["pictures"] == 12 * seeds
 
 
+def test_named_judges_score_what_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = picture_folder(tmp_path / "a", "one", 0), picture_folder(tmp_path / "b", "two", 1)
+    code, _, errors = told(capsys, "compare", a, b, "--judges", "[jpeg_compressibility, fresh]", "--draws", 200)
+    assert code == 0, errors
+    found = json.loads(Path("comparison/comparison.json").read_text())
+    assert {c["judge"] for c in found["comparisons"]} == {"jpeg_compressibility", "fresh"}
+    assert score_path(b, "jpeg_compressibility").is_file()
+
+
 def test_other_versions_are_told(tmp_path):
     a, b = picture_folder(tmp_path / "a", "one", 0), picture_folder(tmp_path / "b", "two", 1, versions={"torch": "3"})
     assert "different versions" in compare_folders([a, b], draws=200).notes[0]
@@ -132,7 +142,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, capsys, monkeypatch):
     score_path(part, "fresh").write_text("".join(score_path(part, "fresh").read_text().splitlines(keepends=True)[:-3]))
     cases = [
         ((a,), "two folders or more"),
-        ((a, b, "--judges", "frsh"), "did you mean 'fresh'"),
+        ((a, b, "--judges", "mini-heldut"), "did you mean 'mini-heldout'"),
         ((bare, a), "judge fresh has not scored"),
         ((bare, bare_too), "holds no scores"),
         ((a, bare), "judge fresh has not scored"),
