@@ -145,7 +145,8 @@ def headline(comparisons: Sequence[Comparison], *, unseen: bool = True, who: str
         )
     if w.rate < 0.5:
         share = f"{percent(w.rate)} % of {among} ({interval})"
-        return f"{who[:1].upper()}{who[1:]} is worse here: {judge} prefers its picture in only {share}."
+        first = f"T{who[1:]}" if who.startswith("the ") else who  # a model's own name keeps its letters
+        return f"{first} is worse here: {judge} prefers its picture in only {share}."
     return f"{judge[0].upper()}{judge[1:]} prefers {who}'s picture in {percent(w.rate)} % of {among} ({interval})."
 
 

@@ -309,7 +309,9 @@ def _chapter(c: Chapter, anchor: str) -> str:
     hero = hero or '<div class="hero"><h1>Training so far. It has not been compared with its base.</h1></div>'
     aligned = c.labels[-1] if len(c.labels) == 2 and tuple(c.labels) != ("before", "after") else "the aligned model"
     judges = "".join(
-        _flags(v.flags) + _judges(v, v.model if len(pairs) > 1 else aligned, several=len(pairs) > 1) for v in pairs
+        _flags(v.flags, f": {v.model}" if len(pairs) > 1 else "")
+        + _judges(v, v.model if len(pairs) > 1 else aligned, several=len(pairs) > 1)
+        for v in pairs
     )
     rankings = _rankings(c.result.rankings) if c.result else ""
     notes = (
@@ -325,9 +327,9 @@ def _chapter(c: Chapter, anchor: str) -> str:
 {_making(c.command, dict(c.settings), dict(c.versions))}</article>"""
 
 
-def _flags(flags: Sequence[str]) -> str:
+def _flags(flags: Sequence[str], of: str) -> str:
     items = "".join(f"<li>{escape(flag)}</li>" for flag in flags)
-    return f'<section><h2>Look at this first</h2><ul class="flags">{items}</ul></section>' if items else ""
+    return f'<section><h2>Warnings{escape(of)}</h2><ul class="flags">{items}</ul></section>' if items else ""
 
 
 def _rankings(rankings: Sequence[Ranking]) -> str:
