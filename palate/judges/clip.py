@@ -152,7 +152,7 @@ def load(kind: str, place: Path, device: str | torch.device = "cpu", *, dtype: s
 
 
 def checked_dtype(dtype: str) -> str:
-    """``float32`` gives the published scores; the others are faster and differ in the third digit or so."""
+    """``float32`` gives the published scores; the others are faster on devices that have them, and coarser."""
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}")
     return dtype
