@@ -16,6 +16,7 @@ VERBS = {
     "serve-judge": "serve a judge over HTTP: palate serve-judge NAME [--port PORT]",
     "generate": "pictures of many prompts: palate generate MODEL --prompts P --output_dir DIR [--option value ...]",
     "label": "judges' opinions as pairs to train on: palate label DIR|PAIRS --judges '[...]' --output pairs.parquet",
+    "accuracy": "how often judges and tuned models prefer what people did: palate accuracy PAIRS --judges ... --model RUN",
     "score": "what judges say of pictures: palate score DIR --judges '[...]'",
     "compare": "which folder of pictures is better: palate compare BASE OTHER [OTHER ...] [--option value ...]",
     "report": "runs or comparisons as one page: palate report FOLDER [FOLDER ...]",

@@ -15,6 +15,7 @@ from palate.miniature import world
 
 if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser
+    from palate.models.policy import Finished
     from palate.recipe import Recipe
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "unet")
@@ -79,10 +80,7 @@ class NamedModel:
     def load(self, *, mixed_precision: str = "no") -> tuple[Denoiser, Any, Any]:
         """The model; its tuned U-Net (its own, with LoRAs in it, unless a run trained all weights); the refiner or None."""
         denoiser = load_base(self.base, mixed_precision=mixed_precision, revision=self.revision, variant=self.variant)
-        from palate.models.policy import put_loras, tuned
-
-        unet = denoiser.unet if self.tuned is None else tuned(denoiser, self.tuned)
-        put_loras(denoiser, unet, [(lora.path, lora.scale) for lora in self.loras])
+        unet = self._put(denoiser)
         if self.refiner is None:
             return denoiser, unet, None
         from palate.models import load_refiner
@@ -93,6 +91,22 @@ class NamedModel:
             unet,
             load_refiner(self.refiner, start=self.refiner_start, mixed_precision=mixed_precision, device=device),
         )
+
+    def load_finished(self) -> Finished:
+        """The model beside the one it was tuned from, in full precision."""
+        from palate.models.policy import Finished, twin
+
+        denoiser = load_base(self.base, revision=self.revision, variant=self.variant)
+        base = twin(denoiser.unet, share=True)
+        return Finished(denoiser, self._put(denoiser), base)
+
+    def _put(self, denoiser: Denoiser) -> Any:
+        """What was trained, and the LoRAs, into the model; the U-Net to use."""
+        from palate.models.policy import put_loras, tuned
+
+        unet = denoiser.unet if self.tuned is None else tuned(denoiser, self.tuned)
+        put_loras(denoiser, unet, [(lora.path, lora.scale) for lora in self.loras])
+        return unet
 
 
 def find_model(

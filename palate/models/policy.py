@@ -157,6 +157,36 @@ class Policy:
         return _replace(folder / LORA_FILE, lambda partial: self.denoiser.save_lora(partial, weights, metadata), LORA_FILE)
 
 
+class Finished:
+    """A trained U-Net beside the one it came from, as a :class:`Policy` is called, for measuring only.
+
+    Args:
+        unet: the tuned one.
+        base: the one before training: a twin made before any LoRA was put in.
+    """
+
+    def __init__(self, denoiser: Denoiser, unet: nn.Module, base: nn.Module):
+        self.denoiser, self._unet, self._base = denoiser, unet.eval(), base.eval()
+
+    @property
+    def schedule(self) -> Any:
+        return self.denoiser.schedule
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._unet.parameters()
+
+    @torch.no_grad()
+    def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.denoiser.predict(self._unet, xt, t, cond)
+
+    @torch.no_grad()
+    def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.denoiser.predict(self._base, xt, t, cond)
+
+    def features(self, x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
+        return self.denoiser.features(self._base, x, t, cond, layers)
+
+
 def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
     """The U-Net with what :meth:`Policy.save` wrote; a LoRA is put into the denoiser's own U-Net.
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from palate.data.encode import PairBatch, SampleBatch
 from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw, integers
@@ -103,16 +104,22 @@ class Step:
 
 
 @runtime_checkable
-class TrainablePolicy(Protocol):
-    """What training needs of ``palate.models.policy.Policy``."""
+class MeasuredPolicy(Protocol):
+    """What measuring errors needs of a model and its reference."""
 
     @property
     def schedule(self) -> Any: ...
-    @property
-    def trainable_module(self) -> nn.Module: ...
     def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
     def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
     def parameters(self) -> Iterable[nn.Parameter]: ...
+
+
+@runtime_checkable
+class TrainablePolicy(MeasuredPolicy, Protocol):
+    """What training needs of ``palate.models.policy.Policy``."""
+
+    @property
+    def trainable_module(self) -> nn.Module: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
 
@@ -295,8 +302,47 @@ def _singles_metrics(fits: Mapping[str, Fit], p: int, beta: float | None) -> dic
 
 
 @torch.no_grad()
+def implicit_margins(
+    policy: MeasuredPolicy,
+    space: Space,
+    data: PairSource,
+    *,
+    seed: int = 0,
+    timesteps: int = 5,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """By how much the policy orders each pair better than its reference does, winner first; and the pairs' labels; ``(n,)``.
+
+    The implicit reward is a mean over times and noise (Diffusion-DPO, eq. 14, inside the sigmoid), so the margins of a pair
+    are averaged over ``timesteps`` draws, one in each of as many equal parts of the time axis.
+    Times and noise depend on ``seed`` and the pair's index alone: calls at different stages of training, or of different
+    policies, compare.
+    """
+    first, last = space.t_min, policy.schedule.num_train_timesteps
+    # Both ends of a part are inclusive, as in draw.
+    bounds = [first + (last - first) * k // timesteps for k in range(timesteps + 1)]
+    parts = [(low, high - 1) for low, high in itertools.pairwise(bounds)]
+    found: list[Tensor] = []
+    labels: list[Tensor] = []
+    for start in tqdm(range(0, len(data), batch_size), desc="implicit reward", unit=" batches", disable=not progress):
+        indices = list(range(start, min(start + batch_size, len(data))))
+        margins: list[Tensor] = []
+        for part, (t_min, t_max) in enumerate(parts):
+            batch = data.batch(indices, torch.tensor([mix(seed, part, index) for index in indices]))
+            noised = _noised(policy, space, batch, Draws(t_min, t_max), shared=2)
+            fits = {name: _pair(fit) for name, fit in _fits(policy, space, noised, True).items()}
+            margins.append(margin(fits["policy"], fits["reference"]))
+            if part == 0:
+                labels.append(batch.label)
+        found.append(torch.stack(margins).mean(0).cpu())
+    nothing = [torch.zeros(0)]
+    return torch.cat(found or nothing), torch.cat(labels or nothing)
+
+
+@torch.no_grad()
 def implicit_accuracy(
-    policy: TrainablePolicy,
+    policy: MeasuredPolicy,
     space: Space,
     data: PairSource,
     *,
@@ -306,10 +352,7 @@ def implicit_accuracy(
 ) -> float:
     """Share of held-out pairs that the policy orders better than its reference does.
 
-    The implicit reward is a mean over times and noise (Diffusion-DPO, eq. 14, inside the sigmoid), so the margins of a pair
-    are averaged over ``timesteps`` draws, one in each of as many equal parts of the time axis, before their sign is taken.
-    Times and noise depend on ``seed`` and the pair's index alone: calls at different stages of training, or of different
-    policies, compare.
+    The sign of :func:`implicit_margins`, whose arguments these are.
 
     Returns:
         Number in [0, 1]; a margin of 0 counts one half, so an untrained LoRA gives 0.5. Pairs labelled as ties do not count.
@@ -317,24 +360,10 @@ def implicit_accuracy(
     Raises:
         UserError: no pair has a better picture.
     """
-    first, last = space.t_min, policy.schedule.num_train_timesteps
-    # Both ends of a part are inclusive, as in draw.
-    bounds = [first + (last - first) * k // timesteps for k in range(timesteps + 1)]
-    parts = [(low, high - 1) for low, high in itertools.pairwise(bounds)]
-    right, counted = 0.0, 0
-    for start in range(0, len(data), batch_size):
-        indices = list(range(start, min(start + batch_size, len(data))))
-        margins: list[Tensor] = []
-        for part, (t_min, t_max) in enumerate(parts):
-            batch = data.batch(indices, torch.tensor([mix(seed, part, index) for index in indices]))
-            noised = _noised(policy, space, batch, Draws(t_min, t_max), shared=2)
-            fits = {name: _pair(fit) for name, fit in _fits(policy, space, noised, True).items()}
-            margins.append(margin(fits["policy"], fits["reference"]))
-        votes = _order(torch.stack(margins).mean(0))[batch.label.to(noised.xt.device) != 0.5]
-        right, counted = right + float(votes.sum()), counted + len(votes)
-    if counted == 0:
+    margins, labels = implicit_margins(policy, space, data, seed=seed, timesteps=timesteps, batch_size=batch_size)
+    if not (labels != 0.5).any():
         raise UserError("held-out accuracy needs pairs with a better picture: the held-out data is empty or all ties")
-    return right / counted
+    return float(_order(margins[labels != 0.5]).double().mean())
 
 
 def mix(*numbers: int) -> int:
@@ -349,7 +378,7 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def _noised(policy: TrainablePolicy, space: Space, batch: Batch, draws: Draws, *, shared: int) -> Noised:
+def _noised(policy: MeasuredPolicy, space: Space, batch: Batch, draws: Draws, *, shared: int) -> Noised:
     """Pairs with ``shared=2``, single pictures with 1."""
     device = next(iter(policy.parameters())).device
     latents, cond = batch.latents.to(device, torch.float32), draws.captions(batch.cond, batch.seeds).to(device)
@@ -358,7 +387,7 @@ def _noised(policy: TrainablePolicy, space: Space, batch: Batch, draws: Draws, *
 
 
 def _fits(
-    policy: TrainablePolicy, space: Space, noised: Noised, with_reference: bool, snr_gamma: float | None = None
+    policy: MeasuredPolicy, space: Space, noised: Noised, with_reference: bool, snr_gamma: float | None = None
 ) -> dict[str, Fit]:
     """What was measured of the policy and, if asked for, the reference."""
     device = noised.xt.device

@@ -1,0 +1,158 @@
+"""How often judges, and the implicit rewards of tuned models, prefer the picture that people preferred."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from palate.errors import UserError, nearest
+from palate.evaluation.statistics import WinRate, win_rate
+from palate.files import write_atomically
+from palate.judge_names import find_judges
+from palate.label import judge_margins
+from palate.model_names import NamedModel, find_model
+
+SPACES = ("latent", "perceptual")
+
+
+@dataclass(frozen=True)
+class AccuracyOptions:
+    """Whose preferences are compared with the labels."""
+
+    judges: tuple[str, ...] = ()
+    """Names of judges."""
+    model: tuple[str, ...] = ()
+    """Folders of finished runs, whose implicit reward is measured against their base model."""
+    lora: tuple[str, ...] = ()
+    """With ``--model`` a pipeline folder or hub id: what it was tuned by, each as a file with ``:scale`` if not 1."""
+    space: tuple[str, ...] = ("run",)
+    """Where implicit rewards are measured: ``latent``, ``perceptual``, both as ``'[latent, perceptual]'``, or ``run``: that
+    of the run's own recipe."""
+    timesteps: int = 10
+    """Times, each with noise of its own, over which an implicit reward is averaged; 10 in the paper."""
+    seed: int = 0
+    """Of times and noise."""
+    resolution: int | None = None
+    """Side of the pictures in pixels for implicit rewards; the run's, or the model's own."""
+    max_bad_rows: int = 0
+    """So many unusable rows are listed and skipped."""
+    max_pairs: int | None = None
+    """Read no more pairs than this."""
+    batch_size: int = 8
+    """Pairs measured at once."""
+    cache_dir: str = "~/.cache/palate"
+    """Encoded pictures and prompts are kept here."""
+    output: str = "accuracy.json"
+    """The file to write."""
+
+    def __post_init__(self) -> None:
+        for name in ("timesteps", "batch_size", "max_pairs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected at least 1")
+        for name in self.space:
+            if name not in (*SPACES, "run"):
+                raise UserError(f"space is {name!r}{nearest(name, (*SPACES, 'run'))}")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of one judge or implicit reward: ``rate`` of pairs with a winner that it orders as the labels do, its ties as half."""
+
+    name: str
+    kind: str
+    accuracy: WinRate
+
+
+def accuracy(
+    margins: Sequence[float], labels: Sequence[float], prompts: Sequence[str], *, draws: int = 10_000, seed: int = 0
+) -> WinRate:
+    """Share of pairs whose margin (first minus second) has the sign of ``label - 0.5``; a margin of 0 counts one half.
+
+    Pairs labelled 0.5 do not count (Diffusion-DPO, Table 2, on pairs without ties). The interval is a cluster bootstrap over
+    prompts.
+
+    Raises:
+        UserError: no pair has a winner.
+    """
+    label, margin = np.asarray(labels, dtype=np.float64), np.asarray(margins, dtype=np.float64)
+    rows = np.flatnonzero(label != 0.5)
+    if not len(rows):
+        raise UserError(f"all {len(label)} pairs are ties: accuracy needs pairs with a better picture")
+    right = np.where(label > 0.5, margin, -margin)[rows]
+    return win_rate(np.zeros(len(rows)), right, [prompts[i] for i in rows], draws=draws, seed=seed)
+
+
+def measure(source: str, options: AccuracyOptions, *, progress: bool = False) -> tuple[list[Accuracy], dict[str, Any]]:
+    """All that ``options`` name, on one set of labelled pairs; writes ``options.output``.
+
+    Returns:
+        One :class:`Accuracy` each, and what there was: numbers of pairs, ties and prompts.
+
+    Raises:
+        UserError: nothing named, a set that cannot be read, a model without training, or all ties.
+    """
+    from palate.data.pairs import read_pairs
+
+    judges = find_judges(options.judges)
+    models = [find_model(name, loras=options.lora) for name in options.model]
+    if not judges and not models:
+        raise UserError("name at least one judge or model, such as --judges '[pickscore]' or --model out/run")
+    for model in models:
+        if model.tuned is None and not model.loras:
+            raise UserError(f"{model.label} is not tuned, so it prefers nothing to its base; give a run folder, or --lora FILE")
+    reader = read_pairs(source, ties="keep", max_bad_rows=options.max_bad_rows, max_train_samples=options.max_pairs)
+    labels, prompts = [], []
+    for pair in reader:
+        labels.append(pair.label)
+        prompts.append(pair.prompt)
+    bad = [str(row) for row in reader.counts.bad]
+    found = [
+        Accuracy(name, named.kind, accuracy(judge_margins(named, reader, progress=progress), labels, prompts))
+        for name, named in judges.items()
+    ]
+    for model in models:
+        found += _implicit(model, reader, options, progress)
+    about = {"pairs": len(labels), "ties": sum(label == 0.5 for label in labels), "prompts": len(set(prompts)), "bad_rows": bad}
+    told = {**about, "source": source, "accuracy": [asdict(one) for one in found]}
+    settings = {"timesteps": options.timesteps, "seed": options.seed} if models else {}
+    write_atomically(options.output, (json.dumps({**told, **settings}, indent=2, ensure_ascii=False) + "\n").encode())
+    return found, about
+
+
+def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress: bool) -> list[Accuracy]:
+    from palate import recipe as recipes
+    from palate.data.cache import TensorCache
+    from palate.data.encode import encode_pairs
+    from palate.training.steps import implicit_margins
+
+    policy = model.load_finished()
+    of_run = model.recipe.data.resolution if model.recipe is not None else None
+    encoded = encode_pairs(
+        reader,
+        **policy.denoiser.encoders(),
+        cache=TensorCache(Path(options.cache_dir).expanduser()),
+        resolution=options.resolution or of_run or policy.denoiser.default_resolution,
+        progress=progress,
+    )
+    policy.denoiser.release()
+    found = []
+    for name in options.space:
+        own = model.recipe.space if model.recipe is not None else {"name": "latent"}
+        space = recipes.resolve_space(own if name == "run" else {"name": name}, policy)
+        margins, labels = implicit_margins(
+            policy,
+            space,
+            encoded,
+            seed=options.seed,
+            timesteps=options.timesteps,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+        rate = accuracy(margins.tolist(), labels.tolist(), encoded.prompts)
+        found.append(Accuracy(f"{model.label} ({name})", "implicit reward", rate))
+    return found
