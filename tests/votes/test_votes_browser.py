@@ -1,0 +1,268 @@
+"""The page in a real browser: keyboard and touch, two raters, undo, reload, a server that is killed and comes back."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from party import picture_folder
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the package playwright")
+expect = sync_api.expect
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need chromium; Debian has it as a package")
+ROOT = Path(__file__).parents[2]
+DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 360, "height": 700}, "has_touch": True, "is_mobile": True}
+
+
+class _Server:
+    """``palate vote`` as a process, which may be killed and started again on the same port."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.folder, self.words, self.port = folder, words, 0
+        self.start()
+
+    def start(self) -> None:
+        words = [sys.executable, "-m", "palate", "vote", str(self.folder), "--port", str(self.port), *self.words]
+        self.process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        lines = [self.process.stdout.readline() for _ in range(4)]
+        self.url, self.owner = lines[1].split()[-1], lines[2].split()[1]
+        self.port = int(re.search(r":(\d+)/", self.url).group(1))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def votes(self, question: str = "overall") -> list[tuple]:
+        """Valid votes as (model or other choice, name of the rater), oldest first."""
+        connection = sqlite3.connect(self.folder / "votes.db")
+        rows = connection.execute(
+            "SELECT votes.choice, a.model, b.model, raters.name FROM votes JOIN showings ON showings.id = votes.showing "
+            "JOIN pictures a ON a.id = picture_0 JOIN pictures b ON b.id = picture_1 JOIN raters ON raters.id = showings.rater "
+            "WHERE undone = 0 AND question = ? ORDER BY votes.rowid",
+            (question,),
+        ).fetchall()
+        connection.close()
+        return [({"first": a, "second": b}.get(choice, choice), name) for choice, a, b, name in rows]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium's own does not work for root
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    servers = []
+
+    def start(*words: str, prompts: int = 4, per_prompt: int = 1, models=("plain", "tuned")) -> _Server:
+        servers.append(_Server(picture_folder(tmp_path, prompts=prompts, per_prompt=per_prompt, models=models), *words))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def visit(browser):
+    """A rater with a browser of their own, past the welcome; errors of the page fail the test."""
+    contexts, errors = [], []
+
+    def enter(server: _Server, device=DESKTOP, name: str = ""):
+        context = browser.new_context(**device)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda m: errors.append(m.text) if "Content Security Policy" in m.text else None)
+        page.goto(server.url)
+        page.fill("#name", name)
+        page.click("#join button")
+        _ready(page)
+        return page
+
+    yield enter
+    for context in contexts:
+        context.close()
+    assert not errors
+
+
+def _ready(page) -> None:
+    """The ballot is there, and its pictures, and an answer is no slip of the key any more."""
+    expect(page.locator("#ballot")).to_be_visible()
+    time.sleep(0.3)
+
+
+def _count(page, done: int, total: int) -> None:
+    expect(page.locator("#count")).to_have_text(re.compile(f"^{done} of {total}"))
+
+
+def _saved(server: _Server, count: int, question: str = "overall") -> list[tuple]:
+    until = time.monotonic() + 10
+    while len(server.votes(question)) != count and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(server.votes(question)) == count
+    return server.votes(question)
+
+
+def test_compare_by_keyboard(serve, visit):
+    server = serve()
+    page = visit(server, name="Ann <b>")
+    expect(page.locator("#question")).to_have_text("Which picture is more appealing?")
+    expect(page.locator("#prompt")).not_to_contain_text("&")  # the prompt of every pair has one; appeal hides it
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#question")).to_have_text("Which picture do you prefer?")
+    expect(page.locator("#prompt")).to_contain_text("<b>&")
+    _ready(page)
+    page.keyboard.press("ArrowDown")
+    expect(page.locator("#question")).to_have_text("Which picture follows the words better?")
+    _ready(page)
+    page.keyboard.press("ArrowUp")
+    _count(page, 1, 4)
+    assert _saved(server, 1)[0] == ("tie", "Ann <b>")
+    assert _saved(server, 1, "following")[0][0] == "bad"
+    assert _saved(server, 1, "appeal")[0][0] in ("plain", "tuned")
+    _ready(page)
+    page.keyboard.press("s")  # the rest of this pair
+    _count(page, 2, 4)
+    page.keyboard.press("u")
+    _count(page, 1, 4)
+    expect(page.locator("#live")).to_contain_text("Undone.")
+    assert len(_saved(server, 0, "none")) == 0
+    page.keyboard.press("z")
+    assert page.locator("#zoom").get_attribute("aria-pressed") == "true"
+    page.keyboard.press("f")
+    expect(page.locator("#right")).to_be_hidden()
+    page.keyboard.press(" ")
+    expect(page.locator("#left")).to_be_hidden()
+    expect(page.locator("#right")).to_be_visible()
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    for _ in range(9):
+        _ready(page)
+        page.keyboard.press("ArrowRight")
+    expect(page.locator("#finished")).to_be_visible()
+    _saved(server, 4)
+    page.goto(server.owner)
+    expect(page.locator("#headline")).to_contain_text(re.compile("preferred|No clear difference"))
+    expect(page.locator("#rater-rows")).to_contain_text("Ann <b>")
+    expect(page.locator(".panel h2").first).to_have_text("Overall preference")
+
+
+def test_collect_by_touch_on_a_phone(serve, visit):
+    server = serve("--mode", "collect", prompts=2, per_prompt=2, models=("plain",))
+    page = visit(server, PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for frame in (page.locator("#left"), page.locator("#right")):
+        box = frame.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+        assert box["width"] > 150
+    expect(page.locator(".answer .left-word")).to_have_text("Upper")
+    for button in page.locator("#ballot button:visible").all():
+        assert button.bounding_box()["height"] >= 40
+        assert button.bounding_box()["x"] + button.bounding_box()["width"] <= 360
+    page.locator("#zoom").tap()
+    page.locator("#left").tap()  # ends the zoom and is no vote
+    _count(page, 0, 2)
+    page.locator("#left").tap()
+    _count(page, 1, 2)
+    page.locator("#undo").tap()
+    _count(page, 0, 2)
+    _ready(page)
+    page.locator(".answer", has_text="Tie").tap()
+    _ready(page)
+    page.locator("#right").tap()
+    expect(page.locator("#finished")).to_be_visible()
+    assert [choice for choice, _ in _saved(server, 2)] == ["tie", "plain"]
+
+
+def test_two_raters_in_parallel(serve, visit):
+    server = serve("--questions", "overall", "--raters", "2", "--repeats", "0")
+    pages = [visit(server, name=name) for name in ("Ann", "Bob")]
+    for _ in range(4):
+        for page in pages:
+            _ready(page)
+            page.keyboard.press("ArrowLeft")
+    for page in pages:
+        expect(page.locator("#finished")).to_be_visible()
+    names = [name for _, name in _saved(server, 8)]
+    assert sorted(names) == ["Ann"] * 4 + ["Bob"] * 4
+
+
+def test_reload_in_the_middle(serve, visit):
+    server = serve("--questions", "overall", "--repeats", "0")
+    page = visit(server)
+    page.keyboard.press("ArrowLeft")
+    _count(page, 1, 4)
+    _saved(server, 1)
+    before = page.locator("#left-picture").get_attribute("src")
+    page.reload()
+    _ready(page)
+    _count(page, 1, 4)
+    assert page.locator("#left-picture").get_attribute("src") == before
+    page.keyboard.press("u")  # what was done before the reload
+    _count(page, 0, 4)
+    _saved(server, 0)
+    assert page.locator("#left-picture").get_attribute("src") != before
+
+
+def test_the_server_is_killed_and_comes_back(serve, visit):
+    server = serve("--questions", "overall", "--repeats", "0", prompts=6)
+    page = visit(server)
+    page.keyboard.press("ArrowLeft")
+    _saved(server, 1)
+    server.kill()
+    _ready(page)
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#notice")).to_contain_text("Your vote is kept here")
+    _ready(page)
+    page.keyboard.press("ArrowRight")  # the next pair was there already
+    server.start()
+    _saved(server, 3)
+    expect(page.locator("#notice")).to_be_hidden()
+    _count(page, 3, 6)
+    for _ in range(3):
+        _ready(page)
+        page.keyboard.press("ArrowDown")
+    expect(page.locator("#finished")).to_be_visible()
+    _saved(server, 6)
+
+
+def test_a_picture_that_vanishes_is_skipped(serve, visit, tmp_path):
+    server = serve("--questions", "overall", prompts=8)
+    for path in sorted(tmp_path.glob("tuned/*.png"))[1:]:
+        path.rename(path.with_suffix(".away"))
+    page = visit(server)
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#finished")).to_be_visible()
+    _saved(server, 1)
+
+
+def test_names_and_order_for_a_screen_reader(serve, visit):
+    page = visit(serve())
+    assert page.locator("#left").get_attribute("aria-label") == "The left picture is better"
+    expect(page.locator("#live")).to_contain_text("Pair 1. Which picture is more appealing?")
+    order = []
+    page.locator("#question").focus()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.dataset.choice || document.activeElement.id"))
+    assert order == ["left", "right", "left", "tie", "bad", "right", "skip", "zoom"]  # undo has nothing to undo yet
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    _count(page, 1, 4)
