@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from palate.data.prompts import Prompt
 from palate.errors import UserError
+from palate.files import write_atomically
 from palate.prompt_names import find_prompts
 from palate.recipe import Recipe, resolve_objective, resolve_space
 from palate.reward_names import NamedReward, find_held_out, find_rewards
@@ -124,6 +128,75 @@ def assemble(
         progress=progress,
     )
     return step, rollouts
+
+
+class Watch:
+    """What the loop calls every ``eval_steps``: held-out rewards, the best weights so far in ``best/``, and the alarm.
+
+    Its state travels with that of the rollouts, in checkpoints.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        found: Wanted,
+        denoiser: Any,
+        policy: Any,
+        rollouts: Rollouts,
+        resolution: int,
+        tell: Callable[[str], None],
+    ):
+        from palate.rewards import HeldOut
+
+        options = recipe.evaluation
+        named = options.evaluation_prompts
+        prompts = found.prompts if named is None else find_prompts(named)
+        self.held_out = HeldOut(
+            prompts[: recipe.online.held_out_pictures],
+            options.evaluation_seed,
+            {name: reward.load(denoiser.device) for name, reward in found.held_out.items()},
+        )
+        denoiser.remember([text for p in self.held_out.prompts for text in (p.text, p.negative) if text is not None])
+        self.options, self.denoiser, self.policy, self.rollouts = options, denoiser, policy, rollouts
+        self.resolution, self.tell, self.out = resolution, tell, Path(recipe.training.output_dir)
+        self.rounds = 0  # that the last evaluation knew of
+        rollouts.watch = self
+
+    def __call__(self, step: int) -> dict[str, float]:
+        means, trained = self.rollouts.means, self.held_out.trained
+        if trained and math.isnan(trained[0]):
+            # The first round is drawn by the model before training: its reward belongs to the evaluation before it.
+            trained[0] = means[0]
+        since = means[self.rounds :] or trained[-1:] or [math.nan]
+        self.rounds = len(means)
+        measured = self.held_out.evaluate(self._generate, sum(since) / len(since))
+        if step and self.held_out.best:
+            self.policy.save(self.out / "best")
+            told = {"step": step, "reward_queries": self.rollouts.queries, **measured}
+            write_atomically(self.out / "best" / "found.json", (json.dumps(told, indent=1) + "\n").encode())
+        if (alarm := self.held_out.alarm()) is not None:
+            self.tell(f"step {step}: {alarm}")
+            measured["parted"] = 1.0
+        return measured
+
+    def _generate(self, prompts: list[Prompt], seeds: list[int]) -> Any:
+        return self.denoiser.generate(
+            [p.text for p in prompts],
+            seeds,
+            negatives=[p.negative for p in prompts],
+            unet=self.policy.trainable_module,
+            num_inference_steps=self.options.num_inference_steps,
+            guidance_scale=self.options.guidance_scale,
+            resolution=self.resolution,
+            batch_size=self.options.evaluation_batch_size,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held out": self.held_out.state_dict(), "rounds": self.rounds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.held_out.load_state_dict(state["held out"])
+        self.rounds = state["rounds"]
 
 
 def _arithmetic(recipe: Recipe) -> Arithmetic:

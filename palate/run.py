@@ -173,9 +173,10 @@ def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
     policy = _policy(recipe, denoiser)
     step, rollouts = online.assemble(recipe, found, denoiser, policy, resolution, progress=_main() and sys.stderr.isatty())
     samples = _Samples(recipe, denoiser, policy, resolution)
+    watch = online.Watch(recipe, found, denoiser, policy, rollouts, resolution, _tell) if found.held_out else None
     denoiser.release()
     about = {"command": command, "versions": versions(), "prompts": len(found.prompts)}
-    _train(recipe, online.training_options(recipe), policy, step, rollouts, samples, None, about)
+    _train(recipe, online.training_options(recipe), policy, step, rollouts, samples, watch, about)
     _finish(recipe, denoiser, policy, resolution, out, command)
     return out
 

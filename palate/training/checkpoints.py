@@ -41,6 +41,7 @@ MAY_DIFFER = frozenset(
         "rounds",
         "sample_batch_size",
         "held_out_rewards",
+        "held_out_pictures",
         "reward_timeout",
         "reward_retries",
         "evaluation",

@@ -43,6 +43,9 @@ class OnlineOptions:
     gives weights."""
     held_out_rewards: tuple[str, ...] = ()
     """Never trained on: measured during training, they choose the ``best/`` weights and raise the alarm."""
+    held_out_pictures: int = 32
+    """Pictures on which held-out rewards are measured, every ``eval_steps``: of the evaluation prompts, or else the train
+    prompts, always from the same noise."""
     reward_timeout: float | None = None
     """Seconds that one call of a reward may take."""
     reward_retries: int = 0
@@ -111,7 +114,7 @@ class OnlineOptions:
             if (value := getattr(self, name)) is not None and value not in known:
                 raise UserError(f"{name} is {value!r}{nearest(value, known)}")
         counts = ("rounds", "samples_per_round", "sample_batch_size", "group_size", "sample_num_steps", "updates_per_round")
-        for name in (*counts, "inner_epochs", "window_size", "tracker_buffer_size", "tracker_min_count"):
+        for name in (*counts, "held_out_pictures", "inner_epochs", "window_size", "tracker_buffer_size", "tracker_min_count"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}; expected at least 1")
         for name in ("window_start", "kl_samples", "reward_retries", "sample_eta", "sample_guidance_scale", "kl_weight"):
@@ -282,6 +285,8 @@ class Rollouts:
         self.replay, self.replay_batch_size, self.tolerance, self.progress = replay, replay_batch_size, tolerance, progress
         self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)
         self.seen: list[float] = []  # every reward so far, for the streaming percentile
+        self.means: list[float] = []  # the mean reward of every round
+        self.watch: Any = None  # what else a checkpoint must keep, if anything: it has state_dict and load_state_dict
         self.queries = 0
         self.round = -1
         self.before = self._memory()  # as it was before the round at hand
@@ -330,6 +335,7 @@ class Rollouts:
         if kl and self.options.kl_budget is not None and sum(kl) > self.options.kl_budget:
             raise BudgetSpent(f"KL divergence {sum(kl):.3g} is over kl_budget {self.options.kl_budget}")
         self.queries += n
+        self.means.append(float(rewards["total"].mean()))
         self.round = number
         total = rewards["total"]
         told: dict[str, Any] = {"reward_mean": float(total.mean()), "reward_std": float(total.std(correction=0))}
@@ -372,16 +378,19 @@ class Rollouts:
     def state_dict(self, position: int) -> dict[str, Any]:
         """All that is needed to go on from item ``position`` of the endless sequence of rounds."""
         number, within = divmod(position, len(self))
+        watch = {} if self.watch is None else {"watch": self.watch.state_dict()}
         if within:
-            return {"memory": self._memory(), "round": self.round, "data": self.data, "plan": self.plan}
+            return {"memory": self._memory(), "round": self.round, "data": self.data, "plan": self.plan, **watch}
         # At the border of two rounds only what they remember counts; the one at hand may have been drawn for nothing.
-        return {"memory": self._memory() if number > self.round else self.before}
+        return {"memory": self._memory() if number > self.round else self.before, **watch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         memory = state["memory"]
         self.tracker.load_state_dict(memory["tracker"])
         self.rewards.load_state_dict(memory["rewards"])
-        self.seen, self.queries = list(memory["seen"]), memory["queries"]
+        self.seen, self.means, self.queries = list(memory["seen"]), list(memory["means"]), memory["queries"]
+        if self.watch is not None and "watch" in state:
+            self.watch.load_state_dict(state["watch"])
         if "plan" in state:
             self.round, self.data = state["round"], dict(state["data"])
             self.plan = [tuple(rows) for rows in state["plan"]]
@@ -394,6 +403,7 @@ class Rollouts:
             "tracker": self.tracker.state_dict(),
             "rewards": self.rewards.state_dict(),
             "seen": list(self.seen),
+            "means": list(self.means),
             "queries": self.queries,
         }
 

@@ -1,0 +1,141 @@
+"""Online training from the command line: on a tiny Stable Diffusion and a tiny SDXL, with every way of learning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from palate import recipe
+from palate.training.log import read_log
+
+FAST = {
+    "objective": "ddpo_is",
+    "rewards": "jpeg_compressibility",
+    "samples_per_round": 4,
+    "sample_batch_size": 4,
+    "sample_num_steps": 2,
+    "updates_per_round": 2,
+    "rounds": 2,
+    "kl_samples": 1,
+    "max_train_steps": None,
+    "train_data": None,
+    "cache_dir": None,
+    "logging_steps": 1,
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def log(folder: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder / "log.jsonl")]
+
+
+@pytest.fixture
+def online(palate, prompts_file):
+    return lambda **options: palate("train", **{**FAST, "train_prompts": prompts_file, **options})
+
+
+WAYS = {
+    "ddpo_is": {"window_size": 1, "held_out_rewards": "[jpeg_incompressibility]", "eval_steps": 2, "held_out_pictures": 2},
+    "rwr": {"objective": "sft"},
+    "rwr in perceptual space": {"objective": "sft", "space": "perceptual", "guidance_in_training": "false"},
+    "sparse rwr": {"objective": "sft", "weighting": "percentile", "percentile": 50},
+    "online dpo": {"objective": "dpo", "group_size": 2, "updates_per_round": 1, "train_batch_size": 2},
+    "online dpo in perceptual space": {
+        "objective": "dpo",
+        "space": "perceptual",
+        "guidance_in_training": "false",
+        "group_size": 2,
+        "updates_per_round": 1,
+        "train_batch_size": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_learning(online, tmp_path, way):
+    code, _, errors = online(train_batch_size=2, **{k: v for k, v in WAYS[way].items() if k != "train_batch_size"})
+    assert code == 0, errors
+    assert "2 rounds" in errors
+    assert "8 reward queries" in errors
+    lines = log(tmp_path / "out")
+    assert [line["reward_queries"] for line in lines if "reward_mean" in line] == [4, 8]
+    assert any(
+        float(tensor.abs().max()) > 0 for name, tensor in weights(tmp_path / "out").items() if "lora_B" in name or "up" in name
+    )
+    if way == "ddpo_is":
+        assert [line["step"] for line in lines if "held_out/jpeg_incompressibility" in line] == [0, 2, 4]
+        assert json.loads((tmp_path / "out" / "best" / "found.json").read_text())["step"] in (2, 4)
+        assert weights(tmp_path / "out" / "best").keys() == weights(tmp_path / "out").keys()
+
+
+def test_resumed_equals_uninterrupted(online, tmp_path):
+    watched = {"held_out_rewards": "[jpeg_incompressibility]", "eval_steps": 1, "held_out_pictures": 2, "train_batch_size": 2}
+    assert online(output_dir="a", **watched)[0] == 0
+    assert online(output_dir="b", checkpointing_steps=1, max_train_steps=3, **watched)[0] == 0
+    code, _, errors = online(output_dir="b", resume_from_checkpoint="latest", checkpointing_steps=1, **watched)
+    assert code == 0, errors
+    for name, tensor in weights(tmp_path / "a").items():
+        assert torch.equal(tensor, weights(tmp_path / "b")[name])
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+@pytest.mark.parametrize("objective", ["ddpo_is", "sft"])
+def test_sdxl(online, tmp_path, sdxl_dir, objective):
+    code, _, errors = online(pretrained_model_name_or_path=sdxl_dir, objective=objective, train_batch_size=2)
+    assert code == 0, errors
+    lines = log(tmp_path / "out")
+    assert lines[-1]["reward_queries"] == 8
+    if objective == "ddpo_is":
+        assert lines[0]["approx_kl"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rewards": "jpeg_compresibility"}, "did you mean 'jpeg_compressibility'"),
+        ({"train_prompts": "anmals"}, "did you mean 'animals'"),
+        ({"samples_per_round": 6, "group_size": 4}, "group_size 4 does not divide samples_per_round 6; use 3 or 6"),
+        ({"window_size": 3}, "window of 3 steps"),
+        ({"train_batch_size": 3}, "does not divide the effective batch"),
+        ({"objective": "ddpo_sf"}, "set updates_per_round and inner_epochs to 1"),
+        ({"train_prompts": None}, "name train_prompts"),
+        ({"gradient_accumulation_steps": 2}, "leave it out"),
+        ({"objective": "dpo"}, "set group_size to 2"),
+        ({"space": "perceptual"}, "measures likelihoods"),
+        ({"sample_eta": 0}, "no likelihood"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(online, tmp_path, options, message):
+    code, _, errors = online(**options)
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_file(online, tmp_path):
+    (tmp_path / "none.txt").write_text("\n")
+    code, _, errors = online(train_prompts=tmp_path / "none.txt")
+    assert code == 2
+    assert "has no prompts" in errors
+
+
+ONLINE = [name for name in recipe.built_in() if recipe.load(name).online.train_prompts is not None]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_recipes_are_whole(name):
+    from palate import online
+
+    made = recipe.load(name)
+    found = online.find(made)
+    assert found.rewards
+    assert found.prompts
+    assert "reward queries" in online.told(made, found)
