@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo demo-ddpo test check clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("Palate needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -15,6 +15,9 @@ setup: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/palate train miniature-ncp-dpo --output_dir out/demo-$$(date +%Y%m%d-%H%M%S)
+
+demo-ddpo: setup
+	$(BIN)/palate train miniature-ddpo-is --output_dir out/demo-ddpo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest -n 2
