@@ -1,4 +1,4 @@
-"""SFT, DPO and CPO, each in latent and perceptual space, after equal training time on the miniature world.
+"""All offline objectives in latent space, and SFT, DPO and CPO in perceptual space too, after equal training time.
 
     python reproduction/methods_table.py --seconds 90 --seeds 0 1 --output_dir out/methods
 
@@ -21,6 +21,14 @@ METHODS = {
     "SFT": "miniature-sft",
     "DPO": "miniature-dpo",
     "CPO": "miniature-cpo",
+    "cDPO": "miniature-cdpo",
+    "IPO": "miniature-ipo",
+    "hinge": "miniature-hinge",
+    "SDPO": "miniature-sdpo",
+    "DSPO": "miniature-dspo",
+    "MaPO": "miniature-mapo",
+    "ORPO": "miniature-orpo",
+    "KTO": "miniature-kto",
     "NCP-SFT": "miniature-ncp-sft",
     "NCP-DPO": "miniature-ncp-dpo",
     "NCP-CPO": "miniature-ncp-cpo",
