@@ -71,7 +71,7 @@ EARLY = [
     ({"objective": "cpo"}, "objective cpo needs beta, bc_weight"),
     ({"objective.bta": 1}, "objective dpo has no option 'bta' (did you mean 'beta'?"),
     ({"objective.beta": "much"}, "beta is 'much'; expected a number"),
-    ({"objective": "json:dumps"}, "must be annotated"),
+    ({"objective": "json:dumps"}, "or annotated, policy"),
     ({"objective": "nowhere.to_be:found"}, "No module named 'nowhere'"),
     ({"objective": "json:found"}, "has no attribute 'found'"),
     ({"space": "latnt"}, "no space named 'latnt' (did you mean 'latent'?"),
@@ -267,6 +267,6 @@ def test_evaluating_what_is_not_there(palate, prompts_file):
     given = {"evaluation_prompts": prompts_file, "judges": "[jpeg_compressibility]"}
     weights = Path("out/pytorch_lora_weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:500])
-    assert "cannot be put into" in one_line("out", **given)
+    assert "no readable safetensors file" in one_line("out", **given)
     weights.unlink()
     assert "is the training finished?" in one_line("out", **given)
