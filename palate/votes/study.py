@@ -324,7 +324,6 @@ class Study:
             "rater": rater,
             "mode": self.mode,
             "questions": self.questions,
-            "chain": self.options.chain,
             "done": pairs_done,
             "left": self.queue.left(rater) + len(self._open[rater]),
             "open": [self._told(shown) for shown in sorted(self._open[rater].values(), key=lambda s: self._order[s.id])],

@@ -10,7 +10,7 @@ const ASK = {
 const SAID = { tie: "Tie.", bad: "Both bad.", skip: "Skipped." };
 const REST_PAIRS = 40, REST_MINUTES = 20, EARLY = 180; // an answer sooner than so many milliseconds is a slip of the key
 
-let form = "", questions = [], chain = false;
+let form = "", questions = [];
 let open = [], past = [], done = 0, left = 0;
 let shownAt = 0, shown = "", said = "", sending = false, retry = null;
 let restedAt = Date.now(), sinceRest = 0, times = [];
@@ -46,7 +46,7 @@ async function refresh() {
 const own = (pair) => ({ ...pair, answered: new Set(pair.answered) });
 
 function apply(state) {
-  ({ questions, chain, done, left } = state);
+  ({ questions, done, left } = state);
   open = state.open.map(own);
   // After a reload the server remembers what undo would take back.
   if (!past.length && state.last) past.push({ ...state.last, pair: own(state.last.showing) });
@@ -114,7 +114,7 @@ function invite(state) {
 const question = () => (open.length ? questions.find((name) => !open[0].answered.has(name)) : undefined);
 
 function fetchAhead() {
-  const wanted = new Set(open.flatMap((pair) => [pair.left, pair.right, ...(pair.ahead || [])]));
+  const wanted = new Set(open.flatMap((pair) => [pair.left, pair.right]));
   for (const name of fetched.keys()) if (!wanted.has(name)) fetched.delete(name);
   for (const name of wanted) {
     if (fetched.has(name)) continue;
