@@ -30,7 +30,7 @@ class _Rater:
     taken: list[int] = field(default_factory=list)  # pairs in the order in which they were dealt, repeats among them
     open: set[int] = field(default_factory=set)  # dealt and not answered, counted as held
     let_go: set[int] = field(default_factory=set)  # dealt, not answered, and no longer counted
-    answered: dict[int, int] = field(default_factory=dict)  # pair -> len(taken) when it was dealt
+    answered: set[int] = field(default_factory=set)
     repeated: set[int] = field(default_factory=set)
     noise: np.ndarray | None = None
 
@@ -95,7 +95,7 @@ class Queue:
         """``label`` is 1 for the pair's first picture, 0 for its second, 0.5 for neither."""
         state = self._rater(rater)
         state.open.remove(pair)
-        state.answered[pair] = len(state.taken)
+        state.answered.add(pair)
         self._score(pair, label, 1)
 
     def skip(self, rater: str, pair: int) -> None:
@@ -105,7 +105,7 @@ class Queue:
 
     def undo_answer(self, rater: str, pair: int, label: float) -> None:
         state = self._rater(rater)
-        del state.answered[pair]
+        state.answered.remove(pair)
         state.open.add(pair)
         self._score(pair, label, -1)
 
@@ -158,8 +158,9 @@ class Queue:
         dealt = len(state.taken)
         if int((dealt + 1) * self.repeats) <= int(dealt * self.repeats):
             return None
-        due = (p for p, at in state.answered.items() if at <= dealt - GAP and p not in state.repeated and not self._gone[p])
-        return next(due, None)
+        # The longest ago first; by when it was shown, so that a restart, which knows no more, decides alike.
+        old = state.taken[: max(0, dealt - GAP)]
+        return next((p for p in old if p in state.answered and p not in state.repeated and not self._gone[p]), None)
 
     def _swapped(self, rater: str, pair: int) -> bool:
         a, b = self.pairs[pair]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from palate.data.votes import LABELS, QUESTIONS
-from palate.evaluation.statistics import bradley_terry, krippendorff_alpha, win_rate
+from palate.evaluation.statistics import krippendorff_alpha
 
-DRAWS = 2000  # of the bootstrap: the page asks again every few seconds
+DRAWS = 2000  # of the bootstrap of a category, of which there may be many
 Vote = Mapping[str, Any]
 
 
@@ -70,7 +70,7 @@ def _comparison(a: str, b: str, votes: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "a": a,
         "b": b,
-        "win_rate": _rate(b, votes),
+        "win_rate": _rate(a, b, votes),
         "majority": {
             "a": sum(m < 0.5 for m in means),
             "ties": sum(m == 0.5 for m in means),
@@ -78,13 +78,19 @@ def _comparison(a: str, b: str, votes: list[dict[str, Any]]) -> dict[str, Any]:
             "unanimous": sum(len(p) > 1 and len(set(p)) == 1 for p in by_pair.values()),
             "shared": sum(len(p) > 1 for p in by_pair.values()),
         },
-        "categories": [{"name": name, **_rate(b, found)} for name, found in sorted(categories.items())],
+        "categories": [{"name": name, **_rate(a, b, found, DRAWS)} for name, found in sorted(categories.items())],
     }
 
 
-def _rate(model: str, votes: list[dict[str, Any]]) -> dict[str, Any]:
-    points = np.array([_for(model, v) for v in votes])
-    return asdict(win_rate(1 - points, points, [v["prompt"] for v in votes], draws=DRAWS))
+def _rate(a: str, b: str, votes: list[dict[str, Any]], draws: int = 10_000) -> dict[str, Any]:
+    """The win rate of ``b`` over ``a``, as ``palate compare`` counts it."""
+    from palate.evaluation.compare import count_votes
+
+    return asdict(count_votes([a, b], _shares(votes), draws=draws).pairs[0][2])
+
+
+def _shares(votes: list[dict[str, Any]]) -> list[tuple[str, str, str, float]]:
+    return [(v["prompt"], v["model_0"], v["model_1"], v["label"]) for v in votes]
 
 
 def _for(model: str, vote: Mapping[str, Any]) -> float:
@@ -92,19 +98,14 @@ def _for(model: str, vote: Mapping[str, Any]) -> float:
 
 
 def _strengths(votes: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
-    """On the scale of chess, strongest first; with their intervals over prompts."""
-    if len(models) < 2:
+    """Of three models or more, on the scale of chess, strongest first; with their intervals over prompts."""
+    from palate.evaluation.compare import count_votes
+
+    ranking = count_votes(models, _shares(votes), draws=1).ranking if len(models) > 2 else None
+    if ranking is None:
         return []
-    number = {model: i for i, model in enumerate(models)}
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(v["prompt"] for v in votes))}
-    wins = np.zeros((len(prompts), len(models), len(models)))
-    for vote in votes:
-        first, second = number[vote["model_0"]], number[vote["model_1"]]
-        wins[prompts[vote["prompt"]], first, second] += vote["label"]
-        wins[prompts[vote["prompt"]], second, first] += 1 - vote["label"]
-    elo = bradley_terry(wins, draws=200).elo()
-    rows = [{"model": m, "elo": float(elo[0, i]), "low": float(elo[1, i]), "high": float(elo[2, i])} for m, i in number.items()]
-    return sorted(rows, key=lambda row: -row["elo"])
+    rows = zip(ranking.models, ranking.elo, ranking.low, ranking.high, strict=True)
+    return sorted(({"model": m, "elo": e, "low": low, "high": high} for m, e, low, high in rows), key=lambda row: -row["elo"])
 
 
 def _alpha(votes: list[dict[str, Any]]) -> float | None:

@@ -167,7 +167,9 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
         if role(request) != "owner":
             raise RefusedError(403, "results are for the owner: open the link that 'palate vote' printed")
         if time.monotonic() - remembered.get("at", -9.0) > 2:
-            remembered["told"] = await run_in_threadpool(_told, study)
+            state = await run_in_threadpool(study.store.rows, "SELECT count(*), sum(undone) FROM votes")
+            if (now := (*state[0], len(study.gone))) != remembered.get("state"):
+                remembered.update(told=await run_in_threadpool(_told, study), state=now)
             remembered["at"] = time.monotonic()
         return JSONResponse(remembered["told"])
 

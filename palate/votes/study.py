@@ -371,16 +371,17 @@ class Study:
                 shown = self._showings[row["showing"]]
                 shown.votes[row["question"]] = (row["choice"], row["id"])
                 self._done[shown.rater].append(row["id"])
-        # Pairs that carry votes first: they keep their places, whoever else had them open.
-        for shown in sorted(self._showings.values(), key=lambda s: (not s.votes, self._order[s.id])):
+        for shown in self._showings.values():
             if shown.pair is None:
                 del self._open[shown.rater][shown.id]
                 continue
-            full = self.queue.held[shown.pair] >= self.raters_per_pair
             self.queue.take(shown.rater, Dealt(shown.pair, shown.swapped, shown.repeat))
             self._settle(shown, None)
-            if full and not shown.repeat and not shown.votes:
-                self.queue.let_go(shown.rater, shown.pair)
+        # What was let go of before is open again here: where others have taken the place, they keep it.
+        for shown in reversed(self._showings.values()):
+            untouched = shown.pair is not None and not shown.repeat and not shown.votes
+            if untouched and self.queue.held[shown.pair] > self.raters_per_pair:
+                self.queue.let_go(shown.rater, shown.pair or 0)
         for rater, open_ in self._open.items():
             if open_:
                 self._last_seen[rater] = self._clock()

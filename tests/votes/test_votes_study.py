@@ -306,3 +306,27 @@ def test_one_writer_at_a_time(tmp_path):
         Lock(tmp_path)
     lock.release()
     Lock(tmp_path).release()
+
+
+def test_results_by_hand():
+    """Two raters, three pairs of one prompt each; b has 4.5 points of 6 votes and the majority of two pairs."""
+    from palate.votes.results import results
+
+    said = {"x": ((1, "second"), (2, "second")), "y": ((1, "second"), (2, "tie")), "z": ((1, "first"), (2, "second"))}
+    votes = [
+        {
+            "id": f"{prompt}{rater}", "rater": f"r{rater}", "name": "", "picture_0": i, "picture_1": i + 10, "prompt": prompt,
+            "model_0": "a", "model_1": "b", "metadata": "{}", "question": "overall", "choice": choice, "seconds": 2.0,
+            "swapped": 0, "repeat": 0,
+        }
+        for i, (prompt, row) in enumerate(said.items())
+        for rater, choice in row
+    ]  # fmt: skip
+    told = results(votes, mode="compare", raters_per_pair=2)["questions"]["overall"]["comparisons"][0]
+    rate = told["win_rate"]
+    assert (rate["wins"], rate["ties"], rate["losses"]) == (4, 1, 1)
+    assert rate["rate"] == pytest.approx(4.5 / 6)
+    # Means of b: x 1, y 0.75, z 0.5.
+    assert told["majority"] == {"a": 0, "ties": 1, "b": 2, "unanimous": 1, "shared": 3}
+    agreement = {row["rater"]: row["agreement"] for row in results(votes, mode="compare", raters_per_pair=2)["raters"]}
+    assert agreement == {"r1": pytest.approx(0.5), "r2": pytest.approx(0.5)}  # (1 + 0.5 + 0) / 3
