@@ -441,7 +441,8 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
     judges = _judges(recipe)
     score_folders(judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
     unseen = options.evaluation_prompts == "miniature-unseen"
-    found = compare_folders(sides, judges=list(judges), unseen=unseen, who="the aligned model")
+    trained_on = list(recipe.online.rewards) if recipe.online.train_prompts is not None else []
+    found = compare_folders(sides, judges=list(judges), trained_on=trained_on, unseen=unseen, who="the aligned model")
     shown = _first_of_each(prompts, 12)
     before_after_grid(
         [prompts[i] for i in shown],
