@@ -45,8 +45,8 @@ class DataOptions:
     """Which pairs it learns from."""
 
     train_data: str = "miniature-pairs"
-    """Parquet, JSONL or CSV file, a folder with one, the ``votes.db`` of ``palate vote``, ``miniature-pairs`` or
-    ``miniature-sdxl-pairs``."""
+    """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub such as owner/name, the ``votes.db`` of
+    ``palate vote``, ``miniature-pairs`` or ``miniature-sdxl-pairs``."""
     resolution: int | None = None
     """Side of the pictures in pixels, a multiple of 8; the model's own unless given."""
     ties: str = "drop"
@@ -55,6 +55,12 @@ class DataOptions:
     """So many unusable rows are listed and skipped; one more stops the run before training."""
     max_train_samples: int | None = None
     """Read no more pairs than this."""
+    absolute_winners: bool = False
+    """Keep the pairs whose better picture won all its comparisons under that prompt, as Noise-Conditioned Perception does."""
+    deduplicate: bool = False
+    """Of several pairs of the same two pictures under a prompt, keep the first."""
+    max_pairs_per_prompt: int | None = None
+    """Keep the first so many pairs of a prompt; all unless given."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names to those of the file, such as ``{prompt: text}``."""
     vote_question: str = "overall"
@@ -75,7 +81,7 @@ class DataOptions:
         _choose("vote_question", self.vote_question, QUESTIONS)
         _choose("vote_weights", self.vote_weights, WEIGHTS)
         _at_least(self, 0, "max_bad_rows")
-        _at_least(self, 1, "max_train_samples")
+        _at_least(self, 1, "max_train_samples", "max_pairs_per_prompt")
         if self.resolution is not None:
             from palate.data.images import check_resolution
 

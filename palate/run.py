@@ -280,6 +280,9 @@ def _reader(recipe: Recipe) -> Any:
         ties=options.ties,
         max_bad_rows=options.max_bad_rows,
         max_train_samples=options.max_train_samples,
+        absolute_winners=options.absolute_winners,
+        deduplicate=options.deduplicate,
+        max_pairs_per_prompt=options.max_pairs_per_prompt,
         columns=options.columns or None,
         vote_question=options.vote_question,
         vote_weights=options.vote_weights,
@@ -352,6 +355,8 @@ def _counts(counts: Any) -> dict[str, Any]:
         "ties_dropped": counts.ties_dropped,
         "ties_kept": counts.ties_kept,
         "unlabelled": counts.unlabelled,
+        "identical": counts.identical,
+        "left_out": dict(counts.left_out),
         "bad_rows": [str(b) for b in counts.bad],
     }
 
@@ -363,6 +368,8 @@ def _say_counts(counts: Any) -> None:
         "ties dropped": counts.ties_dropped,
         "ties kept": counts.ties_kept,
         "without a label": counts.unlabelled,
+        "showing one picture twice": counts.identical,
+        **counts.left_out,
         "bad rows skipped": len(counts.bad),
     }
     _tell(", ".join([f"{counts.rows} rows: {counts.pairs} pairs", *(f"{n} {what}" for what, n in parts.items() if n)]))

@@ -1,45 +1,21 @@
-"""Preference pairs: one noun, and one streaming reader for the files people keep them in."""
+"""Preferences: pairs of pictures, and single ones; one streaming reader for the files people keep them in."""
 
 from __future__ import annotations
 
-import csv
-import glob
+import functools
 import itertools
-import json
-import math
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from palate.data import votes
-from palate.data.images import decode
+from palate.data import formats, selection, values
+from palate.data.formats import DamagedError, File, Place
+from palate.data.values import BadValueError
 from palate.errors import UserError, nearest
 
-FOLDER_FILES = ("metadata.jsonl", "metadata.csv", "rankings.jsonl")
-# Our name of a column, and the names it has in files. Pick-a-Pic v2: caption, jpg_0, jpg_1; imagefolder: *_file_name.
-COLUMNS = {
-    "prompt": ("prompt", "caption"),
-    "chosen": ("chosen", "chosen_file_name"),
-    "rejected": ("rejected", "rejected_file_name"),
-    "image_0": ("image_0", "jpg_0"),
-    "image_1": ("image_1", "jpg_1"),
-    "label": ("label",),
-    "label_0": ("label_0",),
-    "label_1": ("label_1",),
-    "has_label": ("has_label",),
-    "images": ("images",),
-    "rankings": ("rankings",),
-    "weight": ("weight",),
-    "rater": ("rater",),
-}
-LAYOUTS = (
-    ("prompt", "chosen", "rejected"),
-    ("prompt", "image_0", "image_1", "label"),
-    ("prompt", "image_0", "image_1", "label_0", "label_1"),
-    ("prompt", "images", "rankings"),
-)
 # After the row that is one too many, how far to look for others to tell about.
 LISTED, LOOKAHEAD = 5, 1000
 
@@ -56,6 +32,26 @@ class PreferencePair:
     source: str = ""  # "file, row 17"
     rater: str = ""
 
+    @property
+    def pictures(self) -> tuple[bytes, ...]:
+        return self.image_0, self.image_1
+
+
+@dataclass(frozen=True)
+class LikedPicture:
+    """A prompt, one encoded picture, and how probably it is liked; 1 where a set of pictures says nothing of it."""
+
+    prompt: str
+    image: bytes
+    label: float = 1.0  # 0 = disliked
+    weight: float = 1.0
+    source: str = ""
+    rater: str = ""
+
+    @property
+    def pictures(self) -> tuple[bytes, ...]:
+        return (self.image,)
+
 
 class BadRow(NamedTuple):
     """A row that cannot be used; rows are counted from 1, without the header and blank lines, in each file anew."""
@@ -71,83 +67,144 @@ class BadRow(NamedTuple):
 
 @dataclass
 class Counts:
-    """What a reader has met so far. A row of rankings gives several pairs; all other rows give one."""
+    """What a reader has met so far. A row of rankings gives several pairs; all other rows give one pair or picture."""
 
     rows: int = 0
-    pairs: int = 0
+    pairs: int = 0  # of a set of single pictures: pictures
     ties_dropped: int = 0
     ties_kept: int = 0
     unlabelled: int = 0  # rows of Pick-a-Pic with has_label = False
+    identical: int = 0  # rows of Pick-a-Pic with are_different = False
+    left_out: Counter[str] = field(default_factory=Counter)  # by the wish for winners, no repeats, so many a prompt
     bad: list[BadRow] = field(default_factory=list)
 
 
-class _BadValueError(Exception):
-    def __init__(self, column: str, reason: str) -> None:
-        super().__init__(column, reason)
-        self.column, self.reason = column, reason
-
-
 @dataclass(frozen=True)
-class _File:
-    path: Path
-    format: str  # "parquet" | "jsonl" | "csv" | "votes"
-    names: dict[str, str]  # our name -> column of the file
-    layout: tuple[str, ...]
-    votes: Mapping[str, str]  # how a database of votes is read
+class Wishes:
+    """How a source is read; see :func:`read`."""
+
+    ties: str = "drop"
+    max_bad_rows: int = 0
+    max_train_samples: int | None = None
+    absolute_winners: bool = False
+    deduplicate: bool = False
+    max_pairs_per_prompt: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ties not in ("drop", "keep"):
+            raise UserError(f"ties is {self.ties!r}{nearest(self.ties, ('drop', 'keep'))}")
+        if self.max_bad_rows < 0:
+            raise UserError(f"max_bad_rows is {self.max_bad_rows}, but it must be 0 or more")
+        for name in ("max_train_samples", "max_pairs_per_prompt"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}, but it must be 1 or more (leave it out for all)")
 
 
-class PairReader:
-    """The pairs of a source as an iterable that may be iterated again; made by ``read_pairs``.
+class Reader:
+    """The pairs or pictures of a source as an iterable that may be iterated again; made by :func:`read`.
 
     Memory does not grow with the source: rows are read in small batches and forgotten (of parquet, a page of each column at
-    a time, which holds up to 1024 rows as most writers set it). ``counts`` belongs to the latest iteration and is complete
-    when that has ended.
+    a time, which holds up to 1024 rows as most writers set it; of tar, one sample). ``counts`` belongs to the latest
+    iteration and is complete when that has ended.
     """
 
     def __init__(
-        self, source: str, files: list[_File], keep_ties: bool, max_bad_rows: int, max_train_samples: int | None
+        self, source: str, places: list[Place], wishes: Wishes, mapping: Mapping[str, str], voting: Mapping[str, str]
     ) -> None:
-        self.source, self.files, self.keep_ties = source, files, keep_ties
-        self.max_bad_rows, self.max_train_samples = max_bad_rows, max_train_samples
+        self.source, self.places, self.wishes, self.mapping, self.voting = source, places, wishes, mapping, voting
         self.counts = Counts()
+        self._opened: dict[Place, File | DamagedError] = {}
+        for place in places:
+            # What lies elsewhere is fetched when its turn comes.
+            if not place.remote or place is places[0]:
+                self._open(place)
+        found = [file for file in self._opened.values() if isinstance(file, File)]
+        if not found:
+            raise next(iter(self._opened.values()))  # type: ignore[misc]
+        self.layouts = {file.layout for file in found}
+        self.single = found[0].single
+        """Whether this reads single pictures instead of pairs."""
+        if any(file.single != self.single for file in found):
+            raise UserError(f"{source} holds pairs in some files and single pictures in others: name them one at a time")
 
-    def __iter__(self) -> Iterator[PreferencePair]:
-        self.counts = counts = Counts()
-        rows = ((file, number, row) for file in self.files for number, row in enumerate(_rows(file), start=1))
+    def _open(self, place: Place) -> File | DamagedError:
+        if place not in self._opened:
+            try:
+                self._opened[place] = formats.open_file(place, self.mapping, self.voting)
+            except DamagedError as error:
+                self._opened[place] = error
+        return self._opened[place]
+
+    def _rows(self) -> Iterator[tuple[File | Path, int, Any]]:
+        for place in self.places:
+            file = self._open(place)
+            if isinstance(file, DamagedError):
+                yield place.path, 1, BadValueError("(whole file)", str(file))
+            elif file.single != self.single:
+                raise UserError(f"{place.path} holds single pictures, unlike the files before it: name them one at a time")
+            else:
+                yield from ((file, number, row) for number, row in enumerate(formats.rows(file), start=1))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._iterate(look=True)
+
+    @functools.cached_property
+    def _winners(self) -> set[bytes]:
+        """The absolute winners of the whole source: found by reading it once more, without decoding pictures."""
+        everything = Wishes(ties="keep", max_bad_rows=sys.maxsize)
+        reader = Reader(self.source, self.places, everything, self.mapping, self.voting)
+        return selection.absolute_winners((p.prompt, p.pictures, p.label) for p in reader._iterate(look=False))
+
+    def _iterate(self, *, look: bool) -> Iterator[Any]:
+        """With ``look`` every picture is decoded, and one that cannot be makes its row a bad one."""
+        wishes = self.wishes
+        winners = self._winners if wishes.absolute_winners else None
+        chosen = selection.Selection(winners, wishes.deduplicate, wishes.max_pairs_per_prompt)
+        self.counts = counts = Counts(left_out=chosen.left_out)
+        rows = self._rows()
         for file, number, row in rows:
-            for pair in self._read(file, number, row):
+            for item in self._read(file, number, row, look):
+                if not chosen.keeps(item.prompt, item.pictures, item.label):
+                    continue
                 counts.pairs += 1
-                counts.ties_kept += pair.label == 0.5
-                yield pair
-                if counts.pairs == self.max_train_samples:
+                counts.ties_kept += item.label == 0.5
+                yield item
+                if counts.pairs == wishes.max_train_samples:
                     return
-            if len(counts.bad) > self.max_bad_rows:
+            if len(counts.bad) > wishes.max_bad_rows:
                 for later in itertools.islice(rows, LOOKAHEAD):
-                    self._read(*later)
-                    if len(counts.bad) >= self.max_bad_rows + LISTED:
+                    self._read(*later, look)
+                    if len(counts.bad) >= wishes.max_bad_rows + LISTED:
                         break
                 raise self._too_many_bad_rows()
         if not counts.pairs:
             raise self._nothing()
 
-    def _read(self, file: _File, number: int, row: Any) -> list[PreferencePair]:
-        """The pairs of one row; counts the row, and what it lacks."""
+    def _read(self, file: File | Path, number: int, row: Any, look: bool) -> list[Any]:
+        """What one row holds; counts the row, and what it lacks."""
         self.counts.rows += 1
         try:
-            if isinstance(row, _BadValueError):
+            if isinstance(row, BadValueError):
                 raise row
+            assert isinstance(file, File)
+            if (bad := next((value for value in row.values() if isinstance(value, BadValueError)), None)) is not None:
+                raise bad
             if row.get(file.names["has_label"]) is False:
                 self.counts.unlabelled += 1
                 return []
-            return self._pairs(file, number, row)
-        except _BadValueError as bad:
-            self.counts.bad.append(BadRow(number, bad.column, bad.reason, file.path.name))
+            if row.get(file.names["are_different"]) is False:
+                self.counts.identical += 1
+                return []
+            return self._items(file, number, row, look)
+        except BadValueError as bad:
+            name = file.name if isinstance(file, Path) else file.path.name
+            self.counts.bad.append(BadRow(number, bad.column, bad.reason, name))
             return []
 
-    def _pairs(self, file: _File, number: int, row: Mapping[str, Any]) -> list[PreferencePair]:
-        names, folder = file.names, file.path.parent
-        prompt = _prompt(names["prompt"], row.get(names["prompt"]))
-        weight = _number(names["weight"], row.get(names["weight"]), default=1.0)
+    def _items(self, file: File, number: int, row: Mapping[str, Any], look: bool) -> list[Any]:
+        names, layout = file.names, file.layout
+        prompt = values.prompt(names["prompt"], row.get(names["prompt"]))
+        weight = values.number(names["weight"], row.get(names["weight"]), default=1.0)
         rater = row.get(names["rater"])
         shared = {
             "prompt": prompt,
@@ -155,28 +212,37 @@ class PairReader:
             "source": f"{file.path.name}, row {number}",
             "rater": "" if rater is None else str(rater),
         }
-        if "rankings" in file.layout:
-            votes = _rankings(names, row)
+        picture = functools.partial(values.picture, home=file.home, look=look)
+        if "images" in layout:
+            votes = values.comparisons(names, row, layout)
             # All pictures are read even if only ties show them: a row is good or bad as a whole.
-            pictures = [_picture(names["images"], image, folder) for image in row[names["images"]]]
-            kept = [vote for vote in votes if self.keep_ties or vote[2] != 0.5]
-            pairs = [PreferencePair(image_0=pictures[i], image_1=pictures[j], label=p, **shared) for i, j, p in kept]
-            self.counts.ties_dropped += len(votes) - len(kept)
-            return pairs
-        chosen = "chosen" in file.layout
-        label = 1.0 if chosen else _label(names, row, file.layout)
-        if label == 0.5 and not self.keep_ties:
-            self.counts.ties_dropped += 1
+            pictures = [picture(names["images"], image) for image in row[names["images"]]]
+            kept = [vote for vote in votes if self._keeps(vote[2])]
+            return [PreferencePair(image_0=pictures[i], image_1=pictures[j], label=p, **shared) for i, j, p in kept]
+        if file.single:
+            given = row.get(names["label"]) if "label" in layout else 1.0
+            label = values.number(names["label"], given, highest=1.0)
+            if not self._keeps(label):
+                return []
+            return [LikedPicture(image=picture(names["image"], row.get(names["image"])), label=label, **shared)]
+        label = values.label(names, row, layout)
+        if not self._keeps(label):
             return []
-        columns = [names[name] for name in (("chosen", "rejected") if chosen else ("image_0", "image_1"))]
-        image_0, image_1 = (_picture(column, row.get(column), folder) for column in columns)
+        columns = [names[name] for name in (("chosen", "rejected") if "chosen" in layout else ("image_0", "image_1"))]
+        image_0, image_1 = (picture(column, row.get(column)) for column in columns)
         return [PreferencePair(image_0=image_0, image_1=image_1, label=label, **shared)]
+
+    def _keeps(self, label: float) -> bool:
+        """Whether a label is kept; counts the ties that are not."""
+        dropped = label == 0.5 and self.wishes.ties != "keep"
+        self.counts.ties_dropped += dropped
+        return not dropped
 
     def _too_many_bad_rows(self) -> UserError:
         bad = self.counts.bad
         listed = "; ".join(str(row) for row in bad[:LISTED])
         return UserError(
-            f"at least {len(bad)} bad rows in {self.source}, but max_bad_rows is {self.max_bad_rows}: {listed}"
+            f"at least {len(bad)} bad rows in {self.source}, but max_bad_rows is {self.wishes.max_bad_rows}: {listed}"
             f"{'; ...' if len(bad) > LISTED else ''}. Repair them, or set max_bad_rows to skip that many"
         )
 
@@ -184,12 +250,15 @@ class PairReader:
         counts = self.counts
         if counts.ties_dropped:
             return UserError(f"{self.source} has only ties ({counts.ties_dropped} pairs): keep them as half with ties: keep")
+        if counts.left_out:
+            told = ", ".join(f"{n} {reason}" for reason, n in counts.left_out.items())
+            return UserError(f"nothing of {self.source} is left: {told}; ask for less")
         met = f"{counts.rows} rows, {counts.unlabelled} without a label, {len(counts.bad)} bad"
         first = f"; the first bad one: {counts.bad[0]}" if counts.bad else ""
         return UserError(f"{self.source} is empty: no preference pairs ({met}{first}). Check that it is the file you meant")
 
 
-def read_pairs(
+def read(
     source: str | Path,
     *,
     ties: str = "drop",
@@ -198,39 +267,65 @@ def read_pairs(
     columns: Mapping[str, str] | None = None,
     vote_question: str = "overall",
     vote_weights: str = "equal",
-) -> PairReader:
-    """A streaming reader of preference pairs; formats are recognised by content and columns.
+    absolute_winners: bool = False,
+    deduplicate: bool = False,
+    max_pairs_per_prompt: int | None = None,
+) -> Reader:
+    """A streaming reader of pairs or single pictures; formats are recognised by content and columns.
 
-    ``source`` is a parquet, JSONL or CSV file, a folder or glob of parquet files (all
-    of them, by name), or a folder with ``metadata.jsonl``,
-    ``metadata.csv`` or ``rankings.jsonl``. Columns, besides the optional ``weight`` and ``rater``:
+    ``source`` is a parquet, JSONL, JSON, CSV or tar file; a folder or glob of parquet or tar files (all of them, by name); a
+    folder with ``metadata.jsonl``, ``metadata.csv`` or ``rankings.jsonl``, or with a ``.txt`` beside each picture; a data set
+    of the hub, ``owner/name`` or ``owner/name:split``. Columns, besides the optional ``weight`` and ``rater``:
 
-    - Pick-a-Pic v2: ``caption, jpg_0, jpg_1, label_0, label_1`` (labels 0, 0.5, 1; rows with ``has_label`` False are skipped)
+    - Pick-a-Pic v1 and v2: ``caption, jpg_0, jpg_1, label_0, label_1`` (labels 0, 0.5, 1; rows with ``has_label`` or
+      ``are_different`` False are skipped), or in place of labels ``best_image_uid, image_0_uid, image_1_uid``
     - ``prompt, chosen, rejected`` (or ``chosen_file_name, rejected_file_name``)
     - ``prompt, image_0, image_1, label`` (probability that ``image_0`` is the better one; 0.5 is a tie)
-    - ``prompt, images, rankings`` (see ``pairs_from_rankings``)
+    - ``prompt, images`` with ``rankings`` (see :func:`pairs_from_rankings`), with one ``ranking`` (1 = best), or with
+      ``scores`` (higher is better); HPD v2 and ImageReward name these ``file_path``, ``image_path``, ``generations``;
+      ``rank``; ``human_preference``
+    - ``prompt, prompt_id, image_path, rank``: the same, one row a picture
+    - ``prompt, image`` (or ``file_name, text``), with or without ``label`` (or ``liked``): single pictures
     - or the ``votes.db`` of ``palate vote``: the votes on ``vote_question``, weighted by ``vote_weights`` (see ``vote_rows``)
 
     Pictures are bytes, ``struct<bytes, path>``, or paths relative to the file that do not leave its folder. ``columns`` maps
     names of this list to those in the file. Ties are dropped and counted unless ``ties="keep"``; a dropped tie's pictures
     are not looked at. Every other row is checked, pictures decoded to the end; up to ``max_bad_rows`` bad rows are skipped
-    and listed in ``counts.bad``, never replaced. ``max_train_samples`` ends the stream after that many pairs.
+    and listed in ``counts.bad``, never replaced. Of a file that is damaged in its middle, what comes before is used, and the
+    rest is one bad row.
+
+    ``absolute_winners`` keeps the pairs whose better picture won all comparisons that it took part in under its prompt, which
+    takes one more reading; ``deduplicate`` keeps the first of several pairs of the same two pictures under a prompt;
+    ``max_pairs_per_prompt`` the first so many of a prompt; ``max_train_samples`` ends the stream after that many.
 
     Raises ``UserError`` at once for a source that is missing, empty or lacks a column; while iterating for too many bad
-    rows, and at the end if there was no pair.
+    rows, and at the end if there was nothing.
     """
-    if ties not in ("drop", "keep"):
-        raise UserError(f"ties is {ties!r}{nearest(ties, ('drop', 'keep'))}")
-    if max_bad_rows < 0:
-        raise UserError(f"max_bad_rows is {max_bad_rows}, but it must be 0 or more")
-    if max_train_samples is not None and max_train_samples < 1:
-        raise UserError(f"max_train_samples is {max_train_samples}, but it must be 1 or more (leave it out to read all)")
-    mapping = _own_names(columns or {})
+    wishes = Wishes(ties, max_bad_rows, max_train_samples, absolute_winners, deduplicate, max_pairs_per_prompt)
     voting = {"question": vote_question, "weights": vote_weights}
-    files = [_open(path, mapping, voting) for path in _find(source)]
-    if vote_weights != "equal" and not any(file.format == "votes" for file in files):
+    mapping = formats.own_names(columns or {})
+    reader = Reader(str(source), formats.find(source), wishes, mapping, voting)
+    if vote_weights != "equal" and not any(isinstance(f, File) and f.format == "votes" for f in reader._opened.values()):
         raise UserError(f"vote_weights is {vote_weights!r}, but {source} holds no votes of palate vote: leave it out")
-    return PairReader(str(source), files, ties == "keep", max_bad_rows, max_train_samples)
+    if absolute_winners and reader.single:
+        raise UserError(f"{source} holds single pictures, which win over no other: leave out absolute_winners")
+    return reader
+
+
+def read_pairs(source: str | Path, **wishes: Any) -> Reader:
+    """:func:`read`, of ``PreferencePair`` alone. Raises ``UserError`` for single pictures."""
+    reader = read(source, **wishes)
+    if reader.single:
+        raise UserError(f"{source} holds single pictures, not pairs: expected two pictures a row, and which is the better one")
+    return reader
+
+
+def read_likes(source: str | Path, **wishes: Any) -> Reader:
+    """:func:`read`, of ``LikedPicture`` alone. Raises ``UserError`` for pairs."""
+    reader = read(source, **wishes)
+    if not reader.single:
+        raise UserError(f"{source} holds pairs, not single pictures: expected a prompt and one picture a row; use read_pairs")
+    return reader
 
 
 def pairs_from_rankings(jsonl: str | Path) -> Iterator[PreferencePair]:
@@ -241,246 +336,6 @@ def pairs_from_rankings(jsonl: str | Path) -> Iterator[PreferencePair]:
     is that of HPD v2's annotations (Wu et al. 2023, arXiv:2306.09341). Raises ``UserError`` for any bad row.
     """
     reader = read_pairs(jsonl, ties="keep")
-    if any("rankings" not in file.layout for file in reader.files):
+    if any("rankings" not in layout for layout in reader.layouts):
         raise UserError(f"{jsonl} has no rankings: expected the columns prompt, images, rankings; use read_pairs for votes")
     return iter(reader)
-
-
-def _own_names(columns: Mapping[str, str]) -> dict[str, str]:
-    """The user's mapping with Pick-a-Pic's and imagefolder's names replaced by ours."""
-    ours = {alias: name for name, aliases in COLUMNS.items() for alias in aliases}
-    for name in columns:
-        if name not in ours:
-            raise UserError(f"columns: unknown name {name!r} on the left{nearest(name, ours)}")
-    return {ours[name]: column for name, column in columns.items()}
-
-
-def _find(source: str | Path) -> list[Path]:
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        known = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-        found = known[:1] or sorted(path.rglob("*.parquet"))
-        if not found:
-            raise UserError(f"folder {path} has no preference pairs: expected {', '.join(FOLDER_FILES)} or *.parquet in it")
-        return found
-    found = sorted(Path(name) for name in glob.glob(str(source), recursive=True) if Path(name).is_file())
-    if not found:
-        raise UserError(f"{source} does not exist: expected a parquet, JSONL or CSV file of preference pairs, or a folder")
-    return found
-
-
-def _open(path: Path, mapping: Mapping[str, str], voting: Mapping[str, str]) -> _File:
-    """Recognise format and layout; the columns are checked before a single picture is read."""
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(4096)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text:
-        raise UserError(f"{path} is empty: expected preference pairs as parquet, JSONL or CSV")
-    if head.startswith(votes.HEAD):
-        next(votes.vote_rows(path, **voting), None)  # refuses what is no database of votes
-        present, file_format = list(votes.COLUMNS), "votes"
-    elif head.startswith(b"PAR1"):
-        present = _parquet_columns(path)
-        file_format = "parquet"
-    elif text.startswith(b"{"):
-        first = next((row for row in _json_rows(path) if isinstance(row, dict)), None)
-        if first is None:
-            raise UserError(f"{path}: no line is a JSON object; expected JSONL, one object a line")
-        present, file_format = list(first), "jsonl"
-    elif text.startswith(b"["):
-        raise UserError(f"{path} is a JSON list: expected JSONL, one object a line")
-    else:
-        present, file_format = _csv_header(path), "csv"
-    names = _resolve(path, present, mapping)
-    return _File(path, file_format, names, _layout(path, present, names), voting)
-
-
-def _resolve(path: Path, present: list[str], mapping: Mapping[str, str]) -> dict[str, str]:
-    for ours, theirs in mapping.items():
-        if theirs not in present:
-            raise UserError(f"{path}: columns maps {ours!r} to {theirs!r}, which is missing{nearest(theirs, present)}")
-    return {
-        name: mapping.get(name) or next((alias for alias in aliases if alias in present), name)
-        for name, aliases in COLUMNS.items()
-    }
-
-
-def _layout(path: Path, present: list[str], names: Mapping[str, str]) -> tuple[str, ...]:
-    missing = {layout: [name for name in layout if names[name] not in present] for layout in LAYOUTS}
-    for layout, lacks in missing.items():
-        if not lacks:
-            return layout
-    # Tell what the layout lacks of which most is there; a mere prompt tells nothing about the pictures' columns.
-    closest = min(LAYOUTS, key=lambda layout: len(missing[layout]) / len(layout))
-    name = missing[closest][0]
-    raise UserError(
-        f"{path}: column {' or '.join(map(repr, COLUMNS[name]))} is missing{nearest(name, present)}; expected "
-        f"{', '.join(closest)}; if it has another name, say so with columns: {{{name}: ITS NAME}}"
-    )
-
-
-def _rows(file: _File) -> Iterator[Any]:
-    if file.format == "parquet":
-        return _parquet_rows(file)
-    if file.format == "votes":
-        return votes.vote_rows(file.path, **file.votes)
-    return _json_rows(file.path) if file.format == "jsonl" else _csv_rows(file.path)
-
-
-def _parquet_columns(path: Path) -> list[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return list(pq.read_schema(path).names)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a complete parquet file ({error}): copy or download it again") from None
-
-
-def _parquet_rows(file: _File) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # By default a whole row group is read ahead, which may be gigabytes of pictures.
-        with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False) as table:
-            wanted = [name for name in table.schema_arrow.names if name in file.names.values()]
-            for batch in table.iter_batches(batch_size=16, columns=wanted, use_threads=False):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file.path} is damaged ({error}): copy or download it again") from None
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    # Lines of bytes: a line that is not UTF-8 is then one bad row, not the end of the file.
-    with path.open("rb") as stream:
-        for line in stream:
-            line = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if not line:
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield _BadValueError("(whole line)", f"is not JSON ({error})")
-            else:
-                yield row if isinstance(row, dict) else _BadValueError("(whole line)", "is not a JSON object")
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield from csv.DictReader(stream)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({error})") from None
-
-
-def _csv_header(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            return list(csv.DictReader(stream).fieldnames or [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({error})") from None
-
-
-def _prompt(column: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _BadValueError(column, f"must be a non-empty string, found {_short(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _BadValueError(column, "is not valid Unicode (a lone surrogate)") from None
-    return value
-
-
-def _number(column: str, value: Any, *, default: float | None = None, highest: float = math.inf) -> float:
-    if value is None or value == "":
-        if default is None:
-            raise _BadValueError(column, "is missing")
-        return default
-    limit = "0 or more" if highest == math.inf else f"in [0, {highest:g}]"
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise _BadValueError(column, f"must be a number {limit}, found {_short(value)}") from None
-    if not math.isfinite(number) or not 0 <= number <= highest:
-        raise _BadValueError(column, f"must be a number {limit}, found {_short(value)}")
-    return number
-
-
-def _label(names: Mapping[str, str], row: Mapping[str, Any], layout: tuple[str, ...]) -> float:
-    if "label" in layout:
-        return _number(names["label"], row.get(names["label"]), highest=1.0)
-    label_0, label_1 = (_number(names[name], row.get(names[name]), highest=1.0) for name in ("label_0", "label_1"))
-    if abs(label_0 + label_1 - 1) > 1e-6:
-        raise _BadValueError(names["label_1"], f"label_0 + label_1 must be 1, found {label_0:g} + {label_1:g}")
-    return label_0
-
-
-def _rankings(names: Mapping[str, str], row: Mapping[str, Any]) -> list[tuple[int, int, float]]:
-    images, rankings = row.get(names["images"]), row.get(names["rankings"])
-    if not isinstance(images, list) or len(images) < 2:
-        raise _BadValueError(names["images"], f"must be a list of two or more pictures, found {_short(images)}")
-    if not isinstance(rankings, list) or not rankings:
-        raise _BadValueError(names["rankings"], f"must be a list of rankings, found {_short(rankings)}")
-    for ranks in rankings:
-        if not isinstance(ranks, list) or len(ranks) != len(images):
-            raise _BadValueError(
-                names["rankings"], f"each must hold one rank for each of {len(images)} images: {_short(ranks)}"
-            )
-        for rank in ranks:
-            _number(names["rankings"], rank)
-    votes = []
-    for i, j in itertools.combinations(range(len(images)), 2):
-        halves = sum(2 * (ranks[i] < ranks[j]) + (ranks[i] == ranks[j]) for ranks in rankings)
-        votes.append((i, j, halves / (2 * len(rankings))))
-    return votes
-
-
-def _picture(column: str, value: Any, folder: Path) -> bytes:
-    """The bytes of a picture that decodes."""
-    if isinstance(value, dict):  # struct<bytes, path>
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if value is None or value == "":
-        raise _BadValueError(column, "is missing")
-    where = ""
-    if isinstance(value, str):
-        where, value = f"{value!r} ", _read_inside(column, value, folder)
-    if not isinstance(value, bytes):
-        raise _BadValueError(column, f"must be a picture's bytes or path, found {_short(value)}")
-    if reason := _defect(value):
-        raise _BadValueError(column, where + reason)
-    return value
-
-
-def _read_inside(column: str, name: str, folder: Path) -> bytes:
-    """A file's bytes; a data file from outside must not make us read other files than its own."""
-    try:
-        path = (folder / name).resolve()
-        inside = not Path(name).is_absolute() and path.is_relative_to(folder.resolve())
-        if inside and path.is_file():
-            return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        raise _BadValueError(column, f"{name!r} cannot be read ({error})") from None
-    if not inside:
-        raise _BadValueError(column, f"{name!r} leads outside the folder of the file; paths must be relative and stay inside")
-    raise _BadValueError(column, f"{name!r} does not exist (paths are relative to {folder})")
-
-
-@lru_cache(maxsize=16)
-def _defect(data: bytes) -> str:
-    """Why a picture cannot be used, or nothing. Neighbouring rows often show the same picture: it is decoded once."""
-    try:
-        decode(data)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,95 @@
+"""Webdataset shards: tar files whose neighbouring members make up one sample, streamed one sample at a time."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from palate.data.values import BadValueError
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+TEXTS = {"txt": "prompt", "text": "prompt", "caption": "prompt"}
+MAX_MEMBER = 1 << 28
+"""Bytes of the largest member that is read: memory must not depend on what a file claims."""
+
+
+def is_tar(head: bytes) -> bool:
+    """Whether a file begins like a tar archive."""
+    return head[257:262] == b"ustar"
+
+
+def sample_rows(path: Path) -> Iterator[dict[str, Any] | BadValueError]:
+    """The samples of a shard as rows by column; what follows damage is given up, and said in a last bad row.
+
+    Members belong together by their name up to the first dot of its last part. What follows that dot is the column:
+
+    - ``jpg``: the column ``image``; ``jpg_0``, ``0.jpg`` or ``image_0.jpg``: ``image_0``; ``chosen.png``: ``chosen``
+    - ``txt`` (also ``text``, ``caption``): ``prompt``
+    - ``json``: an object, whose entries are columns
+    - anything else, such as ``label``: a short text
+    """
+    row: dict[str, Any] = {}
+    key, done = None, 0
+    try:
+        # Opened for seeking, not as a stream ("r|"): only so can the end mark be looked for afterwards.
+        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
+            while (member := shard.next()) is not None:
+                shard.members.clear()  # tarfile would keep the headers of all
+                if not member.isfile():
+                    continue
+                head, _, name = member.name.rpartition("/")
+                base, _, extension = name.partition(".")
+                if key is not None and key != (head, base):
+                    yield row
+                    row, done = {}, done + 1
+                key = (head, base)
+                row.update(_columns(extension, member, shard))
+            if not _ends(shard, stream):
+                raise tarfile.ReadError("no end mark")
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        # The sample that was being read may be half of one.
+        yield BadValueError("(rest of file)", f"is damaged after {done} samples ({error}): copy or download it again")
+        return
+    if key is not None:
+        yield row
+
+
+def _ends(shard: tarfile.TarFile, stream: BinaryIO) -> bool:
+    """Whether reading ended at an end mark: tarfile itself takes a damaged header for the end, without a word."""
+    stream.seek(shard.offset)
+    block = stream.read(tarfile.BLOCKSIZE)
+    return len(block) == tarfile.BLOCKSIZE and not any(block)
+
+
+def _columns(extension: str, member: tarfile.TarInfo, shard: tarfile.TarFile) -> dict[str, Any]:
+    if member.size > MAX_MEMBER:
+        return {extension: BadValueError(extension, f"holds {member.size} bytes, at most {MAX_MEMBER} are read")}
+    stream = shard.extractfile(member)
+    data = b"" if stream is None else stream.read()
+    if len(data) != member.size:
+        raise EOFError(f"{member.name} is cut short")
+    if (name := picture_column(extension)) is not None:
+        return {name: data}
+    try:
+        if extension.lower() == "json":
+            content = json.loads(data)
+            if isinstance(content, dict):
+                return content
+            raise ValueError("is not an object")
+        text = data.decode("utf-8-sig").strip()
+    except (ValueError, RecursionError) as error:
+        return {"": BadValueError(extension, f"of {member.name} cannot be read ({error})")}
+    return {TEXTS.get(extension.lower(), extension): text}
+
+
+def picture_column(extension: str) -> str | None:
+    """The column of a picture, by the end of its file's name; None for what is no picture."""
+    parts = [part for word in extension.lower().split(".") for part in word.split("_")]
+    rest = [part for part in parts if part not in PICTURES]
+    if len(rest) == len(parts):
+        return None
+    name = "_".join(part for part in rest if part != "image")
+    return f"image_{name}" if name.isdigit() else name or "image"
