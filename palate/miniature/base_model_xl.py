@@ -7,6 +7,7 @@ crop) that count for nothing at first.
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,9 @@ def build_diffusion_xl(work: Path, sd: Path, clip: Path, folder: Path) -> None:
         add_watermarker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):  # what is read instead of tokenizer.json by older libraries
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(sd / "tokenizer" / file, folder / name / file)
     # transformers loads in the stored precision, diffusers in float32: half text encoders would not fit beside the rest.
     for name, encoder in (("text_encoder", first), ("text_encoder_2", second)):
         encoder.float().save_pretrained(folder / name)

@@ -79,7 +79,7 @@ def build_xl(work: Path, target: Path = world.ROOT) -> None:
         lambda: base_model_xl.build_diffusion_xl(work, parts / "mini-sd", parts / "mini-clip", xl),
     )
     texts = voting.prompts(SEED + 52, voting.XL_PAIRS, held_out=False)
-    both = voting.candidates(work, xl, "candidates-xl", texts, SEED * 10 + 1_000_000)
+    both = voting.candidates(work, xl, "candidates-xl", texts, SEED * 10 + 1_000_000, steps=10, half=True)
     pairs = target / world.PAIRS["miniature-sdxl-pairs"] / "train.parquet"
     voted = voting.write_pairs(pairs, texts, both, parts / "mini-rater", SEED + 53, "mini-sdxl")
     shutil.copytree(xl, parts / "mini-sdxl", dirs_exist_ok=True)

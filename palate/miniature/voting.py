@@ -16,7 +16,7 @@ from palate.miniature import scenes
 from palate.miniature.base_model import SEED, save_atomic, say
 from palate.miniature.raters import crowd, load_eye
 
-PAIRS, XL_PAIRS, UNSEEN = 2400, 1200, 400
+PAIRS, XL_PAIRS, UNSEEN = 2400, 1000, 400
 STEPS, GUIDANCE = 14, 4.0
 
 
@@ -30,8 +30,10 @@ def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
     return list(found.values())
 
 
-def sample(folder: Path, texts: list[str], seeds: list[int], *, guidance: float = GUIDANCE) -> list[Image.Image]:
-    """Pictures of a miniature model by DPM-Solver++, each from its own seed."""
+def sample(
+    folder: Path, texts: list[str], seeds: list[int], *, guidance: float = GUIDANCE, steps: int = STEPS, half: bool = False
+) -> list[Image.Image]:
+    """Pictures of a miniature model by DPM-Solver++, each from its own seed; with ``half`` the U-Net computes in bfloat16."""
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)  # of the class that the folder names
@@ -40,9 +42,10 @@ def sample(folder: Path, texts: list[str], seeds: list[int], *, guidance: float 
     images: list[Image.Image] = []
     for start in range(0, len(texts), 32):
         generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + 32]]
-        images += pipe(
-            texts[start : start + 32], num_inference_steps=STEPS, guidance_scale=guidance, generator=generators
-        ).images
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            images += pipe(
+                texts[start : start + 32], num_inference_steps=steps, guidance_scale=guidance, generator=generators
+            ).images
         if start % 640 == 0:
             say(f"sampled {len(images)}/{len(texts)}")
     return images
@@ -52,15 +55,18 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 255
 
 
-def candidates(work: Path, folder: Path, name: str, texts: list[str], seed: int) -> Tensor:
-    """Two pictures of a miniature model for every prompt, uint8 ``(n, 2, 3, 64, 64)``; kept part by part."""
+def candidates(work: Path, folder: Path, name: str, texts: list[str], seed: int, **options: Any) -> Tensor:
+    """Two pictures of a miniature model for every prompt, uint8 ``(n, 2, 3, 64, 64)``; kept part by part.
+
+    options: of :func:`sample`.
+    """
     parts = []
     for start in range(0, len(texts), 200):
         path = work / f"{name}-{start}.pt"
         if not path.exists():
             part = texts[start : start + 200]
             seeds = [seed + 2 * (start + i) + k for i in range(len(part)) for k in range(2)]
-            images = sample(folder, [t for t in part for _ in range(2)], seeds)
+            images = sample(folder, [t for t in part for _ in range(2)], seeds, **options)
             save_atomic((to_tensor(images) * 255).round().byte().view(len(part), 2, 3, 64, 64), path)
         parts.append(torch.load(path, weights_only=True))
     return torch.cat(parts)

@@ -91,22 +91,6 @@ def test_sdxl_learns_from_pictures_of_mixed_sizes(palate, sdxl_dir, mixed_sizes,
     assert np.abs(np.asarray(picture, dtype=int) - np.asarray(shown, dtype=int)).max() <= 1
 
 
-@pytest.mark.parametrize("space", ["latent", "perceptual"])
-@pytest.mark.parametrize("objective", ["dpo", "{name: cpo, beta: 500, bc_weight: 1}", "sft"])
-def test_sdxl_learns_by_every_published_method(palate, sdxl_dir, objective, space):
-    code, _, error = palate(
-        "train",
-        pretrained_model_name_or_path=sdxl_dir,
-        objective=objective,
-        space=space,
-        max_train_steps=1,
-        validation_prompts="[]",
-        validation_fraction=0,
-    )
-    assert code == 0, error
-    assert Path("out/pytorch_lora_weights.safetensors").is_file()
-
-
 def test_a_refiner_finishes_the_compared_pictures(palate, sdxl_dir, refiner_dir, prompts_file):
     options = {"evaluation_prompts": prompts_file, "judges": "[jpeg_compressibility]", "max_train_steps": 1}
     for name, refiner in (("plain", None), ("refined", refiner_dir)):

@@ -26,6 +26,20 @@ def test_stable_diffusion_loads_in_plain_diffusers_and_draws() -> None:
     assert picture.size == (64, 64)
 
 
+def test_sdxl_loads_in_plain_diffusers_and_draws() -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(world.checkpoint("mini-sdxl"), add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.steps_offset == 1
+    assert pipe.tokenizer_2.pad_token == "!"
+    widths = pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.hidden_size
+    assert pipe.unet.config.cross_attention_dim == sum(widths)
+    assert pipe.config.force_zeros_for_empty_prompt
+    picture = pipe("a red house on the left, on a green meadow", num_inference_steps=2).images[0]
+    assert picture.size == (64, 64)
+
+
 @pytest.mark.parametrize("name", sorted(world.JUDGES))
 def test_judges_load_in_plain_transformers(name: str) -> None:
     from transformers import CLIPModel, CLIPTokenizer
@@ -42,9 +56,13 @@ def test_the_held_out_judge_shares_nothing_with_the_labelling_one() -> None:
     assert first["vision_config"]["hidden_size"] != second["vision_config"]["hidden_size"]
 
 
-def test_pairs_have_pick_a_pic_columns_and_about_an_eighth_ties() -> None:
-    table = pq.read_table(world.pairs())
-    assert table.num_rows >= 2000
+@pytest.mark.parametrize(
+    ("name", "model", "least"), [("miniature-pairs", "mini-sd", 2000), ("miniature-sdxl-pairs", "mini-sdxl", 1000)]
+)
+def test_pairs_have_pick_a_pic_columns_and_about_an_eighth_ties(name: str, model: str, least: int) -> None:
+    table = pq.read_table(world.pairs(name))
+    assert table.num_rows >= least
+    assert set(table["model_0"].to_pylist()) == {model}
     for name in ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "best_image_uid", "user_id", "model_0"):
         assert name in table.column_names
     label = table["label_0"].to_pylist()
@@ -53,16 +71,17 @@ def test_pairs_have_pick_a_pic_columns_and_about_an_eighth_ties() -> None:
     assert Image.open(io.BytesIO(table["jpg_0"][0].as_py())).size == (64, 64)
 
 
-def test_unseen_prompts_are_in_no_pair() -> None:
+@pytest.mark.parametrize("name", sorted(world.PAIRS))
+def test_unseen_prompts_are_in_no_pair(name: str) -> None:
     unseen = world.unseen_prompts().read_text().splitlines()
-    trained = {scenes.scene_of(c) for c in pq.read_table(world.pairs(), columns=["caption"])["caption"].to_pylist()}
+    trained = {scenes.scene_of(c) for c in pq.read_table(world.pairs(name), columns=["caption"])["caption"].to_pylist()}
     assert len(unseen) >= 192
     assert not trained & {scenes.scene_of(p) for p in unseen}
     assert all(scenes.is_held_out(scenes.scene_of(p)) for p in unseen)
 
 
 def test_every_checkpoint_has_a_card_with_measurements() -> None:
-    for name in ("mini-sd", "mini-rater", *world.JUDGES):
+    for name in (*world.MODELS, "mini-rater", *world.JUDGES):
         assert "| measured | value |" in (world.checkpoint(name) / "README.md").read_text()
 
 
@@ -71,4 +90,4 @@ def test_sizes_stay_small() -> None:
         return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
 
     assert megabytes(world.ROOT / "checkpoints") < 40
-    assert megabytes(world.ROOT / "pairs") < 20
+    assert sum(megabytes(world.ROOT / folder) for folder in world.PAIRS.values()) < 20
