@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -18,7 +19,8 @@ from palate.prompt_names import find_prompts
 from palate.recipe import Recipe, resolve_objective, resolve_space
 from palate.reward_names import NamedReward, find_held_out, find_rewards
 from palate.training.loop import TrainOptions
-from palate.training.rollouts import Arithmetic, Rollouts
+from palate.training.online_options import Arithmetic
+from palate.training.rollouts import Rollouts
 
 TOLERANCE = {"no": 1e-5, "fp16": 1e-3, "bf16": 5e-3}
 """How far log-probabilities of sampling and training may be apart, by precision. On a GPU a batch of another size is computed
@@ -122,6 +124,7 @@ def assemble(
         spacing=denoiser.scheduler_config.get("timestep_spacing", "leading"),
         steps_offset=int(denoiser.scheduler_config.get("steps_offset", 0)),
         seed=recipe.training.seed,
+        keep_means="moved" in inspect.signature(objective).parameters,
         replay=step if evidence == "trajectories" else None,
         replay_batch_size=recipe.training.train_batch_size,
         tolerance=TOLERANCE[precision],

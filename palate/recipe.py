@@ -23,7 +23,7 @@ from palate.errors import UserError, nearest
 from palate.files import write_atomically
 from palate.options import dumps, foreign, help_lines, indented, keywords, parse, section, typed
 from palate.training.loop import TrainOptions
-from palate.training.rollouts import Arithmetic, OnlineOptions
+from palate.training.online_options import Arithmetic, OnlineOptions
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -361,7 +361,7 @@ def _try_objective(objective: Callable[..., Any], evidence: str) -> None:
     nothing = Fit(torch.zeros(1, 1))
     fit = Pair(nothing, nothing) if evidence == "pairs" else nothing
     known = {"policy": fit, "reference": fit, "label": torch.ones(1), "reference_point": torch.zeros(())}
-    known |= dict.fromkeys(("log_prob", "old_log_prob", "advantage"), torch.zeros(1))
+    known |= dict.fromkeys(("log_prob", "old_log_prob", "advantage", "moved"), torch.zeros(1))
     objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})
 
 

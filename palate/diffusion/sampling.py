@@ -138,10 +138,14 @@ def join(prompt: Conditioning, negative: Conditioning) -> Conditioning:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """b pictures on their way: `latents` (b, n + 1, ...) before each of n steps and after the last; `log_prob` (b, n)."""
+    """b pictures on their way: `latents` (b, n + 1, ...) before each of n steps and after the last; `log_prob` (b, n).
+
+    mean: (b, n, ...) of the steps' Gaussians, if it was to be kept.
+    """
 
     latents: Float[Tensor, " b n1 *d"]
     log_prob: Float[Tensor, " b n"]
+    mean: Float[Tensor, " b n *d"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +160,7 @@ class TrajectoryBatch:
     old_log_prob: Float[Tensor, " b"]
     advantage: Float[Tensor, " b"]
     prompts: list[str]
+    old_mean: Float[Tensor, " b *d"] | None = None
 
 
 @torch.no_grad()
@@ -170,6 +175,7 @@ def sample(
     guidance_scale: float,
     eta: float,
     judged_scale: float | None = None,
+    keep_means: bool = False,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, Tensor, Transition], None] | None = None,
 ) -> Trajectory:
@@ -186,14 +192,17 @@ def sample(
     judge = act if judged_scale in (None, guidance_scale) else guided(predict, judged_scale)  # type: ignore[arg-type]
     latents: list[Tensor] = [x]
     log_probs: list[Tensor] = []
+    means: list[Tensor] = []
     for k, (t, s) in enumerate(zip(path.t, path.s, strict=True)):
         times = torch.full((b,), t, device=device), torch.full((b,), s, device=device)
         step = transition(act, schedule, x, *times, cond, eta=eta)
         after = step.mean + step.std * normal(seeds, shape, FIRST_STEP + k, device, torch.float32)
         judged = step if judge is act else transition(judge, schedule, x, *times, cond, eta=eta)
         log_probs.append(judged.log_prob(after))
+        if keep_means:
+            means.append(judged.mean)
         if on_step is not None:
             on_step(k, x, judged)
         x = after
         latents.append(x)
-    return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1))
+    return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), torch.stack(means, 1) if means else None)

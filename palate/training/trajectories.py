@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.sampling import TrajectoryBatch, guided, transition
+from palate.diffusion.sampling import TrajectoryBatch, Transition, guided, transition
 from palate.errors import UserError
 from palate.training.steps import Batch, Measured, Step, TrainablePolicy
 
@@ -54,7 +54,7 @@ def trajectory_step(
 
     Returns:
         Step whose metrics are ``log_ratio`` L - L_old (its square in ``approx_kl`` = (L - L_old)^2 / 2), ``clip_fraction``
-        (1 where the ratio is outside the clip range), and with a reference ``kl``.
+        (1 where the ratio is outside the clip range), ``moved`` if the objective names it, and with a reference ``kl``.
 
     Raises:
         UserError: a log-probability that is not finite; names time and prompt.
@@ -81,9 +81,14 @@ def trajectory_step(
                 f"the log-probability of the step from time {int(t[row])} to {int(s[row])} of a picture of "
                 f"{batch.prompts[row]!r} is {float(log_prob[row])}; lower learning_rate, or use mixed_precision bf16 or no"
             )
-        losses = objective(log_prob, old, advantage)
+        given: dict[str, Tensor] = {}
+        if "moved" in named:
+            if batch.old_mean is None:
+                raise ValueError("an objective that names moved needs rollouts that keep means")
+            given["moved"] = Transition(batch.old_mean.to(device), now.std).kl(now).detach()
+        losses = objective(log_prob, old, advantage, **given)
         log_ratio = (log_prob - old).detach()
-        metrics = {"log_ratio": log_ratio, "approx_kl": log_ratio.square() / 2}
+        metrics = {"log_ratio": log_ratio, "approx_kl": log_ratio.square() / 2, **given}
         if clip_range is not None:
             metrics["clip_fraction"] = ((log_ratio.exp() - 1).abs() > clip_range).float()
         if reference is not None:

@@ -43,6 +43,7 @@ def online(palate, prompts_file):
 
 WAYS = {
     "ddpo_is": {"window_size": 1, "held_out_rewards": "[jpeg_incompressibility]", "eval_steps": 2, "held_out_pictures": 2},
+    "trust region": {"objective": "ddpo_tr", "kl_weight": 0.1, "timestep_fraction": 0.5},
     "rwr": {"objective": "sft"},
     "rwr in perceptual space": {"objective": "sft", "space": "perceptual", "guidance_in_training": "false"},
     "sparse rwr": {"objective": "sft", "weighting": "percentile", "percentile": 50},

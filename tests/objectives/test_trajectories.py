@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from palate.objectives.trajectories import ddpo_is, ddpo_sf
+from palate.objectives.trajectories import ddpo_is, ddpo_sf, ddpo_tr
 
 
 def t(*numbers: float) -> torch.Tensor:
@@ -31,12 +31,24 @@ def test_sf_by_hand():
     assert ddpo_sf(t(-1.0, 0.5), t(-1.5, 0.5), t(3, -2)).tolist() == [-1.5, 0.0]
 
 
-def test_on_policy_both_have_one_gradient():
+def test_on_policy_all_have_one_gradient():
     gradients = []
-    for objective in (ddpo_is, ddpo_sf):
+    for objective in (ddpo_is, ddpo_sf, lambda *given: ddpo_tr(*given, torch.zeros_like(given[0]))):
         log_prob, advantage = t(-1.3, 0.7, 2.0).requires_grad_(), t(1.5, -0.5, 0.0)
         objective(log_prob, log_prob.detach(), advantage).sum().backward()
         assert log_prob.grad is not None
         gradients.append(log_prob.grad)
         torch.testing.assert_close(log_prob.grad, -advantage)
-    torch.testing.assert_close(*gradients)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+def test_a_trust_region_drops_what_goes_farther_out():
+    # rho = e^0.1 = 1.105171 or e^-0.1 = 0.904837. Outside the region: A = 2 with rho > 1 and A = -2 with rho < 1 are dropped;
+    # those that come back are not. Inside, none is.
+    log_prob, advantage = t(0.1, 0.1, -0.1, -0.1, 0.1).requires_grad_(), t(2, -2, 2, -2, 2)
+    found = ddpo_tr(log_prob, t(0, 0, 0, 0, 0), advantage, t(1, 1, 1, 1, 0.001), trust_region=0.01)
+    assert found.tolist() == pytest.approx([0, 2.2103418, -1.8096748, 0, -2.2103418], abs=1e-6)
+    found.sum().backward()
+    assert log_prob.grad is not None
+    assert log_prob.grad.tolist() == pytest.approx(found.tolist())

@@ -17,7 +17,7 @@ from palate.errors import UserError
 from palate.training import checkpoints
 from palate.training.log import read_log
 from palate.training.loop import Stopped
-from palate.training.rollouts import Arithmetic, OnlineOptions
+from palate.training.online_options import Arithmetic, OnlineOptions
 
 
 def weights(policy):

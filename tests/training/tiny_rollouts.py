@@ -18,7 +18,8 @@ from palate.objectives.samples import sft
 from palate.objectives.trajectories import ddpo_is, ddpo_sf
 from palate.spaces import latent
 from palate.training.loop import TrainOptions, train
-from palate.training.rollouts import Arithmetic, OnlineOptions, Rollouts
+from palate.training.online_options import Arithmetic, OnlineOptions
+from palate.training.rollouts import Rollouts
 from palate.training.steps import pair_step, sample_step
 from palate.training.trajectories import Guided, trajectory_step
 

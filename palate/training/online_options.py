@@ -1,0 +1,176 @@
+"""What online training can be told, and how a round falls into effective batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from palate.diffusion.sampling import SPACINGS
+from palate.errors import UserError, nearest
+
+ADVANTAGES = ("tracker", "group", "round")
+WEIGHTINGS = ("softmax", "percentile", "streaming_percentile", "threshold")
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """How the model's own pictures are drawn, judged and learned from; without ``train_prompts`` training reads pairs."""
+
+    train_prompts: str | None = None
+    """A list by name or a text or JSONL file: what to draw. Turns a recipe into online training."""
+    rewards: tuple[str, ...] | dict[str, str] = ("jpeg_compressibility",)
+    """What to make larger: judges by name, or ``module:function``. Several are standardised and added; ``{name: weight}``
+    gives weights."""
+    held_out_rewards: tuple[str, ...] = ()
+    """Never trained on: measured during training, they choose the ``best/`` weights and raise the alarm."""
+    held_out_pictures: int = 32
+    """Pictures on which held-out rewards are measured, every ``eval_steps``: of the evaluation prompts, or else the train
+    prompts, always from the same noise."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward may take."""
+    reward_retries: int = 0
+    """How often a call that failed is repeated."""
+    rounds: int = 10
+    """Times that pictures are drawn and learned from; ``max_train_steps`` may end training earlier."""
+    samples_per_round: int = 256
+    """Pictures drawn in a round, by all processes together."""
+    sample_batch_size: int = 8
+    """Pictures drawn at once by a process."""
+    group_size: int = 1
+    """Pictures of one prompt in a round; divides ``samples_per_round``."""
+    sample_num_steps: int = 50
+    """Steps of DDIM."""
+    sample_eta: float = 1.0
+    """Noise of each step: 1 as much as DDPM, 0 none (and no likelihood)."""
+    sample_guidance_scale: float = 5.0
+    """Of classifier-free guidance; 1 for none, at half the cost."""
+    guidance_in_training: bool = True
+    """Whether the guided prediction is trained, as in the paper, or that of the prompt alone, at half the cost."""
+    timestep_spacing: str | None = None
+    """``leading``, ``trailing`` or ``linspace``; the model's own unless given."""
+    updates_per_round: int = 4
+    """Updates in which everything of a round is seen once; divides it."""
+    inner_epochs: int = 1
+    """Times that a round is learned from."""
+    window_start: int = 0
+    """First step of sampling that is trained, counted from 0."""
+    window_size: int | None = None
+    """Steps from there on that are trained; all unless given."""
+    timestep_fraction: float = 1.0
+    """Share of those steps that is trained, drawn for each picture anew."""
+    advantage: str = "tracker"
+    """``tracker``: against the prompt's latest rewards; ``group``: against the other pictures of the prompt in this round;
+    ``round``: against all pictures of the round."""
+    tracker_buffer_size: int = 32
+    """Rewards that the tracker keeps of a prompt."""
+    tracker_min_count: int = 16
+    """A prompt with fewer is measured against the round."""
+    global_std: bool = False
+    """Divide advantages by the standard deviation of the whole round."""
+    adv_clip: float = 5.0
+    """Advantages are cut off there."""
+    kl_weight: float = 0.0
+    """Weight of each step's exact KL divergence from the model before training; costs a pass of it."""
+    kl_samples: int = 8
+    """Pictures of a round on whose way the KL divergence is measured; 0 for none."""
+    kl_budget: float | None = None
+    """Training ends once the KL divergence of a picture's whole way exceeds this, in nats per latent element."""
+    weighting: str = "softmax"
+    """For objectives of single pictures: ``softmax`` of the rewards, or only the best: ``percentile`` of the round,
+    ``streaming_percentile`` of all rounds so far, ``threshold``."""
+    temperature: float = 5.0
+    """Of the softmax, in units of the reward."""
+    standardise_rewards: bool = False
+    """Bring rewards to mean 0 and standard deviation 1 before the softmax."""
+    per_prompt: bool = False
+    """Softmax or percentile over the pictures of each prompt instead of the round."""
+    percentile: float = 90.0
+    """Share of the pictures, in percent, that is left out."""
+    threshold: float | None = None
+    """Least reward that is kept under ``weighting: threshold``."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("advantage", ADVANTAGES), ("weighting", WEIGHTINGS), ("timestep_spacing", SPACINGS)):
+            if (value := getattr(self, name)) is not None and value not in known:
+                raise UserError(f"{name} is {value!r}{nearest(value, known)}")
+        counts = ("rounds", "samples_per_round", "sample_batch_size", "group_size", "sample_num_steps", "updates_per_round")
+        for name in (*counts, "held_out_pictures", "inner_epochs", "window_size", "tracker_buffer_size", "tracker_min_count"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected at least 1")
+        for name in ("window_start", "kl_samples", "reward_retries", "sample_eta", "sample_guidance_scale", "kl_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("adv_clip", "temperature", "reward_timeout", "kl_budget"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name} is {value}; expected a positive number")
+        if not 0 < self.timestep_fraction <= 1:
+            raise UserError(f"timestep_fraction is {self.timestep_fraction}; expected more than 0 and at most 1")
+        if not 0 <= self.percentile < 100:
+            raise UserError(f"percentile is {self.percentile}; expected 0 or more and below 100")
+        if self.weighting == "threshold" and self.threshold is None:
+            raise UserError("weighting is threshold, but no threshold is given: name the least reward to keep")
+        if self.samples_per_round % self.group_size:
+            raise UserError(
+                f"group_size {self.group_size} does not divide samples_per_round {self.samples_per_round}; "
+                f"use {_divisors_near(self.samples_per_round, self.group_size)}"
+            )
+        if self.window_start + (self.window_size or 1) > self.sample_num_steps:
+            raise UserError(
+                f"a window of {self.window_size or 1} steps from step {self.window_start} on does not fit into "
+                f"{self.sample_num_steps} steps; lower window_start or window_size, or raise sample_num_steps"
+            )
+        if self.kl_budget is not None and not self.kl_samples:
+            raise UserError("kl_budget needs kl_samples: name the number of pictures on which to measure it")
+
+    @property
+    def window(self) -> range:
+        """The numbers of the steps that are trained."""
+        end = self.sample_num_steps if self.window_size is None else self.window_start + self.window_size
+        return range(self.window_start, end)
+
+    @property
+    def trained_scale(self) -> float:
+        """The guidance of what is trained."""
+        return self.sample_guidance_scale if self.guidance_in_training else 1.0
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a round falls into effective batches, for one objective's evidence."""
+
+    items: int  # seen once in an inner epoch: steps, pictures or pairs
+    effective_batch: int
+    updates: int  # a round
+    steps: int  # trained of each picture
+
+    @classmethod
+    def of(cls, options: OnlineOptions, evidence: str) -> Arithmetic:
+        """Raises UserError: numbers that do not divide one another."""
+        n, updates = options.samples_per_round, options.updates_per_round
+        steps = max(1, math.floor(options.timestep_fraction * len(options.window))) if evidence == "trajectories" else 1
+        parts = n
+        if evidence == "pairs":
+            if options.group_size < 2:
+                raise UserError("objectives of pairs rank the pictures of a prompt: set group_size to 2 or more")
+            parts = n // options.group_size * (options.group_size // 2)
+        if parts % updates:
+            what = "pairs" if evidence == "pairs" else "samples_per_round"
+            raise UserError(f"updates_per_round {updates} does not divide {what} {parts}; use {_divisors_near(parts, updates)}")
+        return cls(parts * steps, parts // updates * steps, updates * options.inner_epochs, steps)
+
+    def accumulation(self, train_batch_size: int, processes: int) -> int:
+        """Forward and backward passes per update. Raises UserError: they do not come out even."""
+        share, rest = divmod(self.effective_batch, processes)
+        if rest or share % train_batch_size:
+            fitting = _divisors_near(share, train_batch_size) if not rest else "another number of processes"
+            raise UserError(
+                f"train_batch_size {train_batch_size} on {processes} process(es) does not divide the effective batch of "
+                f"{self.effective_batch}; use {fitting}, or change samples_per_round or updates_per_round"
+            )
+        return share // train_batch_size
+
+
+def _divisors_near(n: int, wanted: int) -> str:
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    below, above = [d for d in divisors if d <= wanted], [d for d in divisors if d > wanted]
+    return " or ".join(str(d) for d in (below[-1:] + above[:1]))
