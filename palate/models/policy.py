@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
@@ -149,12 +150,8 @@ class Policy:
         folder.mkdir(parents=True, exist_ok=True)
         unet: Any = self.denoiser.unet
         if self.kind == "full":
-            return _replace(folder / "unet", unet.save_pretrained)
-        from diffusers.training_utils import _collate_lora_metadata
-        from peft import get_peft_model_state_dict
-
-        weights, metadata = get_peft_model_state_dict(unet), _collate_lora_metadata({"unet": unet})
-        return _replace(folder / LORA_FILE, lambda partial: self.denoiser.save_lora(partial, weights, metadata), LORA_FILE)
+            return replacing(folder / "unet", unet.save_pretrained)
+        return save_lora(self.denoiser, unet, folder)
 
 
 class Finished:
@@ -219,7 +216,7 @@ def put_loras(denoiser: Denoiser, unet: nn.Module, loras: Sequence[tuple[Path, f
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
-                pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"lora{number}")
+                _load(pipeline, path, f"lora{number}")
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"{path} cannot be put into {denoiser.name}: {first_line(error)}") from error
         scales[f"lora{number}"] = scale
@@ -231,7 +228,7 @@ def find_lora(path: str | Path) -> Path:
     """The file of a LoRA named by itself or by its folder; of its weights only the names are read.
 
     Raises:
-        UserError: it is missing, no safetensors file, holds nothing for a U-Net, or more than its matrices.
+        UserError: it is missing, no safetensors file, holds nothing for a U-Net, or more than its matrices, or not every alpha.
     """
     path = Path(path)
     file = path / LORA_FILE if path.is_dir() else path
@@ -244,12 +241,21 @@ def find_lora(path: str | Path) -> Path:
         raise UserError(f"{file} is no readable safetensors file ({first_line(error)}); a LoRA is expected") from error
     if not any("lora" in name for name in names):
         raise UserError(f"{file} holds no LoRA: none of its {len(names)} weights is named as one")
+    alphas, layers = (sum(name.endswith(end) for name in names) for end in (".alpha", ".lora_down.weight"))
+    if 0 < alphas < layers:
+        raise UserError(f"{file} has an alpha for {alphas} of its {layers} layers: the strength of the others is not known")
     if others := [name for name in names if name.startswith(("text_encoder", "lora_te")) or "dora" in name]:
         raise UserError(
             f"{file} also changes what is not trained here ({len(others)} weights, such as {others[0]}): "
             "give a plain LoRA of the U-Net alone"
         )
     return file
+
+
+def tells_alpha(file: Path) -> bool:
+    """Whether a LoRA file tells its strength: diffusers' in the metadata, kohya's in a number for every layer."""
+    with safe_open(file, "pt") as opened:
+        return "lora_adapter_metadata" in (opened.metadata() or {}) or any(n.endswith(".alpha") for n in opened.keys())  # noqa: SIM118
 
 
 def load_lora(denoiser: Denoiser, unet: nn.Module, path: str | Path) -> None:
@@ -260,7 +266,7 @@ def load_lora(denoiser: Denoiser, unet: nn.Module, path: str | Path) -> None:
     """
     file = find_lora(path)
     try:
-        denoiser.pipeline(unet).load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="default")
+        _load(denoiser.pipeline(unet), file, "default")
         with safe_open(file, "pt") as opened:
             given = sum(name.endswith(".weight") and "lora" in name for name in opened.keys())  # noqa: SIM118
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -275,8 +281,37 @@ def load_lora(denoiser: Denoiser, unet: nn.Module, path: str | Path) -> None:
         parameter.data = parameter.data.float()
 
 
-def _replace(final: Path, write: Callable[[str], Any], name: str = ".") -> Path:
-    """Let ``write`` fill a temporary folder, and put its file ``name`` (or all of it) in the place of ``final``."""
+def _load(pipeline: Any, file: Path, adapter: str) -> None:
+    with safe_open(file, "pt") as opened:
+        mixed = len({float(opened.get_tensor(name)) for name in opened.keys() if name.endswith(".alpha")}) > 1  # noqa: SIM118
+    if not mixed:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
+        return
+    # diffusers gives attention layers the commonest alpha of a kohya file, not their own: so all get one.
+    tensors = load_file(file)
+    alphas = {name: float(x) for name, x in tensors.items() if name.endswith(".alpha")}
+    one = max(alphas.values())
+    for name, alpha in alphas.items():
+        up = f"{name.removesuffix('.alpha')}.lora_up.weight"
+        tensors[name] = torch.tensor(one)
+        if up in tensors:
+            tensors[up] = tensors[up].float() * (alpha / one)
+    pipeline.load_lora_weights(tensors, adapter_name=adapter)
+
+
+def save_lora(denoiser: Denoiser, unet: Any, folder: str | Path) -> Path:
+    """Write the LoRA of ``unet`` in diffusers' layout, with alpha in its metadata; returns the file."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, metadata = get_peft_model_state_dict(unet), _collate_lora_metadata({"unet": unet})
+    return replacing(folder / LORA_FILE, lambda partial: denoiser.save_lora(partial, weights, metadata), LORA_FILE)
+
+
+def replacing(final: Path, write: Callable[[str], Any], name: str = ".") -> Path:
+    """Let ``write`` make and fill a temporary folder, and put its file ``name`` (or all of it) in the place of ``final``."""
     partial = final.with_name(f".{final.name}-saving")
     shutil.rmtree(partial, ignore_errors=True)
     try:
