@@ -20,6 +20,7 @@ VERBS = {
     "score": "what judges say of pictures: palate score DIR --judges '[...]'",
     "compare": "which folder of pictures is better: palate compare BASE OTHER [OTHER ...] [--option value ...]",
     "report": "runs or comparisons as one page: palate report FOLDER [FOLDER ...]",
+    "export": "a LoRA for ComfyUI and A1111, merged weights, a pipeline: palate export RUN --format kohya --output F",
     "recipes": "list recipes, show one, or copy one to edit: palate recipes [show NAME | copy NAME [FILE]]",
     "miniature": "rebuild the embedded miniature world: palate miniature build [--work_dir DIR] [--only mini-sdxl]",
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from palate import recipe as recipes
 from palate.errors import UserError
+from palate.export import about_training
 from palate.files import write_atomically
 from palate.judge_names import NamedJudge, find_judges, score_folders
 from palate.miniature import world
@@ -30,9 +31,9 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     """Train as ``recipe`` says and, if it names evaluation prompts, compare with the base model.
 
     Returns:
-        The output folder: ``pytorch_lora_weights.safetensors`` (or ``unet/``), ``recipe.yaml``, ``run.json``, ``log.jsonl``,
-        ``train.log``, ``samples/``, checkpoints, and from the comparison ``evaluation/``, ``report.html``,
-        ``before_after.png``, ``metrics.json``.
+        The output folder: ``pytorch_lora_weights.safetensors`` and its kohya twin (or ``unet/``), ``recipe.yaml``,
+        ``run.json``, ``log.jsonl``, ``train.log``, ``samples/``, checkpoints, and from the comparison ``evaluation/``,
+        ``report.html``, ``before_after.png``, ``metrics.json``.
 
     Raises:
         UserError: a mistake in the recipe or the data; before any weights are loaded where that is possible. A run that
@@ -200,7 +201,13 @@ def _finish(recipe: Recipe, denoiser: Any, policy: Any, resolution: int, out: Pa
     """Save what was trained and compare it with the base model."""
     if not _main():
         return
-    _tell(f"wrote {policy.save(out)}")
+    written = policy.save(out)
+    _tell(f"wrote {written}")
+    if recipe.policy.train_method == "lora":
+        from palate.models.export import KOHYA_FILE, save_kohya
+
+        twin = save_kohya(denoiser, policy.trainable_module, out / KOHYA_FILE, about=about_training(recipe, out.resolve().name))
+        _tell(f"wrote {twin}, the same for ComfyUI and A1111")
     if recipe.evaluation.evaluation_prompts is not None:
         try:
             _compare(recipe, denoiser, policy.frozen, policy.trainable_module, resolution, out, command)

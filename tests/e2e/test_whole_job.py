@@ -68,6 +68,7 @@ def test_everything_a_run_leaves(palate, judge_dir, prompts_file):
     found = {str(p.relative_to("out")) for p in Path("out").rglob("*")}
     assert found >= {
         "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights_kohya.safetensors",
         "recipe.yaml",
         "run.json",
         "log.jsonl",

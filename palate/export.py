@@ -1,0 +1,162 @@
+"""What a run trained, in the layouts of other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palate.errors import UserError, nearest
+from palate.hub import is_hub_id
+from palate.model_names import NamedModel, find_model
+from palate.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = {
+    "kohya": "a LoRA file for ComfyUI and A1111",
+    "diffusers": "a folder for pipe.load_lora_weights",
+    "merged-unet": "a folder with the whole U-Net",
+    "pipeline": "a folder with the whole pipeline",
+    "lora-from-full": "a folder with the LoRA nearest to a full training, in both layouts",
+}
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written, and where."""
+
+    format: str
+    """``kohya`` (a .safetensors file for ComfyUI and A1111), ``diffusers`` (a folder for ``load_lora_weights``),
+    ``merged-unet``, ``pipeline`` (whole folders, a LoRA merged), or ``lora-from-full`` (of a run that trained all weights)."""
+    output: str
+    """The file or folder to write; it must not be there yet."""
+    pretrained_model_name_or_path: str | None = None
+    """Of a LoRA or U-Net by itself: the model it was trained on. A run knows its own."""
+    dtype: str = "fp32"
+    """Of the written weights: ``fp32``, ``fp16`` or ``bf16``."""
+    rank: int | None = None
+    """Of ``lora-from-full``: of every layer; 64 unless this or energy is given."""
+    energy: float | None = None
+    """Of ``lora-from-full``: the least rank, layer by layer, that holds this share of the squared change, such as 0.95."""
+    lora_layers: str = "all"
+    """Of ``lora-from-full``: ``attention``, or ``all``, also the feed-forward and convolution layers."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("format", FORMATS), ("dtype", DTYPES), ("lora_layers", ("attention", "all"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}{nearest(getattr(self, name), known)}")
+        if (self.rank is not None or self.energy is not None) and self.format != "lora-from-full":
+            raise UserError(f"rank and energy are of lora-from-full; a LoRA keeps its own in {self.format}")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"rank is {self.rank}; expected at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UserError(f"energy is {self.energy}; expected a share above 0 and up to 1, such as 0.95")
+        if self.format == "kohya" and not self.output.endswith(".safetensors"):
+            raise UserError(f"output is {self.output!r}; a kohya LoRA is one file: expected a name that ends in .safetensors")
+
+
+def export(name: str, options: ExportOptions, *, progress: bool = False) -> list[str]:
+    """Write ``name`` (a run, a LoRA, or a tuned U-Net or pipeline folder) as ``options`` say; returns what to tell.
+
+    Raises:
+        UserError: nothing to export there, the format does not suit it, or the output is there already.
+    """
+    import torch
+
+    out = Path(options.output).expanduser()
+    if out.exists():
+        raise UserError(f"{out} is there already; name another output, or delete it")
+    found = _find(name, options.pretrained_model_name_or_path)
+    assert found.tuned is not None
+    is_lora, dtype = (
+        found.tuned.is_file(),
+        {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.dtype],
+    )
+    if is_lora and options.format == "lora-from-full":
+        raise UserError(f"{name} is a LoRA already: use --format kohya or diffusers")
+    if not is_lora and options.format in ("kohya", "diffusers"):
+        raise UserError(f"{name} holds a whole U-Net, no LoRA: use --format lora-from-full, merged-unet or pipeline")
+    told = []
+    if is_lora:
+        from palate.models.policy import find_lora, tells_alpha
+
+        if not tells_alpha(find_lora(found.tuned)):
+            told.append(f"{found.tuned} tells no alpha: taken as equal to the rank (strength 1), as all readers do")
+    return told + _written(found, out, options, dtype, progress=progress)
+
+
+def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.dtype, *, progress: bool) -> list[str]:
+    from palate.models import export as layouts
+
+    denoiser, unet, _ = found.load()
+    about = about_training(found.recipe, out.stem) if found.recipe else {"ss_output_name": out.stem}
+    if options.format == "kohya":
+        return [f"wrote {layouts.save_kohya(denoiser, unet, out, dtype=dtype, about=about)}"]
+    if options.format == "diffusers":
+        return [f"wrote {layouts.save_diffusers(denoiser, unet, out, dtype=dtype)}"]
+    if options.format == "merged-unet":
+        return [f"wrote {layouts.save_unet(unet, out, dtype=dtype)}"]
+    if options.format == "pipeline":
+        return [f"wrote {layouts.save_pipeline(denoiser, unet, out, dtype=dtype)}"]
+    rank = 64 if options.rank is None and options.energy is None else options.rank
+    extraction = layouts.extract_lora(
+        denoiser, unet, rank=rank, energy=options.energy, layers=options.lora_layers, progress=progress
+    )
+    files = (
+        layouts.save_diffusers(denoiser, denoiser.unet, out, dtype=dtype),
+        layouts.save_kohya(denoiser, denoiser.unet, out / layouts.KOHYA_FILE, dtype=dtype, about=about),
+    )
+    return [extraction.sentence(), *(f"wrote {file}" for file in files)]
+
+
+def _find(name: str, base: str | None) -> NamedModel:
+    folder = Path(name).expanduser()
+    if (folder / "recipe.yaml").is_file():
+        found = find_model(name)
+        if base is not None:
+            # The same model from elsewhere, such as a folder where the run had a hub id.
+            found = dataclasses.replace(found, base=find_model(base).base)
+        return found
+    if folder.is_dir() and (folder / "model_index.json").is_file():
+        tuned = folder / "unet"
+    elif folder.is_dir() and (folder / "config.json").is_file():
+        tuned = folder
+    else:
+        from palate.models.policy import find_lora
+
+        if not folder.exists() and is_hub_id(name):
+            raise UserError(f"{name} is not on this machine; download it first: hf download {name} --local-dir DIR")
+        tuned = find_lora(folder)
+    if base is None:
+        raise UserError(f"{name} is no run: name the model it was trained on with --pretrained_model_name_or_path")
+    return dataclasses.replace(find_model(base), tuned=tuned, recipe=None)
+
+
+def about_training(recipe: Recipe, name: str) -> dict[str, str]:
+    """What kohya's scripts tell of a training in a LoRA's metadata, by their names for it."""
+    training, method = recipe.training, dict(recipe.objective)
+    how = ", ".join(f"{key} {value}" for key, value in method.items() if key != "name")
+    told: dict[str, Any] = {
+        "ss_output_name": name,
+        "ss_learning_rate": training.learning_rate,
+        "ss_unet_lr": training.learning_rate,
+        "ss_optimizer": training.optimizer,
+        "ss_lr_scheduler": training.lr_scheduler,
+        "ss_lr_warmup_steps": training.lr_warmup_steps,
+        "ss_max_train_steps": training.max_train_steps,
+        "ss_batch_size_per_device": training.train_batch_size,
+        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": recipe.policy.gradient_checkpointing,
+        "ss_mixed_precision": training.mixed_precision,
+        "ss_max_grad_norm": training.max_grad_norm,
+        "ss_min_snr_gamma": training.snr_gamma,
+        "ss_caption_dropout_rate": training.caption_dropout,
+        "ss_seed": training.seed,
+        "ss_training_comment": f"Palate: {method['name']}" + (f" ({how})" if how else ""),
+        "modelspec.title": name,
+    }
+    return {key: str(value) for key, value in told.items()}

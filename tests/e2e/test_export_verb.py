@@ -1,0 +1,91 @@
+"""``palate export``: a run, a LoRA and full weights to every format; nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+KOHYA = "pytorch_lora_weights_kohya.safetensors"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def run(palate, tmp_path) -> Path:
+    assert palate("train", max_train_steps=1, rank=2, lora_alpha=3, lora_layers="all", validation_prompts="[]")[0] == 0
+    return tmp_path / "out"
+
+
+def test_a_run_in_every_format(palate, run, tmp_path, model_dir):
+    with safe_open(run / KOHYA, "pt") as opened:
+        told = opened.metadata()
+    assert (told["ss_output_name"], told["ss_learning_rate"], told["ss_seed"]) == ("out", "0.001", "0")
+    assert told["ss_training_comment"] == "Palate: dpo (beta 5000.0)"
+
+    code, said, err = palate("export", "out", format="kohya", output="k/my.safetensors", dtype="fp16")
+    assert (code, said) == (0, "wrote k/my.safetensors\n"), err
+    twin, half = load_file(run / KOHYA), load_file(tmp_path / "k" / "my.safetensors")
+    assert all(torch.equal(half[n], twin[n].half()) for n in twin)
+    # From the file alone, as somebody else's LoRA, and back.
+    base = {"pretrained_model_name_or_path": model_dir}
+    assert palate("export", f"out/{KOHYA}", format="diffusers", output="back", **base)[:2] == (0, f"wrote back/{DIFFUSERS}\n")
+    ours, back = load_file(run / DIFFUSERS), load_file(tmp_path / "back" / DIFFUSERS)
+    assert ours.keys() == back.keys()
+    assert all(torch.equal(ours[n], back[n]) for n in ours)
+    assert palate("export", "out", format="merged-unet", output="unet")[0] == 0
+    assert palate("export", "back", format="pipeline", output="pipe", **base)[0] == 0
+    merged, whole = (load_file(tmp_path / d / "diffusion_pytorch_model.safetensors") for d in ("unet", "pipe/unet"))
+    assert all(torch.equal(merged[n], whole[n]) for n in merged)
+    # What was merged is that LoRA.
+    code, said, _ = palate("export", "unet", format="lora-from-full", output="again", rank=2, **base)
+    assert code == 0
+    assert "a LoRA of rank 2 in" in said
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [DIFFUSERS, KOHYA]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_run_of_all_weights(palate, tmp_path):
+    assert palate("train", max_train_steps=1, train_method="full", validation_prompts="[]")[0] == 0
+    assert not (tmp_path / "out" / KOHYA).exists()
+    code, said, err = palate("export", "out", format="lora-from-full", output="lora", energy=0.9, lora_layers="attention")
+    assert code == 0, err
+    assert "of the change of all weights" in said
+    assert palate("export", "out", format="merged-unet", output="unet", dtype="fp16")[0] == 0
+    code, _, err = palate("export", "out", format="kohya", output="k.safetensors")
+    assert code == 2
+    assert "holds a whole U-Net, no LoRA: use --format lora-from-full" in err
+
+
+MISTAKES = [
+    ("out", {"format": "kohja"}, "format is 'kohja' (did you mean 'kohya'?"),
+    ("out", {"output": "k"}, "expected a name that ends in .safetensors"),
+    ("out", {"output": "quick.safetensors"}, "quick.safetensors is there already"),
+    ("out", {"rank": 4}, "rank and energy are of lora-from-full"),
+    ("out", {"format": "lora-from-full", "output": "l"}, "out is a LoRA already"),
+    ("out", {"format": "lora-from-full", "energy": 2}, "energy is 2.0; expected a share"),
+    ("out", {"dtype": "fp8"}, "dtype is 'fp8'"),
+    ("gone", {}, "no LoRA at gone"),
+    ("owner/model", {}, "hf download owner/model"),
+    ("text.safetensors", {}, "is no readable safetensors file"),
+    (f"out/{DIFFUSERS}", {}, "name the model it was trained on with --pretrained_model_name_or_path"),
+    ("other.safetensors", {"pretrained_model_name_or_path": "MODEL"}, "other.safetensors"),
+]
+
+
+def test_mistakes_are_told_and_leave_nothing(palate, run, tmp_path, model_dir):
+    (tmp_path / "quick.safetensors").write_text("")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    tensors = load_file(run / KOHYA)
+    save_file({n.replace("attn1", "attn9"): x for n, x in tensors.items()}, tmp_path / "other.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    for name, options, message in MISTAKES:
+        given = {"format": "kohya", "output": "new.safetensors", **options}
+        given = {n: model_dir if v == "MODEL" else v for n, v in given.items()}
+        code, said, err = palate("export", name, **given)
+        assert (code, said) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
