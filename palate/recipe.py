@@ -42,7 +42,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which pairs it learns from."""
+    """Which pairs or pictures it learns from."""
 
     train_data: str = "miniature-pairs"
     """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub such as owner/name, the ``votes.db`` of
@@ -73,6 +73,8 @@ class DataOptions:
     """Mirror both pictures of a pair, every other time."""
     validation_fraction: float = 0.05
     """Share of the pairs held out, by prompt, to measure implicit accuracy; 0 for none."""
+    validation_data: str | None = None
+    """Pairs to measure it on instead, named as ``train_data`` is; what shares a prompt with them is not trained on."""
     cache_dir: str = "~/.cache/palate"
     """Encoded pictures and prompts are kept here and reused by later runs."""
 

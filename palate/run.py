@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -56,32 +57,15 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         return _train_online(recipe, out, command)
     reader = _reader(recipe)
 
-    from palate.data.cache import TensorCache
-    from palate.data.encode import encode_pairs
+    validation = _validation_reader(recipe)
+
     from palate.training import steps
 
     denoiser = _denoiser(recipe)
     resolution = recipe.data.resolution or denoiser.default_resolution
-    encoded = encode_pairs(
-        reader,
-        **denoiser.encoders(),
-        cache=TensorCache(recipe.data.cache_dir),
-        resolution=resolution,
-        random_flip=recipe.data.random_flip,
-        center_crop=recipe.data.center_crop,
-        seed=recipe.training.seed,
-        progress=_main() and sys.stderr.isatty(),
-    )
-    _say_counts(reader.counts)
-    cut, limit = denoiser.cut_prompts(encoded.prompts)
-    if cut:
-        _tell(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads: their ends are not seen")
-    held_out = None
-    if recipe.data.validation_fraction > 0 and len(set(encoded.prompts)) > 1:
-        encoded, held_out = encoded.split(recipe.data.validation_fraction, recipe.training.seed)
     objective, evidence = recipes.resolve_objective(recipe.objective)
-    if evidence == "samples":
-        encoded = encoded.without_ties()
+    encoded, held_out = _encoded(recipe, denoiser, resolution, reader, validation)
+    encoded = _learnable(encoded, objective, evidence)
     policy = _policy(recipe, denoiser)
     space = recipes.resolve_space(recipe.space, policy)
     wanted = recipe.training
@@ -98,7 +82,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     denoiser.release()
 
     def on_evaluate(step: int) -> dict[str, float]:
-        if held_out is None or all(p.label == 0.5 for p in held_out.pairs):
+        if held_out is None or all(p.label == 0.5 for p in held_out.items):
             return {}
         found = steps.implicit_accuracy(policy, space, held_out, batch_size=recipe.training.train_batch_size)
         return {"held_out_accuracy": found}
@@ -237,7 +221,7 @@ def _at_home(recipe: Recipe) -> Recipe:
     return dataclasses.replace(
         recipe,
         model=written_out(recipe.model, "pretrained_model_name_or_path"),
-        data=written_out(recipe.data, "train_data", "cache_dir"),
+        data=written_out(recipe.data, "train_data", "validation_data", "cache_dir"),
         policy=written_out(recipe.policy, "pretrained_lora"),
         training=written_out(recipe.training, "output_dir", "resume_from_checkpoint"),
         evaluation=written_out(recipe.evaluation, "evaluation_prompts", "refiner"),
@@ -278,12 +262,12 @@ def _saved_recipe(path: Path) -> dict[str, Any]:
 
 
 def _reader(recipe: Recipe) -> Any:
-    """The pairs, of which the first is read at once: most mistakes in a data file are in every row."""
-    from palate.data.pairs import read_pairs
+    """The pairs or pictures, of which the first is read at once: most mistakes in a data file are in every row."""
+    from palate.data.pairs import read
 
     options = recipe.data
-    reader = read_pairs(
-        world.pairs(options.train_data) if options.train_data in world.PAIRS else options.train_data,
+    reader = read(
+        _path(options.train_data),
         ties=options.ties,
         max_bad_rows=options.max_bad_rows,
         max_train_samples=options.max_train_samples,
@@ -294,8 +278,77 @@ def _reader(recipe: Recipe) -> Any:
         vote_question=options.vote_question,
         vote_weights=options.vote_weights,
     )
+    if reader.single and recipes.resolve_objective(recipe.objective)[1] == "pairs":
+        raise UserError(
+            f"objective {recipe.objective['name']} compares two pictures, but {options.train_data} holds single ones: use kto "
+            "or sft, or name pairs"
+        )
     next(iter(reader))
     return reader
+
+
+def _validation_reader(recipe: Recipe) -> Any:
+    """The pairs on which implicit accuracy is measured, if they are named; the first is read at once."""
+    from palate.data.pairs import read_pairs
+
+    options = recipe.data
+    if options.validation_data is None:
+        return None
+    reader = read_pairs(
+        _path(options.validation_data),
+        max_bad_rows=options.max_bad_rows,
+        columns=options.columns or None,
+        vote_question=options.vote_question,
+    )
+    next(iter(reader))
+    return reader
+
+
+def _path(data: str) -> Any:
+    return world.pairs(data) if data in world.PAIRS else data
+
+
+def _encoded(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, validation: Any) -> tuple[Any, Any]:
+    """What is trained on, and the held-out pairs or None; they share no prompt."""
+    from palate.data.cache import TensorCache
+    from palate.data.encode import EncodedPairs, encode
+
+    options = recipe.data
+    how = {
+        **denoiser.encoders(),
+        "cache": TensorCache(options.cache_dir),
+        "resolution": resolution,
+        "random_flip": options.random_flip,
+        "center_crop": options.center_crop,
+        "seed": recipe.training.seed,
+        "progress": _main() and sys.stderr.isatty(),
+    }
+    encoded = encode(reader, **how)
+    _say_counts(reader.counts, "pictures" if reader.single else "pairs")
+    cut, limit = denoiser.cut_prompts(encoded.prompts)
+    if cut:
+        _tell(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads: their ends are not seen")
+    if validation is not None:
+        held_out = encode(validation, **how)
+        kept = encoded.without_prompts(held_out.prompts)
+        if len(kept) < len(encoded):
+            _tell(f"{len(encoded) - len(kept)} left out, whose prompts are in {options.validation_data}")
+        return kept, held_out
+    # Implicit accuracy is of pairs; single pictures are all trained on.
+    if isinstance(encoded, EncodedPairs) and options.validation_fraction > 0 and len(set(encoded.prompts)) > 1:
+        return encoded.split(options.validation_fraction, recipe.training.seed)
+    return encoded, None
+
+
+def _learnable(encoded: Any, objective: Any, evidence: str) -> Any:
+    """What an objective can learn from."""
+    from palate.data.encode import EncodedPairs
+
+    if evidence == "pairs":
+        return encoded
+    if isinstance(encoded, EncodedPairs):
+        return encoded.without_ties()
+    return encoded if "label" in inspect.signature(objective).parameters else encoded.liked()
 
 
 def _denoiser(recipe: Recipe) -> Any:
@@ -368,7 +421,7 @@ def _counts(counts: Any) -> dict[str, Any]:
     }
 
 
-def _say_counts(counts: Any) -> None:
+def _say_counts(counts: Any, what: str) -> None:
     for bad in counts.bad:
         _tell(f"skipped {bad}")
     parts = {
@@ -379,7 +432,8 @@ def _say_counts(counts: Any) -> None:
         **counts.left_out,
         "bad rows skipped": len(counts.bad),
     }
-    _tell(", ".join([f"{counts.rows} rows: {counts.pairs} pairs", *(f"{n} {what}" for what, n in parts.items() if n)]))
+    told = [f"{counts.rows} rows: {counts.pairs} {what}", *(f"{n} {reason}" for reason, n in parts.items() if n)]
+    _tell(", ".join(told))
 
 
 def _evaluation_prompts(recipe: Recipe) -> list[Prompt]:

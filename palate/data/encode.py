@@ -1,4 +1,4 @@
-"""Preference pairs to what training reads: latents and text encodings, computed once and kept in the cache."""
+"""Pairs and single pictures to what training reads: latents and text encodings, computed once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,7 +17,8 @@ from tqdm import tqdm
 
 from palate.data.cache import TensorCache
 from palate.data.images import check_resolution, crop_position, decode, framing, square
-from palate.data.pairs import PreferencePair
+from palate.data.pairs import LikedPicture, PreferencePair
+from palate.data.selection import same_prompt
 from palate.errors import UserError
 
 
@@ -56,62 +58,56 @@ class EncodedPair:
     source: str
 
 
-class EncodedPairs:
-    """Pairs whose tensors lie in a cache; only keys, labels, weights and prompts are held in memory."""
+@dataclass(frozen=True, slots=True)
+class EncodedPicture:
+    """The cache's keys of a single picture; ``picture[1]``, if there, is the mirrored one."""
 
-    def __init__(self, pairs: Sequence[EncodedPair], cache: TensorCache) -> None:
-        self.pairs, self.cache = list(pairs), cache
+    prompt: str
+    text: str
+    picture: tuple[str, ...]
+    label: float  # in [0, 1]: probability that it is liked
+    weight: float
+    source: str
+
+
+Item = TypeVar("Item", EncodedPair, EncodedPicture)
+
+
+class Encoded(Generic[Item]):
+    """Items whose tensors lie in a cache; only keys, labels, weights and prompts are held in memory."""
+
+    def __init__(self, items: Sequence[Item], cache: TensorCache) -> None:
+        self.items, self.cache = list(items), cache
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.items)
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each pair, in order."""
-        return [pair.prompt for pair in self.pairs]
+        """The prompt of each item, in order."""
+        return [item.prompt for item in self.items]
 
-    def batch(self, indices: Sequence[int], seeds: Int64[Tensor, " p"]) -> PairBatch:
-        """The pairs at ``indices``, read from the cache.
+    def of(self, items: Sequence[Item]) -> Encoded:
+        """The same with other items."""
+        return type(self)(items, self.cache)
 
-        If the pairs were encoded with ``random_flip``, a pair's own seed decides whether both its pictures are mirrored.
-        Raises ``UserError`` if an entry of the cache has gone.
-        """
-        if len(indices) != len(seeds) or not len(seeds):
-            raise ValueError(f"{len(indices)} indices and {len(seeds)} seeds: expected as many, and at least one")
-        pairs = [self.pairs[index] for index in indices]
-        flips = [_flipped(seed) for seed in seeds.tolist()]
-        # len > flip: without random_flip there is only one variant.
-        winners = [self._read(p.winner[flip and len(p.winner) > 1], p) for p, flip in zip(pairs, flips, strict=True)]
-        losers = [self._read(p.loser[flip and len(p.loser) > 1], p) for p, flip in zip(pairs, flips, strict=True)]
-        pictures = winners + losers
-        texts = [self._read(pair.text, pair) for pair in pairs] * 2
-        return PairBatch(
-            latents=torch.stack([picture["latents"] for picture in pictures]),
-            cond={
-                **{name: torch.stack([text[name] for text in texts]) for name in texts[0]},
-                "framing": torch.stack([picture["framing"] for picture in pictures]),
-            },
-            label=torch.tensor([pair.label for pair in pairs], dtype=torch.float32),
-            weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
-            seeds=seeds,
-        )
-
-    def without_ties(self) -> EncodedPairs:
-        """Only the pairs that have a winner: what methods train on that look at the winner alone."""
-        kept = [pair for pair in self.pairs if pair.label > 0.5]
+    def without_prompts(self, prompts: Iterable[str]) -> Encoded:
+        """What has none of these prompts, as :func:`same_prompt` compares them. Raises ``UserError`` if nothing is left."""
+        others = {same_prompt(prompt) for prompt in prompts}
+        kept = [item for item in self.items if same_prompt(item.prompt) not in others]
         if not kept:
-            raise UserError(f"all {len(self)} pairs are ties: a method that trains on winners needs pairs with a winner")
-        return EncodedPairs(kept, self.cache)
+            raise UserError("the training data has no prompt that the validation data has not: name other validation data")
+        return self.of(kept)
 
-    def split(self, fraction: float, seed: int) -> tuple[EncodedPairs, EncodedPairs]:
-        """Training and held-out pairs, about ``fraction`` of them held out, with no prompt on both sides.
+    def split(self, fraction: float, seed: int) -> tuple[Encoded, Encoded]:
+        """Training and held-out items, about ``fraction`` of them held out, with no prompt on both sides.
 
-        Prompts that differ only in capitals or spaces count as one. The order of the pairs does not matter to which prompts
-        are held out, except through their numbers of pairs.
+        Prompts that differ only in capitals or spaces count as one. The order of the items does not matter to which prompts
+        are held out, except through their numbers of items.
         """
         if not 0 < fraction < 1:
             raise UserError(f"the held-out fraction is {fraction}, but it must lie between 0 and 1")
-        groups = [_group(pair.prompt) for pair in self.pairs]
+        groups = [same_prompt(item.prompt) for item in self.items]
         sizes = Counter(groups)
         if len(sizes) < 2:
             raise UserError(f"a held-out part needs two different prompts or more, but there is {len(sizes)}: do not split")
@@ -124,26 +120,94 @@ class EncodedPairs:
                 count += sizes[group]
         held_out = held_out or {min(shuffled, key=sizes.__getitem__)}
         sides = ([], [])
-        for pair, group in zip(self.pairs, groups, strict=True):
-            sides[group in held_out].append(pair)
-        return EncodedPairs(sides[0], self.cache), EncodedPairs(sides[1], self.cache)
+        for item, group in zip(self.items, groups, strict=True):
+            sides[group in held_out].append(item)
+        return self.of(sides[0]), self.of(sides[1])
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The order of an epoch: a permutation of all indices, the same for the same ``(seed, epoch)``."""
         return random.Random(f"{seed} {epoch}").sample(range(len(self)), len(self))
 
-    def _read(self, key: str, pair: EncodedPair) -> dict[str, Tensor]:
+    def _cond(self, pictures: list[dict[str, Tensor]], texts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The conditioning of as many rows."""
+        return {
+            **{name: torch.stack([text[name] for text in texts]) for name in texts[0]},
+            "framing": torch.stack([picture["framing"] for picture in pictures]),
+        }
+
+    def _picked(self, indices: Sequence[int], seeds: Tensor) -> tuple[list[Item], list[bool]]:
+        """The items of a batch, and whether each is mirrored."""
+        if len(indices) != len(seeds) or not len(seeds):
+            raise ValueError(f"{len(indices)} indices and {len(seeds)} seeds: expected as many, and at least one")
+        return [self.items[index] for index in indices], [_flipped(seed) for seed in seeds.tolist()]
+
+    def _variant(self, keys: tuple[str, ...], flip: bool, item: Item) -> dict[str, Tensor]:
+        return self._read(keys[flip and len(keys) > 1], item)  # without random_flip there is only one variant
+
+    def _read(self, key: str, item: Item) -> dict[str, Tensor]:
         tensors = self.cache.get(key)
         if tensors is None:
             raise UserError(
-                f"the cache entry {self.cache.path(key)} ({pair.source or pair.prompt!r}) is missing or damaged: "
+                f"the cache entry {self.cache.path(key)} ({item.source or item.prompt!r}) is missing or damaged: "
                 "run again, and it is encoded anew"
             )
         return tensors
 
 
-def encode_pairs(
-    pairs: Iterable[PreferencePair],
+class EncodedPairs(Encoded[EncodedPair]):
+    """Encoded pairs, winners first."""
+
+    def batch(self, indices: Sequence[int], seeds: Int64[Tensor, " p"]) -> PairBatch:
+        """The pairs at ``indices``, read from the cache.
+
+        If the pairs were encoded with ``random_flip``, a pair's own seed decides whether both its pictures are mirrored.
+        Raises ``UserError`` if an entry of the cache has gone.
+        """
+        pairs, flips = self._picked(indices, seeds)
+        winners = [self._variant(pair.winner, flip, pair) for pair, flip in zip(pairs, flips, strict=True)]
+        losers = [self._variant(pair.loser, flip, pair) for pair, flip in zip(pairs, flips, strict=True)]
+        pictures = winners + losers
+        return PairBatch(
+            latents=torch.stack([picture["latents"] for picture in pictures]),
+            cond=self._cond(pictures, [self._read(pair.text, pair) for pair in pairs] * 2),
+            label=torch.tensor([pair.label for pair in pairs], dtype=torch.float32),
+            weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+            seeds=seeds,
+        )
+
+    def without_ties(self) -> EncodedPairs:
+        """Only the pairs that have a winner: what methods train on that look at the winner alone."""
+        kept = [pair for pair in self.items if pair.label > 0.5]
+        if not kept:
+            raise UserError(f"all {len(self)} pairs are ties: a method that trains on winners needs pairs with a winner")
+        return self.of(kept)
+
+
+class EncodedPictures(Encoded[EncodedPicture]):
+    """Encoded single pictures."""
+
+    def batch(self, indices: Sequence[int], seeds: Int64[Tensor, " b"]) -> SampleBatch:
+        """The pictures at ``indices``, read from the cache; as :meth:`EncodedPairs.batch`."""
+        items, flips = self._picked(indices, seeds)
+        pictures = [self._variant(item.picture, flip, item) for item, flip in zip(items, flips, strict=True)]
+        return SampleBatch(
+            latents=torch.stack([picture["latents"] for picture in pictures]),
+            cond=self._cond(pictures, [self._read(item.text, item) for item in items]),
+            label=torch.tensor([item.label for item in items], dtype=torch.float32),
+            weight=torch.tensor([item.weight for item in items], dtype=torch.float32),
+            seeds=seeds,
+        )
+
+    def liked(self) -> EncodedPictures:
+        """Without the disliked pictures: what methods train on that know no dislike. Raises ``UserError`` if none is liked."""
+        kept = [item for item in self.items if item.label > 0]
+        if not kept:
+            raise UserError(f"all {len(self)} pictures are disliked: a method that imitates pictures needs liked ones")
+        return self.of(kept)
+
+
+def encode(
+    items: Iterable[PreferencePair] | Iterable[LikedPicture],
     *,
     encode_images: Callable[[Tensor], Tensor],
     encode_text: Callable[[list[str]], dict[str, Tensor]],
@@ -157,20 +221,22 @@ def encode_pairs(
     batch_size: int = 8,
     progress: bool = True,
     seed: int = 0,
-) -> EncodedPairs:
-    """Stream pairs into the cache and return their keys, winners first; labels below 1/2 are turned round.
+) -> EncodedPairs | EncodedPictures:
+    """Stream pairs, or single pictures, into the cache and return their keys.
+
+    Of pairs winners come first; labels below 1/2 are turned round.
 
     ``encode_images`` takes ``(b, 3, resolution, resolution)`` float32 in [-1, 1] and returns latents ``(b, c, h, w)``;
     ``encode_text`` takes prompts and returns tensors of as many rows by name. Both see only what the cache lacks, each
     picture and each prompt once, ``batch_size`` at a time; so a run that was stopped continues where it was. Floating-point
     results are kept as ``dtype``. The fingerprints stand for the encoders' weights.
 
-    With ``center_crop`` an entry belongs to a picture. Without, the square's position is drawn once per pair from ``seed``
-    and the contents of its two pictures, the same for both and in every epoch (a new position in every epoch could not be
-    cached), and an entry belongs to a picture in a pair. With ``random_flip`` both variants are encoded, and ``batch``
+    With ``center_crop`` an entry belongs to a picture. Without, the square's position is drawn once per item from ``seed``
+    and the contents of its pictures, for both of a pair the same, and in every epoch (a new position in every epoch could not
+    be cached), and an entry belongs to a picture in a pair. With ``random_flip`` both variants are encoded, and ``batch``
     chooses.
 
-    Raises ``UserError`` for a wrong resolution, a picture that does not decode, NaN or infinity from an encoder, no pairs.
+    Raises ``UserError`` for a wrong resolution, a picture that does not decode, NaN or infinity from an encoder, no items.
     """
     check_resolution(resolution)
     if batch_size < 1:
@@ -183,36 +249,50 @@ def encode_pairs(
 
     pictures = _Queue(cache, batch_size, dtype, encode_pictures)
     texts = _Queue(cache, batch_size, dtype, encode_text)
-    encoded = []
-    bar = tqdm(pairs, desc="encoding pairs", unit=" pairs", disable=not progress)
-    for pair in bar:
-        digests = [hashlib.sha256(image).hexdigest() for image in (pair.image_0, pair.image_1)]
-        position = (0.5, 0.5) if center_crop else crop_position("random", _pair_seed(seed, digests))
+    pairs: list[EncodedPair] = []
+    singles: list[EncodedPicture] = []
+    bar = tqdm(items, desc="encoding", unit=" items", disable=not progress)
+    for item in bar:
+        digests = [hashlib.sha256(image).hexdigest() for image in item.pictures]
+        position = (0.5, 0.5) if center_crop else crop_position("random", _item_seed(seed, digests))
         keys = []
-        for image, digest in zip((pair.image_0, pair.image_1), digests, strict=True):
+        for image, digest in zip(item.pictures, digests, strict=True):
             variants = []
             for flip in (False, True) if random_flip else (False,):
                 parts = {"kind": "latents", "model": image_fingerprint, "image": digest, "resolution": resolution}
                 key = cache.key(**parts, crop=position, flip=flip, **common)
                 variants.append(key)
                 if pictures.lacks(key):
-                    picture = _decoded(pair, image)
+                    picture = _decoded(item, image)
                     pixels = square(picture, resolution, position, flip=flip)
-                    pictures.add(key, (pixels, framing(picture.size, resolution, position, flip=flip)), pair.source)
+                    pictures.add(key, (pixels, framing(picture.size, resolution, position, flip=flip)), item.source)
             keys.append(tuple(variants))
-        text = cache.key(kind="text", model=text_fingerprint, prompt=pair.prompt, **common)
+        text = cache.key(kind="text", model=text_fingerprint, prompt=item.prompt, **common)
         if texts.lacks(text):
-            texts.add(text, pair.prompt, pair.source)
-        if pair.label < 0.5:
-            keys.reverse()
-        label = max(pair.label, 1 - pair.label)
-        encoded.append(EncodedPair(pair.prompt, text, keys[0], keys[1], label, pair.weight, pair.source))
+            texts.add(text, item.prompt, item.source)
+        if isinstance(item, LikedPicture):
+            singles.append(EncodedPicture(item.prompt, text, keys[0], item.label, item.weight, item.source))
+        else:
+            if item.label < 0.5:
+                keys.reverse()
+            label = max(item.label, 1 - item.label)
+            pairs.append(EncodedPair(item.prompt, text, keys[0], keys[1], label, item.weight, item.source))
         bar.set_postfix(encoded=pictures.encoded, reused=pictures.reused, refresh=False)
     pictures.flush()
     texts.flush()
-    if not encoded:
-        raise UserError("there are no preference pairs to encode: check the source of the pairs")
-    return EncodedPairs(encoded, cache)
+    if pairs and singles:
+        raise ValueError("pairs and single pictures in one stream")
+    if not pairs and not singles:
+        raise UserError("there are no preference pairs or pictures to encode: check their source")
+    return EncodedPairs(pairs, cache) if pairs else EncodedPictures(singles, cache)
+
+
+def encode_pairs(pairs: Iterable[PreferencePair], **options: Any) -> EncodedPairs:
+    """:func:`encode`, of pairs alone. Raises ``UserError`` for single pictures."""
+    encoded = encode(pairs, **options)
+    if not isinstance(encoded, EncodedPairs):
+        raise UserError("these are single pictures, not pairs: expected two pictures an item, and which is the better one")
+    return encoded
 
 
 class _Queue:
@@ -256,7 +336,7 @@ class _Queue:
             for row, source in zip(rows, sources, strict=True):
                 if not row.isfinite().all():
                     raise UserError(
-                        f"encoding {source or 'a pair'} gave NaN or infinity in {name} as {self.dtype}: "
+                        f"encoding {source or 'an item'} gave NaN or infinity in {name} as {self.dtype}: "
                         "use float32 (SDXL's own VAE overflows in float16)"
                     )
         for i, key in enumerate(keys):
@@ -265,21 +345,17 @@ class _Queue:
         self.waiting = []
 
 
-def _decoded(pair: PreferencePair, image: bytes) -> Image.Image:
+def _decoded(item: PreferencePair | LikedPicture, image: bytes) -> Image.Image:
     try:
         return decode(image)
     except ValueError as error:
-        raise UserError(f"{pair.source or 'a pair'}: a picture {error}; remove the pair or repair the picture") from None
+        raise UserError(f"{item.source or 'an item'}: a picture {error}; remove it or repair the picture") from None
 
 
-def _pair_seed(seed: int, digests: list[str]) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {digests[0]} {digests[1]}".encode()).digest()[:8], "big")
+def _item_seed(seed: int, digests: list[str]) -> int:
+    return int.from_bytes(hashlib.sha256(" ".join([str(seed), *digests]).encode()).digest()[:8], "big")
 
 
 def _flipped(seed: int) -> bool:
-    """A fair coin from a pair's seed, by a hash: independent of the noise and time that are drawn from the same seed."""
+    """A fair coin from an item's seed, by a hash: independent of the noise and time that are drawn from the same seed."""
     return bool(hashlib.sha256(f"flip {seed}".encode()).digest()[0] & 1)
-
-
-def _group(prompt: str) -> str:
-    return " ".join(prompt.split()).casefold()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from palate.data import formats, selection, values
 from palate.data.formats import DamagedError, File, Place
 from palate.data.values import BadValueError
@@ -153,7 +155,8 @@ class Reader:
         """The absolute winners of the whole source: found by reading it once more, without decoding pictures."""
         everything = Wishes(ties="keep", max_bad_rows=sys.maxsize)
         reader = Reader(self.source, self.places, everything, self.mapping, self.voting)
-        return selection.absolute_winners((p.prompt, p.pictures, p.label) for p in reader._iterate(look=False))
+        pairs = tqdm(reader._iterate(look=False), desc="finding absolute winners", unit=" pairs", disable=None)
+        return selection.absolute_winners((pair.prompt, pair.pictures, pair.label) for pair in pairs)
 
     def _iterate(self, *, look: bool) -> Iterator[Any]:
         """With ``look`` every picture is decoded, and one that cannot be makes its row a bad one."""

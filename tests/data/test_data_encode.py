@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from palate.data.cache import TensorCache
-from palate.data.encode import EncodedPair, EncodedPairs, encode_pairs
+from palate.data.encode import EncodedPair, EncodedPairs, EncodedPictures, encode, encode_pairs
 from palate.data.images import decode, prepare_pair, square
-from palate.data.pairs import PreferencePair
+from palate.data.pairs import LikedPicture, PreferencePair
 from palate.errors import UserError
 
 
@@ -48,17 +48,16 @@ class Encoders:
         numbers = torch.tensor([[float(ord(p[0])), len(p)] for p in prompts])
         return {"embeds": numbers[:, None].expand(-1, 3, -1), "ids": numbers.long()}
 
-    def encode(self, pairs, folder, **options) -> EncodedPairs:
-        defaults = {
-            "encode_images": self.images,
-            "encode_text": self.text,
-            "image_fingerprint": "vae 1",
-            "text_fingerprint": "text 1",
-            "cache": TensorCache(folder),
-            "resolution": 16,
-            "progress": False,
-        }
-        return encode_pairs(pairs, **{**defaults, **options})
+    def encode(self, items, folder, **options) -> EncodedPairs | EncodedPictures:
+        own = {"encode_images": self.images, "encode_text": self.text}
+        return encode(items, **{**defaults(folder), **own, **options})
+
+
+def defaults(folder) -> dict:
+    fingerprints = {"image_fingerprint": "vae 1", "text_fingerprint": "text 1"}
+    encoders = Encoders()
+    own = {"encode_images": encoders.images, "encode_text": encoders.text}
+    return {**own, **fingerprints, "cache": TensorCache(folder), "resolution": 16, "progress": False}
 
 
 def latent(data: bytes, flip: bool = False) -> torch.Tensor:
@@ -249,7 +248,7 @@ def test_nan_is_refused_and_not_kept(tmp_path):
 @pytest.mark.parametrize("damage", ["deleted", "damaged"])
 def test_a_lost_entry_is_told_and_encoded_anew(tmp_path, damage):
     encoded = Encoders().encode(PAIRS, tmp_path)
-    path = encoded.cache.path(encoded.pairs[0].winner[0])
+    path = encoded.cache.path(encoded.items[0].winner[0])
     path.unlink() if damage == "deleted" else path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"f, row 1.*missing or damaged: run again"):
         encoded.batch([0], torch.tensor([0]))
@@ -273,7 +272,7 @@ def test_errors_at_the_door(tmp_path):
 
 def test_without_ties(tmp_path):
     encoded = Encoders().encode(PAIRS, tmp_path)
-    assert [pair.source for pair in encoded.without_ties().pairs] == ["f, row 1", "f, row 2"]
+    assert [pair.source for pair in encoded.without_ties().items] == ["f, row 1", "f, row 2"]
     assert len(encoded) == 3
     with pytest.raises(UserError, match="ties"):
         Encoders().encode(PAIRS[2:], tmp_path).without_ties()
@@ -302,9 +301,9 @@ def test_split_shares_no_prompt_and_loses_no_pair(prompts, fraction, seed):
     assert sides[0].isdisjoint(sides[1])
     assert sides[0]
     assert sides[1]
-    assert sorted(int(pair.source) for side in (train, held_out) for pair in side.pairs) == list(range(len(prompts)))
+    assert sorted(int(pair.source) for side in (train, held_out) for pair in side.items) == list(range(len(prompts)))
     again = encoded.split(fraction, seed)
-    assert [again[0].pairs, again[1].pairs] == [train.pairs, held_out.pairs]
+    assert [again[0].items, again[1].items] == [train.items, held_out.items]
 
 
 def test_split_holds_out_about_the_fraction():
@@ -344,3 +343,51 @@ def test_records_are_frozen(tmp_path):
     batch = Encoders().encode(PAIRS, tmp_path).batch([0], torch.tensor([0]))
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.label = torch.ones(1)
+
+
+LIKES = [
+    LikedPicture("a", P[0], 1.0, source="f, row 1"),
+    LikedPicture("b", P[1], 0.0, weight=3.0, source="f, row 2"),
+    LikedPicture("a", P[2], 0.25, source="f, row 3"),
+]
+
+
+def test_single_pictures(tmp_path):
+    encoded = Encoders().encode(LIKES, tmp_path)
+    assert isinstance(encoded, EncodedPictures)
+    seeds = torch.tensor([5, 6])
+    batch = encoded.batch([2, 1], seeds)
+    assert torch.allclose(batch.latents, torch.stack([latent(P[2]), latent(P[1])]), atol=1e-6)
+    assert (batch.label.tolist(), batch.weight.tolist(), batch.seeds.tolist()) == ([0.25, 0.0], [1.0, 3.0], [5, 6])
+    assert batch.cond["ids"].tolist() == [[97, 1], [98, 1]]
+    assert batch.cond["framing"].shape == (2, 6)
+    assert [item.source for item in encoded.liked().items] == ["f, row 1", "f, row 3"]
+    with pytest.raises(UserError, match="disliked"):
+        Encoders().encode(LIKES[1:2], tmp_path).liked()
+    with pytest.raises(UserError, match="single pictures, not pairs"):
+        encode_pairs(iter(LIKES), **defaults(tmp_path))
+    train, held_out = encoded.split(0.3, 0)
+    assert {*train.prompts}.isdisjoint(held_out.prompts)
+
+
+def test_single_pictures_and_pairs_share_the_cache(tmp_path):
+    Encoders().encode(PAIRS, tmp_path)
+    again = Encoders()
+    again.encode(LIKES, tmp_path)
+    assert again.pictures == []  # P[0], P[1], P[2] are there from the pairs
+    assert again.prompts == []
+
+
+def test_mirrored_single_pictures(tmp_path):
+    encoded = Encoders().encode(LIKES[:1], tmp_path, random_flip=True)
+    rows = encoded.batch([0] * 40, torch.arange(40)).latents
+    expected = latent(P[0]), latent(P[0], flip=True)
+    sides = [next(k for k in (0, 1) if torch.allclose(row, expected[k], atol=1e-6)) for row in rows]
+    assert 8 < sum(sides) < 32
+
+
+def test_what_shares_a_prompt_is_left_out(tmp_path):
+    encoded = Encoders().encode(PAIRS, tmp_path)
+    assert encoded.without_prompts([" A "]).prompts == ["b"]
+    with pytest.raises(UserError, match="no prompt that the validation data has not"):
+        encoded.without_prompts(["a", "B"])

@@ -1,0 +1,112 @@
+"""Kinds of data from the command line to a trained LoRA: shards, single pictures, rankings, choices among pairs."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def votes(pairs_dir) -> list[dict]:
+    return [json.loads(line) for line in (pairs_dir / "metadata.jsonl").read_text().splitlines()]
+
+
+def shard(path: Path, samples: list[dict]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number, sample in enumerate(samples):
+            for extension, data in sample.items():
+                info = tarfile.TarInfo(f"{number:04}.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+def about() -> dict:
+    return json.loads(Path("out/run.json").read_text())
+
+
+def test_shards_with_a_damaged_one(palate, votes, pairs_dir, tmp_path):
+    (tmp_path / "shards").mkdir()
+    samples = [
+        {"jpg_0": (pairs_dir / v["chosen"]).read_bytes(), "jpg_1": (pairs_dir / v["rejected"]).read_bytes()}
+        | {"txt": v["prompt"].encode(), "label": b"1"}
+        for v in votes
+    ]
+    for part in range(4):
+        shard(tmp_path / "shards" / f"{part}.tar", samples[4 * part : 4 * part + 4])
+    damaged = tmp_path / "shards" / "1.tar"
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    code, _, errors = palate("train", train_data="shards", max_train_steps=2)
+    assert code == 2
+    assert "1.tar, row " in errors
+    assert "damaged" in errors
+    assert not Path("out").exists()
+    code, _, errors = palate("train", train_data="shards", max_train_steps=2, max_bad_rows=1)
+    assert code == 0, errors
+    assert "skipped 1.tar, row " in errors
+    assert "1 bad rows skipped" in errors
+    assert Path("out/pytorch_lora_weights.safetensors").is_file()
+    assert len(about()["bad_rows"]) == 1
+
+
+@pytest.mark.parametrize(("objective", "trained"), [("kto", 16), ("sft", 8)])
+def test_likes(palate, votes, pairs_dir, tmp_path, objective, trained):
+    rows = [
+        {"prompt": v["prompt"], "image": (pairs_dir / v["chosen" if liked else "rejected"]).name, "liked": liked}
+        for i, v in enumerate(votes)
+        for liked in [i % 2 == 0]
+    ]
+    for row in rows:
+        (tmp_path / row["image"]).write_bytes((pairs_dir / row["image"]).read_bytes())
+    (tmp_path / "likes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, errors = palate("train", train_data="likes.jsonl", objective=objective, max_train_steps=2, random_flip="true")
+    assert code == 0, errors
+    assert "16 rows: 16 pictures" in errors
+    assert about()["pairs"] == trained  # sft knows no dislike
+    code, _, errors = palate("train", train_data="likes.jsonl", objective="dpo", output_dir="other")
+    assert code == 2
+    assert "dpo compares two pictures, but likes.jsonl holds single ones" in errors
+
+
+def test_plain_pictures_with_text(palate, votes, pairs_dir, tmp_path):
+    (tmp_path / "plain").mkdir()
+    for vote in votes[:4]:
+        name = vote["chosen"]
+        (tmp_path / "plain" / name).write_bytes((pairs_dir / name).read_bytes())
+        (tmp_path / "plain" / name).with_suffix(".txt").write_text(vote["prompt"])
+    code, _, errors = palate("train", train_data="plain", objective="sft", max_train_steps=1)
+    assert code == 0, errors
+
+
+def test_choices_and_validation_data(palate, votes, pairs_dir, tmp_path):
+    def write(name: str, rows: list[dict]) -> None:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for vote in votes:
+        for side in ("chosen", "rejected"):
+            (tmp_path / vote[side]).write_bytes((pairs_dir / vote[side]).read_bytes())
+    lost = {**votes[0], "chosen": votes[0]["rejected"], "rejected": votes[1]["rejected"]}
+    write("train.jsonl", [*votes, votes[3], lost])
+    write("held.jsonl", [{**votes[0], "prompt": votes[0]["prompt"].upper()}])
+    code, _, errors = palate(
+        "train",
+        train_data="train.jsonl",
+        validation_data="held.jsonl",
+        absolute_winners="true",
+        deduplicate="true",
+        max_train_steps=2,
+    )
+    assert code == 0, errors
+    assert "18 rows: 16 pairs" in errors
+    assert "1 repeated" in errors
+    assert "1 without an absolute winner" in errors
+    assert "2 left out, whose prompts are in held.jsonl" in errors
+    assert about()["pairs"] == 14
+    log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert any("held_out_accuracy" in line for line in log)
+    code, _, errors = palate("train", train_data="held.jsonl", validation_data="held.jsonl", output_dir="other")
+    assert code == 2
+    assert "no prompt that the validation data has not" in errors
