@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palate.card import CARD, PUBLIC
 from palate.errors import UserError, nearest
-from palate.hub import is_hub_id
+from palate.hub import check_push, is_hub_id, push
 from palate.model_names import NamedModel, find_model
 from palate.recipe import Recipe
 
@@ -29,10 +30,10 @@ DTYPES = ("fp32", "fp16", "bf16")
 class ExportOptions:
     """What is written, and where."""
 
-    format: str
+    format: str | None = None
     """``kohya`` (a .safetensors file for ComfyUI and A1111), ``diffusers`` (a folder for ``load_lora_weights``),
     ``merged-unet``, ``pipeline`` (whole folders, a LoRA merged), or ``lora-from-full`` (of a run that trained all weights)."""
-    output: str
+    output: str | None = None
     """The file or folder to write; it must not be there yet."""
     pretrained_model_name_or_path: str | None = None
     """Of a LoRA or U-Net by itself: the model it was trained on. A run knows its own."""
@@ -45,7 +46,16 @@ class ExportOptions:
     lora_layers: str = "all"
     """Of ``lora-from-full``: ``attention``, or ``all``, also the feed-forward and convolution layers."""
 
+    push_to_hub: str | None = None
+    """``owner/name``: upload what was written; without format and output, weights and model card of a run as they are. A new
+    repository is private. Token: HF_TOKEN."""
+
     def __post_init__(self) -> None:
+        if self.format is None and self.output is None and self.push_to_hub is not None:
+            return
+        if self.format is None or self.output is None:
+            missing = "format" if self.format is None else "output"
+            raise UserError(f"palate export needs --{missing}; 'palate export --help' explains it")
         for name, known in (("format", FORMATS), ("dtype", DTYPES), ("lora_layers", ("attention", "all"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}{nearest(getattr(self, name), known)}")
@@ -67,6 +77,10 @@ def export(name: str, options: ExportOptions, *, progress: bool = False) -> list
     """
     import torch
 
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)
+    if options.output is None:
+        return [_pushed_run(name, str(options.push_to_hub))]
     out = Path(options.output).expanduser()
     if out.exists():
         raise UserError(f"{out} is there already; name another output, or delete it")
@@ -86,7 +100,18 @@ def export(name: str, options: ExportOptions, *, progress: bool = False) -> list
 
         if not tells_alpha(find_lora(found.tuned)):
             told.append(f"{found.tuned} tells no alpha: taken as equal to the rank (strength 1), as all readers do")
-    return told + _written(found, out, options, dtype, progress=progress)
+    told += _written(found, out, options, dtype, progress=progress)
+    if options.push_to_hub is not None:
+        folder, files = (out.parent, [out.name]) if out.is_file() else (out, ["*"])
+        told.append(f"pushed to {push(folder, options.push_to_hub, files, message='Export by Palate')}")
+    return told
+
+
+def _pushed_run(name: str, repo: str) -> str:
+    folder = Path(name).expanduser()
+    if find_model(name).recipe is None or not (folder / CARD).is_file():
+        raise UserError(f"{name} is not the folder of a finished run; give --format and --output to push something else")
+    return f"pushed to {push(folder, repo, PUBLIC, message='Align by Palate')}"
 
 
 def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.dtype, *, progress: bool) -> list[str]:

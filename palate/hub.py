@@ -64,6 +64,45 @@ def _not_had(repo: str, error: BaseException, otherwise: str) -> UserError:
     return UserError(f"{repo} is not on this machine and could not be fetched ({first_line(error)}). {otherwise}")
 
 
+def check_push(repo: str) -> None:
+    """Refuse to begin what cannot be pushed at the end: a name that is none, no token, no network.
+
+    Raises:
+        UserError: any of these.
+    """
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo) is None:
+        raise UserError(f"push_to_hub is {repo!r}; expected owner/name of a repository of yours")
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise UserError(
+            f"cannot push to {repo}: the hub does not know you ({first_line(error)}). "
+            "Set HF_TOKEN to a token that may write, or run 'hf auth login'"
+        ) from error
+
+
+def push(folder: str | Path, repo: str, files: Sequence[str], *, message: str) -> str:
+    """Upload those files of ``folder`` that match, in one commit; the repository is made if need be, private. Returns its page.
+
+    Raises:
+        UserError: the hub refused; the folder is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, exist_ok=True, private=True)
+        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=list(files), commit_message=message)
+    except Exception as error:
+        raise UserError(
+            f"{folder} could not be pushed to {repo} ({first_line(error)}); it is complete here: try again with "
+            f"palate export {folder} --push_to_hub {repo}"
+        ) from error
+    return str(url)
+
+
 def first_line(error: BaseException) -> str:
     """The beginning of a library's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

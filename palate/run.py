@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate import recipe as recipes
+from palate.card import PUBLIC, write_card
 from palate.errors import UserError
 from palate.export import about_training
 from palate.files import write_atomically
+from palate.hub import check_push, push
 from palate.judge_names import NamedJudge, find_judges, score_folders
 from palate.miniature import world
 from palate.model_names import check_refiner_fits, load_base
@@ -34,7 +36,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     Returns:
         The output folder: ``pytorch_lora_weights.safetensors`` and its kohya twin (or ``unet/``), ``recipe.yaml``,
         ``run.json``, ``log.jsonl``, ``train.log``, ``samples/``, checkpoints, and from the comparison ``evaluation/``,
-        ``report.html``, ``before_after.png``, ``metrics.json``.
+        ``report.html``, ``before_after.png``, ``metrics.json``; and ``README.md``, a model card.
 
     Raises:
         UserError: a mistake in the recipe or the data; before any weights are loaded where that is possible. A run that
@@ -46,6 +48,8 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     out = Path(recipe.training.output_dir)
     if _main():
         _check_output(recipe, out)
+        if recipe.training.push_to_hub is not None:
+            check_push(recipe.training.push_to_hub)
     _evaluation_prompts(recipe)
     _judges(recipe)
     check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
@@ -127,6 +131,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
         load_lora(denoiser, base, recipe.policy.pretrained_lora)
     resolution = recipe.data.resolution or denoiser.default_resolution
     _compare(recipe, denoiser, base, tuned(denoiser, lora if lora.is_file() else full), resolution, out, command)
+    write_card(out, recipe, family=denoiser.family)
 
 
 def versions() -> dict[str, str]:
@@ -197,6 +202,9 @@ def _finish(recipe: Recipe, denoiser: Any, policy: Any, resolution: int, out: Pa
             _compare(recipe, denoiser, policy.frozen, policy.trainable_module, resolution, out, command)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the trained weights are in {out}; compare them with: palate evaluate {out}") from None
+    write_card(out, recipe, family=denoiser.family)
+    if recipe.training.push_to_hub is not None:
+        _tell(f"pushed to {push(out, recipe.training.push_to_hub, PUBLIC, message='Align by Palate')}")
 
 
 def _main() -> bool:

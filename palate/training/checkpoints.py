@@ -26,6 +26,7 @@ from palate.errors import UserError
 MAY_DIFFER = frozenset(
     {
         "output_dir",
+        "push_to_hub",
         "resume_from_checkpoint",
         "max_train_steps",
         "num_train_epochs",

@@ -48,6 +48,8 @@ class TrainOptions:
 
     output_dir: str = "output"
     """Folder of logs and checkpoints."""
+    push_to_hub: str | None = None
+    """``owner/name``: afterwards, upload weights and model card to this repository, private if it is new. Token: HF_TOKEN."""
     seed: int = 0
     """Decides order, times and noise."""
     optimizer: str = "adamw"

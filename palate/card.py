@@ -1,0 +1,187 @@
+"""The model card of a run: README.md beside its weights, as model hubs show it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from palate.evaluation.compare import percent
+from palate.evaluation.folders import read_result
+from palate.files import write_atomically
+from palate.hub import is_hub_id
+from palate.options import dumps
+from palate.recipe import Recipe
+
+CARD = "README.md"
+LORA, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
+PUBLIC = (CARD, LORA, KOHYA, "unet/*", "before_after.png")
+"""What of a run is for others: no path of this machine stands in these."""
+
+
+def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
+    """Write the card from what the folder of a run holds: weights, ``run.json``, and ``metrics.json`` if models were compared.
+
+    Args:
+        family: ``sd`` or ``sdxl``.
+    """
+    full = recipe.policy.train_method == "full"
+    base = recipe.model.pretrained_model_name_or_path
+    shown = base if is_hub_id(base) else Path(base).name
+    about = _run(out)
+    method = recipe.objective["name"]
+    parts = recipe.space if isinstance(recipe.space, list) else [recipe.space]
+    space = " + ".join(part["name"] for part in parts)
+    front: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": [
+            *("text-to-image", "diffusers", "stable-diffusion-xl" if family == "sdxl" else "stable-diffusion"),
+            *(() if full else ("lora",)),
+            *("preference-alignment", method, "palate"),
+        ],
+    }
+    if is_hub_id(base):
+        front["base_model"] = base
+        front["base_model_relation"] = "finetune" if full else "adapter"
+    data = recipe.data.train_data
+    if recipe.online.train_prompts is None and is_hub_id(data):
+        front["datasets"] = [data]
+    name = out.resolve().name
+    weights = "all weights of the U-Net" if full else f"a LoRA of rank {recipe.policy.rank}"
+    lines = [
+        "---",
+        dumps(front).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{shown}, aligned with preferences by {method} in {space} space: {weights}, made with Palate.",
+        "",
+        *_comparison(out),
+        *_usage(base, shown, family, full, recipe),
+        "## Training",
+        "",
+        *_facts(recipe, about),
+        "",
+        "<details><summary>The whole recipe</summary>",
+        "",
+        "```yaml",
+        dumps(_public(recipe)).rstrip(),
+        "```",
+        "",
+        "</details>",
+        "",
+        "The licence of the base model applies to these weights too.",
+    ]
+    path = out / CARD
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def _run(out: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # the card tells what is known
+        return {}
+
+
+def _comparison(out: Path) -> list[str]:
+    lines = ["## Against the base model", ""]
+    if not (out / "metrics.json").is_file():
+        return [*lines, "Not compared yet.", ""]
+    result, _ = read_result(out / "metrics.json")
+    versus = result.versus[0]
+    lines += [
+        _bare(versus.headline),
+        "",
+        f"Same prompts and seeds for both: {result.pictures} pictures of {result.prompts} prompts. A tie counts half.",
+        "",
+        "| judge | part in training | win rate | 95 % interval | won / tied / lost | mean before | mean after |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for c in versus.comparisons:
+        w, part = c.win_rate, "its taste was trained on" if c.contaminated else c.kind
+        lines.append(
+            f"| {_bare(c.judge)} | {part} | {percent(w.rate)} % | {percent(w.low)}-{percent(w.high)} % | "
+            f"{w.wins} / {w.ties} / {w.losses} | {c.mean_base:.4g} | {c.mean_tuned:.4g} |"
+        )
+    lines += ["", *(f"Warning: {flag}" for flag in versus.flags), *([""] if versus.flags else [])]
+    if (out / "before_after.png").is_file():
+        lines += ["![the same prompts and seeds before and after](before_after.png)", ""]
+    return lines
+
+
+def _usage(base: str, shown: str, family: str, full: bool, recipe: Recipe) -> list[str]:
+    pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    name = base if is_hub_id(base) else f"path/to/{shown}"
+    prompts = recipe.evaluation.validation_prompts
+    prompt = prompts[0] if prompts else "a cat in the rain"
+    lines = ["## Use", "", "```python", "import torch", f"from diffusers import {pipeline}"]
+    if full:
+        lines += [
+            "from diffusers import UNet2DConditionModel",
+            "",
+            'unet = UNet2DConditionModel.from_pretrained("path/to/this/folder", subfolder="unet", torch_dtype=torch.float16)',
+            f'pipe = {pipeline}.from_pretrained("{name}", unet=unet, torch_dtype=torch.float16).to("cuda")',
+        ]
+    else:
+        lines += [
+            "",
+            f'pipe = {pipeline}.from_pretrained("{name}", torch_dtype=torch.float16).to("cuda")',
+            f'pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA}")',
+        ]
+    sampling = (
+        f"num_inference_steps={recipe.evaluation.num_inference_steps}, guidance_scale={recipe.evaluation.guidance_scale:g}"
+    )
+    lines += [f"image = pipe({json.dumps(prompt, ensure_ascii=False)}, {sampling}).images[0]", "```", ""]
+    if not full:
+        lines += [f"For ComfyUI and A1111: put `{KOHYA}` into their LoRA folder and use it at strength 1.", ""]
+    return lines
+
+
+def _facts(recipe: Recipe, about: dict[str, Any]) -> list[str]:
+    training = recipe.training
+    hyper = ", ".join(f"{key} {value}" for key, value in recipe.objective.items() if key != "name")
+    data = recipe.online.train_prompts or recipe.data.train_data
+    rows = {
+        "objective": recipe.objective["name"] + (f" ({hyper})" if hyper else ""),
+        "data": data if is_hub_id(data) else Path(data).name,
+        "pairs": about.get("pairs"),
+        "prompts": about.get("prompts"),
+        "steps": training.max_train_steps or f"{training.num_train_epochs} epochs",
+        "batch": f"{training.train_batch_size} x {training.gradient_accumulation_steps} accumulated, a process",
+        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler}, {training.lr_warmup_steps} steps of warm-up",
+        "optimizer": training.optimizer,
+        "precision": training.mixed_precision,
+        "seeds": f"training {training.seed}, evaluation {recipe.evaluation.evaluation_seed}",
+        "versions": ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items()) or None,
+    }
+    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value is not None)]
+
+
+def _bare(text: str) -> str:
+    """Of paths of this machine, such as in ``pickscore:/home/me/PickScore_v1``, the last name.
+
+    >>> _bare("pickscore:/home/me/PickScore_v1")
+    'pickscore:PickScore_v1'
+    """
+    return re.sub(r"(^|[\s:])(?:~|\.\.?)?/(?=\S)(?:[^\s:/]+/)*", r"\1", text)
+
+
+def _public(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without folders of this machine: of a path its last name stays."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: bare(x) for key, x in value.items() if key not in ("output_dir", "cache_dir", "resume_from_checkpoint")
+            }
+        if isinstance(value, list):
+            return [bare(x) for x in value]
+        if isinstance(value, str):
+            return Path(value).name if value.startswith(("/", "~/", "./", "../")) else _bare(value)
+        return value
+
+    return bare(recipe.as_dict())

@@ -1,0 +1,111 @@
+"""The model card of a run, and what is pushed to a hub; the hub is a double."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+KOHYA = "pytorch_lora_weights_kohya.safetensors"
+
+
+class Hub:
+    """Stands for ``huggingface_hub.HfApi``; remembers what it was asked."""
+
+    def __init__(self):
+        self.known, self.full, self.calls = True, False, []
+
+    def __call__(self):
+        return self
+
+    def whoami(self):
+        if not self.known:
+            raise ValueError("Token is required, but no token found")
+
+    def create_repo(self, repo, **options):
+        assert options == {"exist_ok": True, "private": True}
+        return f"https://hub.example/{repo}"
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        if self.full:
+            raise OSError("507 Insufficient Storage")
+        found = {p.relative_to(folder_path).as_posix() for pattern in allow_patterns for p in Path(folder_path).glob(pattern)}
+        self.calls.append((repo_id, sorted(found)))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    return hub
+
+
+def parts(path: Path) -> tuple[dict, str]:
+    _, front, text = path.read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_the_card_tells_what_was_measured_and_how_to_use_it(palate, hub, judge_dir, prompts_file, tmp_path):
+    extra = {"judges": f"[pickscore:{judge_dir}]", "evaluation_prompts": prompts_file, "max_train_steps": 1}
+    code, _, err = palate("train", push_to_hub="me/house", **extra)
+    assert code == 0, err
+    assert "pushed to https://hub.example/me/house" in err
+    pushed = ["README.md", "before_after.png", "pytorch_lora_weights.safetensors", KOHYA]
+    assert hub.calls == [("me/house", pushed)]
+    front, text = parts(tmp_path / "out" / "README.md")
+    assert front["library_name"] == "diffusers"
+    assert {"lora", "stable-diffusion", "dpo"} <= set(front["tags"])
+    assert "base_model" not in front  # a folder of this machine is none
+    measured = json.loads(Path("out/metrics.json").read_text())
+    assert measured["headline"].replace(f"{judge_dir.parent}/", "") in text
+    rate = measured["comparisons"][0]["win_rate"]
+    assert f"{rate['wins']} / {rate['ties']} / {rate['losses']}" in text
+    assert "![the same prompts and seeds before and after](before_after.png)" in text
+    assert "seeds | training 0, evaluation 1234 |" in text
+    assert "torch 2." in text
+    assert str(tmp_path) not in text
+    assert str(judge_dir.parent) not in text  # no folder of this machine either
+
+    # The snippet is Python that says what plain diffusers needs.
+    snippet = text.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+    assert 'StableDiffusionPipeline.from_pretrained("path/to/tiny-sd"' in snippet
+    assert '"a red house on the left"' in snippet
+
+    code, said, _ = palate("export", "out", push_to_hub="me/again")
+    assert (code, said) == (0, "pushed to https://hub.example/me/again\n")
+    assert hub.calls[1] == ("me/again", pushed)
+    assert palate("export", "out", format="kohya", output="one.safetensors", push_to_hub="me/k")[0] == 0
+    assert hub.calls[2] == ("me/k", ["one.safetensors"])
+
+
+def test_the_card_of_all_weights_that_were_not_compared(palate, tmp_path, sdxl_dir):
+    options = {"train_method": "full", "max_train_steps": 1, "validation_prompts": "[]"}
+    assert palate("train", pretrained_model_name_or_path=sdxl_dir, **options)[0] == 0
+    front, text = parts(tmp_path / "out" / "README.md")
+    assert "lora" not in front["tags"]
+    assert "stable-diffusion-xl" in front["tags"]
+    assert "Not compared yet." in text
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+    assert "UNet2DConditionModel" in text
+    assert KOHYA not in text
+
+
+def test_what_cannot_be_pushed_is_told_before_training(palate, hub, tmp_path):
+    assert "expected owner/name" in palate("train", push_to_hub="house")[2]
+    hub.known = False
+    code, _, err = palate("train", push_to_hub="me/house")
+    assert code == 2
+    assert "Set HF_TOKEN" in err
+    assert not (tmp_path / "out").exists()
+    hub.known, hub.full = True, True
+    code, _, err = palate("train", push_to_hub="me/house", max_train_steps=1, validation_prompts="[]")
+    assert code == 2
+    assert "palate export out --push_to_hub me/house" in err.splitlines()[-1]
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert "palate export needs --format" in palate("export", "out", output="x")[2]
+    assert "is not the folder of a finished run" in palate("export", str(tmp_path), push_to_hub="me/x")[2]
