@@ -61,7 +61,10 @@ def files(repo: str, *, otherwise: str, kind: str = "model") -> list[str]:
 
 
 def _not_had(repo: str, error: BaseException, otherwise: str) -> UserError:
-    return UserError(f"{repo} is not on this machine and could not be fetched ({first_line(error)}). {otherwise}")
+    # The client's own words advise to unset a variable that nobody but _settle may have set.
+    offline = "offline mode is enabled" in str(error)
+    reason = "there is no network, or HF_HUB_OFFLINE is set" if offline else first_line(error)
+    return UserError(f"{repo} is not on this machine and could not be fetched ({reason}). {otherwise}")
 
 
 def check_push(repo: str) -> None:

@@ -356,7 +356,11 @@ def _learnable(encoded: Any, objective: Any, evidence: str) -> Any:
         return encoded
     if isinstance(encoded, EncodedPairs):
         return encoded.without_ties()
-    return encoded if "label" in inspect.signature(objective).parameters else encoded.liked()
+    if "label" not in inspect.signature(objective).parameters:
+        return encoded.liked()
+    if len({item.label > 0.5 for item in encoded.items}) == 1:
+        _tell("all pictures have the same vote: this objective learns from likes beside dislikes")
+    return encoded
 
 
 def _denoiser(recipe: Recipe) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def _find_on_hub(repo: str, split: str) -> list[Place]:
             f"the data set {repo} holds no *.parquet, *.tar or metadata.jsonl; its own scripts are never run: download it, and "
             "name a file"
         )
-    of_split = [name for name in found if (split or "train") in name.replace("/", "-").replace("_", "-").split("-")]
+    of_split = [name for name in found if (split or "train") in re.split(r"[^A-Za-z0-9]+", name)]
     if split and not of_split:
         raise UserError(f"the data set {repo} has no files of a split {split!r}: it holds {', '.join(found[:5])}")
     return [Place(Path(name), repo) for name in of_split or found]

@@ -123,7 +123,6 @@ class Reader:
         found = [file for file in self._opened.values() if isinstance(file, File)]
         if not found:
             raise next(iter(self._opened.values()))  # type: ignore[misc]
-        self.layouts = {file.layout for file in found}
         self.single = found[0].single
         """Whether this reads single pictures instead of pairs."""
         if any(file.single != self.single for file in found):
@@ -284,9 +283,9 @@ def read(
       ``are_different`` False are skipped), or in place of labels ``best_image_uid, image_0_uid, image_1_uid``
     - ``prompt, chosen, rejected`` (or ``chosen_file_name, rejected_file_name``)
     - ``prompt, image_0, image_1, label`` (probability that ``image_0`` is the better one; 0.5 is a tie)
-    - ``prompt, images`` with ``rankings`` (see :func:`pairs_from_rankings`), with one ``ranking`` (1 = best), or with
-      ``scores`` (higher is better); HPD v2 and ImageReward name these ``file_path``, ``image_path``, ``generations``;
-      ``rank``; ``human_preference``
+    - ``prompt, images`` with ``rankings`` (a list for each rater, 1 = best), with one ``ranking``, or with ``scores`` (higher
+      is better): all pairs of them, see :func:`palate.data.values.comparisons`. HPD v2 and ImageReward name these
+      ``file_path``, ``image_path``, ``generations``; ``rank``; ``human_preference``
     - ``prompt, prompt_id, image_path, rank``: the same, one row a picture
     - ``prompt, image`` (or ``file_name, text``), with or without ``label`` (or ``liked``): single pictures
     - or the ``votes.db`` of ``palate vote``: the votes on ``vote_question``, weighted by ``vote_weights`` (see ``vote_rows``)
@@ -329,16 +328,3 @@ def read_likes(source: str | Path, **wishes: Any) -> Reader:
     if not reader.single:
         raise UserError(f"{source} holds pairs, not single pictures: expected a prompt and one picture a row; use read_pairs")
     return reader
-
-
-def pairs_from_rankings(jsonl: str | Path) -> Iterator[PreferencePair]:
-    """All pairs of pictures that several people ranked: rows of ``prompt``, ``images`` (n paths), ``rankings``.
-
-    Each ranking is a list of n ranks in the order of ``images``, 1 = best. Of every pair i < j, ``label`` is the share of
-    annotators who rank i before j (an equal rank counts half to both), so exactly 0.5 is a tie; ties are kept. The layout
-    is that of HPD v2's annotations (Wu et al. 2023, arXiv:2306.09341). Raises ``UserError`` for any bad row.
-    """
-    reader = read_pairs(jsonl, ties="keep")
-    if any("rankings" not in layout for layout in reader.layouts):
-        raise UserError(f"{jsonl} has no rankings: expected the columns prompt, images, rankings; use read_pairs for votes")
-    return iter(reader)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 
 
 def same_prompt(prompt: str) -> str:
-    """What prompts have in common that differ only in capitals or spaces: they count as one."""
-    return " ".join(prompt.split()).casefold()
+    """What prompts have in common that differ only in capitals, spaces or the encoding of accents: they count as one."""
+    return " ".join(unicodedata.normalize("NFC", prompt).split()).casefold()
 
 
 def absolute_winners(votes: Iterable[tuple[str, Sequence[bytes], float]]) -> set[bytes]:

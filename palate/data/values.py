@@ -79,7 +79,10 @@ def label(names: Mapping[str, str], row: Mapping[str, Any], layout: tuple[str, .
 
 
 def comparisons(names: Mapping[str, str], row: Mapping[str, Any], layout: tuple[str, ...]) -> list[tuple[int, int, float]]:
-    """All pairs i < j of several pictures, with the share of raters who put i first; an equal rank is half a vote to both."""
+    """All pairs i < j of several pictures, with the share of raters who put i first: exactly 0.5 is a tie.
+
+    An equal rank counts half to both. The layout of ``rankings`` is that of HPD v2's annotations (arXiv 2306.09341).
+    """
     images = row.get(names["images"])
     if not isinstance(images, list) or len(images) < 2:
         raise BadValueError(names["images"], f"must be a list of two or more pictures, found {short(images)}")

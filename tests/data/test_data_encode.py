@@ -391,3 +391,20 @@ def test_what_shares_a_prompt_is_left_out(tmp_path):
     assert encoded.without_prompts([" A "]).prompts == ["b"]
     with pytest.raises(UserError, match="no prompt that the validation data has not"):
         encoded.without_prompts(["a", "B"])
+
+
+def test_pictures_of_different_sizes_make_one_batch(tmp_path):
+    sizes = [(24, 16), (40, 40), (9, 33)]
+    data = [picture(seed, *size) for seed, size in enumerate(sizes)]
+    encoded = Encoders().encode(
+        [PreferencePair("a", data[0], data[1], 1.0), PreferencePair("b", data[2], data[0], 1.0)], tmp_path
+    )
+    batch = encoded.batch([0, 1], torch.tensor([1, 2]))
+    assert batch.latents.shape == (4, 3, 2, 2)
+    # Winners first; each with its own height and width.
+    assert batch.cond["framing"][:, :2].tolist() == [[16, 24], [33, 9], [40, 40], [16, 24]]
+
+
+def test_accents_count_as_one_however_they_are_encoded(tmp_path):
+    encoded = keys_only(["caf\u00e9", "cafe\u0301", "tea"])
+    assert sorted(map(len, encoded.split(0.4, 0))) == [1, 2]

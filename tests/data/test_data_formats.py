@@ -462,7 +462,7 @@ def test_later_files_of_the_hub_are_fetched_when_their_turn_comes(monkeypatch, t
 
 
 def test_a_data_set_that_cannot_be_had(hub_cache):
-    with pytest.raises(UserError, match=r"owner/other is not on this machine.*If you meant a folder"):
+    with pytest.raises(UserError, match=r"owner/other is not on this machine.*no network.*If you meant a folder"):
         read_pairs("owner/other")
 
 
@@ -470,6 +470,35 @@ def test_scripts_of_a_data_set_are_never_run(monkeypatch):
     monkeypatch.setattr(hub, "files", lambda repo, **options: ["votes.py", "train.zip"])
     with pytest.raises(UserError, match="scripts are never run"):
         read_pairs("owner/votes")
+
+
+@pytest.mark.parametrize(
+    "name", ["train.parquet", "data/train-0.parquet", "default/train/0.parquet", "my_train.tar", "a.parquet"]
+)
+def test_names_of_splits(monkeypatch, name):
+    others = ["test.parquet", "data/training_notes.parquet"] if "train" in name else []
+    monkeypatch.setattr(hub, "files", lambda repo, **options: [name, *others])
+    assert [place.path.as_posix() for place in find("owner/votes")] == [name]
+
+
+# ---- the page that describes all this ----
+
+
+def blocks(kind: str) -> list[str]:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    return [part.split("\n", 1)[1] for part in text.split("```")[1::2] if part.startswith(f"{kind}\n")]
+
+
+@pytest.mark.parametrize(("kind", "number"), [*(("json", i) for i in range(len(blocks("json")))), ("csv", 0)])
+def test_the_examples_of_the_docs_are_read(tmp_path, kind, number):
+    content = blocks(kind)[number]
+    (tmp_path / "images").mkdir()
+    for i in range(1, 9):
+        for name in (f"{i}.jpg", f"{i}.png", f"images/{i}.png"):
+            (tmp_path / name).write_bytes(picture(i))
+    (tmp_path / f"x.{kind}").write_text(content)
+    reader = read(tmp_path / f"x.{kind}", ties="keep")
+    assert len(list(reader)) >= reader.counts.rows == len(content.splitlines()) - (kind == "csv")
 
 
 # ---- real files ----

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from palate.data.pairs import PreferencePair, pairs_from_rankings, read_pairs
+from palate.data.pairs import PreferencePair, read_pairs
 from palate.errors import UserError
 
 GALLERY = Path(__file__).parents[3] / "shared" / "data" / "preferences" / "hpdv2-gallery" / "rankings.jsonl"
@@ -339,7 +339,7 @@ def test_rankings_give_the_share_of_annotators(tmp_path):
     # Before b, a is put by persons 1, 2, 4 and half by 3: 3.5 / 4; before c by all but 4: 3 / 4.
     # Before c, b is put by persons 1 and 3: 2 / 4, a tie.
     path = ranked(tmp_path, [[1, 2, 3], [1, 3, 2], [1, 1, 2], [2, 3, 1]])
-    pairs = list(pairs_from_rankings(path))
+    pairs = list(read_pairs(path, ties="keep"))
     assert [pair.label for pair in pairs] == [0.875, 0.75, 0.5]
     assert [(pair.image_0, pair.image_1) for pair in pairs] == [(A, B), (A, picture(3)), (B, picture(3))]
     assert {pair.weight for pair in pairs} == {1.0}
@@ -361,11 +361,6 @@ def test_rankings_give_the_share_of_annotators(tmp_path):
 def test_bad_rankings(tmp_path, rankings, images, column):
     with pytest.raises(UserError, match=f"row 1, column {column}"):
         list(read_pairs(ranked(tmp_path, rankings, images)))
-
-
-def test_rankings_are_asked_for_by_name(tmp_path):
-    with pytest.raises(UserError, match="has no rankings"):
-        pairs_from_rankings(jsonl(folder(tmp_path) / "v.jsonl", [VOTE]))
 
 
 @pytest.mark.skipif(not GALLERY.exists(), reason="the pictures of the HPD v2 gallery are not next to this repository")
