@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,12 @@ import numpy as np
 from palate.errors import UserError, nearest
 from palate.evaluation.compare import LABELS, Comparison, Group, Ranking, Versus, rank, versus
 from palate.evaluation.diversity import Diversity, diversity, thumbnails
-from palate.evaluation.manifest import Picture, ScoreFile, read_all_scores, read_manifest, read_settings
+from palate.evaluation.manifest import Picture, ScoreFile, Side, differences, read_side
 from palate.evaluation.statistics import Average, MeanDifference, WinRate
 from palate.files import write_atomically
 from palate.options import parse
 
-VERSIONS = "versions"  # in the settings: may differ, which is told
 GROUPS = 40  # a field of the metadata with more values than these is no category
-
-
-@dataclass(frozen=True)
-class Side:
-    """One folder: what it shows and what judges said of it."""
-
-    name: str
-    folder: Path
-    pictures: Mapping[tuple[str, int, int], Picture]
-    settings: Mapping[str, Any]
-    scores: Mapping[str, ScoreFile]
 
 
 @dataclass(frozen=True)
@@ -55,19 +42,6 @@ class Result:
         told = asdict(self)
         first, *others = told.pop("versus")
         return {**first, "others": others, **told}
-
-
-def read_side(folder: str | Path) -> Side:
-    """A picture folder with its scores.
-
-    Raises:
-        UserError: no manifest, missing pictures, or a damaged score file.
-    """
-    folder = Path(folder)
-    pictures = read_manifest(folder)
-    names = sorted({p.model for p in pictures})
-    name = names[0] if len(names) == 1 and names[0] != "unnamed" else folder.name
-    return Side(name, folder, {p.key: p for p in pictures}, read_settings(folder), read_all_scores(folder))
 
 
 def compare_folders(
@@ -97,7 +71,7 @@ def compare_folders(
     if len(folders) < 2:
         raise UserError("a comparison needs two picture folders or more: the base first, then the others")
     sides = _named(list(map(read_side, folders)))
-    notes = _differences(sides, allow_different_settings)
+    notes = differences(sides, allow_different_settings)
     names = _common_judges(sides, judges)
     keys, left_out = _common_keys(sides, names)
     if left_out:
@@ -257,37 +231,6 @@ def _named(sides: list[Side]) -> list[Side]:
     return [Side(n, s.folder, s.pictures, s.settings, s.scores) for n, s in zip(names, sides, strict=True)]
 
 
-def _differences(sides: Sequence[Side], allowed: bool) -> list[str]:
-    """What differs between neighbours although it should not; refused unless allowed."""
-    found = []
-    for a, b in pairwise(sides):
-        lost, more = (next((k for k in x.pictures if k not in y.pictures), None) for x, y in ((a, b), (b, a)))
-        for holder, other, key in ((a, b, lost), (b, a, more)):
-            if key is not None:
-                count = sum(k not in other.pictures for k in holder.pictures)
-                found.append(
-                    f"{count} of {len(holder.pictures)} pictures in {holder.folder} have no partner in {other.folder}, "
-                    f"such as prompt {_short(key[0])}, seed {key[1]}, index {key[2]}"
-                )
-        away = next((k for k in a.pictures if k in b.pictures and a.pictures[k].negative != b.pictures[k].negative), None)
-        if away is not None:
-            found.append(f"the negative prompts of {_short(away[0])} differ in {a.folder} and {b.folder}")
-        for name in sorted((set(a.settings) | set(b.settings)) - {VERSIONS}):
-            left, right = a.settings.get(name), b.settings.get(name)
-            if left != right:
-                found.append(f"{name} is {_short(left)} in {a.folder} and {_short(right)} in {b.folder}")
-    if found and not allowed:
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-        raise UserError(
-            f"the sides were not made alike: {'; '.join(found[:3])}{more}; generate them with the same prompts, seeds and "
-            "settings, or compare what they share with --allow_different_settings true"
-        )
-    notes = [f"Not made alike: {text}." for text in found]
-    if any(a.settings.get(VERSIONS) != b.settings.get(VERSIONS) for a, b in pairwise(sides)):
-        notes.append("The sides were drawn with different versions of the libraries; see their settings.json.")
-    return notes
-
-
 def _common_judges(sides: Sequence[Side], wanted: Sequence[str]) -> list[str]:
     known = {name for side in sides for name in side.scores}
     if not known:
@@ -365,8 +308,3 @@ def _shown(sides: Sequence[Side], keys: Sequence[tuple[str, int, int]], limit: i
     first = list({key[0]: key for key in reversed(keys)}.values())[::-1]
     picked = np.unique(np.linspace(0, len(first) - 1, min(limit, len(first))).astype(int))
     return [{"prompt": first[i][0], "files": [s.pictures[first[i]].file for s in sides]} for i in picked]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

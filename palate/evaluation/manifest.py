@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from palate.errors import UserError
 from palate.files import write_atomically
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
+VERSIONS = "versions"  # in the settings: may differ between folders that are compared, which is told
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,64 @@ def append_scores(path: str | Path, lines: Sequence[tuple[str, float | str]], he
     path = Path(path)
     begun = path.is_file() and b"\n" in path.read_bytes()[:4096]  # otherwise a header cut short, which is removed
     append_lines(path, rows if begun else [header.header(), *rows])
+
+
+# Folders that are compared -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """One folder: what it shows and what judges said of it."""
+
+    name: str
+    folder: Path
+    pictures: Mapping[tuple[str, int, int], Picture]
+    settings: Mapping[str, Any]
+    scores: Mapping[str, ScoreFile]
+
+
+def read_side(folder: str | Path) -> Side:
+    """A picture folder with its scores.
+
+    Raises:
+        UserError: no manifest, missing pictures, or a damaged score file.
+    """
+    folder = Path(folder)
+    pictures = read_manifest(folder)
+    names = sorted({p.model for p in pictures})
+    name = names[0] if len(names) == 1 and names[0] != "unnamed" else folder.name
+    return Side(name, folder, {p.key: p for p in pictures}, read_settings(folder), read_all_scores(folder))
+
+
+def differences(sides: Sequence[Side], allowed: bool) -> list[str]:
+    """What differs between neighbours although it should not; ``UserError`` unless ``allowed``. Scores are not looked at."""
+    found = []
+    for a, b in pairwise(sides):
+        lost, more = (next((k for k in x.pictures if k not in y.pictures), None) for x, y in ((a, b), (b, a)))
+        for holder, other, key in ((a, b, lost), (b, a, more)):
+            if key is not None:
+                count = sum(k not in other.pictures for k in holder.pictures)
+                found.append(
+                    f"{count} of {len(holder.pictures)} pictures in {holder.folder} have no partner in {other.folder}, "
+                    f"such as prompt {_short(key[0])}, seed {key[1]}, index {key[2]}"
+                )
+        away = next((k for k in a.pictures if k in b.pictures and a.pictures[k].negative != b.pictures[k].negative), None)
+        if away is not None:
+            found.append(f"the negative prompts of {_short(away[0])} differ in {a.folder} and {b.folder}")
+        for name in sorted((set(a.settings) | set(b.settings)) - {VERSIONS}):
+            left, right = a.settings.get(name), b.settings.get(name)
+            if left != right:
+                found.append(f"{name} is {_short(left)} in {a.folder} and {_short(right)} in {b.folder}")
+    if found and not allowed:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise UserError(
+            f"the sides were not made alike: {'; '.join(found[:3])}{more}; generate them with the same prompts, seeds and "
+            "settings, or compare what they share with --allow_different_settings true"
+        )
+    notes = [f"Not made alike: {text}." for text in found]
+    if any(a.settings.get(VERSIONS) != b.settings.get(VERSIONS) for a, b in pairwise(sides)):
+        notes.append("The sides were drawn with different versions of the libraries; see their settings.json.")
+    return notes
 
 
 # Lines ---------------------------------------------------------------------------------------------------------------------

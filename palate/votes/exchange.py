@@ -67,6 +67,9 @@ def export_votes(folder: str | Path, options: ExportOptions) -> str:
         connection.close()
     if not votes:
         raise UserError(f"{folder / NAME} holds no votes on the question {options.question!r}; collect some with palate vote")
+    for name in {v[side] for v in votes for side in ("image_0", "image_1")}:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder / NAME} names the picture {name}, outside {folder}: it is from elsewhere, or damaged")
     kept = [v for v in votes if all((folder / v[side]).is_file() for side in ("image_0", "image_1"))]
     if not kept:
         raise UserError(f"none of the pictures that were voted on is left in {folder}")
@@ -94,7 +97,7 @@ def import_votes(folder: str | Path, options: ImportOptions) -> str:
         finally:
             store.close()
     finally:
-        lock.release()
+        lock.close()
     return f"added {added} votes to {folder / NAME}" + (f"; {known} were there already" if known else "")
 
 

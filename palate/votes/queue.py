@@ -46,8 +46,8 @@ class Queue:
         self.pairs = list(pairs)
         self.raters_per_pair, self.repeats, self.seed = raters_per_pair, repeats, seed
         pictures = sorted({picture for pair in self.pairs for picture in pair})
-        number = {picture: i for i, picture in enumerate(pictures)}
-        self._ends = np.array([(number[a], number[b]) for a, b in self.pairs], dtype=np.int64).reshape(-1, 2)
+        self._number = {picture: i for i, picture in enumerate(pictures)}
+        self._ends = np.array([(self._number[a], self._number[b]) for a, b in self.pairs], dtype=np.int64).reshape(-1, 2)
         self.held = np.zeros(len(self.pairs), dtype=np.int64)
         """How many raters a pair has gone to, ``(pairs,)``."""
         self._points, self._seen = np.zeros(len(pictures)), np.zeros(len(pictures))
@@ -69,7 +69,7 @@ class Queue:
         if not free.any():
             return None
         if champion is not None:
-            challenged = free & np.array([champion in pair for pair in self.pairs])
+            challenged = free & (self._ends == self._number.get(champion, -1)).any(axis=1)
             free = challenged if challenged.any() else free
         rates = (self._points + 1) / (self._seen + 2)
         distance = np.round(np.abs(rates[self._ends[:, 0]] - rates[self._ends[:, 1]]), 1)
@@ -109,13 +109,14 @@ class Queue:
         state.open.add(pair)
         self._score(pair, label, -1)
 
-    def undo_skip(self, rater: str, pair: int) -> bool:
-        """False, and nothing happens, if others have taken the place meanwhile."""
-        if self.held[pair] >= self.raters_per_pair:
-            return False
+    def undo_skip(self, rater: str, pair: int) -> None:
+        """Only where there is ``room``: others may have taken the place meanwhile."""
         self._rater(rater).open.add(pair)
         self.held[pair] += 1
-        return True
+
+    def room(self, pair: int) -> bool:
+        """Whether fewer raters than asked hold the pair."""
+        return bool(self.held[pair] < self.raters_per_pair)
 
     # Raters who leave, pictures that vanish -----------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Queue:
         state = self._rater(rater)
         if pair in state.open:
             return True
-        if pair not in state.let_go or self.held[pair] >= self.raters_per_pair:
+        if pair not in state.let_go or not self.room(pair):
             return False
         state.let_go.remove(pair)
         state.open.add(pair)

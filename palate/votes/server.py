@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +202,10 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
         except RefusedError as error:
             response = JSONResponse({"error": str(error)}, error.status)
         except DiskError as error:
-            print(f"error: a vote could not be kept ({error}): free some space", file=sys.stderr, flush=True)
-            response = JSONResponse({"error": f"the vote could not be saved on the owner's disk ({error})"}, 507)
+            print(f"error: a vote could not be kept: {error}", file=sys.stderr, flush=True)
+            response = JSONResponse(
+                {"error": "the vote could not be saved: the owner's disk is full or cannot be written"}, 507
+            )
         response.headers.setdefault("Cache-Control", "no-store")
         for name, value in HEADERS.items():
             response.headers[name] = value
@@ -217,13 +221,20 @@ def serve(folder: str | Path, options: VoteOptions) -> None:
         UserError: see ``Study``; also a folder that another process serves, an address or a port that cannot be used.
         KeyboardInterrupt: its text says where the votes are.
     """
-    lock = _lock(folder)
-    study = Study(folder, options)
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder}; expected one that 'palate generate' wrote")
+    with closing(Lock(folder)) as lock, closing(Study(folder, options)) as study:
+        _serve(study, options, lock)
+
+
+def _serve(study: Study, options: VoteOptions, lock: Lock) -> None:
     listener, port = _listen(options.host, options.port)
     shown = _own_address(options.host)
     where = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     lock.tell(f"the page {where}")
     private = options.host in LOOPBACK
+    for note in study.notes:
+        print(f"note: {note}", file=sys.stderr)
     what = f"{len(study.pairs)} pairs, {study.raters_per_pair} rater{'s' if study.raters_per_pair > 1 else ''} each"
     print(f"{study.mode}: {what}; asked for: {', '.join(study.questions)}")
     print(f"  to vote:  {where}{'/' if private else '/enter/' + study.key('rater')}")
@@ -236,15 +247,6 @@ def serve(folder: str | Path, options: VoteOptions) -> None:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the votes are in {study.store.path}; the same command goes on") from None
-    finally:
-        study.close()
-        lock.release()
-
-
-def _lock(folder: str | Path) -> Lock:
-    if not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder}; expected one that 'palate generate' wrote")
-    return Lock(folder)
 
 
 def _listen(host: str, port: int) -> tuple[socket.socket, int]:
@@ -257,7 +259,7 @@ def _listen(host: str, port: int) -> tuple[socket.socket, int]:
             listener.listen(256)
         except OSError as error:
             listener.close()
-            if error.errno != 98 and "in use" not in str(error):
+            if error.errno != errno.EADDRINUSE:
                 raise UserError(
                     f"cannot listen on {host}, port {tried}: {error.strerror}; name another --host or --port"
                 ) from None

@@ -43,7 +43,7 @@ CREATE UNIQUE INDEX one_answer ON votes (showing, question) WHERE undone = 0;
 """
 
 
-class DiskError(Exception):
+class DiskError(UserError):
     """What was to be kept could not be written; nothing of it was."""
 
 
@@ -69,18 +69,18 @@ class Store:
             self._connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=10)
             self._connection.row_factory = sqlite3.Row
             self._prepare()
+            self.secret = self._setting("secret", lambda: secrets.token_hex(32))
+            """Decides shuffles, opaque names and links; made once."""
         except sqlite3.OperationalError as error:
-            raise UserError(
-                f"{self.path} cannot be written ({error}): votes need a folder you may write to, with space"
-            ) from None
+            raise DiskError(self._cannot(error)) from None
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path} is not a readable database of votes ({error}); restore it from a copy") from None
-        self.secret = self._setting("secret", lambda: secrets.token_hex(32))
-        """Decides shuffles, opaque names and links; made once."""
 
     def _prepare(self) -> None:
         if self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             check_version(self._connection, self.path)  # there is but one version so far: nothing to bring up to date
+            if (found := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(" ".join(found.split()))
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute("PRAGMA foreign_keys = ON")
@@ -117,8 +117,11 @@ class Store:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 if isinstance(error, sqlite3.OperationalError):
-                    raise DiskError(str(error)) from error
+                    raise DiskError(self._cannot(error)) from error
                 raise
+
+    def _cannot(self, error: Exception) -> str:
+        return f"{self.path} cannot be written ({error}): votes need a folder you may write to, with space"
 
     def close(self) -> None:
         with self._lock:
@@ -219,7 +222,7 @@ class Lock:
         self._file.write(owner)
         self._file.flush()
 
-    def release(self) -> None:
+    def close(self) -> None:
         self._file.close()
 
 

@@ -21,13 +21,14 @@ from typing import Any
 from palate.data.votes import LABELS, QUESTIONS
 from palate.errors import UserError, nearest
 from palate.evaluation.manifest import Picture as Listed
-from palate.evaluation.manifest import read_manifest
+from palate.evaluation.manifest import Side, differences, read_manifest, read_settings
 from palate.votes.queue import Dealt, Queue
 from palate.votes.store import Store
 
 MODES = ("compare", "collect")
 CHOICES = ("left", "right", "tie", "bad", "skip")
 AHEAD = 4  # pairs a rater holds: the one before them and those whose pictures are fetched meanwhile
+MAX_BYTES, MAX_PIXELS = 64 << 20, 8192 * 8192  # of a picture that is shown
 LEASE = 20 * 60.0  # after so many seconds without a sign of life a rater's untouched pairs go to others
 MAX_RATERS = 1000
 NAME = re.compile(r"[A-Za-z0-9_-]{8,64}")
@@ -56,6 +57,8 @@ class VoteOptions:
     """Share of a rater's pairs that come again with sides changed, to measure consistency; 0 for none."""
     chain: bool = False
     """In collect: the better picture is challenged again by another of its prompt, as in Pick-a-Pic."""
+    allow_different_settings: bool = False
+    """In compare: show what two folders have in common although prompts, seeds or settings differ."""
 
     host: str = "127.0.0.1"
     """Address to listen on; anything but this machine alone, such as ``0.0.0.0``, needs the link that is printed."""
@@ -99,7 +102,8 @@ class Study:
 
     def __init__(self, folder: str | Path, options: VoteOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder = Path(folder).resolve()
-        listed = find_pictures(self.folder)
+        sides = find_sides(self.folder)
+        listed = _listed(sides)
         self.mode = options.mode or ("compare" if not options.chain and _across_models(listed) else "collect")
         rows = _across_models(listed) if self.mode == "compare" else _within_prompts(listed)
         if not rows:
@@ -109,6 +113,8 @@ class Study:
                 if self.mode == "compare"
                 else f"{folder} has no prompt with two pictures: generate more than one picture of a prompt"
             )
+        self.notes = _check_alike(sides, options.allow_different_settings) if self.mode == "compare" else []
+        """What the owner should know of how the sides were made."""
         # In the paper's order the prompt is seen first; here appeal is asked before it is shown.
         asked = options.questions or (QUESTIONS if self.mode == "compare" else ("overall",))
         self.questions = sorted(set(asked), key=("appeal", "overall", "following").index)
@@ -139,7 +145,7 @@ class Study:
     def join(self, name: str = "") -> str:
         """A token by which a new rater is recognised from now on."""
         with self._lock:
-            if len(self._ids) >= MAX_RATERS:
+            if len(self._tokens) >= MAX_RATERS:
                 raise RefusedError(503, f"{MAX_RATERS} people take part already; ask the owner of this page")
             token = secrets.token_urlsafe(24)
             number, public = self.store.add_rater(" ".join(name.split())[:40], _hash(token))
@@ -176,7 +182,10 @@ class Study:
             return self._state(rater)
 
     def undo(self, rater: str, name: str) -> dict[str, Any]:
-        """Take a vote back; the pair is before the rater again. Twice is once."""
+        """Take a vote back; the pair is before the rater again. Twice is once.
+
+        A skipped pair whose place others have taken stays skipped: its name is then in ``closed``, and ``last`` lies before it.
+        """
         with self._lock, self._whole():
             self._here(rater)
             found = self._votes.get(name)
@@ -185,10 +194,11 @@ class Study:
                 raise RefusedError(404, "there is no such vote to undo")
             question = found[1]
             if shown.votes.get(question, ("", ""))[1] == name:
-                before, answer = self._verdict(shown), shown.votes.pop(question)
-                if not self._settle(shown, before):
-                    shown.votes[question] = answer
-                    raise RefusedError(409, "enough people have judged that pair meanwhile")
+                if self._closed(shown):
+                    return {**self._state(rater), "closed": shown.id}
+                before = self._verdict(shown)
+                del shown.votes[question]
+                self._settle(shown, before)
                 self.store.undo_vote(name)
                 self._done[rater].remove(name)
             return self._state(rater)
@@ -200,6 +210,8 @@ class Study:
             raise RefusedError(404, "there is no such picture")
         path = self.folder / self.pictures[number].file
         try:
+            if not path.resolve().is_relative_to(self.folder):
+                raise ValueError("leads outside the folder")
             return plain_png(path, path.stat().st_mtime_ns)
         except (OSError, ValueError) as error:
             self._lose(number, error)
@@ -214,9 +226,8 @@ class Study:
         for shown in list(open_.values()):
             if any(p in self.gone for p in shown.pictures):
                 del open_[shown.id]
-        chain = self.options.chain
-        while len(open_) < (1 if chain else AHEAD):
-            dealt = self.queue.choose(rater, self._champion(rater) if chain else None)
+        while len(open_) < (1 if self.options.chain else AHEAD):
+            dealt = self.queue.choose(rater, self._champion(rater))
             if dealt is None:
                 return
             missing = [p for p in self.pairs[dealt.pair] if not (self.folder / self.pictures[p].file).is_file()]
@@ -231,12 +242,26 @@ class Study:
             self._add(_Showing(name, rater, dealt.pair, pictures, dealt.swapped, dealt.repeat, {}))
 
     def _champion(self, rater: str) -> int | None:
-        """The picture that the rater's latest vote preferred."""
-        if not self._done[rater]:
+        """In a chain, the picture that the rater's latest vote preferred."""
+        if not self.options.chain or not self._done[rater]:
             return None
         shown = self._showings[self._votes[self._done[rater][-1]][0]]
-        choice = next(iter(shown.votes.values()))[0]
-        return {"first": shown.pictures[0], "second": shown.pictures[1]}.get(choice)
+        return {1.0: shown.pictures[0], 0.0: shown.pictures[1]}.get(self._verdict(shown))
+
+    def _soon(self, rater: str) -> list[str]:
+        """In a chain, where the next pair hangs on the answer: the pictures that any answer would bring."""
+        shown = next(iter(self._open[rater].values()), None)
+        if not self.options.chain or shown is None or shown.pair is None:
+            return []
+        found: dict[int, None] = {}
+        for champion, label in ((shown.pictures[0], 1.0), (shown.pictures[1], 0.0), (None, 0.5)):
+            if not shown.repeat:
+                self.queue.answer(rater, shown.pair, label)
+            dealt = self.queue.choose(rater, champion)
+            if not shown.repeat:
+                self.queue.undo_answer(rater, shown.pair, label)
+            found.update(dict.fromkeys(self.pairs[dealt.pair] if dealt else ()))
+        return [self._opaque[number] for number in found]
 
     def _here(self, rater: str) -> None:
         """A sign of life: pairs that were let go come back where there is room, the others leave the rater's list."""
@@ -292,15 +317,19 @@ class Study:
             return None
         return LABELS[choices.get("overall", choices[self.questions[0]])]
 
-    def _settle(self, shown: _Showing, before: float | str | None) -> bool:
-        """Tell queue and list what a vote, or its undoing, changed; False, and nothing happens, if there is no room to undo."""
-        after, queue, counted = self._verdict(shown), self.queue, shown.pair is not None and not shown.repeat
+    def _closed(self, shown: _Showing) -> bool:
+        """A skip that cannot be undone: others have taken the place."""
+        skipped = shown.pair is not None and not shown.repeat and self._verdict(shown) == "skip"
+        return skipped and not self.queue.room(shown.pair or 0)
+
+    def _settle(self, shown: _Showing, before: float | str | None) -> None:
+        """Tell queue and list what a vote, or its undoing, changed."""
+        after, queue = self._verdict(shown), self.queue
         if before == after:
-            return True
-        if counted and shown.pair is not None:
+            return
+        if shown.pair is not None and not shown.repeat:
             if before == "skip":
-                if not queue.undo_skip(shown.rater, shown.pair):
-                    return False
+                queue.undo_skip(shown.rater, shown.pair)
             elif isinstance(before, float):
                 queue.undo_answer(shown.rater, shown.pair, before)
             if after == "skip":
@@ -311,14 +340,15 @@ class Study:
             self._open[shown.rater][shown.id] = shown
         else:
             self._open[shown.rater].pop(shown.id, None)
-        return True
 
     def _state(self, rater: str) -> dict[str, Any]:
         done = self._done[rater]
         last = None
-        if done:
-            showing, question = self._votes[done[-1]]
-            last = {"vote": done[-1], "question": question, "showing": self._told(self._showings[showing])}
+        for name in reversed(done):
+            showing, question = self._votes[name]
+            if not self._closed(self._showings[showing]):
+                last = {"vote": name, "question": question, "showing": self._told(self._showings[showing])}
+                break
         pairs_done = len({self._votes[name][0] for name in done} - set(self._open[rater]))
         return {
             "rater": rater,
@@ -327,6 +357,7 @@ class Study:
             "done": pairs_done,
             "left": self.queue.left(rater) + len(self._open[rater]),
             "open": [self._told(shown) for shown in sorted(self._open[rater].values(), key=lambda s: self._order[s.id])],
+            "soon": self._soon(rater),
             "last": last,
         }
 
@@ -378,7 +409,7 @@ class Study:
             self.queue.take(shown.rater, Dealt(shown.pair, shown.swapped, shown.repeat))
             self._settle(shown, None)
         # What was let go of before is open again here: where others have taken the place, they keep it.
-        for shown in reversed(self._showings.values()):
+        for shown in self._showings.values():
             untouched = shown.pair is not None and not shown.repeat and not shown.votes
             if untouched and self.queue.held[shown.pair] > self.raters_per_pair:
                 self.queue.let_go(shown.rater, shown.pair or 0)
@@ -434,8 +465,8 @@ class _Whole:
             raise
 
 
-def find_pictures(folder: Path) -> list[Listed]:
-    """The pictures of a picture folder, or of all picture folders inside it; files relative to ``folder``.
+def find_sides(folder: Path) -> list[Side]:
+    """A picture folder, or all picture folders inside it, without scores; files relative to ``folder``.
 
     Two folders whose pictures name the same model are told apart by the folders' names.
     """
@@ -451,16 +482,27 @@ def find_pictures(folder: Path) -> list[Listed]:
         )
     read = {inner: read_manifest(inner, check_files=False) for inner in folders}
     told = [model for listed in read.values() for model in {p.model for p in listed}]
-    found = []
+    sides = []
     for inner, listed in read.items():
+        found = []
         for p in listed:
-            model = p.model if told.count(p.model) == 1 else f"{p.model} ({inner.name})"
-            path = (inner / p.file).resolve()
-            if not path.is_relative_to(folder.resolve()):
+            if not (inner / p.file).resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{inner}/manifest.jsonl names {p.file}, outside {folder}: copy the picture into the folder")
-            file = path.relative_to(folder.resolve()).as_posix()
+            model = p.model if told.count(p.model) == 1 else f"{p.model} ({inner.name})"
+            file = (inner.relative_to(folder) / p.file).as_posix()
             found.append(Listed(file, p.prompt, p.seed, p.index, model, p.negative, p.metadata))
-    return found
+        sides.append(Side(inner.name, inner, {p.key: p for p in found}, read_settings(inner), {}))
+    return sides
+
+
+def _check_alike(sides: Sequence[Side], allowed: bool) -> list[str]:
+    """``palate compare``'s check of any two folders that are compared; what it finds, where that is allowed."""
+    notes = [note for pair in combinations(sides, 2) if _across_models(_listed(pair)) for note in differences(pair, allowed)]
+    return list(dict.fromkeys(notes))
+
+
+def _listed(sides: Sequence[Side]) -> list[Listed]:
+    return [picture for side in sides for picture in side.pictures.values()]
 
 
 def _across_models(listed: Sequence[Listed]) -> list[tuple[int, int]]:
@@ -477,14 +519,19 @@ def _within_prompts(listed: Sequence[Listed]) -> list[tuple[int, int]]:
     return [pair for rows in groups.values() for pair in combinations(rows, 2)]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def plain_png(path: Path, changed: int) -> bytes:
     """The picture as PNG, pixels and colour profile only: texts and EXIF often name the model. ``changed`` renews the cache.
 
-    Raises ``OSError`` or ``ValueError`` for a file that is missing or no picture.
+    Raises ``OSError`` or ``ValueError`` for a file that is missing, no picture, or too large for a browser.
     """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"has {size >> 20} MB, at most {MAX_BYTES >> 20} are shown")
     data = path.read_bytes()
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))  # of IHDR, the first chunk
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"is too large ({width} x {height} pixels, at most {MAX_PIXELS} are shown)")
         return _without_texts(data)
     from palate.data.images import decode
 

@@ -191,6 +191,43 @@ def test_collect_by_touch_on_a_phone(serve, visit):
     assert [choice for choice, _ in _saved(server, 2)] == ["tie", "plain"]
 
 
+def test_a_chain_has_every_possible_challenger_there(serve, visit):
+    server = serve("--mode", "collect", "--chain", "true", "--repeats", "0", prompts=2, per_prompt=4, models=("plain",))
+    page = visit(server)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    for turn in range(5):
+        _ready(page)
+        page.wait_for_load_state("networkidle")
+        before = [page.locator(f"#{side}-picture").get_attribute("src") for side in ("left", "right")]
+        asked.clear()
+        page.keyboard.press(("ArrowLeft", "ArrowRight", "ArrowDown")[turn % 3])
+        expect(page.locator("#live")).to_contain_text(f"Pair {turn + 2}.")
+        now = [page.locator(f"#{side}-picture").get_attribute("src") for side in ("left", "right")]
+        if turn % 3 < 2:
+            assert before[turn % 3] in now
+        assert not [url for url in asked if url.endswith(tuple(now))]  # nothing that is shown had to be asked for
+    _saved(server, 5)
+
+
+def test_undo_passes_over_a_skip_that_another_filled(serve, visit):
+    server = serve("--questions", "overall", "--raters", "1", "--repeats", "0", prompts=2)
+    one = visit(server)
+    one.keyboard.press("ArrowLeft")
+    _ready(one)
+    one.keyboard.press("s")
+    expect(one.locator("#finished")).to_be_visible()
+    other = visit(server)
+    other.keyboard.press("ArrowLeft")
+    _saved(server, 3)
+    one.locator("#finished-undo").click()
+    expect(one.locator("#notice")).to_contain_text("Undo again for the one before")
+    expect(one.locator("#finished")).to_be_visible()
+    one.locator("#finished-undo").click()
+    expect(one.locator("#ballot")).to_be_visible()
+    assert _saved(server, 2)[0][0] == "skip"
+
+
 def test_two_raters_in_parallel(serve, visit):
     server = serve("--questions", "overall", "--raters", "2", "--repeats", "0")
     pages = [visit(server, name=name) for name in ("Ann", "Bob")]

@@ -127,7 +127,7 @@ def test_no_import_while_a_page_serves(voted, tmp_path, capsys):
     lock = Lock(voted)
     assert main(["vote", "import", str(voted), "--input", "v.csv"]) == 2
     assert "in use" in capsys.readouterr().err
-    lock.release()
+    lock.close()
 
 
 def test_agreement_weights_by_hand():

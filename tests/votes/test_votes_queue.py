@@ -49,7 +49,9 @@ class _Party:
             what, pair, label = done[-1]
             if what == "answer":
                 queue.undo_answer(rater, pair, label)
-            elif not queue.undo_skip(rater, pair):
+            elif queue.room(pair):
+                queue.undo_skip(rater, pair)
+            else:
                 return
             done.pop()
             holds.add(pair)

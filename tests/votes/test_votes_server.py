@@ -178,6 +178,7 @@ def test_a_full_disk_is_an_answer(study_of, client_of, monkeypatch, capsys):
     answer = visitor.vote(shown, "appeal", "left", "kept-later")
     assert answer.status_code == 507
     assert "disk is full" in answer.json()["error"]
+    assert "votes.db" not in answer.json()["error"]
     assert "disk is full" in capsys.readouterr().err
     monkeypatch.undo()
     assert visitor.vote(shown, "appeal", "left", "kept-later").json()["open"][0]["answered"] == ["appeal"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import sqlite3
@@ -126,6 +125,45 @@ def test_undo_and_undo_again(study_of):
     assert len(study.store.valid_votes()) == 1
 
 
+def test_a_skip_whose_place_others_took_is_passed_over(study_of):
+    """It stays skipped, undo goes on before it, and nobody sees a pair more often than asked; after a restart as well."""
+    study = study_of(prompts=2, raters=1, questions=("overall",), repeats=0.0)
+    one, other = _join(study), _join(study)
+    skipped = study.state(one)["open"][1]["id"]
+    _answer(study, one, "left", "vote-one")
+    _answer(study, one, "skip", "vote-two")
+    _answer(study, other, "right")
+    for again in range(2):
+        told = study.undo(one, "vote-two")
+        assert told["closed"] == skipped
+        assert told["open"] == []
+        assert told["last"]["vote"] == study.state(one)["last"]["vote"] == "vote-one"
+        if not again:
+            study = study_of(prompts=2, raters=1, questions=("overall",), repeats=0.0)
+    state = study.undo(one, "vote-one")
+    assert "closed" not in state
+    assert (len(state["open"]), state["last"]) == (1, None)
+    assert study.queue.held.tolist() == [1, 1]
+    study.undo(other, study.state(other)["last"]["vote"])  # and where a place is free again, the skip can be taken back
+    _answer(study, other, "skip")
+    assert [pair["id"] for pair in study.undo(one, "vote-two")["open"]][-1] == skipped
+
+
+def test_a_restart_leaves_pairs_with_whom_they_went_to(study_of):
+    """One rater left and another took their pairs: so it is after a restart, whoever comes first."""
+    now = [0.0]
+    options = {"prompts": AHEAD, "raters": 1, "questions": ("overall",), "clock": lambda: now[0]}
+    study = study_of(**options)
+    gone, other = _join(study), _join(study)
+    study.state(gone)
+    now[0] += LEASE + 1
+    before = study.state(other)["open"]
+    assert len(before) == AHEAD
+    study = study_of(**options)
+    assert study.state(gone)["open"] == []
+    assert study.state(other)["open"] == before
+
+
 def test_a_restart_goes_on_where_it_was(study_of):
     """After every step, a study that is opened anew says the same to every rater."""
     chance = random.Random(0)
@@ -135,8 +173,7 @@ def test_a_restart_goes_on_where_it_was(study_of):
         rater = chance.choice(raters)
         state = study.state(rater)
         if chance.random() < 0.2 and state["last"]:
-            with contextlib.suppress(RefusedError):  # a skipped pair that others have taken meanwhile
-                study.undo(rater, state["last"]["vote"])
+            study.undo(rater, state["last"]["vote"])
         elif state["open"]:
             _answer(study, rater, chance.choice(["left", "right", "tie", "bad", "skip"]))
     before = [study.state(rater) for rater in raters]
@@ -201,6 +238,23 @@ def test_the_better_picture_is_challenged_again(study_of):
     assert champion not in (study.state(rater)["open"][0]["left"], study.state(rater)["open"][0]["right"])
 
 
+def test_whatever_the_answer_its_pictures_were_told_before(study_of):
+    """In a chain the next pair hangs on the answer; the page fetches the pictures of every answer ahead."""
+    study = study_of(prompts=3, per_prompt=4, models=("plain",), chain=True, repeats=0.2)
+    rater, chance, seen = _join(study), random.Random(1), 0
+    state = study.state(rater)
+    while state["open"]:
+        assert len(state["open"]) == 1
+        held = study.queue.held.tolist()
+        there = {*state["soon"], state["open"][0]["left"], state["open"][0]["right"]}
+        state = _answer(study, rater, chance.choice(["left", "right", "tie", "bad", "skip"]))
+        assert study.state(rater) == state  # looking ahead changes nothing
+        assert all({shown["left"], shown["right"]} <= there for shown in state["open"])
+        assert sum(study.queue.held) <= sum(held) + 1
+        seen += 1
+    assert seen >= 18
+
+
 def test_a_picture_deleted_while_serving(study_of, tmp_path, capsys):
     study = study_of(prompts=6, questions=("overall",))
     rater = _join(study)
@@ -254,6 +308,41 @@ def test_bad_folders(tmp_path):
         Study(folder, VoteOptions())
 
 
+def test_sides_that_were_not_made_alike(tmp_path):
+    """The check of palate compare: settings and prompts of two models that are compared must agree, or be allowed to differ."""
+    folder = picture_folder(tmp_path)
+    for model, steps in (("plain", 20), ("tuned", 50)):
+        (folder / model / "settings.json").write_text(json.dumps({"num_inference_steps": steps}))
+    with pytest.raises(UserError, match=r"num_inference_steps is 20 in .*plain and 50 in .*--allow_different_settings true"):
+        Study(folder, VoteOptions())
+    assert not (folder / "votes.db").exists()
+    study = Study(folder, VoteOptions(allow_different_settings=True))
+    assert "num_inference_steps" in study.notes[0]
+    study.close()
+    Study(folder, VoteOptions(mode="collect")).close()  # judges pictures, not models
+    (folder / "tuned" / "settings.json").unlink()
+    (folder / "plain" / "settings.json").unlink()
+    manifest = folder / "tuned" / "manifest.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=r"1 of 4 pictures in .*plain have no partner"):
+        Study(folder, VoteOptions())
+
+
+def test_folders_that_share_nothing_are_not_compared(tmp_path):
+    """A run's folders of seen and unseen prompts side by side: only those of the same prompts must be alike."""
+    for part, prompts in (("seen", 2), ("unseen", 3)):
+        picture_folder(tmp_path, prompts=prompts, models=(f"plain-{part}", f"tuned-{part}"))
+        for model in ("plain", "tuned"):
+            inner = tmp_path / f"{model}-{part}"
+            lines = [json.loads(line) for line in (inner / "manifest.jsonl").read_text().splitlines()]
+            told = [json.dumps({**line, "prompt": f"{part} {line['prompt']}"}) + "\n" for line in lines]
+            (inner / "manifest.jsonl").write_text("".join(told))
+            (inner / "settings.json").write_text(json.dumps({"resolution": 64 + 64 * (part == "seen")}))
+    study = Study(tmp_path, VoteOptions())
+    assert len(study.pairs) == 5
+    study.close()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -289,6 +378,78 @@ def test_databases_that_are_refused(study_of, tmp_path):
     path.write_bytes(b"SQLite format 3\0" + bytes(5000))
     with pytest.raises(UserError, match="restore it"):
         Store(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        Store(tmp_path)
+
+
+def test_a_damaged_database_is_refused_at_once(study_of, tmp_path, capsys):
+    from palate.cli import main
+
+    study = study_of(prompts=30)
+    rater = _join(study)
+    while study.state(rater)["open"]:
+        _answer(study, rater)
+    study.close()
+    path = tmp_path / "votes.db"
+    data = bytearray(path.read_bytes())
+    data[8192:20480] = bytes(12288)  # three pages in the middle
+    path.write_bytes(data)
+    assert main(["vote", str(tmp_path)]) == 2
+    assert "restore it from a copy" in capsys.readouterr().err
+
+
+def test_no_link_and_no_foreign_database_leads_out_of_the_folder(tmp_path, capsys):
+    from PIL import Image
+
+    from palate.cli import main
+
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    folder = picture_folder(tmp_path / "pictures")
+    study = Study(folder, VoteOptions())
+    number, opaque = next(iter(study._opaque.items()))
+    inside = folder / study.pictures[number].file
+    inside.unlink()
+    inside.symlink_to(secret)
+    with pytest.raises(RefusedError, match="gone"):
+        study.picture(opaque)
+    study.close()
+    with pytest.raises(UserError, match="outside"):
+        Study(folder, VoteOptions())
+    inside.unlink()
+    inside.symlink_to(folder / "tuned" / "000-0.png")  # links inside are as good as files
+    study = Study(folder, VoteOptions(questions=("overall",)))
+    assert study.picture(opaque)
+    rater = _join(study)
+    for _ in range(4):
+        _answer(study, rater)
+    study.store._connection.execute("UPDATE pictures SET file = ? WHERE id = ?", (str(secret), number))
+    study.close()
+    assert main(["vote", "export", str(folder), "--output", str(tmp_path / "out.parquet")]) == 2
+    assert "outside" in capsys.readouterr().err
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_picture_bomb_is_not_passed_on(tmp_path):
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 1, 0, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="60000 x 60000"):
+        plain_png(tmp_path / "bomb.png", 0)
+    (tmp_path / "short.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match="ends too early"):
+        plain_png(tmp_path / "short.png", 0)
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(ValueError, match="65 MB"):
+        plain_png(tmp_path / "huge.png", 0)
 
 
 def test_pictures_that_changed_under_their_votes(study_of, tmp_path):
@@ -304,8 +465,8 @@ def test_one_writer_at_a_time(tmp_path):
     lock.tell("the page http://127.0.0.1:8421")
     with pytest.raises(UserError, match=r"in use by the page http://127.0.0.1:8421"):
         Lock(tmp_path)
-    lock.release()
-    Lock(tmp_path).release()
+    lock.close()
+    Lock(tmp_path).close()
 
 
 def test_results_by_hand():

@@ -11,7 +11,7 @@ const SAID = { tie: "Tie.", bad: "Both bad.", skip: "Skipped." };
 const REST_PAIRS = 40, REST_MINUTES = 20, EARLY = 180; // an answer sooner than so many milliseconds is a slip of the key
 
 let form = "", questions = [];
-let open = [], past = [], done = 0, left = 0;
+let open = [], soon = [], past = [], done = 0, left = 0;
 let shownAt = 0, shown = "", said = "", sending = false, retry = null;
 let restedAt = Date.now(), sinceRest = 0, times = [];
 const outbox = load(), fetched = new Map();
@@ -46,8 +46,12 @@ async function refresh() {
 const own = (pair) => ({ ...pair, answered: new Set(pair.answered) });
 
 function apply(state) {
-  ({ questions, done, left } = state);
+  ({ questions, soon, done, left } = state);
   open = state.open.map(own);
+  if (state.closed) { // a skipped pair that others have filled meanwhile stays skipped
+    past = past.filter((vote) => vote.pair.id !== state.closed);
+    notice("Enough people have judged that pair meanwhile. Undo again for the one before.");
+  }
   // After a reload the server remembers what undo would take back.
   if (!past.length && state.last) past.push({ ...state.last, pair: own(state.last.showing) });
   show();
@@ -114,12 +118,13 @@ function invite(state) {
 const question = () => (open.length ? questions.find((name) => !open[0].answered.has(name)) : undefined);
 
 function fetchAhead() {
-  const wanted = new Set(open.flatMap((pair) => [pair.left, pair.right]));
+  const wanted = new Set([...open.flatMap((pair) => [pair.left, pair.right]), ...soon]);
   for (const name of fetched.keys()) if (!wanted.has(name)) fetched.delete(name);
   for (const name of wanted) {
     if (fetched.has(name)) continue;
     const picture = new Image();
     picture.src = `/picture/${name}`;
+    picture.decode().catch(() => {}); // the one that is shown tells of errors
     fetched.set(name, picture);
   }
 }
