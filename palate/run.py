@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate import recipe as recipes
+from palate.accuracy import accuracy
 from palate.card import PUBLIC, write_card
 from palate.errors import UserError
 from palate.export import about_training
@@ -88,8 +89,9 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     def on_evaluate(step: int) -> dict[str, float]:
         if held_out is None or all(p.label == 0.5 for p in held_out.items):
             return {}
-        found = steps.implicit_accuracy(policy, space, held_out, batch_size=recipe.training.train_batch_size)
-        return {"held_out_accuracy": found}
+        margins, labels = steps.implicit_margins(policy, space, held_out, batch_size=recipe.training.train_batch_size)
+        found = accuracy(margins.tolist(), labels.tolist(), held_out.prompts)
+        return {"held_out_accuracy": found.rate, "held_out_accuracy_low": found.low, "held_out_accuracy_high": found.high}
 
     about = {"command": command, "versions": versions(), "pairs": len(encoded), **_counts(reader.counts)}
     if wanted.resume_from_checkpoint is None:

@@ -175,6 +175,8 @@ SHOWN, LONGEST = 48, 512  # pairs of pictures on a page, and pixels of a picture
 UNDRAWN = ("step", "reward_queries", "seconds", "pairs", "epoch", "round")
 DISTANCES = ("kl_path", "kl", "lora_norm", "logit_abs")
 """Names in a log that say how far a model is from its base, the best first."""
+BOUNDS = ("_low", "_high")
+"""What follows a name in a log where the interval of a measure stands."""
 
 
 @dataclass(frozen=True)
@@ -551,7 +553,7 @@ def _is_trained(name: str) -> bool:
 
 
 def _is_held_out(name: str) -> bool:
-    return name.startswith("held_out")
+    return name.startswith("held_out") and not name.endswith(BOUNDS)
 
 
 def _is_number(value: Any) -> bool:
@@ -573,7 +575,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
         for name, value in row.items():
             if name not in UNDRAWN and _is_number(value):
                 series.setdefault(name, []).append((place, float(value)))
-    names = sorted((n for n, points in series.items() if len(points) > 1), key=_importance)
+    # An interval is drawn around its measure.
+    drawn = {n: points for n, points in series.items() if not (n.endswith(BOUNDS) and n.rpartition("_")[0] in series)}
+    names = sorted((n for n, points in drawn.items() if len(points) > 1), key=_importance)
     if not names:
         return ""
     first, rest = [n for n in names if _importance(n) < 3], [n for n in names if _importance(n) == 3]
@@ -597,15 +601,22 @@ def _importance(name: str) -> int:
 
 
 def _charts(names: list[str], series: Mapping[str, list[tuple[float, float]]], axis: str) -> str:
-    return f'<div class="charts">{"".join(_chart(name, series[name], axis) for name in names)}</div>' if names else ""
+    def chart(name: str) -> str:
+        return _chart(name, series[name], axis, [series[name + end] for end in BOUNDS if name + end in series])
+
+    return f'<div class="charts">{"".join(map(chart, names))}</div>' if names else ""
 
 
-def _chart(name: str, points: list[tuple[float, float]], axis: str) -> str:
+def _chart(name: str, points: list[tuple[float, float]], axis: str, bounds: Sequence[list[tuple[float, float]]] = ()) -> str:
+    """bounds: of its interval, at the same places."""
     points = _thin(sorted(points), 400)
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     smooth = _moving_average(ys, max(1, len(ys) // 15)) if len(ys) > 30 else ys
+    around = [[p[1] for p in _thin(sorted(bound), 400)] for bound in bounds]
+    around = [values for values in around if len(values) == len(ys)]
     shares = "accuracy" in name.lower() and min(ys) >= 0 and max(ys) <= 1
-    low, high = (min(0.4, *ys), max(0.6, *ys)) if shares else (min(ys), max(ys))
+    seen = [*ys, *(y for values in around for y in values)]
+    low, high = (min(0.4, *seen), max(0.6, *seen)) if shares else (min(seen), max(seen))
     if high == low:
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
     left, right, top, bottom = 52, 354, 8, 128
@@ -627,6 +638,7 @@ def _chart(name: str, points: list[tuple[float, float]], axis: str) -> str:
     return f"""<figure class="chart"><figcaption>{title}<span>{start} → {end}</span></figcaption>
 <svg viewBox="0 0 360 146" role="img" aria-label="{title} from {start} to {end}">
 <line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>{chance}
+{"".join(line(values, "raw") for values in around)}
 {line(ys, "raw") if smooth is not ys else ""}{line(smooth, "smooth")}
 <text x="{left - 6}" y="{top + 8}" text-anchor="end">{_number(high)}</text>
 <text x="{left - 6}" y="{bottom}" text-anchor="end">{_number(low)}</text>

@@ -340,32 +340,6 @@ def implicit_margins(
     return torch.cat(found or nothing), torch.cat(labels or nothing)
 
 
-@torch.no_grad()
-def implicit_accuracy(
-    policy: MeasuredPolicy,
-    space: Space,
-    data: PairSource,
-    *,
-    seed: int = 0,
-    timesteps: int = 5,
-    batch_size: int = 8,
-) -> float:
-    """Share of held-out pairs that the policy orders better than its reference does.
-
-    The sign of :func:`implicit_margins`, whose arguments these are.
-
-    Returns:
-        Number in [0, 1]; a margin of 0 counts one half, so an untrained LoRA gives 0.5. Pairs labelled as ties do not count.
-
-    Raises:
-        UserError: no pair has a better picture.
-    """
-    margins, labels = implicit_margins(policy, space, data, seed=seed, timesteps=timesteps, batch_size=batch_size)
-    if not (labels != 0.5).any():
-        raise UserError("held-out accuracy needs pairs with a better picture: the held-out data is empty or all ties")
-    return float(_order(margins[labels != 0.5]).double().mean())
-
-
 def mix(*numbers: int) -> int:
     """63 well-mixed bits of some integers (the finaliser of SplitMix64, chained): the seed of one item."""
     full = 2**64 - 1

@@ -258,6 +258,8 @@ def page(tmp_path_factory):
         {"step": i, "loss": 0.7 - i / 1000, "implicit_accuracy": 0.5 + i / 500, "name": "text", "bad": float("nan")}
         for i in range(50)
     ]
+    for row in rows[::10]:
+        row.update(held_out_accuracy=0.6, held_out_accuracy_low=0.3, held_out_accuracy_high=0.8)
     chapter = Chapter(
         title=EVIL,
         result=Result(["base", EVIL, "third"], ["a", "b", "c"], 100, 100, [pair], [ranking], {}, [EVIL]),
@@ -283,7 +285,12 @@ def test_report_is_whole(page):
     assert len(images) == 8
     assert {i["alt"] for i in images if i["alt"].startswith("before")} == {f"before: {p}" for p in [*PROMPTS[:3], EVIL]}
     charts = [a["aria-label"] for tag, a in parsed.tags if tag == "svg" and a.get("class") != "bar"]
-    assert len(charts) == 3
+    # An interval is drawn around its measure, not as a measure of its own.
+    assert "held out accuracy from 0.6 to 0.6" in charts
+    assert not any("low" in chart for chart in charts)
+    measure = page.index("held out accuracy from 0.6")
+    assert page[measure : page.index("</svg>", measure)].count("<polyline") == 3
+    assert len(charts) == 4
     assert charts[0].startswith("implicit accuracy from 0.5")
     assert charts[1].startswith("loss from 0.69")
 

@@ -17,7 +17,7 @@ from palate.errors import UserError
 from palate.objectives.pairs import cpo, dpo
 from palate.objectives.samples import kto, sft
 from palate.spaces import latent
-from palate.training.steps import Draws, _pair_metrics, automatic_beta, implicit_accuracy, mix, pair_step, sample_step
+from palate.training.steps import Draws, _pair_metrics, automatic_beta, implicit_margins, mix, pair_step, sample_step
 
 
 def batch_of(indices=(3, 0, 5)):
@@ -287,24 +287,19 @@ def test_the_target_has_no_error_and_autocast_does_not_reach_the_measurement():
     assert set(Seen.dtypes) == {torch.float32}
 
 
-def test_held_out_accuracy():
+def test_held_out_margins():
     policy, data = TinyPolicy(), TinyPairs()
-    assert implicit_accuracy(policy, latent(), data, seed=1) == 0.5
+    margins, labels = implicit_margins(policy, latent(), data, seed=1)
+    assert margins.tolist() == [0.0] * 11
+    assert labels.tolist() == data.label.tolist()
     moved = moved_policy()
-    first = implicit_accuracy(moved, latent(), data, seed=1, batch_size=4)
-    assert first == implicit_accuracy(moved, latent(), data, seed=1, batch_size=11)
-    assert first in {k / 11 for k in range(12)}
+    first, _ = implicit_margins(moved, latent(), data, seed=1, batch_size=4)
+    again, _ = implicit_margins(moved, latent(), data, seed=1, batch_size=11)
+    assert torch.equal(first, again)
+    assert (first != 0).all()
     w, l = data.latents.unbind(1)
     data.latents = torch.stack([l, w], dim=1)
-    assert implicit_accuracy(moved, latent(), data, seed=1) == pytest.approx(1 - first)
-
-
-def test_held_out_accuracy_leaves_ties_out():
-    moved = moved_policy()
-    accuracy = {implicit_accuracy(moved, latent(), TinyPairs(2, labels), seed=1) for labels in ([1.0, 0.5], [0.5, 1.0])}
-    assert accuracy <= {0.0, 1.0}
-    with pytest.raises(UserError, match="all ties"):
-        implicit_accuracy(moved, latent(), TinyPairs(2, [0.5, 0.5]), seed=1)
+    assert implicit_margins(moved, latent(), data, seed=1)[0].tolist() == pytest.approx((-first).tolist())
 
 
 @given(st.lists(st.integers(-(2**63), 2**63), min_size=1, max_size=4))
