@@ -145,6 +145,9 @@ def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> La
 def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress: bool = False) -> list[float]:
     """Score of the first minus score of the second picture of every pair of a reader, in order.
 
+    A picture that several pairs of a prompt show, as those of a ranking do, is decoded and scored once; of each, only a digest
+    and a score stay in memory.
+
     Raises:
         UserError: a picture that the judge gives no finite score.
     """
@@ -153,20 +156,25 @@ def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress:
     from palate.judges.stream import score_stream
 
     where: list[str] = []
+    shown: list[int] = []
+    numbers: dict[tuple[str, bytes], int] = {}
 
     def items() -> Iterator[tuple[Any, str]]:
         for pair in pairs:
-            where.append(pair.source)
             for image in (pair.image_0, pair.image_1):
-                yield (lambda image=image: to_tensor([decode(image)])), pair.prompt
+                key = pair.prompt, hashlib.sha256(image).digest()
+                shown.append(numbers.setdefault(key, len(numbers)))
+                if shown[-1] == len(where):
+                    where.append(pair.source)
+                    yield (lambda image=image: to_tensor([decode(image)])), pair.prompt
 
     scores: dict[int, float] = {}
     stream = score_stream(named.load(_device()), items(), batch_size=batch_size, workers=2)
     for index, found in tqdm(stream, desc=named.name, unit=" pictures", disable=not progress):
         if not isinstance(found, float):
-            raise UserError(f"{where[index // 2]}: a picture {found}")
+            raise UserError(f"{where[index]}: a picture {found}")
         scores[index] = found
-    return [scores[2 * i] - scores[2 * i + 1] for i in range(len(scores) // 2)]
+    return [scores[a] - scores[b] for a, b in zip(shown[::2], shown[1::2], strict=True)]
 
 
 def _decide(options: LabelOptions) -> Any:

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from palate.accuracy import accuracy
 from palate.data.images import decode
-from palate.data.pairs import read_pairs
+from palate.data.pairs import PreferencePair, read_pairs
 from palate.errors import UserError
+from palate.judge_names import find_judges
+from palate.label import judge_margins
 
 REAL = Path(__file__).parents[3] / "shared/data/preferences/hpdv2-gallery"
 
@@ -78,6 +82,29 @@ def test_mistakes(palate, pairs_dir, model_dir):
         code, _, errors = palate("accuracy", *words, **options)
         assert (code, said in errors, len(errors.splitlines())) == (2, True, 1), errors
     assert not Path("accuracy.json").exists()
+
+
+def test_a_ranking_is_decoded_once(monkeypatch):
+    """Three pictures in three pairs of one prompt, and one of them again under another prompt: four scores, no more."""
+    seen = []
+
+    def red(images, prompts):
+        seen.extend(prompts)
+        return images[:, 0].mean((1, 2)) + torch.tensor([float(len(p)) for p in prompts])
+
+    def png(red):
+        stream = io.BytesIO()
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(stream, "PNG")
+        return stream.getvalue()
+
+    a, b, c = png(0), png(51), png(153)  # 0, 0.2, 0.6
+    pairs = [PreferencePair(p, x, y, 1.0) for p, x, y in (("x", a, b), ("x", c, a), ("x", b, c), ("xx", c, c))]
+    (judge,) = find_judges(["jpeg_compressibility"]).values()
+    monkeypatch.setattr(type(judge), "load", lambda self, device: red)
+    assert judge_margins(judge, pairs, batch_size=2) == pytest.approx([-0.2, 0.6, -0.4, 0.0], abs=1e-6)
+    assert sorted(seen) == ["x", "x", "x", "xx"]
+    with pytest.raises(UserError, match="row 7: a picture is not a picture"):
+        judge_margins(judge, [*pairs, PreferencePair("x", a, b"no", 1.0, source="row 7")])
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rankings are not here")
