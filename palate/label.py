@@ -89,7 +89,7 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
                 bad[folder] += 1
                 continue
             about[key] = picture
-            candidates.setdefault(picture.prompt, {})[key] = scores[key]
+            candidates.setdefault(picture.task, {})[key] = scores[key]
     for folder, number in bad.items():
         print(f"{folder}: {number} pictures without a score are left out", file=sys.stderr)
     pairs, disagreements = pairs_of(candidates, _decide(options), which=options.pairs)
@@ -104,7 +104,7 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
             (folder_0, file_0), (folder_1, file_1) = pair.first, pair.second
             more = {"model_0": about[pair.first].model, "model_1": about[pair.second].model}
             more |= {"image_0_uid": f"{folder_0.name}/{file_0}", "image_1_uid": f"{folder_1.name}/{file_1}"}
-            yield pair.prompt, (folder_0 / file_0).read_bytes(), (folder_1 / file_1).read_bytes(), pair.label, more
+            yield about[pair.first].prompt, (folder_0 / file_0).read_bytes(), (folder_1 / file_1).read_bytes(), pair.label, more
 
     write_pairs(options.output, rows())
     return counts

@@ -76,7 +76,7 @@ def compare_folders(
     keys, left_out = _common_keys(sides, names)
     if left_out:
         notes.append(f"{left_out} pictures without a score on some side are left out of all sides.")
-    prompts = [key[0] for key in keys]
+    prompts = [sides[0].pictures[key].task for key in keys]
     files = {name: _score_files(sides, name) for name in names}
     scores = {
         name: [np.array([f.scores[s.pictures[k].file] for k in keys]) for s, f in zip(sides, found, strict=True)]
@@ -305,6 +305,11 @@ def _wins(columns: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
 
 def _shown(sides: Sequence[Side], keys: Sequence[tuple[str, int, int]], limit: int) -> list[dict[str, Any]]:
     """The first picture of evenly spaced prompts: chosen without looking at a score."""
-    first = list({key[0]: key for key in reversed(keys)}.values())[::-1]
+    first = list({sides[0].pictures[key].task: key for key in reversed(keys)}.values())[::-1]
     picked = np.unique(np.linspace(0, len(first) - 1, min(limit, len(first))).astype(int))
-    return [{"prompt": first[i][0], "files": [s.pictures[first[i]].file for s in sides]} for i in picked]
+    found = []
+    for key in (first[i] for i in picked):
+        shown = {"prompt": key[0], "files": [s.pictures[key].file for s in sides]}
+        init_image = sides[0].pictures[key].init_image
+        found.append(shown if init_image is None else {**shown, "init_image": init_image})
+    return found

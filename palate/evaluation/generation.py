@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from palate.data.prompts import Prompt
@@ -57,9 +58,18 @@ def picture_seed(seed: int, prompt: str, index: int) -> int:
 
 
 def plan(
-    prompts: Sequence[Prompt], *, model: str, images_per_prompt: int = 1, seed: int = 0, negative: str | None = None
+    prompts: Sequence[Prompt],
+    *,
+    model: str,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    negative: str | None = None,
+    init_images: Sequence[str] | None = None,
 ) -> list[Picture]:
-    """The manifest of what is to be drawn. A prompt that the list repeats is drawn anew: its index counts on."""
+    """The manifest of what is to be drawn. A prompt that the list repeats is drawn anew: its index counts on.
+
+    init_images: of each prompt the name of the picture that is edited, as :func:`palate.evaluation.editing.find` gives it.
+    """
     met: Counter[str] = Counter()
     found = []
     for number, prompt in enumerate(prompts):
@@ -69,14 +79,25 @@ def plan(
             away = negative if prompt.negative is None else prompt.negative
             file = f"{number:05d}-{index:02d}.png"
             picture_of = picture_seed(seed, prompt.text, index)
-            found.append(Picture(file, prompt.text, picture_of, index, model, away, prompt.metadata))
+            init_image = None if init_images is None else init_images[number]
+            found.append(Picture(file, prompt.text, picture_of, index, model, away, prompt.metadata, init_image))
     return found
 
 
-def drawing(denoiser: Any, unet: Any = None, refiner: Any = None, **sampling: Any) -> Draw:
-    """What :func:`generate` draws with: a :class:`palate.models.denoiser.Denoiser`, its own U-Net or another."""
+def drawing(
+    denoiser: Any,
+    unet: Any = None,
+    refiner: Any = None,
+    start: Callable[[list[Picture]], Tensor] | None = None,
+    **sampling: Any,
+) -> Draw:
+    """What :func:`generate` draws with: a :class:`palate.models.denoiser.Denoiser`, its own U-Net or another.
+
+    start: the pixels that pictures are edited from, as :func:`palate.evaluation.editing.starting` makes it.
+    """
 
     def draw(pictures: list[Picture]) -> Sequence[Image.Image]:
+        edited = {} if start is None else {"init": start(pictures)}
         return denoiser.generate(
             [p.prompt for p in pictures],
             [p.seed for p in pictures],
@@ -84,6 +105,7 @@ def drawing(denoiser: Any, unet: Any = None, refiner: Any = None, **sampling: An
             unet=unet,
             refiner=refiner,
             batch_size=len(pictures),
+            **edited,
             **sampling,
         )
 
@@ -164,6 +186,8 @@ def _begun(folder: Path, pictures: Sequence[Picture], settings: Mapping[str, Any
         new = names.get(old.file)
         if new is not None and (new.key, new.negative) != (old.key, old.negative):
             raise UserError(f"{folder}/{old.file} shows {old.prompt!r}, not {new.prompt!r}; name another folder")
+        if new is not None and new.init_image != old.init_image:
+            raise UserError(f"{folder}/{old.file} was edited from {old.init_image}, not {new.init_image}; name another folder")
     keys = {p.key: p for p in there}
     taken = next((p for p in pictures if p.key in keys and keys[p.key].file != p.file), None)
     if taken is not None:

@@ -32,6 +32,13 @@ class Picture:
     model: str
     negative: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    init_image: str | None = None
+    """What it was edited from: path relative to the folder, with ``/``."""
+
+    @property
+    def task(self) -> str:
+        """What was asked for: the prompt, of what picture. Pictures of one task are no independent evidence."""
+        return self.prompt if self.init_image is None else f"{self.prompt} (of {self.init_image})"
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -43,6 +50,8 @@ class Picture:
         found["model"] = self.model
         if self.negative is not None:
             found["negative"] = self.negative
+        if self.init_image is not None:
+            found["init_image"] = self.init_image
         return {**found, "metadata": dict(self.metadata)} if self.metadata else found
 
 
@@ -226,6 +235,9 @@ def differences(sides: Sequence[Side], allowed: bool) -> list[str]:
         away = next((k for k in a.pictures if k in b.pictures and a.pictures[k].negative != b.pictures[k].negative), None)
         if away is not None:
             found.append(f"the negative prompts of {_short(away[0])} differ in {a.folder} and {b.folder}")
+        away = next((k for k in a.pictures if k in b.pictures and a.pictures[k].init_image != b.pictures[k].init_image), None)
+        if away is not None:
+            found.append(f"{_short(away[0])} was edited from different pictures in {a.folder} and {b.folder}")
         for name in sorted((set(a.settings) | set(b.settings)) - {VERSIONS}):
             left, right = a.settings.get(name), b.settings.get(name)
             if left != right:
@@ -306,9 +318,11 @@ def _picture(where: str, row: dict[str, Any]) -> Picture:
         return value
 
     file, prompt = needed("file", str), needed("prompt", str)
-    parts = file.replace("\\", "/").split("/")
-    if file.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in file:
-        raise UserError(f"{where}: {file!r} leads outside the folder; paths must be relative and stay inside")
+    init_image = needed("init_image", str) if row.get("init_image") is not None else None
+    for path in (file, init_image or ""):
+        parts = path.replace("\\", "/").split("/")
+        if path.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in path:
+            raise UserError(f"{where}: {path!r} leads outside the folder; paths must be relative and stay inside")
     negative, metadata = row.get("negative"), row.get("metadata", {})
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"{where}: negative must be text, found {_short(negative)}")
@@ -322,6 +336,7 @@ def _picture(where: str, row: dict[str, Any]) -> Picture:
         model=needed("model", str, "unnamed"),
         negative=negative,
         metadata=metadata,
+        init_image=init_image,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -101,6 +101,7 @@ article+article{margin-top:72px;padding-top:40px;border-top:1px solid var(--line
 .dotm{fill:var(--good)}.dotm.trained{fill:var(--even)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:24px;margin-top:16px}
 .chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px 10px;min-width:0}
+.origin{display:flex;align-items:center;gap:8px;margin-top:6px}
 .chart figcaption{display:flex;justify-content:space-between;gap:12px;font-size:14px;font-weight:600}
 .chart figcaption span{font-weight:400;color:var(--soft);font-variant-numeric:tabular-nums;white-space:nowrap}
 .chart svg{display:block;width:100%;height:auto;margin-top:6px}
@@ -184,14 +185,16 @@ class Chapter:
     """One run or one comparison, ready to be shown.
 
     ``pictures``: prompt, and a picture of each side, which may be fewer than were compared; ``labels``: what the sides are
-    called. ``curves``: rows of the training log, ``{"step": 10, "loss": 0.69, ...}``; every number that occurs in two rows or
-    more becomes a chart. ``settings``: whatever a reader needs to repeat the run, nested at will.
+    called; ``edited``: beside each of ``pictures``, what it was edited from. ``curves``: rows of the training log,
+    ``{"step": 10, "loss": 0.69, ...}``; every number that occurs in two rows or more becomes a chart. ``settings``: whatever a
+    reader needs to repeat the run, nested at will.
     """
 
     title: str
     result: Result | None = None
     pictures: Sequence[tuple[str, Sequence[Image.Image]]] = ()
     labels: Sequence[str] = ("before", "after")
+    edited: Sequence[Image.Image | None] = ()
     curves: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
@@ -217,17 +220,19 @@ def chapter_of(folder: str | Path) -> Chapter:
     run = _read_json(folder / "run.json")
     recipe = folder / "recipe.yaml"
     settings = parse(recipe.read_text(encoding="utf-8"), str(recipe)) if recipe.is_file() else {}
-    labels, pictures, title = ["before", "after"], [], folder.resolve().name
+    labels, pictures, edited, title = ["before", "after"], [], [], folder.resolve().name
     if result is not None:
         if not recipe.is_file():
             settings, title = {"folders": ", ".join(result.folders), **result.settings}, " and ".join(result.models)
             labels = list(result.models)
         pictures = [(shown["prompt"], _open(result.folders, shown["files"])) for shown in result.shown[:SHOWN]]
+        edited = [_edited(result.folders[0], shown.get("init_image")) for shown in result.shown[:SHOWN]]
     return Chapter(
         title=str(extra.get("title") or title),
         result=result,
         pictures=pictures,
         labels=labels,
+        edited=edited,
         curves=read_lines(log) if log.is_file() else [],
         settings=settings if isinstance(settings, dict) else {},
         versions=run.get("versions") or {},
@@ -286,6 +291,11 @@ def _open(folders: Sequence[str], names: Sequence[str]) -> list[Image.Image]:
     return images
 
 
+def _edited(folder: str, name: str | None) -> Image.Image | None:
+    """What a picture was edited from, where it was kept."""
+    return _open([folder], [name])[0] if name is not None and Path(folder, name).is_file() else None
+
+
 def _contents(chapters: Sequence[Chapter]) -> str:
     rows = []
     for number, chapter in enumerate(chapters, start=1):
@@ -325,7 +335,7 @@ def _chapter(c: Chapter, anchor: str) -> str:
         else []
     )
     return f"""<article id="{anchor}"><header><p class="kicker">{escape(c.title)}</p>{hero}</header>
-{judges}{rankings}{_pictures(c.pictures, c.labels)}{_distance(c.curves)}{_curves(c.curves)}{_notes(notes)}
+{judges}{rankings}{_pictures(c.pictures, c.labels, c.edited)}{_distance(c.curves)}{_curves(c.curves)}{_notes(notes)}
 {_making(c.command, dict(c.settings), dict(c.versions))}</article>"""
 
 
@@ -461,7 +471,9 @@ def _bar(w: WinRate | Average) -> str:
 <circle class="dot" cx="{x:.1f}" cy="13" r="5"/></svg>"""
 
 
-def _pictures(pictures: Sequence[tuple[str, Sequence[Image.Image]]], labels: Sequence[str]) -> str:
+def _pictures(
+    pictures: Sequence[tuple[str, Sequence[Image.Image]]], labels: Sequence[str], edited: Sequence[Image.Image | None]
+) -> str:
     if not pictures:
         return ""
     for prompt, images in pictures:
@@ -470,8 +482,8 @@ def _pictures(pictures: Sequence[tuple[str, Sequence[Image.Image]]], labels: Seq
     many = " many" if len(labels) > 2 else ""
     cards = "".join(
         f"""<figure class="pair"><div class="views{many}">{"".join(map(_view, labels, [prompt] * len(labels), images))}</div>
-<figcaption>{escape(prompt)}</figcaption></figure>"""
-        for prompt, images in pictures
+<figcaption>{escape(prompt)}{_origin(origin)}</figcaption></figure>"""
+        for (prompt, images), origin in zip_longest(pictures, edited)
     )
     slide = "" if many else '<button class="over" type="button" aria-pressed="false">Slide</button>'
     names = " and ".join(labels) if len(labels) == 2 else ", ".join(labels)
@@ -484,19 +496,26 @@ def _pictures(pictures: Sequence[tuple[str, Sequence[Image.Image]]], labels: Seq
 
 
 def _view(label: str, prompt: str, image: Image.Image) -> str:
+    picture = _image(f"{label}: {prompt}", image)
+    return f'<div class="view">{picture}<span aria-hidden="true">{escape(label)}</span></div>'
+
+
+def _image(alt: str, image: Image.Image, longest: int = LONGEST) -> str:
     # Small pictures are enlarged here by a whole factor: Lanczos keeps edges that a browser's own enlarging blurs.
     image = image.convert("RGB")
     factor = max(1, round(256 / max(image.size)))
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
-    image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=86, method=4)
     data = base64.b64encode(buffer.getvalue()).decode()
     size = f'width="{image.width}" height="{image.height}"'
-    alt = escape(f"{label}: {prompt}")
-    picture = f'<img src="data:image/webp;base64,{data}" {size} alt="{alt}">'
-    return f'<div class="view">{picture}<span aria-hidden="true">{escape(label)}</span></div>'
+    return f'<img src="data:image/webp;base64,{data}" {size} alt="{escape(alt)}">'
+
+
+def _origin(image: Image.Image | None) -> str:
+    return "" if image is None else f'<span class="origin">edited from {_image("what was edited", image, 96)}</span>'
 
 
 def _distance(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -60,6 +60,15 @@ def load_refiner(
         raise UserError(f"{name} cannot be loaded as a refiner: {first_line(error)}") from error
 
 
+def check_strength(strength: float, num_inference_steps: int) -> None:
+    """Raise ``UserError`` unless editing at this strength leaves at least one of the steps (SDEdit, arXiv 2108.01073)."""
+    if not 0 < strength <= 1 or int(num_inference_steps * strength) < 1:
+        raise UserError(
+            f"strength is {strength} of {num_inference_steps} steps; expected a number up to 1 that leaves a step: at least "
+            f"{1 / num_inference_steps:.2g}"
+        )
+
+
 def _dtype(mixed_precision: str) -> Any:
     from palate.models.denoiser import DTYPES
 

@@ -84,6 +84,8 @@ class Denoiser(Protocol):
         negatives: Sequence[str | None] | None = None,
         unet: nn.Module | None = None,
         refiner: Refiner | None = None,
+        init: Tensor | None = None,
+        strength: float = 1.0,
         num_inference_steps: int,
         guidance_scale: float,
         resolution: int,
@@ -92,7 +94,11 @@ class Denoiser(Protocol):
     ) -> list[Image.Image]:
         """One picture per prompt; picture i depends on ``prompts[i]``, ``negatives[i]`` and ``seeds[i]`` alone.
 
-        A ``refiner`` finishes the pictures of an SDXL model. Raises UserError for pictures that are not finite or all black.
+        A ``refiner`` finishes the pictures of an SDXL model. ``init (b, 3, resolution, resolution)`` in [-1, 1] is edited:
+        noised to where the last ``strength`` of the steps begins, and denoised from there (SDEdit, arXiv 2108.01073); at 1 the
+        picture is that of the prompt alone.
+
+        Raises UserError for pictures that are not finite or all black.
         """
         ...
 

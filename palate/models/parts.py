@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from palate.diffusion.denoising import Conditioning
 from palate.errors import UserError
-from palate.models import first_line
+from palate.models import check_strength, first_line
 
 
 class Source:
@@ -233,6 +233,7 @@ def draw_pictures(
     resolution: int,
     batch_size: int,
     progress: bool,
+    starts: Tensor | None = None,
     finish: Callable[..., Tensor] | None = None,
     **options: Any,
 ) -> list[Image.Image]:
@@ -240,6 +241,7 @@ def draw_pictures(
 
     Args:
         names: of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative.
+        starts: scaled latents ``(b, c, h, w)`` of pictures to edit, for an image-to-image pipeline.
         finish: a second stage, ``(latents, prompts, negatives, generators) -> latents``.
         options: handed to the pipeline.
 
@@ -259,11 +261,11 @@ def draw_pictures(
             given = texts[prompts[rows]].to(device, dtype).tensors
             away = texts[negatives[rows]].to(device, dtype).tensors
             generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[rows]]
+            square = {"height": resolution, "width": resolution}
             latents = pipeline(
                 **{argument: given[name] for name, argument in names.items()},
                 **{f"negative_{argument}": away[name] for name, argument in names.items()},
-                height=resolution,
-                width=resolution,
+                **(square if starts is None else {"image": starts[rows].to(device, dtype)}),
                 generator=generators,
                 output_type="latent",
                 **options,
@@ -274,6 +276,20 @@ def draw_pictures(
     finally:
         unet.train(was_training)
     return images
+
+
+def encode_starts(
+    encode: Callable[[Tensor], Tensor], init: Tensor | None, strength: float, *, steps: int, batch_size: int
+) -> Tensor | None:
+    """Scaled latents of the pictures that are edited; None where nothing is, or nothing of them would be kept.
+
+    Raises:
+        UserError: at this strength no step is left.
+    """
+    if init is None:
+        return None
+    check_strength(strength, steps)
+    return None if strength == 1 else torch.cat([encode(part) for part in init.split(batch_size)])
 
 
 def _picture(pixels: Tensor, prompt: str) -> Image.Image:

@@ -13,7 +13,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.errors import UserError
 from palate.models.features import encoder_features
-from palate.models.parts import Remembered, Source, TextEncoder, Vae, draw_pictures
+from palate.models.parts import Remembered, Source, TextEncoder, Vae, draw_pictures, encode_starts
 from palate.models.refiner import Refiner
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -125,6 +125,8 @@ class StableDiffusion:
         negatives: Sequence[str | None] | None = None,
         unet: nn.Module | None = None,
         refiner: Refiner | None = None,
+        init: Tensor | None = None,
+        strength: float = 1.0,
         num_inference_steps: int,
         guidance_scale: float,
         resolution: int,
@@ -133,8 +135,17 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         if refiner is not None:
             raise UserError(f"a refiner finishes pictures of an SDXL model, but {self.name} is of Stable Diffusion 1.x or 2.x")
+        starts = encode_starts(self.encode_images, init, strength, steps=num_inference_steps, batch_size=batch_size)
+        pipeline = self._pipeline(unet, None, None)  # the text encoder may have left memory and is not needed for known prompts
+        options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        if starts is not None:
+            from diffusers import StableDiffusionImg2ImgPipeline
+
+            pipeline = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+            pipeline.set_progress_bar_config(disable=True)
+            options["strength"] = strength
         return draw_pictures(
-            self._pipeline(unet, None, None),  # the text encoder may have left memory and is not needed for known prompts
+            pipeline,
             self._prompts,
             {"encoder_hidden_states": "prompt_embeds"},
             self.decode,
@@ -144,8 +155,8 @@ class StableDiffusion:
             resolution=resolution,
             batch_size=batch_size,
             progress=progress,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            starts=starts,
+            **options,
         )
 
     def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:

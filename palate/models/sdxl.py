@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
+from palate.errors import UserError
 from palate.models.features import encoder_features
-from palate.models.parts import Remembered, Source, TextEncoder, Vae, draw_pictures
+from palate.models.parts import Remembered, Source, TextEncoder, Vae, draw_pictures, encode_starts
 from palate.models.refiner import Refiner
 from palate.models.sd import LORA_TARGETS
 
@@ -140,15 +141,27 @@ class StableDiffusionXL:
         negatives: Sequence[str | None] | None = None,
         unet: nn.Module | None = None,
         refiner: Refiner | None = None,
+        init: Tensor | None = None,
+        strength: float = 1.0,
         num_inference_steps: int,
         guidance_scale: float,
         resolution: int,
         batch_size: int = 8,
         progress: bool = False,
     ) -> list[Image.Image]:
+        starts = encode_starts(self.encode_images, init, strength, steps=num_inference_steps, batch_size=batch_size)
         pipeline = self._pipeline(unet, (None, None), (None, None))  # as the text encoders may have left memory
         options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         finish = None
+        if starts is not None:
+            if refiner is not None:
+                raise UserError("an edited picture is not refined: leave out the refiner")
+            from diffusers import StableDiffusionXLImg2ImgPipeline
+
+            config = {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}
+            pipeline = StableDiffusionXLImg2ImgPipeline(**pipeline.components, **config)
+            pipeline.set_progress_bar_config(disable=True)
+            options["strength"] = strength
         if refiner is not None:
             finish = partial(refiner.finish, vae=self.vae.module, scheduler=pipeline.scheduler, **options)
             options["denoising_end"] = refiner.start
@@ -163,6 +176,7 @@ class StableDiffusionXL:
             resolution=resolution,
             batch_size=batch_size,
             progress=progress,
+            starts=starts,
             finish=finish,
             **options,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from palate.errors import UserError
 from palate.options import checked, help_lines, overrides
@@ -39,6 +40,11 @@ class GenerateOptions:
     """Steps of the model's own sampler."""
     guidance_scale: float = 5.0
     """Of classifier-free guidance."""
+    init_image: str | None = None
+    """A picture that is edited instead of drawing from noise alone, of all prompts that name none: a line of a JSONL file may
+    hold its own ``init_image``, a path in that file's folder. The largest square in its middle is taken."""
+    strength: float | None = None
+    """Of editing, up to 1: the share of the steps that is done, and so of the picture that changes; 0.8 unless given."""
     negative_prompt: str | None = None
     """What no picture should show; a prompt's own ``negative`` goes before it."""
     resolution: int | None = None
@@ -62,6 +68,10 @@ class GenerateOptions:
             raise UserError(f"refiner_start is {self.refiner_start}; expected a number between 0 and 1")
         if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {self.guidance_scale}; expected 0 or more")
+        if self.strength is not None:
+            from palate.models import check_strength
+
+            check_strength(self.strength, self.num_inference_steps)
         if self.resolution is not None:
             from palate.data.images import check_resolution
 
@@ -76,6 +86,7 @@ def main(words: list[str]) -> int:
     if words[0].startswith("--"):
         raise UserError(f"palate generate expects a model first: {USAGE}")
     options = checked(GenerateOptions, overrides(words[1:]), "palate generate")
+    from palate.evaluation import editing
     from palate.evaluation.generation import Shard, drawing, generate, plan, settings
     from palate.model_names import find_model
     from palate.prompt_names import find_prompts
@@ -91,12 +102,20 @@ def main(words: list[str]) -> int:
         label=options.model_name,
     )
     prompts = find_prompts(options.prompts)[: options.num_prompts]
+    home = Path(options.prompts).expanduser()
+    init_images, files = editing.find(prompts, home.parent if home.is_file() else Path(), options.init_image)
+    edited = {"strength": 0.8 if options.strength is None else options.strength} if files else {}
+    if options.strength is not None and not files:
+        raise UserError("strength is of editing, and there is nothing to edit: add --init_image FILE, or leave it out")
+    if files and options.refiner is not None:
+        raise UserError("an edited picture is not refined: leave out --refiner")
     pictures = plan(
         prompts,
         model=model.label,
         images_per_prompt=options.images_per_prompt,
         seed=options.seed,
         negative=options.negative_prompt,
+        init_images=init_images or None,
     )
     shard = Shard.parse(options.shard)
     denoiser, unet, refiner = model.load(mixed_precision=options.mixed_precision)
@@ -105,13 +124,15 @@ def main(words: list[str]) -> int:
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "resolution": options.resolution or of_run or denoiser.default_resolution,
+        **edited,
     }
+    start = editing.starting(files, options.output_dir, sampling["resolution"]) if files else None
     cut, limit = denoiser.cut_prompts([p.text for p in prompts])
     if cut:
         print(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads", file=sys.stderr)
     try:
         drawn = generate(
-            drawing(denoiser, unet, refiner, **sampling),
+            drawing(denoiser, unet, refiner, start, **sampling),
             pictures,
             options.output_dir,
             settings=settings(

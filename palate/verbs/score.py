@@ -68,8 +68,8 @@ def main(words: list[str]) -> int:
         if not here:
             raise UserError(f"{name} could score none of the {len(pictures)} pictures of {folder}")
         scores = [found.scores[p.file] for p in here]
-        mean = mean_difference([0.0] * len(here), scores, [p.prompt for p in here])
-        prompts = len({p.prompt for p in here})
+        mean = mean_difference([0.0] * len(here), scores, [p.task for p in here])
+        prompts = len({p.task for p in here})
         interval = f"{mean.low:.4g} to {mean.high:.4g}" if prompts > 1 else "-"
         rows.append((name, f"{mean.difference:.4g}", interval, str(len(here)), str(prompts), str(len(bad))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -292,7 +292,7 @@ def test_report_is_whole(page):
     assert page[measure : page.index("</svg>", measure)].count("<polyline") == 3
     assert len(charts) == 4
     assert charts[0].startswith("implicit accuracy from 0.5")
-    assert charts[1].startswith("loss from 0.69")
+    assert charts[2].startswith("loss from 0.69")
 
 
 def test_report_needs_nothing_else(page):

@@ -1,0 +1,102 @@
+"""Pictures that others are edited from (SDEdit, arXiv 2108.01073): found, checked, and kept beside what was made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from palate.data.images import decode, square
+from palate.data.prompts import Prompt
+from palate.errors import UserError
+from palate.evaluation.manifest import Picture
+from palate.files import write_atomically
+
+INIT = "init_image"
+"""What a prompt's metadata call its picture."""
+FOLDER = "init"
+"""Where a picture folder keeps them."""
+
+
+def find(prompts: Sequence[Prompt], home: str | Path, for_all: str | Path | None = None) -> tuple[list[str], dict[str, Path]]:
+    """Of each prompt the name of its picture within a picture folder; and the file behind each name.
+
+    A name holds a digest of the file, so that edits of other pictures are never taken for each other. Without any picture
+    both are empty.
+
+    Args:
+        home: the folder of the prompts, in which the paths of their ``init_image`` begin and stay.
+        for_all: the picture of the prompts that name none.
+
+    Raises:
+        UserError: a prompt without a picture among others that have one; a file that is missing, no picture, or outside
+            ``home``.
+    """
+    if for_all is None and not any(INIT in p.metadata for p in prompts):
+        return [], {}
+    names: dict[Path, str] = {}
+    found = []
+    for prompt in prompts:
+        given = prompt.metadata.get(INIT)
+        if given is None and for_all is None:
+            raise UserError(f"prompt {prompt.text!r} names no {INIT}, others do; add one, or give --init_image for the rest")
+        path = Path(for_all).expanduser() if given is None and for_all is not None else _inside(Path(home), given, prompt)
+        if path not in names:
+            names[path] = f"{FOLDER}/{_digest(path, prompt)}.png"
+        found.append(names[path])
+    return found, {name: path for path, name in names.items()}
+
+
+def starting(files: Mapping[str, Path], folder: str | Path, resolution: int) -> Callable[[list[Picture]], Tensor]:
+    """Pictures to be -> pixels ``(b, 3, resolution, resolution)`` in [-1, 1] of what they are edited from.
+
+    The largest square in the middle of each file, resized. What was edited is also written into the ``folder``.
+    """
+
+    def pixels(name: str) -> Tensor:
+        found = square(decode(files[name].read_bytes()), resolution)
+        path = Path(folder) / name
+        if not path.is_file():
+            stream = io.BytesIO()
+            levels = ((found + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy().astype(np.uint8)
+            Image.fromarray(levels).save(stream, "PNG")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, stream.getvalue())
+        return found
+
+    def start(pictures: list[Picture]) -> Tensor:
+        named = [p.init_image or "" for p in pictures]
+        once = {name: pixels(name) for name in dict.fromkeys(named)}
+        return torch.stack([once[name] for name in named])
+
+    return start
+
+
+def _inside(home: Path, given: object, prompt: Prompt) -> Path:
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise UserError(f"{INIT} of prompt {prompt.text!r} is {given!r}; expected a path such as photos/cat.png")
+    path = home / given
+    if not path.resolve().is_relative_to(home.resolve()):
+        raise UserError(f"{INIT} {given!r} of prompt {prompt.text!r} leads outside {home.resolve()}; put the picture inside")
+    return path
+
+
+def _digest(path: Path, prompt: Prompt) -> str:
+    """Of the file, after it has been decoded once: a damaged picture is told before weights are read."""
+    where = f"{INIT} {path} of prompt {prompt.text!r}"
+    try:
+        data = path.read_bytes()
+        decode(data)
+    except FileNotFoundError:
+        raise UserError(f"{where} does not exist; expected a picture file") from None
+    except OSError as error:
+        raise UserError(f"{where} cannot be read ({error.strerror}); expected a picture file") from None
+    except ValueError as error:
+        raise UserError(f"{where} {error}; replace it, or remove the prompt") from None
+    return hashlib.sha256(data).hexdigest()[:16]
