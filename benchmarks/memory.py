@@ -1,0 +1,69 @@
+"""What a training run is known to hold in a GPU's memory: weights, gradients and optimizer, counted on the real architectures.
+
+Nothing is loaded or run: the U-Nets are built without storage. Activations are not in these sums.
+
+Usage: python benchmarks/memory.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from palate.models.sd import LORA_TARGETS
+
+UNETS = {
+    "SD 1.5": {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8},
+    "SDXL": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+def lora_size(unet: nn.Module, rank: int, layers: str) -> int:
+    """Numbers in the matrices of a LoRA: rank x (outputs + inputs) a layer, of a convolution inputs x kernel."""
+    ends = tuple(f".{target}" for target in LORA_TARGETS[layers])
+    shapes = [m.weight.shape for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and n.endswith(ends)]
+    return sum(rank * (shape[0] + math.prod(shape[1:])) for shape in shapes)
+
+
+def adafactor_size(unet: nn.Module) -> int:
+    """Numbers that torch's Adafactor keeps: of a weight the means over each of its last two axes, of a vector all."""
+    sizes = [p.shape for p in unet.parameters()]
+    return sum(s.numel() if len(s) < 2 else s.numel() // s[-1] + s.numel() // s[-2] for s in sizes)
+
+
+def main() -> None:
+    print("| model | trained | base | frozen copy | trained weights | gradients | optimizer | sum |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, config in UNETS.items():
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**config)
+        count = sum(p.numel() for p in unet.parameters())
+        rows = []
+        for rank, layers, optimizer, each in ((64, "attention", "adamw", 8), (64, "attention", "adamw_8bit", 2)):
+            rows.append((f"LoRA {rank}, {layers}, {optimizer}", count * 2, 0, lora_size(unet, rank, layers), each))
+        for rank in (32, 16):
+            rows.append((f"LoRA {rank}, attention, adamw_8bit", count * 2, 0, lora_size(unet, rank, "attention"), 2))
+        rows.append(("LoRA 16, all, adamw_8bit", count * 2, 0, lora_size(unet, 16, "all"), 2))
+        rows.append(("full, adamw", 0, count * 4, count, 8))
+        rows.append(("full, adafactor", 0, count * 4, count, 4 * adafactor_size(unet) / count))
+        for trained, base, copy, numbers, each in rows:
+            parts = (base, copy, 4 * numbers, 4 * numbers, each * numbers)
+            print(f"| {name} | {trained} | " + " | ".join(f"{x / 1e9:.2f}" for x in (*parts, sum(parts))) + " |")
+
+
+if __name__ == "__main__":
+    main()

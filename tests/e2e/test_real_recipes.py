@@ -1,0 +1,54 @@
+"""The recipes for published models, carried out for two steps with tiny models of the same architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from palate import recipe
+
+REAL = [name for name in recipe.built_in() if name.startswith(("sd15-", "sdxl-"))]
+
+
+def test_there_are_those_of_the_papers_and_for_one_gpu():
+    assert {"sd15-dpo", "sdxl-dpo", "sd15-ncp-dpo", "sdxl-ncp-dpo", "sdxl-ncp-cpo", "sdxl-ncp-sft", "sdxl-sft"} <= set(REAL)
+    assert {f"sdxl-dpo-{size}gb" for size in (12, 16, 24)} <= set(REAL)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_recipe_trains_at_small_size(palate, name, sdxl_dir):
+    made = recipe.load(name)
+    assert "Not run with these weights by us" in recipe.find(name).read_text()
+    tiny = {"resolution": 64, "max_train_steps": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    tiny |= {"mixed_precision": "no", "validation_prompts": "[]", "validation_fraction": 0, "logging_steps": 1}
+    if made.training.optimizer == "adamw_8bit":  # needs a GPU
+        tiny["optimizer"] = "adamw"
+    if name.startswith("sdxl"):
+        tiny["pretrained_model_name_or_path"] = sdxl_dir
+    code, _, err = palate("train", name, lr_warmup_steps=0, **tiny)
+    assert code == 0, err
+    lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert Path("out", "unet" if made.policy.train_method == "full" else "pytorch_lora_weights.safetensors").exists()
+
+
+def test_what_the_papers_say():
+    """Diffusion-DPO: batch 2048, 1e-8 a pair, a quarter of warm-up, 20 % of captions dropped. NCP: rank 64, 512 pairs."""
+    for name in ("sd15-dpo", "sdxl-dpo"):
+        made = recipe.load(name)
+        training = made.training
+        pairs = 16 * training.train_batch_size * training.gradient_accumulation_steps
+        assert (pairs, training.caption_dropout) == (2048, 0.2)
+        assert training.learning_rate == pytest.approx(1e-8 * pairs)
+        assert training.lr_warmup_steps == training.max_train_steps / 4
+        assert made.policy.train_method == "full"
+    assert recipe.load("sdxl-dpo").training.optimizer == "adafactor"
+    for name in ("sd15-ncp-dpo", "sdxl-ncp-dpo"):
+        made = recipe.load(name)
+        pairs = made.training.train_batch_size * made.training.gradient_accumulation_steps
+        assert pairs == 512
+        assert made.training.learning_rate == pytest.approx(1e-8 * pairs)
+        assert (made.policy.rank, made.training.optimizer, made.data.absolute_winners) == (64, "adamw_8bit", True)
+        assert made.objective == {"name": "dpo", "beta": 2 * 2500}
