@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import QUICK
 from safetensors.torch import load_file
 
 
 def test_two_processes_train_as_one(palate, tmp_path, model_dir, pairs_dir, cache_dir):
     words = ["train", "quick.yaml", "--max_train_steps", "2", "--output_dir", "two", "--train_batch_size", "2"]
     words += ["--pretrained_model_name_or_path", str(model_dir), "--train_data", str(pairs_dir), "--cache_dir", str(cache_dir)]
-    (tmp_path / "quick.yaml").write_text(QUICK)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
