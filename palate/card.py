@@ -11,12 +11,13 @@ from palate.evaluation.compare import percent
 from palate.evaluation.folders import read_result
 from palate.files import write_atomically
 from palate.hub import is_hub_id
+from palate.models.export import KOHYA_FILE
+from palate.models.policy import LORA_FILE
 from palate.options import dumps
 from palate.recipe import Recipe
 
 CARD = "README.md"
-LORA, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
-PUBLIC = (CARD, LORA, KOHYA, "unet/*", "before_after.png")
+PUBLIC = (CARD, LORA_FILE, KOHYA_FILE, "unet/*", "before_after.png")
 """What of a run is for others: no path of this machine stands in these."""
 
 
@@ -130,14 +131,14 @@ def _usage(base: str, shown: str, family: str, full: bool, recipe: Recipe) -> li
         lines += [
             "",
             f'pipe = {pipeline}.from_pretrained("{name}", torch_dtype=torch.float16).to("cuda")',
-            f'pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA}")',
+            f'pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}")',
         ]
     sampling = (
         f"num_inference_steps={recipe.evaluation.num_inference_steps}, guidance_scale={recipe.evaluation.guidance_scale:g}"
     )
     lines += [f"image = pipe({json.dumps(prompt, ensure_ascii=False)}, {sampling}).images[0]", "```", ""]
     if not full:
-        lines += [f"For ComfyUI and A1111: put `{KOHYA}` into their LoRA folder and use it at strength 1.", ""]
+        lines += [f"For ComfyUI and A1111: put `{KOHYA_FILE}` into their LoRA folder and use it at strength 1.", ""]
     return lines
 
 
