@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hmac
 import json
@@ -79,6 +80,7 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
     access_cookie, rater_cookie = f"palate-access-{mark}", f"palate-rater-{mark}"
     votes, joins, reads = Bucket(5.0, 40), Bucket(5.0, 300), Bucket(50.0, 300)
     remembered: dict[str, Any] = {}
+    counting = asyncio.Lock()
 
     def role(request: Request) -> str | None:
         shown = request.cookies.get(access_cookie, "")
@@ -168,12 +170,14 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
     async def results_data(request: Request) -> Response:
         if role(request) != "owner":
             raise RefusedError(403, "results are for the owner: open the link that 'palate vote' printed")
-        if time.monotonic() - remembered.get("at", -9.0) > 2:
-            state = await run_in_threadpool(study.store.rows, "SELECT count(*), sum(undone) FROM votes")
-            if (now := (*state[0], len(study.gone))) != remembered.get("state"):
-                remembered.update(told=await run_in_threadpool(_told, study), state=now)
-            remembered["at"] = time.monotonic()
-        return JSONResponse(remembered["told"])
+        async with counting:
+            if (began := time.monotonic()) >= remembered.get("until", began):
+                state = await run_in_threadpool(study.store.rows, "SELECT count(*), sum(undone) FROM votes")
+                if (now := (*state[0], len(study.gone))) != remembered.get("state"):
+                    remembered.update(told=await run_in_threadpool(_told, study), state=now)
+                # Of many thousand votes the intervals take seconds, in which raters would wait.
+                remembered["until"] = time.monotonic() + max(2.0, 10 * (time.monotonic() - began))
+            return JSONResponse(remembered["told"])
 
     routes = [
         Route("/", page),

@@ -176,6 +176,9 @@ def test_collect_by_touch_on_a_phone(serve, visit):
     for button in page.locator("#ballot button:visible").all():
         assert button.bounding_box()["height"] >= 40
         assert button.bounding_box()["x"] + button.bounding_box()["width"] <= 360
+    page.locator("#help-open").tap()
+    expect(page.locator("#help-title")).to_be_in_viewport(ratio=1)  # a narrow page begins at its top
+    page.locator("#help-close").tap()
     page.locator("#zoom").tap()
     page.locator("#left").tap()  # ends the zoom and is no vote
     _count(page, 0, 2)
