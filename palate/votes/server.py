@@ -288,10 +288,11 @@ def _own_address(host: str) -> str:
 
 
 def _told(study: Study) -> dict[str, Any]:
-    return results(study.store.valid_votes(), mode=study.mode, raters_per_pair=study.raters_per_pair) | {
-        "pairs": len(study.pairs),
-        "gone": len(study.gone),
-    }
+    """Of this study's pairs alone: others, imported or of another mode, answer other questions."""
+    pairs, votes = set(study.pairs), study.store.valid_votes()
+    here = [vote for vote in votes if (vote["picture_0"], vote["picture_1"]) in pairs]
+    told = results(here, mode=study.mode, raters_per_pair=study.raters_per_pair)
+    return told | {"pairs": len(pairs), "gone": len(study.gone), "elsewhere": len(votes) - len(here)}
 
 
 class _TooManyError(Exception):

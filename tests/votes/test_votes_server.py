@@ -45,6 +45,21 @@ def test_vote_undo_and_results(study_of, client_of):
     assert set(told["questions"]) == {"overall", "appeal"}
 
 
+def test_results_are_of_the_pairs_at_hand(study_of, client_of):
+    """What was said of two pictures of one model counts neither in a comparison of models nor in its agreement."""
+    for mode in ("collect", "compare"):
+        study = study_of(prompts=3, per_prompt=2, mode=mode, questions=("overall",))
+        visitor = client_of(study)
+        visitor.join()
+        while shown := visitor.get("/api/state").json()["open"]:
+            visitor.vote(shown[0]["id"], "overall", "left")
+    within = 3 * 6 - 6  # of four pictures of a prompt six pairs, of which two are of both models and one seed
+    visitor.get(f"/enter/{study.key('owner')}")
+    told = visitor.get("/api/results").json()
+    assert (told["judged"], told["pairs"], told["votes"], told["elsewhere"]) == (6, 6, 12, within)
+    assert told["questions"]["overall"]["comparisons"][0]["win_rate"]["n"] == 12
+
+
 def test_every_answer_carries_the_guards(visitor):
     for path in ("/", "/assets/vote.js", "/assets/vote.css", "/api/state", "/results", "/nowhere", "/picture/nothing"):
         headers = visitor.get(path).headers

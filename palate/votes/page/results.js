@@ -79,8 +79,9 @@ function draw(told) {
   if (text === before) return;
   before = text;
   if ($("headline").textContent !== headline(told)) $("headline").textContent = headline(told);
+  const elsewhere = told.elsewhere ? `; ${plural(told.elsewhere, "vote")} on pairs of another mode or from elsewhere not counted here` : "";
   const gone = told.gone ? `; ${plural(told.gone, "picture")} gone since` : "";
-  $("summary").textContent = `${told.judged} of ${plural(told.pairs, "pair")} judged, ${plural(told.votes, "vote")} by ${plural(told.raters.length, "rater")}; up to ${plural(told.raters_per_pair, "rater")} a pair${gone}`;
+  $("summary").textContent = `${told.judged} of ${plural(told.pairs, "pair")} judged, ${plural(told.votes, "vote")} by ${plural(told.raters.length, "rater")}; up to ${plural(told.raters_per_pair, "rater")} a pair${gone}${elsewhere}`;
   $("questions").replaceChildren(...Object.entries(told.questions).map(([name, found]) => panel(name, found)));
   $("raters").hidden = !told.raters.length;
   const share = (value) => (value === null ? "–" : percent(value));
