@@ -144,7 +144,8 @@ def generate(
     folder, shard = Path(folder), shard or Shard()
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
-    done = _begun(folder, pictures, settings, model or {})
+    before = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    done = begun(folder, pictures, {**dict.fromkeys(before), **settings}, model or {})
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MODEL, model or {})
     if not (folder / SETTINGS).is_file():
@@ -164,14 +165,22 @@ def generate(
     return len(wanted)
 
 
-def _begun(folder: Path, pictures: Sequence[Picture], settings: Mapping[str, Any], model: Mapping[str, Any]) -> set[str]:
-    """The files that the folder's manifest names already, of a folder that may be gone on with."""
+def begun(folder: str | Path, pictures: Sequence[Picture], settings: Mapping[str, Any], model: Mapping[str, Any]) -> set[str]:
+    """The files that the folder's manifest names already, of a folder that may be gone on with; reads no pictures.
+
+    settings: those that are known by now; of the others nothing is said. None is a setting that the folder must not have.
+
+    Raises:
+        UserError: as :func:`generate`.
+    """
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
     for name, given in ((SETTINGS, settings), (MODEL, model)):
         if (folder / name).is_file():
             before = read_json(folder / name)
-            differ = [k for k in {**before, **given} if k != "versions" and before.get(k) != given.get(k)]
+            wanted = {**before, **given} if name == MODEL else given
+            differ = [k for k in wanted if k != "versions" and before.get(k) != given.get(k)]
             if differ:
                 k = differ[0]
                 raise UserError(

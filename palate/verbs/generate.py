@@ -87,7 +87,7 @@ def main(words: list[str]) -> int:
         raise UserError(f"palate generate expects a model first: {USAGE}")
     options = checked(GenerateOptions, overrides(words[1:]), "palate generate")
     from palate.evaluation import editing
-    from palate.evaluation.generation import Shard, drawing, generate, plan, settings
+    from palate.evaluation.generation import Shard, begun, drawing, generate, plan, settings
     from palate.model_names import find_model
     from palate.prompt_names import find_prompts
     from palate.run import versions
@@ -109,6 +109,10 @@ def main(words: list[str]) -> int:
         raise UserError("strength is of editing, and there is nothing to edit: add --init_image FILE, or leave it out")
     if files and options.refiner is not None:
         raise UserError("an edited picture is not refined: leave out --refiner")
+    if files:
+        from palate.models import check_model
+
+        check_model(model.base, revision=model.revision)
     pictures = plan(
         prompts,
         model=model.label,
@@ -117,15 +121,14 @@ def main(words: list[str]) -> int:
         negative=options.negative_prompt,
         init_images=init_images or None,
     )
-    shard = Shard.parse(options.shard)
+    shard, about = Shard.parse(options.shard), model.about()
+    resolution = options.resolution or (model.recipe.data.resolution if model.recipe is not None else None)
+    sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    known = {"strength": None, **sampling, **edited, "seed": options.seed, "mixed_precision": options.mixed_precision}
+    # Whether the folder may be gone on with is mostly known before any weights are read.
+    begun(options.output_dir, pictures, known if resolution is None else {**known, "resolution": resolution}, about)
     denoiser, unet, refiner = model.load(mixed_precision=options.mixed_precision)
-    of_run = model.recipe.data.resolution if model.recipe is not None else None
-    sampling = {
-        "num_inference_steps": options.num_inference_steps,
-        "guidance_scale": options.guidance_scale,
-        "resolution": options.resolution or of_run or denoiser.default_resolution,
-        **edited,
-    }
+    sampling |= {"resolution": resolution or denoiser.default_resolution, **edited}
     start = editing.starting(files, options.output_dir, sampling["resolution"]) if files else None
     cut, limit = denoiser.cut_prompts([p.text for p in prompts])
     if cut:
@@ -138,7 +141,7 @@ def main(words: list[str]) -> int:
             settings=settings(
                 denoiser, seed=options.seed, versions=versions(), mixed_precision=options.mixed_precision, **sampling
             ),
-            model=model.about(),
+            model=about,
             batch_size=options.batch_size,
             shard=shard,
             progress=sys.stderr.isatty(),

@@ -85,6 +85,25 @@ def test_one_picture_for_all_and_sdxl(edit, palate, sdxl_dir, prompts_file):
     assert (code, "was edited from different pictures in one and other" in errors) == (2, True)
 
 
+def test_another_folder_is_refused_before_weights_are_read(edit, monkeypatch):
+    from palate.model_names import NamedModel
+
+    assert edit("out", strength=0.5, resolution=64, num_prompts=1)[0] == 0
+    monkeypatch.setattr(NamedModel, "load", None)  # not to be called
+    for options, said in (
+        ({"strength": 0.75}, "begun with strength 0.5, now 0.75"),
+        ({"seed": 1}, "begun with seed 0, now 1"),
+        ({"num_inference_steps": 8}, "begun with num_inference_steps 4, now 8"),
+        ({"resolution": 32}, "begun with resolution 64, now 32"),
+        ({"model_name": "other"}, "begun with name 'tiny-sd', now 'other'"),
+        ({"prompts": "set/plain.txt", "strength": None}, "begun with strength 0.5, now None"),
+        ({"prompts": "set/plain.txt", "init_image": "set/photos/1.png"}, "out/00000-00.png was edited from"),
+    ):
+        Path("set/plain.txt").write_text("in winter\n")
+        code, _, errors = edit("out", **{"strength": 0.5, "num_prompts": 1, **options})
+        assert (code, said in errors, len(errors.splitlines())) == (2, True, 1), errors
+
+
 def write(**row):
     Path("set/own.jsonl").write_text(json.dumps({"prompt": "in winter", **row}) + "\n")
 
