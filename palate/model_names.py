@@ -77,20 +77,24 @@ class NamedModel:
             found |= {"refiner": self.refiner, "refiner_start": self.refiner_start}
         return {**found, "loras": [{"file": x.path.name, "scale": x.scale, "digest": _digest(x.path)} for x in self.loras]}
 
-    def load(self, *, mixed_precision: str = "no") -> tuple[Denoiser, Any, Any]:
-        """The model; its tuned U-Net (its own, with LoRAs in it, unless a run trained all weights); the refiner or None."""
-        denoiser = load_base(self.base, mixed_precision=mixed_precision, revision=self.revision, variant=self.variant)
+    def load(self, *, mixed_precision: str = "no") -> tuple[Any, Any, Any]:
+        """The model; its tuned U-Net (its own, with LoRAs in it, unless a run trained all weights); the refiner or None.
+
+        A model of a family that is not trained is a :class:`palate.models.other.OtherPipeline`.
+        """
+        from palate.models import load_drawer, quiet_loading
+
+        device = _device(mixed_precision)
+        quiet_loading()
+        source = {"revision": self.revision, "variant": self.variant}
+        denoiser = load_drawer(self.base, mixed_precision=mixed_precision, device=device, **source)
         unet = self._put(denoiser)
         if self.refiner is None:
             return denoiser, unet, None
         from palate.models import load_refiner
 
-        device = str(unet.device)
-        return (
-            denoiser,
-            unet,
-            load_refiner(self.refiner, start=self.refiner_start, mixed_precision=mixed_precision, device=device),
-        )
+        refiner = load_refiner(self.refiner, start=self.refiner_start, mixed_precision=mixed_precision, device=device)
+        return denoiser, unet, refiner
 
     def load_finished(self) -> Finished:
         """The model beside the one it was tuned from, in full precision."""
@@ -100,7 +104,7 @@ class NamedModel:
         base = twin(denoiser.unet, share=True)
         return Finished(denoiser, self._put(denoiser), base)
 
-    def _put(self, denoiser: Denoiser) -> Any:
+    def _put(self, denoiser: Any) -> Any:
         """What was trained, and the LoRAs, into the model; the U-Net to use."""
         from palate.models.policy import put_loras, tuned
 
@@ -163,11 +167,7 @@ def load_base(
     name = _base(name)
     check_model(name, revision=revision)
 
-    import torch
-
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    if mixed_precision == "fp16" and device == "cpu":
-        raise UserError("mixed_precision fp16 needs a GPU, and there is none; use bf16 or no")
+    device = _device(mixed_precision)
     quiet_loading()
     precision = "no" if full else mixed_precision
     return load_denoiser(name, mixed_precision=precision, device=device, revision=revision, variant=variant)
@@ -182,6 +182,16 @@ def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None =
     check_refiner(refiner)
     if FAMILIES[check_model(_base(base), revision=revision)] != "sdxl":
         raise UserError(f"a refiner finishes pictures of an SDXL model, and {base} is none: leave out --refiner")
+
+
+def _device(mixed_precision: str) -> str:
+    """This process's."""
+    import torch
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if mixed_precision == "fp16" and device == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU, and there is none; use bf16 or no")
+    return device
 
 
 def _base(name: str) -> str:

@@ -42,6 +42,17 @@ def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu"
         raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
 
 
+def load_drawer(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: str | None) -> Any:
+    """As :func:`load_denoiser`, and of other families a :class:`palate.models.other.OtherPipeline`, which only draws."""
+    given = {k: v for k, v in source.items() if v is not None}
+    kind = _pipeline_class(name, given.get("revision"))
+    if kind in FAMILIES or kind == REFINER:
+        return load_denoiser(name, mixed_precision=mixed_precision, device=device, **source)
+    from palate.models.other import OtherPipeline
+
+    return OtherPipeline(name, dtype=_dtype(mixed_precision), device=device, **given)
+
+
 def load_refiner(
     name: str, *, start: float = 0.8, mixed_precision: str = "no", device: str = "cpu", **source: str | None
 ) -> Refiner:
@@ -89,7 +100,7 @@ def check_model(name: str, *, revision: str | None = None) -> str:
     if kind not in FAMILIES:
         raise UserError(
             f"{name} is a {kind}; supported pipelines: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x, SDXL, and "
-            "their Turbo kinds)"
+            "their Turbo kinds); others can only draw, by palate generate"
         )
     return kind
 
@@ -110,7 +121,8 @@ def _pipeline_class(name: str, revision: str | None) -> str:
     if folder.is_file() and folder.suffix in SINGLE_FILES:
         raise UserError(
             f"{name} is a single file; expected a pipeline folder. diffusers makes one: "
-            "StableDiffusionPipeline (or StableDiffusionXLPipeline).from_single_file(FILE).save_pretrained(FOLDER)"
+            "StableDiffusionPipeline (or StableDiffusionXLPipeline).from_single_file(FILE).save_pretrained(FOLDER), or offline "
+            "from_single_file(FILE, config=OTHER), OTHER being any pipeline folder of the same kind"
         )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(

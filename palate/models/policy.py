@@ -200,7 +200,7 @@ def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
     return unet.eval().requires_grad_(False)
 
 
-def put_loras(denoiser: Denoiser, unet: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
+def put_loras(denoiser: Any, unet: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
     """Put LoRA files of any layout that diffusers reads into ``unet`` (and the text encoders), each at its scale.
 
     Those that the U-Net has already, as of :func:`tuned`, stay at scale 1.

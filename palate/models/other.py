@@ -1,0 +1,91 @@
+"""Families that Palate draws with but does not train: any text-to-image pipeline that diffusers knows by itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from palate.errors import UserError
+from palate.models import first_line
+
+
+class OtherPipeline:
+    """A folder or hub id of a pipeline such as SD3, Flux, PixArt or Sana, with what drawing needs of a denoiser.
+
+    Args: as :class:`palate.models.sd.StableDiffusion`.
+
+    Raises:
+        UserError: no text-to-image pipeline, or parts of it cannot be read.
+    """
+
+    family = "other"
+
+    def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
+        from diffusers import AutoPipelineForText2Image
+
+        self.name = name
+        try:
+            self._pipeline = AutoPipelineForText2Image.from_pretrained(
+                name, torch_dtype=dtype, use_safetensors=True, **source
+            ).to(device)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"{name} cannot be loaded to draw with: {first_line(error)}") from error
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._takes = set(inspect.signature(self._pipeline.__call__).parameters)
+        parts = self._pipeline.components
+        self.unet: nn.Module = parts.get("transformer") or parts["unet"]
+        self.scheduler_config = dict(self._pipeline.scheduler.config)
+        side = getattr(self._pipeline, "default_sample_size", None) or self.unet.config.sample_size
+        self.default_resolution = int(side) * int(getattr(self._pipeline, "vae_scale_factor", 1))
+
+    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
+        """None: such pipelines warn of prompts that they cut."""
+        return 0, 0
+
+    def pipeline(self, unet: nn.Module | None = None) -> Any:
+        """What LoRAs are put into."""
+        if not hasattr(self._pipeline, "load_lora_weights"):
+            raise UserError(f"{type(self._pipeline).__name__} takes no LoRA; leave out --lora")
+        return self._pipeline
+
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        negatives: Sequence[str | None] | None = None,
+        unet: nn.Module | None = None,
+        refiner: None = None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        resolution: int,
+        batch_size: int = 8,
+    ) -> list[Image.Image]:
+        """As :meth:`palate.models.denoiser.Denoiser.generate`."""
+        options: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": resolution,
+            "width": resolution,
+        }
+        if missing := set(options) - self._takes:
+            raise UserError(f"{type(self._pipeline).__name__} takes no {min(missing)}; draw with it in diffusers itself")
+        away = [n or "" for n in negatives or [""] * len(prompts)]
+        if any(away) and "negative_prompt" not in self._takes:
+            raise UserError(f"{type(self._pipeline).__name__} takes no negative prompt; leave it out")
+        images: list[Image.Image] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            if any(away):
+                options["negative_prompt"] = away[rows]
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
+            images += self._pipeline(prompts[rows], generator=generators, **options).images
+        for image, prompt in zip(images, prompts, strict=True):
+            if image.convert("L").getextrema() == (0, 0):
+                raise UserError(f"the picture of {prompt!r} is all black: the model is damaged, or overflows at this precision")
+        return images
