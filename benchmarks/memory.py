@@ -45,6 +45,30 @@ def adafactor_size(unet: nn.Module) -> int:
     return sum(s.numel() if len(s) < 2 else s.numel() // s[-1] + s.numel() // s[-2] for s in sizes)
 
 
+def encoder_sizes() -> dict[str, int]:
+    """Parameters of the text encoders and of the VAE, all computed in float32 before training."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    common = {"vocab_size": 49408, "max_position_embeddings": 77}
+    first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **common)
+    second = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, **common
+    )
+    with torch.device("meta"):
+        parts = {
+            "text encoder": CLIPTextModel(first),
+            "SDXL's second text encoder": CLIPTextModelWithProjection(second),
+            "VAE": AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+            ),
+        }
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
 def main() -> None:
     print("| model | trained | base | frozen copy | trained weights | gradients | optimizer | sum |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -63,6 +87,9 @@ def main() -> None:
         for trained, base, copy, numbers, each in rows:
             parts = (base, copy, 4 * numbers, 4 * numbers, each * numbers)
             print(f"| {name} | {trained} | " + " | ".join(f"{x / 1e9:.2f}" for x in (*parts, sum(parts))) + " |")
+    print()
+    for name, count in encoder_sizes().items():
+        print(f"{name}: {count:,} parameters, {4 * count / 1e9:.2f} GB in float32")
 
 
 if __name__ == "__main__":

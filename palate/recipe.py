@@ -239,7 +239,7 @@ def _plain(value: Any) -> Any:
 
 def built_in() -> dict[str, Path]:
     """Names of the recipes that come with Palate."""
-    return {path.stem: path for path in sorted(BUILT_IN.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(BUILT_IN.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def find(name: str) -> Path:

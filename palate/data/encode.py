@@ -206,6 +206,10 @@ class EncodedPictures(Encoded[EncodedPicture]):
         return self.of(kept)
 
 
+PIXELS_AT_ONCE = 2**19
+"""Two pictures of 512 pixels a side, one of 768 or 1024: half a kilobyte for each in every tensor of those layers."""
+
+
 def encode(
     items: Iterable[PreferencePair] | Iterable[LikedPicture],
     *,
@@ -228,8 +232,8 @@ def encode(
 
     ``encode_images`` takes ``(b, 3, resolution, resolution)`` float32 in [-1, 1] and returns latents ``(b, c, h, w)``;
     ``encode_text`` takes prompts and returns tensors of as many rows by name. Both see only what the cache lacks, each
-    picture and each prompt once, ``batch_size`` at a time; so a run that was stopped continues where it was. Floating-point
-    results are kept as ``dtype``. The fingerprints stand for the encoders' weights.
+    picture and each prompt once, ``batch_size`` at a time (of large pictures fewer); so a run that was stopped continues
+    where it was. Floating-point results are kept as ``dtype``. The fingerprints stand for the encoders' weights.
 
     With ``center_crop`` an entry belongs to a picture. Without, the square's position is drawn once per item from ``seed``
     and the contents of its pictures, for both of a pair the same, and in every epoch (a new position in every epoch could not
@@ -247,7 +251,8 @@ def encode(
         pixels, framings = (torch.stack(parts) for parts in zip(*items, strict=True))
         return {"latents": encode_images(pixels), "framing": framings}
 
-    pictures = _Queue(cache, batch_size, dtype, encode_pictures)
+    # Of large pictures fewer: a VAE's first layers hold 128 float32 channels of every pixel, several times over.
+    pictures = _Queue(cache, max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2)), dtype, encode_pictures)
     texts = _Queue(cache, batch_size, dtype, encode_text)
     pairs: list[EncodedPair] = []
     singles: list[EncodedPicture] = []

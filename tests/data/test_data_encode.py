@@ -408,3 +408,11 @@ def test_pictures_of_different_sizes_make_one_batch(tmp_path):
 def test_accents_count_as_one_however_they_are_encoded(tmp_path):
     encoded = keys_only(["caf\u00e9", "cafe\u0301", "tea"])
     assert sorted(map(len, encoded.split(0.4, 0))) == [1, 2]
+
+
+@pytest.mark.parametrize(("resolution", "at_once"), [(16, [4]), (512, [2, 2]), (768, [1, 1, 1, 1])])
+def test_large_pictures_are_encoded_a_few_at_a_time(tmp_path, resolution, at_once):
+    """The pairs hold four different pictures; 2 * 512^2 = 2^19 pixels are the most at once."""
+    encoders = Encoders()
+    encoders.encode(PAIRS, tmp_path, resolution=resolution)
+    assert encoders.pictures == at_once
