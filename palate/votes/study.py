@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -387,9 +388,9 @@ class Study:
         self._last_seen: dict[str, float] = {}
         self._showings: dict[str, _Showing] = {}
         self._order: dict[str, int] = {}
-        self._open: dict[str, dict[str, _Showing]] = _PerRater(dict)
+        self._open: dict[str, dict[str, _Showing]] = defaultdict(dict)
         self._votes: dict[str, tuple[str, str]] = {}
-        self._done: dict[str, list[str]] = _PerRater(list)
+        self._done: dict[str, list[str]] = defaultdict(list)
         number = {pair: i for i, pair in enumerate(self.pairs)}
         public = {row["id"]: row["public"] for row in raters}
         for row in self.store.rows("SELECT * FROM showings ORDER BY number"):
@@ -432,17 +433,6 @@ class Study:
 
     def _sign(self, kind: str, text: str) -> str:
         return hmac.new(self.store.secret.encode(), f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()
-
-
-class _PerRater(dict):
-    """An empty container for a rater who has none yet."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, rater: str) -> Any:
-        return self.setdefault(rater, self._make())
 
 
 class _Whole:
