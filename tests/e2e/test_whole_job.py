@@ -45,6 +45,20 @@ def test_every_objective_trains_in_every_space(palate, objective, space):
     assert any(t.abs().max() > 0 for n, t in load_file("out/pytorch_lora_weights.safetensors").items() if "lora_B" in n)
 
 
+@pytest.mark.parametrize("space", ["latent", "perceptual"])
+def test_an_objective_of_ones_own_trains(palate, monkeypatch, space):
+    Path(f"own_{space}.py").write_text(
+        "from palate.diffusion.denoising import Fit, Pair\n"
+        "def squared_hinge(policy: Pair[Fit], reference: Pair[Fit], *, slope: float = 1.0):\n"
+        "    gap = (policy.l.error - reference.l.error) - (policy.w.error - reference.w.error)\n"
+        "    return (1 - slope * gap).clamp(min=0).square()\n"
+    )
+    code, _, errors = palate("train", objective=f"own_{space}:squared_hinge", space=space, **{"objective.slope": 500})
+    assert code == 0, errors
+    assert recipe.load("out/recipe.yaml").objective == {"name": f"own_{space}:squared_hinge", "slope": 500.0}
+    assert any(t.abs().max() > 0 for n, t in load_file("out/pytorch_lora_weights.safetensors").items() if "lora_B" in n)
+
+
 def test_paths_may_begin_at_home(palate, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     code, _, errors = palate("train", output_dir="~/there", max_train_steps=1)

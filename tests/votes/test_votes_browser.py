@@ -197,11 +197,17 @@ def test_collect_by_touch_on_a_phone(serve, visit):
 def test_a_chain_has_every_possible_challenger_there(serve, visit):
     server = serve("--mode", "collect", "--chain", "true", "--repeats", "0", prompts=2, per_prompt=4, models=("plain",))
     page = visit(server)
-    asked = []
+    asked, finished = [], []
     page.on("request", lambda request: asked.append(request.url))
+    page.on("requestfinished", lambda request: finished.append(request.url))
     for turn in range(5):
         _ready(page)
-        page.wait_for_load_state("networkidle")
+        # What may come next is fetched after the pair is shown; on a busy machine that takes its time.
+        while len(finished) < len(asked) or page.evaluate("document.readyState") != "complete":
+            page.wait_for_timeout(50)
+        quiet = len(asked)
+        while page.wait_for_timeout(500) or len(asked) > quiet:
+            quiet = len(asked)
         before = [page.locator(f"#{side}-picture").get_attribute("src") for side in ("left", "right")]
         asked.clear()
         page.keyboard.press(("ArrowLeft", "ArrowRight", "ArrowDown")[turn % 3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import signal
 import socket
 import subprocess
 import sys
@@ -236,7 +238,10 @@ def test_serving_for_real(study_of, tmp_path):
     taken.listen()
     port = taken.getsockname()[1]
     words = [sys.executable, "-m", "palate", "vote", str(tmp_path), "--port", str(port)]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in the background of a shell ignores Ctrl-C, and so would the command.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, cwd=ROOT, preexec_fn=heeding, **pipes)
     try:
         lines = [process.stdout.readline() for _ in range(4)]
         assert "compare: 4 pairs, 5 raters each" in lines[0]
@@ -248,7 +253,7 @@ def test_serving_for_real(study_of, tmp_path):
         url = lines[1].split()[-1]
         assert httpx2.get(url, timeout=10, trust_env=False).status_code == 200
     finally:
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         taken.close()
     assert f"port {port} is taken" in err
