@@ -337,9 +337,13 @@ class _Run:
             with accelerator.autocast():
                 self.round = self.rollouts.begin_round(position // len(self.data), processes, lambda: signals.received)
         except UserError as error:
-            message = f"{error}; the state after step {done - 1} is in {self.save(done - 1)}"
-            self.logs.say(message, show=False)
-            raise type(error)(message) from error
+            self._give_up(done - 1, error)
+
+    def _give_up(self, done: int, error: UserError) -> NoReturn:
+        """Raise a failure again, that of a reward say, once the state after ``done`` steps is saved."""
+        message = f"{error}; the state after step {done} is in {self.save(done)}"
+        self.logs.say(message, show=False)
+        raise type(error)(message) from error
 
     def stopped(self, done: int) -> Stopped:
         """What to raise where training was asked to stop after ``done`` steps; saves a checkpoint."""
@@ -468,8 +472,12 @@ class _Run:
             record |= {"lr": self.optimizer.param_groups[0]["lr"], **self.window.means(), **self.step.state}
             self.window = Window()
             self._warn(done, record.get("logit_abs"))
+        failed = None
         if on_evaluate is not None and self._due(done, self.options.eval_steps):
-            record |= self._in_main_process(on_evaluate, done) or {}
+            try:
+                record |= self._in_main_process(on_evaluate, done) or {}
+            except UserError as error:
+                failed = error
         if record:
             pairs, seconds = done * self.batch_size, round(time.monotonic() - self.began, 2)
             epoch = round(pairs / len(self.data), 4)
@@ -478,6 +486,8 @@ class _Run:
                 counted = {"round": epoch, "reward_queries": self.rollouts.queries}
             place = {"step": done, **counted, "seconds": seconds}
             self.logs.record({**place, **record})
+        if failed is not None:
+            self._give_up(done, failed)
 
     def sample(self, done: int, on_sample: Callable[[int], Any] | None) -> None:
         if on_sample is not None and self._due(done, self.options.sample_steps):

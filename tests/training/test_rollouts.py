@@ -333,6 +333,21 @@ def test_a_reward_that_fails_leaves_a_checkpoint(tmp_path):
         assert torch.equal(tensor, weights(resumed)[name])
 
 
+def test_a_held_out_reward_that_fails_leaves_a_checkpoint(tmp_path):
+    def evaluate(step):
+        if step == 4:
+            raise UserError("reward heldout raised ValueError: no")
+        return {"held_out/fine": 1.0}
+
+    with pytest.raises(UserError, match=r"raised ValueError: no; the state after step 4 is in .*checkpoint-4"):
+        run(tmp_path / "a", evaluate=evaluate, eval_steps=2)
+    assert "loss" in log(tmp_path / "a")[-1]  # what the step itself told is not lost with the evaluation
+    straight, _ = run(tmp_path / "b")
+    resumed, _ = run(tmp_path / "a", resume_from_checkpoint="latest")
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+
+
 def test_no_prompts():
     with pytest.raises(UserError, match="no prompts"):
         rollouts(TinyPolicy(), prompts=[])

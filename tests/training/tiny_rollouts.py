@@ -89,7 +89,7 @@ def step_for(policy, objective, online):
     return make(Guided(policy, online.trained_scale), latent(), OBJECTIVES[objective])
 
 
-def run(output_dir, objective="ddpo_is", *, online=None, policy=None, processes=1, rewards=None, decode=decode, **options):
+def run(output_dir, objective="ddpo_is", *, online=None, policy=None, processes=1, rewards=None, decode=decode, evaluate=None, **options):
     """Three rounds of eight pictures unless told otherwise; returns policy and rollouts."""
     policy, given = policy or TinyPolicy(), {"updates_per_round": 1} if objective == "ddpo_sf" else {}
     source = rollouts(policy, objective, rewards=rewards, decode=decode, **given | (online or {}))
@@ -99,7 +99,7 @@ def run(output_dir, objective="ddpo_is", *, online=None, policy=None, processes=
     given = {"train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "checkpointing_steps": None} | options
     given = {"max_train_steps": 3 * arithmetic.updates} | given
     given["gradient_accumulation_steps"] = arithmetic.accumulation(given["train_batch_size"], processes)
-    train(step, policy, source, options=TrainOptions(output_dir=str(output_dir), **given))
+    train(step, policy, source, options=TrainOptions(output_dir=str(output_dir), **given), on_evaluate=evaluate)
     return policy, source
 
 
