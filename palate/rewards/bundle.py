@@ -150,6 +150,19 @@ class RewardBundle:
             total += self.weights[name] * (scores.double() - statistics.mean) / (statistics.std + 1e-8)
         return total.float()
 
+    def level(self, means: Mapping[str, float]) -> float:
+        """What means of the rewards by name come to, on a scale that stays the same as the run goes on.
+
+        The total of several rewards is measured against all pictures so far, so it sinks back to 0 once they no longer rise.
+        This is against those collected first: sum of weight * (mean - first mean) / first std (1 where they were equal). Of one
+        reward it is weight * mean.
+        """
+        if len(means) == 1:
+            ((name, mean),) = means.items()
+            return self.weights[name] * mean
+        first = {name: self.statistics[name].first for name in means}
+        return sum(self.weights[name] * (means[name] - first[name][0]) / first[name][1] for name in means)
+
     def close(self) -> None:
         """End the worker once it has done what was handed in."""
         if self._worker is not None:
@@ -158,8 +171,8 @@ class RewardBundle:
             self._worker = None
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The running statistics: for every reward number of images, mean, and sum of squared deviations."""
-        return {name: [float(s.count), s.mean, s.squares] for name, s in self.statistics.items()}
+        """The running statistics: for every reward number of images, mean, sum of squared deviations, and `first`."""
+        return {name: [float(s.count), s.mean, s.squares, *s.first] for name, s in self.statistics.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
         if set(state) != set(self.rewards):
@@ -248,10 +261,15 @@ class RewardBundle:
 
 
 class _Statistics:
-    """Mean and population standard deviation of all that was added, by the parallel update of Chan et al. (1979)."""
+    """Mean and population standard deviation of all that was added, by the parallel update of Chan et al. (1979).
 
-    def __init__(self, count: float = 0, mean: float = 0.0, squares: float = 0.0):
-        self.count, self.mean, self.squares = int(count), mean, squares
+    first: mean and standard deviation (1 where all were equal) of what was added first.
+    """
+
+    def __init__(
+        self, count: float = 0, mean: float = 0.0, squares: float = 0.0, first_mean: float = 0.0, first_std: float = 1.0
+    ):
+        self.count, self.mean, self.squares, self.first = int(count), mean, squares, (first_mean, first_std)
 
     @property
     def std(self) -> float:
@@ -260,6 +278,9 @@ class _Statistics:
     def add(self, scores: Float[Tensor, " b"]) -> None:
         x, n = scores.double(), len(scores)
         mean = float(x.mean())
+        if not self.count:
+            std = float(x.std(correction=0))
+            self.first = mean, std if std > 1e-6 else 1.0  # equal ones differ by rounding
         apart = mean - self.mean
         self.squares += float((x - mean).square().sum()) + apart**2 * self.count * n / (self.count + n)
         self.mean += apart * n / (self.count + n)

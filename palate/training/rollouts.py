@@ -45,6 +45,7 @@ class Bundle(Protocol):
 
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Any: ...
     def collect(self, pending: Sequence[Any]) -> Any: ...
+    def level(self, means: Mapping[str, float]) -> float: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -121,7 +122,7 @@ class Rollouts:
         self.replay, self.replay_batch_size, self.tolerance, self.progress = replay, replay_batch_size, tolerance, progress
         self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)
         self.seen: list[float] = []  # every reward so far, for the streaming percentile
-        self.means: list[float] = []  # the mean reward of every round
+        self.means: list[float] = []  # the mean reward of every round, all on one scale
         self.watch: Any = None  # what else a checkpoint must keep, if anything: it has state_dict and load_state_dict
         self.queries = 0
         self.round = -1
@@ -169,13 +170,15 @@ class Rollouts:
         prompts = [self.prompts[i].text for i in drawn["prompt"].tolist()]
         thumbnails = drawn.pop("thumbnail")
         if kl and self.options.kl_budget is not None and sum(kl) > self.options.kl_budget:
+            self.rewards.load_state_dict(self.before["rewards"])  # this round counts for nothing
             raise BudgetSpent(f"KL divergence {sum(kl):.3g} is over kl_budget {self.options.kl_budget}")
         self.queries += n
-        self.means.append(float(rewards["total"].mean()))
         self.round = number
-        total = rewards["total"]
-        told: dict[str, Any] = {"reward_mean": float(total.mean()), "reward_std": float(total.std(correction=0))}
-        told |= {f"reward/{name}": float(raw.mean()) for name, raw in rewards.items() if name != "total"}
+        total = rewards.pop("total")
+        means = {name: float(raw.mean()) for name, raw in rewards.items()}
+        self.means.append(self.rewards.level(means))
+        told: dict[str, Any] = {"reward_mean": self.means[-1], "reward_std": float(total.std(correction=0))}
+        told |= {f"reward/{name}": mean for name, mean in means.items()}
         apart = advantages.spread(prompts, thumbnails)
         told |= {"diversity": apart} if apart is not None else {}
         told |= {"kl_path": sum(kl), "kl_steps": [round(x, 8) for x in kl]} if kl else {}

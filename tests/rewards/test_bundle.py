@@ -53,6 +53,25 @@ def test_several_are_standardised_by_hand():
     torch.testing.assert_close(found.total, torch.tensor([1.0, 3.0]) / 5**0.5)
 
 
+def test_levels_of_rounds_are_on_one_scale():
+    # First 1, 3 and 0, 0: means 2 and 0, deviations 1 and 0, which counts as 1. Weights 1 and 0.5.
+    made = RewardBundle({"a": lambda i, p: torch.tensor([1.0, 3.0]), "b": lambda i, p: torch.tensor([0.0, 0.0])}, {"b": 0.5})
+    made.submit(images(2), PROMPTS[:2]).result()
+    assert made.level({"a": 2.0, "b": 0.0}) == 0
+    # A plateau of 6 (for a) stays at 6 - 2 = 4 however often it is reached; its total sinks towards 0.
+    made.rewards["a"] = lambda i, p: torch.tensor([5.0, 7.0])
+    totals = [float(made.submit(images(2), PROMPTS[:2]).result().total.mean()) for _ in range(3)]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] > totals[-1] + 0.1
+    assert made.level({"a": 6.0, "b": 0.0}) == 4
+    assert made.level({"a": 6.0, "b": 1.0}) == 4.5
+    again = RewardBundle(made.rewards, {"b": 0.5})
+    again.load_state_dict(made.state_dict())
+    assert again.level({"a": 6.0, "b": 1.0}) == 4.5
+    alone = RewardBundle({"b": brightness}, {"b": -2})
+    assert alone.level({"b": 3.0}) == -6
+
+
 def test_constant_reward_adds_nothing():
     made = RewardBundle({"a": brightness, "b": lambda i, p: torch.full((len(i),), 7.0)})
     x = images()

@@ -257,6 +257,7 @@ def test_the_budget_ends_training(tmp_path):
     assert "over kl_budget" in (tmp_path / "train.log").read_text()
     assert checkpoints.latest(tmp_path).name == "checkpoint-2"
     assert source.queries == 8
+    assert source.rewards.asked == 8  # nor is the round kept that was drawn for nothing
 
 
 # What is refused ---------------------------------------------------------------------------------------------------------

@@ -48,6 +48,9 @@ class Brightness:
         total = torch.cat(pending)
         return Judged(total, {"brightness": total})
 
+    def level(self, means):
+        return means["brightness"]
+
     def state_dict(self):
         return {"asked": self.asked}
 
@@ -89,7 +92,18 @@ def step_for(policy, objective, online):
     return make(Guided(policy, online.trained_scale), latent(), OBJECTIVES[objective])
 
 
-def run(output_dir, objective="ddpo_is", *, online=None, policy=None, processes=1, rewards=None, decode=decode, evaluate=None, **options):
+def run(
+    output_dir,
+    objective="ddpo_is",
+    *,
+    online=None,
+    policy=None,
+    processes=1,
+    rewards=None,
+    decode=decode,
+    evaluate=None,
+    **options,
+):
     """Three rounds of eight pictures unless told otherwise; returns policy and rollouts."""
     policy, given = policy or TinyPolicy(), {"updates_per_round": 1} if objective == "ddpo_sf" else {}
     source = rollouts(policy, objective, rewards=rewards, decode=decode, **given | (online or {}))
