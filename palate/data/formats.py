@@ -108,6 +108,11 @@ def find(source: str | Path) -> list[Place]:
     if path.is_dir():
         known = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         found = known[:1] or sorted(p for ending in ENDINGS for p in path.rglob(f"*{ending}"))
+        if not found:
+            found = sorted(p for name in FOLDER_FILES for p in path.glob(f"*/{name}"))
+            if len(found) > 1:
+                listed = ", ".join(str(p.parent) for p in found[:5])
+                raise UserError(f"folder {path} holds several sets of pictures; name one of them: {listed}")
         if not found and next(_captioned(path), None) is not None:
             found = [path]
         if not found:
@@ -132,7 +137,8 @@ def _find_on_hub(repo: str, split: str) -> list[Place]:
     if any(name in FOLDER_FILES for name in names):
         # Pictures as files of their own: all are fetched.
         return find(hub.snapshot(repo, ["*"], kind="dataset", otherwise=otherwise))
-    found = sorted(name for name in names if name.endswith(ENDINGS))
+    described = sorted(name for name in names if Path(name).name in FOLDER_FILES)
+    found = sorted(name for name in names if name.endswith(ENDINGS)) or described
     if not found:
         raise UserError(
             f"the data set {repo} holds no *.parquet, *.tar or metadata.jsonl; its own scripts are never run: download it, and "
@@ -141,7 +147,13 @@ def _find_on_hub(repo: str, split: str) -> list[Place]:
     of_split = [name for name in found if (split or "train") in re.split(r"[^A-Za-z0-9]+", name)]
     if split and not of_split:
         raise UserError(f"the data set {repo} has no files of a split {split!r}: it holds {', '.join(found[:5])}")
-    return [Place(Path(name), repo) for name in of_split or found]
+    chosen = of_split or found
+    if found is described:
+        folder = hub.snapshot(
+            repo, [f"{Path(name).parent.as_posix()}/*" for name in chosen], kind="dataset", otherwise=otherwise
+        )
+        return [Place(folder / name) for name in chosen]
+    return [Place(Path(name), repo) for name in chosen]
 
 
 def _captioned(folder: Path) -> Iterator[tuple[Path, Path]]:

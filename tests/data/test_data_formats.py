@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import tracemalloc
 from io import BytesIO
@@ -309,6 +310,17 @@ def test_imagefolder_with_text(tmp_path):
     assert list(read_likes(tmp_path)) == [LikedPicture("x", A, 1.0, 1.0, "metadata.jsonl, row 1")]
 
 
+def test_an_imagefolder_of_several_splits(tmp_path):
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        jsonl(folder(tmp_path / split) / "metadata.jsonl", [{"file_name": "a.png", "text": split}])
+    with pytest.raises(UserError, match=r"name one of them: .*test, .*train"):
+        read_likes(tmp_path)
+    assert [item.prompt for item in read_likes(tmp_path / "train")] == ["train"]
+    shutil.rmtree(tmp_path / "test")
+    assert [item.prompt for item in read_likes(tmp_path)] == ["train"]
+
+
 def test_pictures_with_a_text_beside_each(tmp_path):
     (tmp_path / "sub").mkdir()
     folder(tmp_path / "sub")
@@ -442,6 +454,17 @@ def test_an_imagefolder_of_the_hub(hub_cache):
     hub_cache({"metadata.jsonl": row.encode(), "a.png": A, "b.jpg": B})
     (pair,) = read_pairs("owner/votes")
     assert (pair.image_0, pair.image_1) == (A, B)
+
+
+def test_an_imagefolder_of_the_hub_with_splits(hub_cache):
+    rows = {split: json.dumps({"file_name": "a.png", "text": split}).encode() for split in ("test", "train")}
+    hub_cache(
+        {f"{split}/{name}": data for split, row in rows.items() for name, data in (("metadata.jsonl", row), ("a.png", A))}
+    )
+    assert [item.prompt for item in read_likes("owner/votes")] == ["train"]
+    assert [item.prompt for item in read_likes("owner/votes:test")] == ["test"]
+    with pytest.raises(UserError, match="no files of a split 'validation'"):
+        find("owner/votes:validation")
 
 
 def test_later_files_of_the_hub_are_fetched_when_their_turn_comes(monkeypatch, tmp_path):
