@@ -213,12 +213,9 @@ def put_loras(denoiser: Any, unet: nn.Module, loras: Sequence[tuple[Path, float]
     pipeline: Any = denoiser.pipeline(unet)
     scales = {str(name): 1.0 for name in getattr(unet, "peft_config", {})}
     for number, (path, scale) in enumerate(loras):
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
-                _load(pipeline, path, f"lora{number}")
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be put into {denoiser.name}: {first_line(error)}") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+            _load(denoiser, pipeline, path, f"lora{number}")
         scales[f"lora{number}"] = scale
     pipeline.set_adapters(list(scales), list(scales.values()))
     unet.eval().requires_grad_(False)
@@ -265,23 +262,39 @@ def load_lora(denoiser: Denoiser, unet: nn.Module, path: str | Path) -> None:
         UserError: as :func:`find_lora`, or it does not fit the model.
     """
     file = find_lora(path)
-    try:
-        _load(denoiser.pipeline(unet), file, "default")
-        with safe_open(file, "pt") as opened:
-            given = sum(name.endswith(".weight") and "lora" in name for name in opened.keys())  # noqa: SIM118
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be put into {denoiser.name}: {first_line(error)}") from error
+    _load(denoiser, denoiser.pipeline(unet), file, "default")
+    with safe_open(file, "pt") as opened:
+        given = sum(name.endswith(".weight") and "lora" in name for name in opened.keys())  # noqa: SIM118
     found = [parameter for name, parameter in unet.named_parameters() if LORA in name]
     if len(found) != given:
         raise UserError(
             f"{file} does not fit {denoiser.name}: {len(found)} of its {given} matrices found their layer; "
             "was it trained for another family of models?"
         )
+    if not all(parameter.isfinite().all() for parameter in found):
+        raise UserError(f"{file} holds numbers that are not finite; it cannot be used")
     for parameter in found:
         parameter.data = parameter.data.float()
 
 
-def _load(pipeline: Any, file: Path, adapter: str) -> None:
+def _load(denoiser: Any, pipeline: Any, file: Path, adapter: str) -> None:
+    from diffusers.utils import logging
+
+    kept = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # of a file that does not fit, diffusers logs a line for every layer
+    try:
+        _put(pipeline, file, adapter)
+    except KeyError as error:
+        raise UserError(f"{file} cannot be put into {denoiser.name}: {error.args[0]} is missing") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        mismatch = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        why = f"{mismatch} Was it trained for another family of models?" if mismatch else first_line(error)
+        raise UserError(f"{file} cannot be put into {denoiser.name}: {why}") from error
+    finally:
+        logging.set_verbosity(kept)
+
+
+def _put(pipeline: Any, file: Path, adapter: str) -> None:
     with safe_open(file, "pt") as opened:
         mixed = len({float(opened.get_tensor(name)) for name in opened.keys() if name.endswith(".alpha")}) > 1  # noqa: SIM118
     if not mixed:
