@@ -70,7 +70,7 @@ def told(recipe: Recipe, found: Wanted) -> str:
     rounds = -(-(options.max_train_steps or 0) // arithmetic.updates)
     return (
         f"{len(found.prompts)} prompts; a round draws {online.samples_per_round} pictures of "
-        f"{online.samples_per_round // online.group_size} prompts in {online.sample_num_steps} steps "
+        f"{min(online.samples_per_round // online.group_size, len(found.prompts))} prompts in {online.sample_num_steps} steps "
         f"({online.sample_batch_size} at once) and makes {arithmetic.updates} updates of {arithmetic.effective_batch} {unit}: "
         f"{options.train_batch_size} at once x {options.gradient_accumulation_steps} x {_processes()} process(es), "
         f"{passes * options.train_batch_size * (2 if evidence == 'pairs' else 1)} rows in a forward pass. "

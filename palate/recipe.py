@@ -169,6 +169,11 @@ def _at_least(options: Any, least: int, *names: str) -> None:
             raise UserError(f"{name} is {value}; expected at least {least}")
 
 
+def _given(options: Any) -> str:
+    """The names of those options that are not at their default."""
+    return ", ".join(f.name for f in fields(options) if getattr(options, f.name) != getattr(type(options)(), f.name))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that determines a run. Objective and space are checked and completed by their defaults."""
@@ -193,7 +198,16 @@ class Recipe:
         if self.online.train_prompts is None:
             if evidence == "trajectories":
                 raise UserError(f"objective {self.objective['name']} learns from the model's own pictures: name train_prompts")
+            if given := _given(self.online):
+                raise UserError(
+                    f"without train_prompts these options do nothing: {given}; name train_prompts, or leave them out"
+                )
             return
+        if "train_data" in _given(self.data).split(", "):
+            raise UserError(
+                f"train_data {self.data.train_data} would not be read: with train_prompts the model draws what it learns "
+                "from; leave one of the two out"
+            )
         arithmetic = Arithmetic.of(self.online, evidence)
         if self.objective.get("beta") == AUTO:
             raise UserError("beta auto is chosen from pairs that are there before training: name a number in online training")

@@ -175,7 +175,7 @@ class Rollouts:
         self.queries += n
         self.round = number
         total = rewards.pop("total")
-        means = {name: float(raw.mean()) for name, raw in rewards.items()}
+        means = {name: float(raw.double().mean()) for name, raw in rewards.items()}
         self.means.append(self.rewards.level(means))
         told: dict[str, Any] = {"reward_mean": self.means[-1], "reward_std": float(total.std(correction=0))}
         told |= {f"reward/{name}": mean for name, mean in means.items()}

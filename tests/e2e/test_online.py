@@ -111,6 +111,8 @@ def test_sdxl(online, tmp_path, sdxl_dir, objective):
         ({"objective": "dpo"}, "set group_size to 2"),
         ({"space": "perceptual"}, "measures likelihoods"),
         ({"sample_eta": 0}, "no likelihood"),
+        ({"train_data": "votes.db"}, "train_data votes.db would not be read"),
+        ({"train_prompts": None, "objective": "dpo"}, "these options do nothing: rounds, samples_per_round, "),
     ],
 )
 def test_mistakes_are_told_in_one_line(online, tmp_path, options, message):
@@ -119,6 +121,19 @@ def test_mistakes_are_told_in_one_line(online, tmp_path, options, message):
     assert message in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_repeated_prompts_are_counted_once(online, prompts_file):
+    """A round of eight of fewer prompts holds no more than there are."""
+    from palate import online as assembled
+
+    made = recipe.load(
+        "miniature-ddpo-sf",
+        {"train_prompts": str(prompts_file), "samples_per_round": 64, "group_size": 1, "advantage": "round"},
+    )
+    count = len(Path(prompts_file).read_text().splitlines())
+    assert count < 64
+    assert f"draws 64 pictures of {count} prompts" in assembled.told(made, assembled.find(made))
 
 
 def test_an_empty_prompt_file(online, tmp_path):
