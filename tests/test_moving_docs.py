@@ -53,3 +53,13 @@ def test_names_of_files():
     text = (DOCS / "outputs.md").read_text()
     assert f"`{LORA_FILE}`" in text
     assert f"`{KOHYA_FILE}`" in text
+
+
+def test_options_on_the_page_of_moving_from_trl_exist():
+    text = (DOCS / "moving-from-trl-ddpo.md").read_text()
+    sections = {name for name in recipe.SECTIONS if name != "objective"}
+    named = {(s, n) for s, n in re.findall(r"`([a-z]+)\.([a-z_]+)", text) if s in sections}
+    assert len(named) > 20
+    kinds = {name: {f.name for f in dataclasses.fields(getattr(recipe.Recipe(), name))} for name, _ in named}
+    for section, name in sorted(named - {("training", "adam_")}):
+        assert name in kinds[section], f"{section}.{name}"
