@@ -38,6 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:  # where no better place has told what to lower
+        if not _out_of_memory(error):
+            raise
+        print(
+            "error: no free memory: lower the batch size (train_batch_size, sample_batch_size, evaluation_batch_size or "
+            "batch_size, whichever was at work) or the resolution, or end what else uses the device",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:  # palate train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 0
@@ -54,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = f"after step {step}; the same command with --resume_from_checkpoint latest goes on" if step else str(stop)
         print(f"stopped: {how or 'the same command begins again, what was encoded is kept'}", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, PyTorch's on a GPU, or that of its allocator on a CPU; torch need not be loaded to tell."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or ("DefaultCPUAllocator" in str(error) and "memory" in str(error))
 
 
 def _dispatch(words: list[str]) -> int:

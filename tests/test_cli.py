@@ -113,6 +113,21 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(monkeypatch):
         main(["recipes"])
 
 
+def test_no_free_memory_is_told_in_one_line(capsys, monkeypatch):
+    import torch
+
+    def huge(*_):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def small_gpu(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for work in (huge, small_gpu):
+        monkeypatch.setattr("palate.verbs.recipes.main", work)
+        assert main(["recipes"]) == 2
+        assert capsys.readouterr().err.startswith("error: no free memory: lower the batch size (train_batch_size, ")
+
+
 def test_interrupted_before_training(capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
