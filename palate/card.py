@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from palate.evaluation.compare import percent
 from palate.evaluation.folders import read_result
 from palate.files import write_atomically
@@ -50,7 +52,7 @@ def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
     if recipe.online.train_prompts is None and is_hub_id(data):
         front["datasets"] = [data]
     name = out.resolve().name
-    weights = "all weights of the U-Net" if full else f"a LoRA of rank {recipe.policy.rank}"
+    weights = "all weights of the U-Net" if full else _lora(out, recipe)
     lines = [
         "---",
         dumps(front).rstrip(),
@@ -79,6 +81,16 @@ def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
     path = out / CARD
     write_atomically(path, ("\n".join(lines) + "\n").encode())
     return path
+
+
+def _lora(out: Path, recipe: Recipe) -> str:
+    """What the LoRA is; a continued one has a rank of its own, whatever the recipe says."""
+    if recipe.policy.pretrained_lora is None:
+        return f"a LoRA of rank {recipe.policy.rank}"
+    with safe_open(out / LORA_FILE, "pt") as opened:
+        ranks = {opened.get_slice(name).get_shape()[0] for name in opened.keys() if "lora_A" in name}  # noqa: SIM118
+    rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    return f"a LoRA of {rank}, continued from another"
 
 
 def _run(out: Path) -> dict[str, Any]:
@@ -144,7 +156,8 @@ def _usage(base: str, shown: str, family: str, full: bool, recipe: Recipe) -> li
 
 def _facts(recipe: Recipe, about: dict[str, Any]) -> list[str]:
     training = recipe.training
-    hyper = ", ".join(f"{key} {value}" for key, value in recipe.objective.items() if key != "name")
+    chosen = {name: f"auto, which chose {number:g}" for name, number in about.get("chosen", {}).items()}
+    hyper = ", ".join(f"{key} {chosen.get(key, value)}" for key, value in recipe.objective.items() if key != "name")
     data = recipe.online.train_prompts or recipe.data.train_data
     rows = {
         "objective": recipe.objective["name"] + (f" ({hyper})" if hyper else ""),

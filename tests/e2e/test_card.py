@@ -95,6 +95,16 @@ def test_the_card_of_all_weights_that_were_not_compared(palate, tmp_path, sdxl_d
     assert KOHYA not in text
 
 
+def test_the_card_of_a_continued_lora_tells_its_own_rank(palate, tmp_path):
+    options = {"max_train_steps": 1, "validation_prompts": "[]", "objective.beta": "auto"}
+    assert palate("train", rank=2, output_dir="first", **options)[0] == 0
+    assert palate("train", rank=4, pretrained_lora="first", **options)[0] == 0
+    text = parts(tmp_path / "out" / "README.md")[1]
+    assert "a LoRA of rank 2, continued from another" in text
+    chosen = json.loads(Path("out/run.json").read_text())["chosen"]["beta"]
+    assert f"beta auto, which chose {chosen:g}" in text
+
+
 def test_what_cannot_be_pushed_is_told_before_training(palate, hub, tmp_path):
     assert "expected owner/name" in palate("train", push_to_hub="house")[2]
     hub.known = False
