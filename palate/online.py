@@ -16,7 +16,7 @@ from palate.data.prompts import Prompt
 from palate.errors import UserError
 from palate.files import write_atomically
 from palate.prompt_names import find_prompts
-from palate.recipe import Recipe, resolve_objective, resolve_space
+from palate.recipe import Recipe, resolve_objective, resolve_space, write
 from palate.reward_names import NamedReward, find_held_out, find_rewards
 from palate.training.loop import TrainOptions
 from palate.training.online_options import Arithmetic
@@ -161,7 +161,11 @@ class Watch:
         )
         denoiser.remember([text for p in self.held_out.prompts for text in (p.text, p.negative) if text is not None])
         self.options, self.denoiser, self.policy, self.rollouts = options, denoiser, policy, rollouts
-        self.resolution, self.tell, self.out = resolution, tell, Path(recipe.training.output_dir)
+        self.resolution, self.tell = resolution, tell
+        self.best = Path(recipe.training.output_dir) / "best"
+        # With a recipe beside its weights it is a run, which every verb takes.
+        training = dataclasses.replace(recipe.training, output_dir=str(self.best), resume_from_checkpoint=None)
+        self.recipe = dataclasses.replace(recipe, training=training)
         self.rounds = 0  # that the last evaluation knew of
         rollouts.watch = self
 
@@ -174,9 +178,10 @@ class Watch:
         self.rounds = len(means)
         measured = self.held_out.evaluate(self._generate, sum(since) / len(since))
         if step and self.held_out.best:
-            self.policy.save(self.out / "best")
+            self.policy.save(self.best)
+            write(self.recipe, self.best / "recipe.yaml")
             told = {"step": step, "reward_queries": self.rollouts.queries, **measured}
-            write_atomically(self.out / "best" / "found.json", (json.dumps(told, indent=1) + "\n").encode())
+            write_atomically(self.best / "found.json", (json.dumps(told, indent=1) + "\n").encode())
         if (alarm := self.held_out.alarm()) is not None:
             self.tell(f"step {step}: {alarm}")
             measured["parted"] = 1.0

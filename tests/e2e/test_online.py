@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from palate import recipe
+from palate.model_names import find_model
 from palate.training.log import read_log
 
 FAST = {
@@ -74,6 +75,9 @@ def test_every_way_of_learning(online, tmp_path, way):
         assert [line["step"] for line in lines if "held_out/jpeg_incompressibility" in line] == [0, 2, 4]
         assert json.loads((tmp_path / "out" / "best" / "found.json").read_text())["step"] in (2, 4)
         assert weights(tmp_path / "out" / "best").keys() == weights(tmp_path / "out").keys()
+        assert (
+            find_model(str(tmp_path / "out" / "best")).tuned == tmp_path / "out" / "best" / "pytorch_lora_weights.safetensors"
+        )
 
 
 def test_resumed_equals_uninterrupted(online, tmp_path):
