@@ -364,6 +364,10 @@ def _complete_objective(options: Any) -> dict[str, Any]:
     auto = {"beta": AUTO} if given.get("beta") == AUTO else {}
     complete = keywords(function, {**given, "beta": 1.0} if auto else given, f"objective {name}")
     if ":" not in name:
+        for key, value in complete.items():  # a sign that is wrong would train towards what was rejected, without a word
+            if (isinstance(value, float) and not 0 <= value < math.inf) or (key, value) == ("beta", 0):
+                wanted = "a positive number" if key == "beta" else "0 or more"
+                raise UserError(f"objective {name}: {key} is {value}; expected {wanted}")
         _try_objective(functools.partial(function, **complete), evidence)
     return {"name": name, **complete, **auto}
 

@@ -61,6 +61,8 @@ EARLY = [
     ({"training.rank": 1}, "unknown option --training.rank"),
     ({"objective": "dop"}, "no objective named 'dop' (did you mean 'dpo'? choose from cdpo, cpo, "),
     ({"objective": "cdpo", "objective.label_smoothing": 0.5}, "label_smoothing is 0.5; expected the share of wrong votes"),
+    ({"objective.beta": -5000}, "objective dpo: beta is -5000.0; expected a positive number"),
+    ({"objective": "kto", "objective.disliked_weight": -1}, "objective kto: disliked_weight is -1.0; expected 0 or more"),
     ({"objective": "orpo", "objective.beta": "auto"}, "objective orpo has no option 'beta'"),
     ({"pretrained_lora": "nowhere"}, "no LoRA at nowhere: expected a .safetensors file, or a folder"),
     ({"pretrained_lora": "out", "train_method": "full"}, "pretrained_lora continues a LoRA, but train_method is full"),
