@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from palate.evaluation.diversity import Diversity, diversity, thumbnails
 from palate.evaluation.manifest import Picture, ScoreFile, Side, differences, read_side
 from palate.evaluation.statistics import Average, MeanDifference, WinRate
 from palate.files import write_atomically
+from palate.judges.kinds import KINDS
 from palate.options import parse
 
 GROUPS = 40  # a field of the metadata with more values than these is no category
@@ -168,8 +170,19 @@ def rewards_in(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _same(judge: str, reward: str) -> bool:
-    """Whether a judge is a reward: of that name, or of that kind with weights from another folder."""
-    return judge.partition(":")[0] == reward.partition(":")[0]
+    """Whether a judge has the taste of a reward: its own, or that of a part of a weighted sum."""
+    return judge.partition(":")[0] == reward or not _tastes(judge).isdisjoint(_tastes(reward))
+
+
+def _tastes(name: str) -> set[str]:
+    """Whose taste a judge's name stands for: its kind whatever the weights, but an address or a function of one's own is
+    nobody else's; of a weighted sum that of every part."""
+    found = set()
+    for term in name.split(" + "):
+        whole = re.sub(r"^\s*[-+.\deE]+\s*\*\s*", "", term).strip().partition("?")[0]
+        kind = whole.partition(":")[0]
+        found.add(kind if kind in KINDS and KINDS[kind].place != "url" else whole)
+    return found
 
 
 def write_result(path: str | Path, result: Result, extra: Mapping[str, Any] | None = None) -> None:

@@ -176,6 +176,26 @@ def test_pictures_without_a_score_leave_all_sides(tmp_path):
     assert "1 pictures without a score" in found.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("judge", "reward", "same"),
+    [
+        ("pickscore", "pickscore:elsewhere", True),
+        ("pickscore?dtype=bfloat16", "pickscore", True),
+        ("pickscore", "0.05*pickscore + 0.3*aesthetic", True),
+        ("pickscore:a + clipscore", "-1e-2 * clipscore:b", True),
+        ("aesthetic_v1", "0.05*pickscore + 0.3*aesthetic", False),
+        ("remote:http://127.0.0.1:1?timeout=9", "remote:http://127.0.0.1:1", True),
+        ("remote:http://127.0.0.1:1", "remote:http://127.0.0.1:2", False),
+        ("remote:http://127.0.0.1:1", "remote", True),  # named by --trained_on
+        ("mine:looks", "mine:looks", True),
+        ("mine:looks", "mine:counts", False),
+    ],
+)
+def test_whose_taste_training_followed(tmp_path, judge, reward, same):
+    a, b = (picture_folder(tmp_path / n, n, 1, judges=((judge, "held out"),)) for n in "ab")
+    assert compare_folders([a, b], trained_on=[reward], draws=200).versus[0].comparisons[0].contaminated is same
+
+
 def test_rewards_of_the_run_are_contaminated(tmp_path):
     judges = (("pickscore:here", "held out"), ("fresh", "held out"))
     a = picture_folder(tmp_path / "run/evaluation/base", "base", 0, judges=judges)
