@@ -26,7 +26,23 @@ Options = TypeVar("Options")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a plain word, where 1.1 surprises: ``no`` is text, ``1e-4`` a number, a date text."""
+    """YAML 1.2's idea of a plain word, where 1.1 surprises: ``no`` is text, ``1e-4`` a number, a date text.
+
+    A question mark does not end a word inside brackets: ``[pickscore:FOLDER?dtype=bfloat16]``.
+    """
+
+    _in_word = False
+
+    def scan_plain(self) -> Any:
+        self._in_word = True
+        try:
+            return super().scan_plain()
+        finally:
+            self._in_word = False
+
+    def peek(self, index: int = 0) -> str:
+        found = super().peek(index)
+        return "q" if self._in_word and found == "?" else found  # any letter: what is read is not taken from here
 
 
 class _Dumper(yaml.SafeDumper):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from palate import recipe
 from palate.diffusion.denoising import Fit, Pair
 from palate.errors import UserError
+from palate.options import parse
 from palate.recipe import Recipe
 
 
@@ -71,6 +72,12 @@ def test_plain_words_mean_what_they_say(written):
         "target_time": "previous",
         "steps_back": 1,
     }
+
+
+def test_a_question_mark_inside_brackets_belongs_to_its_word():
+    text = "[pickscore:models/a b?dtype=bfloat16, 'b?c', {remote:http://x/?timeout=3&retries=1: 0.5}]"
+    found = parse(text, "here")
+    assert found == ["pickscore:models/a b?dtype=bfloat16", "b?c", {"remote:http://x/?timeout=3&retries=1": 0.5}]
 
 
 def test_overrides(written):
