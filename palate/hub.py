@@ -62,7 +62,7 @@ def files(repo: str, *, otherwise: str, kind: str = "model") -> list[str]:
 
 def _not_had(repo: str, error: BaseException, otherwise: str) -> UserError:
     # The client's own words advise to unset a variable that nobody but _settle may have set.
-    offline = "offline mode is enabled" in str(error)
+    offline = any(words in str(error) for words in ("offline mode is enabled", "outgoing traffic has been disabled"))
     reason = "there is no network, or HF_HUB_OFFLINE is set" if offline else first_line(error)
     return UserError(f"{repo} is not on this machine and could not be fetched ({reason}). {otherwise}")
 

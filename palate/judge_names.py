@@ -128,7 +128,8 @@ def _find(name: str) -> NamedJudge:
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and _importable(kind):
         foreign(name)
         return NamedJudge(name, "function")
-    forms = [*world.JUDGES, *(k if v.place == "nothing" else f"{k}:{v.place.upper()}" for k, v in KINDS.items())]
+    bare = [k for k, v in KINDS.items() if v.place == "nothing" or (v.hub and ":" not in name)]
+    forms = [*world.JUDGES, *bare, *(f"{k}:{v.place.upper()}" for k, v in KINDS.items() if k not in bare)]
     raise UserError(f"no judge {name!r}{nearest(name, [*forms, 'package.module:function'])}")
 
 

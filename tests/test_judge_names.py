@@ -82,8 +82,9 @@ def test_two_judges_of_one_folder_share_its_weights(judge_dir):
     ("name", "message"),
     [
         ("mini-held", "did you mean 'mini-heldout'"),
+        ("picscore", "did you mean 'pickscore'"),
         ("pikscore:models", "did you mean 'pickscore:FOLDER'"),
-        ("pickscore", "hf download yuvalkirstain/PickScore_v1"),
+        ("pickscore", r"\(there is no network, or HF_HUB_OFFLINE is set\).*hf download yuvalkirstain/PickScore_v1"),
         ("pickscore:someone/her-model", "--local-dir someone/her-model"),
         ("remote.judge:score", "no judge"),
         ("json:dumbs", "dumbs"),
