@@ -49,7 +49,8 @@ def test_options(judge_dir):
     found = find_judges([name])[name]
     assert found.options == {"dtype": "bfloat16"}
     x, exact = torch.rand(1, 3, 32, 32), find_judges([f"pickscore:{judge_dir}"]).popitem()[1]
-    assert found.load()(x, ["a"]).item() == pytest.approx(exact.load()(x, ["a"]).item(), rel=0.02, abs=0.05)
+    # Of a cosine times 14.3, the scale of a new CLIP, bfloat16 keeps 8 bits: a few times 14.3 / 256.
+    assert found.load()(x, ["a"]).item() == pytest.approx(exact.load()(x, ["a"]).item(), abs=0.2)
     assert found.fingerprint() != exact.fingerprint()
     with pytest.raises(UserError, match="did you mean 'dtype'"):
         find_judges([f"pickscore:{judge_dir}?dtipe=bfloat16"])
