@@ -122,7 +122,8 @@ def _find(name: str) -> NamedJudge:
     if name in world.JUDGES:
         kind, role = world.JUDGES[name]
         return _checked(name, kind, str(world.checkpoint(name)), {}, role)
-    kind, _, where = name.partition(":")
+    kind = re.split("[:?]", name, maxsplit=1)[0]  # of pickscore:FOLDER?dtype=bfloat16, and of pickscore?dtype=bfloat16
+    where = name.removeprefix(kind).removeprefix(":")
     if kind in KINDS:
         return _checked(name, kind, *_options(name, where), HELD_OUT)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and _importable(kind):

@@ -84,6 +84,7 @@ def test_two_judges_of_one_folder_share_its_weights(judge_dir):
     [
         ("mini-held", "did you mean 'mini-heldout'"),
         ("picscore", "did you mean 'pickscore'"),
+        ("pickscore?dtype=bf16", "did you mean 'bfloat16'|hf download yuvalkirstain/PickScore_v1"),
         ("pikscore:models", "did you mean 'pickscore:FOLDER'"),
         ("pickscore", r"\(there is no network, or HF_HUB_OFFLINE is set\).*hf download yuvalkirstain/PickScore_v1"),
         ("pickscore:someone/her-model", "--local-dir someone/her-model"),
