@@ -538,7 +538,7 @@ def _distance(rows: Sequence[Mapping[str, Any]]) -> str:
         "The further a model goes, the more it earns from what it is trained on. While a measure that training never sees "
         "rises as well, pictures get better; where it turns down, training goes too far."
         if held
-        else "Nothing that training does not see was measured three times on the way: this view cannot tell what is too far."
+        else "Nothing that training does not see was measured three times: this view cannot tell when training went too far."
     )
     return f"""<section><h2>How far is too far</h2><p>{told} Every line is drawn in units of
 its own range.</p><figure class="chart wide">{_against(lines, _title(name))}</figure></section>"""
