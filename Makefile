@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 setup: $(VENV)/.installed
 
 demo: setup
-	$(BIN)/palate train miniature-ncp-dpo --output_dir out/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/palate train miniature-sdxl-ncp-dpo --output_dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
 demo-ddpo: setup
 	$(BIN)/palate train miniature-ddpo-is --output_dir out/demo-ddpo-$$(date +%Y%m%d-%H%M%S)
