@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -181,7 +180,4 @@ def write_cards(folder: Path, measured: dict[str, Any]) -> None:
             f"Command: `palate miniature build`, seed {measured['seed']}, {measured['date']}, torch {measured['torch']}, CPU.",
             "",
         ]
-        path = folder / name / "README.md"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("\n".join(lines))
-        os.replace(temporary, path)
+        write_atomically(folder / name / "README.md", "\n".join(lines).encode())
