@@ -62,17 +62,18 @@ class Run:
     evaluations: dict[str, str] = field(default_factory=dict)
 
 
-def options(reward: str, seed: int, queries: int, rate: float | None) -> dict[str, Any]:
+def options(reward: str, seed: int, queries: int, rate: float | None, watch: bool = True) -> dict[str, Any]:
     """What all runs have in common; the comparison after training is left out, it would take longer than the training."""
     held_out = "mini-heldout" if reward == "alignment" else "mini-clip"
-    common: dict[str, Any] = {"rewards": REWARDS[reward], "held_out_rewards": f"[{held_out}]", "seed": seed}
+    common: dict[str, Any] = {"rewards": REWARDS[reward], "held_out_rewards": f"[{held_out}]" if watch else "[]", "seed": seed}
+    common |= {"held_out_pictures": 16}
     common |= {"rounds": queries // PER_ROUND, "evaluation_prompts": "null", "eval_steps": "null"}
     return common | ({} if rate is None else {"learning_rate": rate})
 
 
 def tuning(given: argparse.Namespace) -> list[Run]:
     return [
-        Run(f"tune-{method}-{rate:g}", METHODS[method], options("compress", TUNING_SEED, given.queries // 2, rate))
+        Run(f"tune-{method}-{rate:g}", METHODS[method], options("compress", TUNING_SEED, given.queries // 2, rate, watch=False))
         for method in given.methods
         for rate in RATES
     ]
@@ -107,7 +108,7 @@ def overoptimisation(given: argparse.Namespace) -> list[Run]:
     runs = []
     for name, guard in GUARDS.items():
         pushed = options("aesthetic", given.seeds[0], 3 * given.queries, rate)
-        pushed |= {"held_out_rewards": "[mini-heldout, mini-clip]", "eval_steps": 4, "held_out_pictures": 64, **guard}
+        pushed |= {"held_out_rewards": "[mini-heldout, mini-clip]", "eval_steps": 4, "held_out_pictures": 32, **guard}
         runs.append(Run(f"overoptimisation-{name}", METHODS["DDPO-IS"], pushed))
     return runs
 
