@@ -9,19 +9,21 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from palate.errors import UserError, nearest
 from palate.judges import KINDS, check_judge
+from palate.judges.remote import Identity, RemoteJudge, identity
 from palate.miniature import world
 from palate.options import foreign
 
 if TYPE_CHECKING:
     import torch
 
+    from palate.evaluation.manifest import ScoreFile
     from palate.judges import Judge
 
 HELD_OUT = "held out"
@@ -45,6 +47,8 @@ class NamedJudge:
     """Keywords of its kind."""
     parts: tuple[tuple[float, NamedJudge], ...] = ()
     """Weight and judge, of a weighted sum."""
+    served: Identity | None = None
+    """Who answers at the address of a remote judge, as its server told when it was found."""
 
     def load(self, device: str | torch.device = "cpu") -> Judge:
         from palate.judges import load_judge
@@ -54,15 +58,22 @@ class NamedJudge:
             return Weighted([(weight, part.load(device)) for weight, part in self.parts])
         if self.kind == "function":
             return foreign(self.name)
-        return load_judge(self.kind, self.folder or self.url, device=device, **self.options)
+        judge = load_judge(self.kind, self.folder or self.url, device=device, **self.options)
+        if isinstance(judge, RemoteJudge):
+            judge.expected = self.served
+        return judge
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the judge's kind, options or weights; what lies behind a URL is unknown.
+        """16 hexadecimal digits that change with the judge's kind, options or weights.
 
-        Of weights above 2 MB the size and both ends are read, so that it takes no time.
+        Of weights above 2 MB the size and both ends are read, so that it takes no time. A remote judge has the fingerprint that
+        its server tells; of one that tells none, and of a model behind an endpoint, only the address and names are known.
         """
+        if self.served is not None and self.served.fingerprint:
+            return self.served.fingerprint
         about = [self.kind, self.url, dict(self.options), [[weight, part.fingerprint()] for weight, part in self.parts]]
-        digest = hashlib.sha256(json.dumps([*about, self.name if self.kind == "function" else ""]).encode())
+        about += [self.name if self.kind == "function" else "", *([asdict(self.served)] if self.served else [])]
+        digest = hashlib.sha256(json.dumps(about).encode())
         for path in sorted(self.folder.rglob("*")) if self.folder else ():
             if path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".json", ".txt"):
                 digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode())  # type: ignore[arg-type]
@@ -72,6 +83,17 @@ class NamedJudge:
                         file.seek(-SAMPLED, os.SEEK_END)
                         digest.update(file.read())
         return digest.hexdigest()[:16]
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """Names of the judges behind its addresses, as their servers tell."""
+        return (*([self.served.judge] if self.served else ()), *(name for _, part in self.parts for name in part.serves))
+
+    def header(self) -> ScoreFile:
+        """What a file of its scores begins with."""
+        from palate.evaluation.manifest import ScoreFile
+
+        return ScoreFile(self.name, self.kind, self.fingerprint(), self.role, self.serves)
 
 
 def find_judges(names: Iterable[str]) -> dict[str, NamedJudge]:
@@ -99,13 +121,12 @@ def score_folders(
     judges: Iterable[NamedJudge], folders: Iterable[str | Path], *, device: str | torch.device = "cpu", progress: bool = False
 ) -> None:
     """Let judges score what they have not scored yet of picture folders; one judge in memory at a time."""
-    from palate.evaluation.manifest import ScoreFile, read_manifest
+    from palate.evaluation.manifest import read_manifest
     from palate.evaluation.scoring import score_folder
 
     read = {str(folder): read_manifest(folder) for folder in folders}
     for named in judges:
-        judge = named.load(device)
-        header = ScoreFile(named.name, named.kind, named.fingerprint(), named.role)
+        judge, header = named.load(device), named.header()
         for folder, pictures in read.items():
             score_folder(judge, header, folder, pictures, progress=progress)
 
@@ -137,7 +158,8 @@ def _find(name: str) -> NamedJudge:
 def _checked(name: str, kind: str, where: str, options: dict[str, Any], role: str) -> NamedJudge:
     place = check_judge(kind, where or None, **options)
     folder, url = (place, None) if isinstance(place, Path) else (None, place)
-    return NamedJudge(name, kind, folder, role, url, options)
+    served = identity(url) if kind == "remote" and url else None
+    return NamedJudge(name, kind, folder, (served and served.role) or role, url, options, served=served)
 
 
 def _options(name: str, where: str) -> tuple[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from palate.errors import UserError, nearest
 from palate.evaluation.labelling import LabelCounts, Labelled, disagree, finish, label_of, pairs_of, write_pairs
-from palate.evaluation.manifest import Picture, ScoreFile, read_manifest
+from palate.evaluation.manifest import Picture, read_manifest
 from palate.evaluation.scoring import score_folder
 from palate.judge_names import NamedJudge, find_judges
 
@@ -73,8 +73,7 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
     scores: dict[tuple[Path, str], list[float]] = {}
     bad: Counter[Path] = Counter()
     for named in judges.values():
-        judge = named.load(_device())
-        header = ScoreFile(named.name, named.kind, named.fingerprint(), named.role)
+        judge, header = named.load(_device()), named.header()
         for folder, pictures in manifests.items():
             found = score_folder(judge, header, folder, pictures, batch_size=options.batch_size, progress=progress)
             for picture in pictures:

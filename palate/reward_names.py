@@ -27,6 +27,11 @@ class NamedReward:
     weight: float
     source: NamedJudge | Callable[..., Any]
 
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """Names of the judges behind its addresses, as their servers tell."""
+        return self.source.serves if isinstance(self.source, NamedJudge) else ()
+
     def load(self, device: str | torch.device = "cpu") -> Reward:
         from palate.rewards import from_function, from_judge
 
@@ -51,11 +56,12 @@ def find_rewards(names: str | Iterable[str] | Mapping[str, Any]) -> dict[str, Na
     return {name: NamedReward(name, _weight(name, weight), _source(name)) for name, weight in weights.items()}
 
 
-def find_held_out(names: str | Iterable[str], trained: Iterable[str]) -> dict[str, NamedReward]:
-    """As :func:`find_rewards`, for rewards that must not be among the ``trained`` ones."""
-    found, trained = find_rewards(names), set(trained)
-    for name in found:
-        if name in trained:
+def find_held_out(names: str | Iterable[str], trained: Mapping[str, NamedReward]) -> dict[str, NamedReward]:
+    """As :func:`find_rewards`, for rewards that must not be among the ``trained`` ones, at whatever address."""
+    found = find_rewards(names)
+    followed = {known for name, reward in trained.items() for known in (name, *reward.serves)}
+    for name, reward in found.items():
+        if not followed.isdisjoint((name, *reward.serves)):
             raise UserError(f"{name} is trained on and cannot be held out as well; name a judge that the rewards do not hold")
     return found
 

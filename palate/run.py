@@ -167,7 +167,10 @@ def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
     samples = _Samples(recipe, denoiser, policy, resolution)
     watch = online.Watch(recipe, found, denoiser, policy, rollouts, resolution, _tell) if found.held_out else None
     denoiser.release()
-    about = {"command": command, "versions": versions(), "prompts": len(found.prompts)}
+    about: dict[str, Any] = {"command": command, "versions": versions(), "prompts": len(found.prompts)}
+    # Whom an address served cannot be asked later.
+    if serves := {name: reward.serves for name, reward in found.rewards.items() if reward.serves}:
+        about["serves"] = serves
     _train(recipe, online.training_options(recipe), policy, step, rollouts, samples, watch, about)
     _finish(recipe, denoiser, policy, resolution, out, command)
     return out

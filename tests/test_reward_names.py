@@ -5,7 +5,9 @@ import torch
 
 from palate.data.prompts import Prompt
 from palate.errors import UserError
-from palate.reward_names import find_held_out, find_rewards
+from palate.judge_names import NamedJudge
+from palate.judges.remote import Identity
+from palate.reward_names import NamedReward, find_held_out, find_rewards
 from palate.rewards import RewardBundle
 
 
@@ -56,6 +58,12 @@ def test_errors(mine, names, words):
 
 
 def test_held_out_is_never_trained_on():
-    assert list(find_held_out("mini-heldout", ["mini-clip"])) == ["mini-heldout"]
+    trained = find_rewards(["mini-clip"])
+    assert list(find_held_out("mini-heldout", trained)) == ["mini-heldout"]
     with pytest.raises(UserError, match="mini-clip is trained on and cannot be held out"):
-        find_held_out(["mini-clip"], ["mini-clip"])
+        find_held_out(["mini-clip"], trained)
+    # Nor behind an address.
+    served = NamedJudge("remote:http://127.0.0.1:1", "remote", served=Identity("mini-clip"))
+    trained = {served.name: NamedReward(served.name, 1.0, served)}
+    with pytest.raises(UserError, match="mini-clip is trained on and cannot be held out"):
+        find_held_out(["mini-clip"], trained)

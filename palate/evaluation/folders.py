@@ -85,9 +85,17 @@ def compare_folders(
         for name, found in files.items()
     }
     kinds = {name: found[0].role for name, found in files.items()}
-    followed = dict.fromkeys([*trained_on, *(name for side in sides for name in rewards_of(side))])
-    dirty = [n for n in names if kinds[n] == LABELS or any(_same(n, reward) for reward in followed)]
-    notes += [f"Training followed {r}, which judged nothing here." for r in followed if not any(_same(n, r) for n in names)]
+    notes += [f"{name} was {' and '.join(f[0].serves)}, as its server said." for name, f in files.items() if f[0].serves]
+    followed: dict[str, Sequence[str]] = dict.fromkeys(trained_on, ())
+    for name, told in (item for side in sides for item in rewards_of(side).items()):
+        followed[name] = (*followed.get(name, ()), *told)
+
+    def follows(name: str, reward: str) -> bool:
+        judges, rewards = (name, *files[name][0].serves), (reward, *followed[reward])
+        return any(_same(judge, known) for judge in judges for known in rewards)
+
+    dirty = [n for n in names if kinds[n] == LABELS or any(follows(n, reward) for reward in followed)]
+    notes += [f"Training followed {r}, which judged nothing here." for r in followed if not any(follows(n, r) for n in names)]
     small = [thumbnails(s.folder / s.pictures[k].file for k in keys) for s in sides]
     told = {
         "kinds": kinds,
@@ -132,21 +140,31 @@ def compare_folders(
     )
 
 
-def rewards_of(side: Side) -> list[str]:
-    """The rewards that trained the model of a folder, if its run lies around the folder or is named as the model."""
-    named = [Path(text) for text in _texts(_model(side.folder)) if text]
+def rewards_of(side: Side) -> dict[str, Sequence[str]]:
+    """The rewards that trained the model of a folder, if its run lies around the folder or is named as the model.
+
+    With each stand the names of the judges that were behind its addresses, as the run noted them.
+    """
+    named = [Path(text) for text in _texts(_json(side.folder / "model.json")) if text]
     models = [place for path in named for place in (path, path.parent)]
     for place in (side.folder, *side.folder.resolve().parents[:2], *models):
         path = place / "recipe.yaml"
         if path.is_file():
             found = parse(path.read_text(encoding="utf-8"), str(path))
-            return rewards_in(found) if isinstance(found, dict) else []
-    return []
+            # best/ has the recipe of the run around it, and nothing else of it.
+            notes = {name: told for home in (place.parent, place) for name, told in _serves(home / "run.json").items()}
+            return {name: notes.get(name, ()) for name in rewards_in(found)} if isinstance(found, dict) else {}
+    return {}
 
 
-def _model(folder: Path) -> Any:
-    """``model.json``: what drew the pictures, with the paths of its weights."""
-    path = folder / "model.json"
+def _serves(run: Path) -> dict[str, list[str]]:
+    """The judges behind the addresses of rewards, of ``run.json``."""
+    told = _json(run)
+    found = told.get("serves") if isinstance(told, dict) else None
+    return {name: _texts(names) for name, names in found.items()} if isinstance(found, dict) else {}
+
+
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:

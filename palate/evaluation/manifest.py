@@ -135,12 +135,15 @@ class ScoreFile:
     kind: str
     fingerprint: str
     role: str
+    serves: Sequence[str] = ()
+    """Names of the judges behind its addresses, as their servers told."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """By file, higher is better."""
     bad: Mapping[str, str] = field(default_factory=dict)
     """Pictures without a score, and why."""
 
     def header(self) -> dict[str, str]:
+        """What all its scores have in common, whoever asked."""
         return {"judge": self.judge, "kind": self.kind, "fingerprint": self.fingerprint, "role": self.role}
 
 
@@ -173,7 +176,8 @@ def read_scores(path: str | Path) -> ScoreFile:
             scores[file] = float(score)
         else:
             bad[file] = str(row["error"])
-    return ScoreFile(**{name: header[name] for name in ("judge", "kind", "fingerprint", "role")}, scores=scores, bad=bad)
+    known = {name: header[name] for name in ("judge", "kind", "fingerprint", "role")}
+    return ScoreFile(**known, serves=tuple(map(str, header.get("serves") or ())), scores=scores, bad=bad)
 
 
 def read_all_scores(folder: str | Path) -> dict[str, ScoreFile]:
@@ -190,7 +194,8 @@ def append_scores(path: str | Path, lines: Sequence[tuple[str, float | str]], he
     ]
     path = Path(path)
     begun = path.is_file() and b"\n" in path.read_bytes()[:4096]  # otherwise a header cut short, which is removed
-    append_lines(path, rows if begun else [header.header(), *rows])
+    first = {**header.header(), **({"serves": list(header.serves)} if header.serves else {})}
+    append_lines(path, rows if begun else [first, *rows])
 
 
 # Folders that are compared -------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,11 +18,26 @@ from palate.judges.http import ask
 from palate.judges.pictures import encoded
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Who a served judge is, as ``GET URL/judge`` tells; a server of another make may tell its name alone."""
+
+    judge: str
+    """Its name where it is served."""
+    kind: str = ""
+    fingerprint: str = ""
+    """That of :meth:`palate.judge_names.NamedJudge.fingerprint` where it is served."""
+    role: str = ""
+
+
 class RemoteJudge:
     """Scores by ``POST URL/score`` with ``{"images": [PNG in base64], "prompts": [...]}``, answered by ``{"scores": [...]}``.
 
     Pictures are rounded to 8 bits; there is no gradient. Requests of ``batch_size`` pictures go out ``concurrency`` at a time.
     """
+
+    expected: Identity | None = None
+    """Who must answer; anybody unless set."""
 
     def __init__(self, url: str, *, batch_size: int, concurrency: int, timeout: float, retries: int):
         self.url, self.batch_size, self.concurrency = url.rstrip("/"), batch_size, concurrency
@@ -47,7 +63,17 @@ class RemoteJudge:
                 f"{self.url}/score answers {str(answer)[:120]}; expected {{'scores': [{len(files)} numbers]}}. "
                 "Is it a judge that palate serve-judge serves?"
             )
+        self._check_who(answer)
         return [math.nan if score is None else float(score) for score in scores]
+
+    def _check_who(self, answer: Mapping[str, Any]) -> None:
+        """A server may be ended and another judge served at its address between two requests."""
+        wanted, told = self.expected, answer.get("fingerprint")
+        if wanted is not None and wanted.fingerprint and told and told != wanted.fingerprint:
+            raise UserError(
+                f"{self.url} served {wanted.judge} (fingerprint {wanted.fingerprint}) when this began, and now serves another "
+                f"judge ({told}); serve {wanted.judge} there again, or begin anew"
+            )
 
 
 def _number(value: object) -> bool:
@@ -57,12 +83,26 @@ def _number(value: object) -> bool:
 def check(
     kind: str, place: str, *, batch_size: int = 8, concurrency: int = 2, timeout: float = 120.0, retries: int = 4
 ) -> None:
-    """Asks the server who it is, once: a wrong address is better known before hours of training than after."""
+    """Refuses numbers that make no sense. Whether the server is there is asked by :func:`identity`."""
     if batch_size < 1 or concurrency < 1 or timeout <= 0 or retries < 0:
         raise UserError(f"judge {kind}:{place}: batch_size, concurrency and timeout must be positive, retries not negative")
-    answer = ask(f"{place.rstrip('/')}/judge", timeout=min(timeout, 10.0), retries=min(retries, 2))
-    if not isinstance(answer, dict) or "judge" not in answer:
-        raise UserError(f"{place} is no served judge (it answers {str(answer)[:120]}); start one: palate serve-judge NAME")
+
+
+def identity(place: str, *, timeout: float = 10.0, retries: int = 2) -> Identity:
+    """Asks the server who it is: a wrong address is better known before hours of training than after.
+
+    Raises:
+        UserError: no answer, or not that of a served judge.
+    """
+    answer = ask(f"{place.rstrip('/')}/judge", timeout=timeout, retries=retries)
+    given = answer if isinstance(answer, dict) else {}
+    told = {f.name: given[f.name] for f in fields(Identity) if given.get(f.name) is not None}
+    if "judge" not in told or not all(isinstance(value, str) for value in told.values()):
+        raise UserError(
+            f"{place} is no served judge (it answers {str(answer)[:120]}; expected {{'judge': NAME}}, and kind, fingerprint "
+            "and role as texts if it tells them); start one: palate serve-judge NAME"
+        )
+    return Identity(**told)
 
 
 def load(

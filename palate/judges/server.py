@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,6 +21,7 @@ from palate.data.images import decode
 from palate.errors import UserError
 from palate.judges import Judge, score
 from palate.judges.http import LOOPBACK
+from palate.judges.remote import Identity
 
 MAX_BODY = 128 << 20
 MAX_PICTURES = 256
@@ -33,13 +35,13 @@ class _RefusedError(Exception):
 
 
 def serve_judge(
-    judge: Judge, name: str, *, host: str = "127.0.0.1", port: int = 8300, token: str | None = None, batch_size: int = 32
+    judge: Judge, who: Identity, *, host: str = "127.0.0.1", port: int = 8300, token: str | None = None, batch_size: int = 32
 ) -> ThreadingHTTPServer:
     """A server around a judge; its ``serve_forever()`` answers ``GET /judge`` and ``POST /score``.
 
     Args:
         judge: asked by one request at a time.
-        name: what ``GET /judge`` tells.
+        who: what ``GET /judge`` tells; its fingerprint comes with all scores.
         host: loopback unless told otherwise; anything else needs a token.
         port: 0 for any free one (``server_address`` tells which).
         token: what a client must send as ``Authorization: Bearer TOKEN``.
@@ -53,13 +55,15 @@ def serve_judge(
             f"host {host} can be reached from outside: set PALATE_API_KEY to a token here and where it is asked from"
         )
     busy = threading.Lock()
+    told = {name: value for name, value in asdict(who).items() if value}
+    mark = {"fingerprint": who.fingerprint} if who.fingerprint else {}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = PATIENCE
 
         def do_GET(self) -> None:
-            self._answer(lambda: {"judge": name} if self.path == "/judge" else _no_page(self.path))
+            self._answer(lambda: told if self.path == "/judge" else _no_page(self.path))
 
         def do_POST(self) -> None:
             self._answer(lambda: self._scores() if self.path == "/score" else _no_page(self.path))
@@ -68,7 +72,7 @@ def serve_judge(
             images, prompts = _read(self._body())
             with busy:
                 scores = score(judge, images, prompts, batch_size)
-            return {"scores": [s if math.isfinite(s) else None for s in scores.tolist()]}
+            return {"scores": [s if math.isfinite(s) else None for s in scores.tolist()], **mark}
 
         def _body(self) -> bytes:
             if self.headers.get_content_type() != "application/json":  # what a foreign web page may not send unasked
@@ -92,7 +96,7 @@ def serve_judge(
             except OSError:
                 raise
             except Exception as error:  # a foreign judge may raise anything; the next request is another matter
-                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                print(f"{who.judge}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 status, content = 500, {"error": f"the judge failed: {type(error).__name__}"}
             data = json.dumps(content).encode()
             self.send_response(status)

@@ -31,7 +31,7 @@ def main(words: list[str]) -> int:
     if words[0].startswith("--"):
         raise UserError(f"palate score expects a picture folder first: {USAGE}")
     folder, options = words[0], checked(ScoreOptions, overrides(words[1:]), "palate score")
-    from palate.evaluation.manifest import ScoreFile, read_manifest
+    from palate.evaluation.manifest import read_manifest
     from palate.evaluation.scoring import score_folder
     from palate.evaluation.statistics import mean_difference
     from palate.judge_names import find_judges
@@ -46,11 +46,10 @@ def main(words: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [("judge", "mean", "95 % interval", "pictures", "prompts", "bad")]
     for name, named in judges.items():
-        header = ScoreFile(name, named.kind, named.fingerprint(), named.role)
         try:
             found = score_folder(
                 named.load(device),
-                header,
+                named.header(),
                 folder,
                 pictures,
                 batch_size=options.batch_size,

@@ -42,12 +42,14 @@ def main(words: list[str]) -> int:
     import torch
 
     from palate.judges.http import KEY
+    from palate.judges.remote import Identity
     from palate.judges.server import serve_judge
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     token = os.environ.get(KEY)
+    who = Identity(named.name, named.kind, named.fingerprint(), named.role)
     server = serve_judge(
-        named.load(device), named.name, host=options.host, port=options.port, token=token, batch_size=options.batch_size
+        named.load(device), who, host=options.host, port=options.port, token=token, batch_size=options.batch_size
     )
     with server:
         address = f"http://{options.host}:{server.server_address[1]}"

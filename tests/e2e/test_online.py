@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from palate import recipe
+from palate.judge_names import find_judges
+from palate.judges.remote import Identity
+from palate.judges.server import serve_judge
 from palate.model_names import find_model
 from palate.training.log import read_log
 
@@ -159,3 +163,19 @@ def test_recipes_are_whole(name):
     assert found.rewards
     assert found.prompts
     assert "reward queries" in online.told(made, found)
+
+
+def test_a_run_notes_whom_its_remote_rewards_served(online, tmp_path):
+    judge = find_judges(["jpeg_compressibility"])["jpeg_compressibility"]
+    server = serve_judge(judge.load(), Identity(judge.name, judge.kind, judge.fingerprint(), judge.role), port=0)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        name = f"remote:http://127.0.0.1:{server.server_address[1]}"
+        code, _, errors = online(rewards=f"[{name}]", held_out_rewards="[jpeg_compressibility]")
+        assert (code, "jpeg_compressibility is trained on and cannot be held out" in errors) == (2, True)
+        code, _, errors = online(rewards=f"[{name}]", rounds=1, updates_per_round=1)
+        assert code == 0, errors
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert json.loads((tmp_path / "out/run.json").read_text())["serves"] == {name: ["jpeg_compressibility"]}

@@ -196,6 +196,35 @@ def test_whose_taste_training_followed(tmp_path, judge, reward, same):
     assert compare_folders([a, b], trained_on=[reward], draws=200).versus[0].comparisons[0].contaminated is same
 
 
+def scored_by_server(folder: Path, *serves: str) -> None:
+    """As if the server of the folder's one judge had told whom it serves."""
+    (path,) = (folder / "scores").glob("*.jsonl")
+    header, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps({**json.loads(header), "serves": serves}) + "\n" + rest)
+
+
+def test_the_judge_behind_an_address_may_be_one_that_trained(tmp_path):
+    here, there = "remote:http://127.0.0.1:1", "remote:http://127.0.0.1:2"
+    for name, judge, serves, reward, noted, dirty in (
+        ("both local", "pickscore", (), "pickscore:elsewhere", {}, True),
+        ("remote judge", here, ("pickscore:elsewhere",), "pickscore", {}, True),
+        ("another one", here, ("aesthetic",), "pickscore", {}, False),
+        ("remote reward", "pickscore", (), here, {here: ["pickscore"]}, True),
+        ("both remote", there, ("0.5*pickscore + aesthetic",), here, {here: ["pickscore"]}, True),
+        ("both remote, apart", there, ("aesthetic",), here, {here: ["pickscore"]}, False),
+    ):
+        run = tmp_path / name
+        sides = [picture_folder(run / "evaluation" / s, s, 1, judges=((judge, "held out"),)) for s in ("base", "tuned")]
+        for side in sides:
+            scored_by_server(side, *serves)
+        (run / "recipe.yaml").write_text(f"online: {{train_prompts: animals, rewards: ['{reward}']}}")
+        (run / "run.json").write_text(json.dumps({"serves": noted}))
+        found = compare_folders(sides, draws=200)
+        assert found.versus[0].comparisons[0].contaminated is dirty, name
+        assert any("judged nothing here" in note for note in found.notes) is not dirty
+        assert any("as its server said" in note for note in found.notes) is bool(serves)
+
+
 def test_rewards_of_the_run_are_contaminated(tmp_path):
     judges = (("pickscore:here", "held out"), ("fresh", "held out"))
     a = picture_folder(tmp_path / "run/evaluation/base", "base", 0, judges=judges)

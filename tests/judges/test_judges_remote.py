@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import http.client
 import io
 import json
@@ -20,6 +21,7 @@ from palate.judge_names import find_judges
 from palate.judges import load_judge, score
 from palate.judges.http import ask
 from palate.judges.pictures import encoded, to_tensor
+from palate.judges.remote import Identity
 from palate.judges.server import serve_judge
 
 
@@ -65,7 +67,7 @@ def test_scores_through_http_are_the_judge_s_own(judge_dir):
     judge = load_judge("pickscore", judge_dir)
     images = (torch.rand(5, 3, 40, 32, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
     prompts = ["a red house", "a tower", "", "a red house", 'ä "tree"\n']
-    with running(serve_judge(judge, "mine", port=0)) as url:
+    with running(serve_judge(judge, Identity("mine"), port=0)) as url:
         name = f"remote:{url}?batch_size=2&concurrency=3"
         found = find_judges([name])[name]
         assert (found.kind, found.url, found.folder) == ("remote", url, None)
@@ -75,13 +77,17 @@ def test_scores_through_http_are_the_judge_s_own(judge_dir):
 
 
 def test_a_score_that_is_no_number_comes_back_as_nan():
-    with running(serve_judge(lambda images, prompts: torch.tensor([float("inf")]), "odd", port=0)) as url:
+    with running(serve_judge(lambda images, prompts: torch.tensor([float("inf")]), Identity("odd"), port=0)) as url:
         assert load_judge("remote", url)(torch.rand(1, 3, 4, 4), [""]).isnan().all()
 
 
 def test_round_trip_of_pictures():
     x = torch.arange(256).float().view(1, 1, 16, 16).expand(1, 3, 16, 16) / 255
     assert torch.equal(to_tensor([Image.open(io.BytesIO(encoded(x, "PNG")[0]))]), x)
+
+
+def mean(images, prompts):
+    return images.mean((1, 2, 3))
 
 
 def post(url, body, **headers):
@@ -96,7 +102,7 @@ def test_the_server_refuses_what_is_no_request(monkeypatch):
     picture = base64.b64encode(encoded(torch.rand(1, 3, 4, 4), "PNG")[0]).decode()
     good = json.dumps({"images": [picture], "prompts": ["a"]})
     monkeypatch.setattr("palate.judges.server.MAX_PICTURES", 2)
-    with running(serve_judge(lambda images, prompts: images.mean((1, 2, 3)), "mean", port=0)) as url:
+    with running(serve_judge(mean, Identity("mean"), port=0)) as url:
         assert post(url, good)[0] == 200
         assert post(url, good, **{"Content-Type": "text/plain"})[0] == 415
         assert post(url, good, Host="evil.example")[0] == 403
@@ -120,7 +126,7 @@ def test_a_judge_that_fails_does_not_end_its_server():
             raise RuntimeError("secret")
         return images.mean((1, 2, 3))
 
-    with running(serve_judge(judge, "moody", port=0)) as url:
+    with running(serve_judge(judge, Identity("moody"), port=0)) as url:
         remote = load_judge("remote", url, retries=0)
         with pytest.raises(UserError, match="the judge failed: RuntimeError"):
             remote(torch.rand(1, 3, 4, 4), ["bad"])
@@ -128,20 +134,17 @@ def test_a_judge_that_fails_does_not_end_its_server():
 
 
 def test_a_token_is_needed_from_outside_and_checked(monkeypatch):
-    def mean(images, prompts):
-        return images.mean((1, 2, 3))
-
     monkeypatch.delenv("PALATE_API_KEY", raising=False)
     with pytest.raises(UserError, match="can be reached from outside: set PALATE_API_KEY"):
-        serve_judge(mean, "mean", host="0.0.0.0", port=0)
-    with running(serve_judge(mean, "mean", port=0, token="s3cret")) as url:
+        serve_judge(mean, Identity("mean"), host="0.0.0.0", port=0)
+    with running(serve_judge(mean, Identity("mean"), port=0, token="s3cret")) as url:
         remote = load_judge("remote", url)
         with pytest.raises(UserError, match=r"401.*set PALATE_API_KEY"):
             remote(torch.ones(1, 3, 4, 4), [""])
         monkeypatch.setenv("PALATE_API_KEY", "s3cret")
         assert remote(torch.ones(1, 3, 4, 4), [""]).item() == 1
         with pytest.raises(UserError, match="give another --port"):
-            serve_judge(mean, "mean", port=int(url.rpartition(":")[2]))
+            serve_judge(mean, Identity("mean"), port=int(url.rpartition(":")[2]))
 
 
 def test_an_overloaded_server_is_asked_again():
@@ -177,8 +180,9 @@ def test_servers_that_are_down_slow_or_talk_nonsense():
         text = json.dumps(nonsense).encode()
         with answering((200, {}, text)) as (url, _), pytest.raises(UserError, match=r"expected \{'scores': \[1 numbers\]\}"):
             load_judge("remote", url)(torch.rand(1, 3, 4, 4), [""])
-    with answering((200, {}, b"{}")) as (url, _), pytest.raises(UserError, match="is no served judge"):
-        find_judges([f"remote:{url}"])
+    for nonsense in (b"{}", b"[]", b'{"judge": "a", "fingerprint": 5}'):
+        with answering((200, {}, nonsense)) as (url, _), pytest.raises(UserError, match="is no served judge"):
+            find_judges([f"remote:{url}"])
 
 
 def test_a_redirect_does_not_carry_the_key_away(monkeypatch):
@@ -191,11 +195,14 @@ def test_a_redirect_does_not_carry_the_key_away(monkeypatch):
 
 
 def test_the_command_serves_until_it_is_interrupted(palate, monkeypatch, capsys):
+    mine = find_judges(["mini-aesthetic"])["mini-aesthetic"]
+
     def asked(self, *args):
         address = f"http://127.0.0.1:{self.server_address[1]}"
         thread = threading.Thread(target=self.handle_request)
         thread.start()
-        assert ask(f"{address}/judge") == {"judge": "mini-aesthetic"}
+        told = {"judge": "mini-aesthetic", "kind": "aesthetic", "fingerprint": mine.fingerprint(), "role": "looks"}
+        assert ask(f"{address}/judge") == told
         thread.join()
         raise KeyboardInterrupt
 
@@ -213,5 +220,55 @@ def test_the_command_serves_until_it_is_interrupted(palate, monkeypatch, capsys)
 
 def test_a_score_of_pictures_of_many_sizes():
     images = [Image.new("RGB", (4 + i, 5), (51, 51, 51)) for i in range(3)]
-    with running(serve_judge(lambda images, prompts: images.mean((1, 2, 3)), "mean", port=0)) as url:
+    with running(serve_judge(mean, Identity("mean"), port=0)) as url:
         assert score(load_judge("remote", url), images, ["a"] * 3).tolist() == pytest.approx([0.2] * 3)
+
+
+def found_at(url):
+    return find_judges([f"remote:{url}"])[f"remote:{url}"]
+
+
+def test_a_remote_judge_is_who_its_server_says():
+    mine = find_judges(["mini-clip"])["mini-clip"]
+    with running(serve_judge(mean, Identity("mini-clip", mine.kind, mine.fingerprint(), mine.role), port=0)) as url:
+        found = found_at(url)
+        assert (found.fingerprint(), found.role, found.serves) == (mine.fingerprint(), "prompt following", ("mini-clip",))
+        both = find_judges([f"0.5*remote:{url} + jpeg_compressibility"]).popitem()[1]
+        assert both.serves == ("mini-clip",)
+        assert mine.serves == ()
+
+
+def test_scores_of_another_judge_at_the_same_address_are_refused(palate, tmp_path):
+    picture = Image.new("RGB", (8, 8), (51, 51, 51))
+    picture.save(tmp_path / "a.png")
+    (tmp_path / "manifest.jsonl").write_text('{"file": "a.png", "prompt": "a", "seed": 1}\n')
+    with running(serve_judge(mean, Identity("first", fingerprint="f00"), port=0)) as url:
+        port, judges = int(url.rpartition(":")[2]), f"[remote:{url}]"
+        assert palate("score", tmp_path, judges=judges)[0] == 0
+        assert palate("score", tmp_path, judges=judges)[0] == 0
+    with running(serve_judge(mean, Identity("second", fingerprint="ba2"), port=port)):
+        code, _, errors = palate("score", tmp_path, judges=judges)
+        assert (code, len(errors.splitlines())) == (2, 1)
+        assert "holds scores whose fingerprint is 'f00', now it is 'ba2'" in errors
+    assert palate("score", tmp_path, judges=judges)[0] == 2  # nobody is there
+
+
+def test_another_judge_at_the_address_of_one_in_use_is_refused():
+    with running(serve_judge(mean, Identity("first", fingerprint="f00"), port=0)) as url:
+        judge, port = found_at(url).load(), int(url.rpartition(":")[2])
+        assert judge(torch.ones(1, 3, 4, 4), [""]).item() == 1
+    with (
+        running(serve_judge(mean, Identity("second", fingerprint="ba2"), port=port)),
+        pytest.raises(UserError, match=r"served first .fingerprint f00. when this began.*ba2"),
+    ):
+        judge(torch.ones(1, 3, 4, 4), [""])
+
+
+def test_a_server_of_another_make_need_not_say_more_than_a_name():
+    with answering((200, {}, b'{"judge": "theirs", "version": 3}'), (200, {}, b'{"scores": [2.5]}')) as (url, _):
+        theirs = found_at(url)
+        assert theirs.load()(torch.rand(1, 3, 4, 4), [""]).item() == 2.5
+        assert (theirs.role, theirs.serves) == ("held out", ("theirs",))
+    # Its name is all that tells it from another at this address.
+    again, other = (dataclasses.replace(theirs, served=Identity(name)) for name in ("theirs", "another"))
+    assert again.fingerprint() == theirs.fingerprint() != other.fingerprint()
