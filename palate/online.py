@@ -82,7 +82,6 @@ def assemble(
     recipe: Recipe, found: Wanted, denoiser: Any, policy: Any, resolution: int, *, progress: bool = False
 ) -> tuple[Any, Rollouts]:
     """The step, and the rollouts that feed it. Prompts are encoded here, once."""
-    from palate.rewards import RewardBundle
     from palate.training import steps
     from palate.training.rollouts import encode
     from palate.training.trajectories import Guided, trajectory_step
@@ -104,13 +103,6 @@ def assemble(
         draws = steps.Draws(recipe.training.t_min, recipe.training.t_max, recipe.training.snr_gamma)
         step = make(acting, space, objective, draws)
     side = resolution // denoiser.vae_scale_factor
-    bundle = RewardBundle(
-        {name: reward.load(denoiser.device) for name, reward in found.rewards.items()},
-        {name: reward.weight for name, reward in found.rewards.items()},
-        timeout=options.reward_timeout,
-        retries=options.reward_retries,
-        folder=Path(recipe.training.output_dir) / "failed",
-    )
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
     rollouts = Rollouts(
         policy,
@@ -118,7 +110,7 @@ def assemble(
         encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts),
         (denoiser.unet.config.in_channels, side, side),
         decode=denoiser.decode,
-        rewards=bundle,
+        rewards=_bundle(recipe, found.rewards, denoiser.device),
         options=options,
         evidence=evidence,
         spacing=denoiser.scheduler_config.get("timestep_spacing", "leading"),
@@ -157,7 +149,7 @@ class Watch:
         self.held_out = HeldOut(
             prompts[: recipe.online.held_out_pictures],
             options.evaluation_seed,
-            {name: reward.load(denoiser.device) for name, reward in found.held_out.items()},
+            _bundle(recipe, found.held_out, denoiser.device),
         )
         denoiser.remember([text for p in self.held_out.prompts for text in (p.text, p.negative) if text is not None])
         self.options, self.denoiser, self.policy, self.rollouts = options, denoiser, policy, rollouts
@@ -205,6 +197,19 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.held_out.load_state_dict(state["held out"])
         self.rounds = state["rounds"]
+
+
+def _bundle(recipe: Recipe, rewards: Mapping[str, NamedReward], device: Any) -> Any:
+    """Rewards, trained on or held out, loaded and ready to be asked."""
+    from palate.rewards import RewardBundle
+
+    return RewardBundle(
+        {name: reward.load(device) for name, reward in rewards.items()},
+        {name: reward.weight for name, reward in rewards.items()},
+        timeout=recipe.online.reward_timeout,
+        retries=recipe.online.reward_retries,
+        folder=Path(recipe.training.output_dir) / "failed",
+    )
 
 
 def _arithmetic(recipe: Recipe) -> Arithmetic:

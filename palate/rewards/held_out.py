@@ -15,7 +15,6 @@ from palate.data.prompts import Prompt
 from palate.errors import UserError
 from palate.judges.pictures import to_tensor
 from palate.rewards.bundle import RewardBundle
-from palate.rewards.reward import Reward
 
 WINDOW = 3
 """Evaluations that are averaged."""
@@ -70,17 +69,17 @@ class HeldOut:
     Args:
         prompts: one picture each.
         seed: of the first picture; the next has the next.
-        rewards: by name; the first decides which evaluation is the best.
+        rewards: the first of them decides which evaluation is the best.
         batch_size: pictures that a reward sees at once.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, rewards: Mapping[str, Reward], *, batch_size: int = 32):
+    def __init__(self, prompts: Sequence[Prompt], seed: int, rewards: RewardBundle, *, batch_size: int = 32):
         if not prompts:
             raise UserError("held-out rewards need prompts, and there are none")
         self.prompts, self.seeds = list(prompts), [seed + i for i in range(len(prompts))]
-        self.rewards, self.batch_size = dict(rewards), batch_size
+        self.rewards, self.batch_size = rewards, batch_size
         self.trained: list[float] = []
-        self.scores: dict[str, Tensor] = {name: torch.empty(0, len(self.prompts)) for name in self.rewards}
+        self.scores: dict[str, Tensor] = {name: torch.empty(0, len(self.prompts)) for name in rewards.rewards}
 
     def evaluate(
         self, generate: Callable[[list[Prompt], list[int]], Sequence[Image.Image]], trained: float
@@ -93,14 +92,13 @@ class HeldOut:
         Raises:
             RewardError: a reward failed; nothing is recorded.
         """
-        images, bundle = generate(self.prompts, self.seeds), RewardBundle(self.rewards)
+        images = generate(self.prompts, self.seeds)
         parts = [slice(start, start + self.batch_size) for start in range(0, len(self.prompts), self.batch_size)]
-        try:
-            raw = bundle.collect([bundle.submit(to_tensor(images[part]), self.prompts[part]) for part in parts]).raw
-        finally:
-            bundle.close()
+        pending = [self.rewards.submit(to_tensor(images[part]), self.prompts[part]) for part in parts]
+        raw = self.rewards.collect(pending).raw
+        self.rewards.close()
         self.trained.append(float(trained))
-        self.scores = {name: torch.cat([self.scores[name], raw[name][None]]) for name in self.rewards}
+        self.scores = {name: torch.cat([self.scores[name], raw[name][None]]) for name in raw}
         return {f"held_out/{name}": float(scores.mean()) for name, scores in raw.items()}
 
     @property

@@ -27,7 +27,7 @@ class OnlineOptions:
     """Pictures on which held-out rewards are measured, every ``eval_steps``: of the evaluation prompts, or else the train
     prompts, always from the same noise."""
     reward_timeout: float | None = None
-    """Seconds that one call of a reward may take."""
+    """Seconds that one call of a reward may take, trained on or held out."""
     reward_retries: int = 0
     """How often a call that failed is repeated."""
     rounds: int = 10

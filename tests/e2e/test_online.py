@@ -84,6 +84,34 @@ def test_every_way_of_learning(online, tmp_path, way):
         )
 
 
+def test_held_out_rewards_have_the_time_limit_and_the_retries_of_trained_ones(online, tmp_path, monkeypatch):
+    monkeypatch.setattr("palate.rewards.bundle.PAUSE", 0.001)
+    (tmp_path / "moody.py").write_text(
+        "import threading\n"
+        "def reward(images, prompts, metadata, asked=[]):\n"
+        "    asked.append(1)\n"
+        "    if len(asked) == 1: raise ConnectionError('busy')\n"
+        "    if len(asked) == 2 or prompts[0] == 'never': threading.Event().wait()\n"
+        "    return [float(len(asked))] * len(images)\n"
+    )
+    moody = {
+        "held_out_rewards": "[moody:reward]",
+        "held_out_pictures": 2,
+        "reward_timeout": 2,
+        "reward_retries": 2,
+        "rounds": 1,
+    }
+    code, _, errors = online(**moody)
+    assert code == 0, errors
+    assert [line["held_out/moody:reward"] for line in log(tmp_path / "out") if "held_out/moody:reward" in line] == [3, 4]
+    (tmp_path / "never.txt").write_text("never\n")
+    code, _, errors = online(
+        **{**moody, "reward_retries": 0}, evaluation_prompts="never.txt", judges="[jpeg_compressibility]", output_dir="b"
+    )
+    assert code == 2
+    assert "reward moody:reward gave no answer within 2 s: image 0 of 1 (prompt 'never', saved as b/failed/reward-" in errors
+
+
 def test_resumed_equals_uninterrupted(online, tmp_path):
     watched = {"held_out_rewards": "[jpeg_incompressibility]", "eval_steps": 1, "held_out_pictures": 2, "train_batch_size": 2}
     assert online(output_dir="a", **watched)[0] == 0

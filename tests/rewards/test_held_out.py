@@ -7,7 +7,7 @@ from PIL import Image
 
 from palate.data.prompts import Prompt
 from palate.errors import UserError
-from palate.rewards import HeldOut, RewardError, parted
+from palate.rewards import HeldOut, RewardBundle, RewardError, parted
 
 EVALUATIONS, IMAGES = 20, 64
 
@@ -85,7 +85,8 @@ def brightness(images, prompts):
 
 
 def test_evaluates_the_same_list_and_knows_the_best():
-    held_out = HeldOut(PROMPTS, 7, {"bright": brightness, "dark": lambda i, p: -brightness(i, p)}, batch_size=2)
+    rewards = RewardBundle({"bright": brightness, "dark": lambda i, p: -brightness(i, p)})
+    held_out = HeldOut(PROMPTS, 7, rewards, batch_size=2)
     assert held_out.evaluate(grey(51), 1.0) == pytest.approx({"held_out/bright": 0.2, "held_out/dark": -0.2})
     assert held_out.best
     held_out.evaluate(grey(102), 2.0)
@@ -96,8 +97,7 @@ def test_evaluates_the_same_list_and_knows_the_best():
 
 
 def test_alarm_and_resuming():
-    held_out = HeldOut(PROMPTS, 7, {"bright": brightness})
-    again = HeldOut(PROMPTS, 7, {"bright": brightness})
+    held_out, again = (HeldOut(PROMPTS, 7, RewardBundle({"bright": brightness})) for _ in range(2))
     for step in range(24):
         if step == 11:
             again.load_state_dict(held_out.state_dict())
@@ -107,13 +107,13 @@ def test_alarm_and_resuming():
     assert held_out.alarm() == again.alarm()
     assert "the trained reward rises while bright, held out, falls" in str(held_out.alarm())
     with pytest.raises(UserError, match="other held-out rewards or on other prompts"):
-        HeldOut(PROMPTS[:2], 7, {"bright": brightness}).load_state_dict(held_out.state_dict())
+        HeldOut(PROMPTS[:2], 7, RewardBundle({"bright": brightness})).load_state_dict(held_out.state_dict())
 
 
 def test_a_reward_that_fails_records_nothing():
-    held_out = HeldOut(PROMPTS, 7, {"bright": lambda i, p: None})
+    held_out = HeldOut(PROMPTS, 7, RewardBundle({"bright": lambda i, p: None}))
     with pytest.raises(RewardError, match="reward bright returned nothing"):
         held_out.evaluate(grey(51), 1.0)
     assert held_out.trained == []
     with pytest.raises(UserError, match="need prompts"):
-        HeldOut([], 7, {"bright": brightness})
+        HeldOut([], 7, RewardBundle({"bright": brightness}))
