@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from palate.errors import UserError, nearest
-from palate.evaluation.labelling import LabelCounts, Labelled, disagree, finish, label_of, pairs_of, write_pairs
+from palate.evaluation.labelling import (
+    LabelCounts,
+    Labelled,
+    common,
+    disagree,
+    finish,
+    kind_of,
+    label_of,
+    pairs_of,
+    write_pairs,
+)
 from palate.evaluation.manifest import Picture, read_manifest
 from palate.evaluation.scoring import score_folder
 from palate.judge_names import NamedJudge, find_judges
+
+if TYPE_CHECKING:
+    from palate.data.pairs import PreferencePair
+
+OF_THE_VOTE = re.compile("best_image_uid|ranking_id|user_id|created_at|question|choice|chosen.*|rejected.*")
+"""Columns that no longer hold when somebody else decides: Pick-a-Pic's, those of exported votes, those of either side."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +43,7 @@ class LabelOptions:
     """Who decides, and how."""
 
     output: str
-    """The parquet file to write, in Pick-a-Pic v2's columns."""
+    """The parquet file to write, in Pick-a-Pic v2's columns; it must not be there yet."""
     judges: tuple[str, ...] = ()
     """Names of judges; of several the majority decides. Without any, pairs keep their labels and are only filtered."""
     soft: bool = False
@@ -64,8 +81,10 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
     """Pairs of the candidates that picture folders hold of each prompt between them; scores are kept in the folders.
 
     Raises:
-        UserError: no judge, a folder that cannot be read, pictures without a score, or nothing to compare.
+        UserError: no judge, a folder that cannot be read, pictures without a score, nothing to compare, or the output is
+            there already.
     """
+    output = _output(options)
     judges = find_judges(options.judges)
     if not judges:
         raise UserError("candidates are labelled by judges; name one, such as --judges '[pickscore]'")
@@ -98,31 +117,38 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
     counts = LabelCounts(len(candidates), single, 0, 0, disagreements, 0, 0)
     kept, counts = finish(pairs, counts, absolute_winner=options.absolute_winner, keep_ties=options.ties == "keep")
 
-    def rows() -> Iterator[tuple[str, bytes, bytes, float, Mapping[str, str]]]:
+    def rows() -> Iterator[tuple[str, bytes, bytes, float, Mapping[str, Any]]]:
         for pair in kept:
             (folder_0, file_0), (folder_1, file_1) = pair.first, pair.second
             more = {"model_0": about[pair.first].model, "model_1": about[pair.second].model}
             more |= {"image_0_uid": f"{folder_0.name}/{file_0}", "image_1_uid": f"{folder_1.name}/{file_1}"}
+            more["rater"] = _rater(judges)
             yield about[pair.first].prompt, (folder_0 / file_0).read_bytes(), (folder_1 / file_1).read_bytes(), pair.label, more
 
-    write_pairs(options.output, rows())
+    write_pairs(output, rows(), dict.fromkeys(("model_0", "model_1", "image_0_uid", "image_1_uid", "rater"), str))
     return counts
 
 
 def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> LabelCounts:
     """An existing set with the judges' labels in place of its own; without judges only filtered.
 
+    Weights and what other columns tell in texts and numbers are kept, except what tells of the vote that no longer counts.
+
     Raises:
-        UserError: a set that cannot be read, or nothing is left of it.
+        UserError: a set that cannot be read, nothing is left of it, or the output is there already.
     """
     from palate.data.pairs import read_pairs
 
     judges = find_judges(options.judges)
-    reader = read_pairs(source, ties="keep", max_bad_rows=options.max_bad_rows)
+    reader = read_pairs(source, ties="keep", max_bad_rows=options.max_bad_rows, keep_columns=True)
+    output = _output(options, source, [place.path for place in reader.places if not place.remote])
     before: list[Labelled] = []
+    kinds: dict[str, set[type]] = {}
     for number, pair in enumerate(reader):
         first, second = (hashlib.sha256(image).digest() for image in (pair.image_0, pair.image_1))
         before.append(Labelled(pair.prompt, first, second, pair.label, number))
+        for name, value in _told(pair, judges).items():
+            kinds.setdefault(name, set()).add(kind_of(value))
     for row in reader.counts.bad:
         print(f"skipped {row}", file=sys.stderr)
     labelled, disagreements, changed = before, 0, None
@@ -136,9 +162,35 @@ def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> La
     kept, counts = finish(labelled, counts, absolute_winner=options.absolute_winner, keep_ties=options.ties == "keep")
     labels = {pair.source: pair.label for pair in kept}
     # The set is read once more, so that its pictures need not stay in memory.
-    rows = ((p.prompt, p.image_0, p.image_1, labels[i], {}) for i, p in enumerate(reader) if i in labels)
-    write_pairs(options.output, rows)
+    rows = ((p.prompt, p.image_0, p.image_1, labels[i], _told(p, judges)) for i, p in enumerate(reader) if i in labels)
+    write_pairs(output, rows, {name: common(found) for name, found in kinds.items()})
     return counts
+
+
+def _told(pair: PreferencePair, judges: Collection[str]) -> dict[str, Any]:
+    """What is written of a pair besides its label; a vote's own columns only while it counts."""
+    told = {name: value for name, value in pair.more.items() if not (judges and OF_THE_VOTE.fullmatch(name))}
+    told = {"weight": pair.weight, "source": pair.source, **told}
+    if rater := _rater(judges) or pair.rater:
+        told["rater"] = rater
+    return told
+
+
+def _rater(judges: Collection[str]) -> str:
+    """Who decided."""
+    return ", ".join(judges)
+
+
+def _output(options: LabelOptions, source: str | None = None, files: Sequence[Path] = ()) -> Path:
+    """Where to write; refused before anything is judged if something would be lost, or read with the set the next time."""
+    out = Path(options.output).expanduser()
+    if out.exists() and any(file.exists() and file.samefile(out) for file in files):
+        raise UserError(f"output {out} is the set that is read, which would be lost; name another file")
+    if out.exists():
+        raise UserError(f"{out} is there already; name another output, or delete it")
+    if source is not None and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"output {out} lies in {source}, with which it would be read the next time; name a file elsewhere")
+    return out
 
 
 def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress: bool = False) -> list[float]:

@@ -56,6 +56,8 @@ LAYOUTS = (
     ("prompt", "image", "label"),
     ("prompt", "image"),
 )
+# Whose values tell of a row without being read here.
+APART = ("best", "uid_0", "uid_1", "prompt_id")
 CHUNK, MAX_OBJECT = 1 << 16, 1 << 24
 
 
@@ -254,10 +256,13 @@ def _layout(path: Path, present: list[str], names: Mapping[str, str]) -> tuple[s
 # Rows ------------------------------------------------------------------------------------------------------------------
 
 
-def rows(file: File) -> Iterator[Any]:
-    """The rows of a file by column; a ``BadValueError`` in the place of what cannot be read."""
+def rows(file: File, *, everything: bool = False) -> Iterator[Any]:
+    """The rows of a file by column; a ``BadValueError`` in the place of what cannot be read.
+
+    Of parquet only the columns that are known to :data:`COLUMNS`, or with ``everything`` also those of plain values.
+    """
     kinds = {
-        "parquet": _parquet_rows,
+        "parquet": lambda file: _parquet_rows(file, everything),
         "votes": lambda file: votes.vote_rows(file.path, **file.votes),
         "captions": lambda file: _caption_rows(file.path),
         "tar": lambda file: shards.sample_rows(file.path),
@@ -267,6 +272,19 @@ def rows(file: File) -> Iterator[Any]:
     }
     found = kinds[file.format](file)
     return _grouped(found, file.names) if "prompt_id" in file.layout else found
+
+
+def others(file: File, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a row (texts, numbers, dates) in columns that are not read as prompt, picture, label and the like."""
+    if "prompt_id" in file.layout:
+        return {}  # of a group only the first picture's are left
+    read = {alias for name, aliases in COLUMNS.items() if name not in APART for alias in (*aliases, file.names[name])}
+    return {
+        name: value
+        for name, value in row.items()
+        if isinstance(name, str) and name and name.isprintable() and name not in read
+        if value is not None and not isinstance(value, bytes | list | dict)
+    }
 
 
 def _grouped(found: Iterator[Any], names: Mapping[str, str]) -> Iterator[Any]:
@@ -297,7 +315,7 @@ def _parquet_columns(path: Path) -> list[str]:
         raise DamagedError(f"{path} is not a complete parquet file ({error}): copy or download it again") from None
 
 
-def _parquet_rows(file: File) -> Iterator[dict[str, Any] | BadValueError]:
+def _parquet_rows(file: File, everything: bool) -> Iterator[dict[str, Any] | BadValueError]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -305,13 +323,21 @@ def _parquet_rows(file: File) -> Iterator[dict[str, Any] | BadValueError]:
     try:
         # By default a whole row group is read ahead, which may be gigabytes of pictures.
         with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as table:
-            wanted = [name for name in table.schema_arrow.names if name in file.names.values()]
+            schema = table.schema_arrow
+            wanted = [f.name for f in schema if f.name in file.names.values() or (everything and _plain(f.type))]
             for batch in table.iter_batches(batch_size=16, columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
                     done += 1
                     yield row
     except (pa.ArrowException, OSError) as error:
         yield BadValueError("(rest of file)", f"is damaged after {done} rows ({error}): copy or download it again")
+
+
+def _plain(kind: Any) -> bool:
+    from pyarrow import types
+
+    kept_out = (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    return not any(is_kind(kind) for is_kind in kept_out)
 
 
 def _caption_rows(folder: Path) -> Iterator[dict[str, str] | BadValueError]:

@@ -33,6 +33,7 @@ class PreferencePair:
     weight: float = 1.0
     source: str = ""  # "file, row 17"
     rater: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)  # other columns, if they are wished for
 
     @property
     def pictures(self) -> tuple[bytes, ...]:
@@ -49,6 +50,7 @@ class LikedPicture:
     weight: float = 1.0
     source: str = ""
     rater: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pictures(self) -> tuple[bytes, ...]:
@@ -91,6 +93,7 @@ class Wishes:
     absolute_winners: bool = False
     deduplicate: bool = False
     max_pairs_per_prompt: int | None = None
+    keep_columns: bool = False
 
     def __post_init__(self) -> None:
         if self.ties not in ("drop", "keep"):
@@ -144,7 +147,8 @@ class Reader:
             elif file.single != self.single:
                 raise UserError(f"{place.path} holds single pictures, unlike the files before it: name them one at a time")
             else:
-                yield from ((file, number, row) for number, row in enumerate(formats.rows(file), start=1))
+                found = formats.rows(file, everything=self.wishes.keep_columns)
+                yield from ((file, number, row) for number, row in enumerate(found, start=1))
 
     def __iter__(self) -> Iterator[Any]:
         return self._iterate(look=True)
@@ -213,6 +217,7 @@ class Reader:
             "weight": weight,
             "source": f"{file.path.name}, row {number}",
             "rater": "" if rater is None else str(rater),
+            "more": formats.others(file, row) if self.wishes.keep_columns else {},
         }
         picture = functools.partial(values.picture, home=file.home, look=look)
         if "images" in layout:
@@ -272,6 +277,7 @@ def read(
     absolute_winners: bool = False,
     deduplicate: bool = False,
     max_pairs_per_prompt: int | None = None,
+    keep_columns: bool = False,
 ) -> Reader:
     """A streaming reader of pairs or single pictures; formats are recognised by content and columns.
 
@@ -299,11 +305,12 @@ def read(
     ``absolute_winners`` keeps the pairs whose better picture won all comparisons that it took part in under its prompt, which
     takes one more reading; ``deduplicate`` keeps the first of several pairs of the same two pictures under a prompt;
     ``max_pairs_per_prompt`` the first so many of a prompt; ``max_train_samples`` ends the stream after that many.
+    ``keep_columns`` gives the texts and numbers of all other columns as ``more``.
 
     Raises ``UserError`` at once for a source that is missing, empty or lacks a column; while iterating for too many bad
     rows, and at the end if there was nothing.
     """
-    wishes = Wishes(ties, max_bad_rows, max_train_samples, absolute_winners, deduplicate, max_pairs_per_prompt)
+    wishes = Wishes(ties, max_bad_rows, max_train_samples, absolute_winners, deduplicate, max_pairs_per_prompt, keep_columns)
     voting = {"question": vote_question, "weights": vote_weights}
     mapping = formats.own_names(columns or {})
     reader = Reader(str(source), formats.find(source), wishes, mapping, voting)

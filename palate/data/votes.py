@@ -18,7 +18,7 @@ QUESTIONS = ("overall", "appeal", "following")
 WEIGHTS = ("equal", "agreement")
 LABELS = {"first": 1.0, "second": 0.0, "tie": 0.5, "bad": 0.5}
 """What a choice says of the first picture; ``skip`` says nothing."""
-COLUMNS = ("prompt", "image_0", "image_1", "label", "weight", "rater")
+COLUMNS = ("prompt", "image_0", "image_1", "label", "weight", "rater", "model_0", "model_1")
 PRIOR = 5.0  # a rater counts as if five of their votes had agreed as often as everybody's
 
 VALID = """
@@ -87,6 +87,8 @@ def vote_rows(path: str | Path, *, question: str = "overall", weights: str = "eq
             "label": LABELS[row["choice"]],
             "weight": weight.get(row["rater"], 1.0),
             "rater": row["rater"],
+            "model_0": row["model_0"],
+            "model_1": row["model_1"],
         }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from palate.errors import UserError
@@ -141,22 +142,29 @@ def finish(
     return written, counts
 
 
-def write_pairs(path: str | Path, rows: Iterable[tuple[str, bytes, bytes, float, Mapping[str, str]]]) -> None:
+def write_pairs(
+    path: str | Path,
+    rows: Iterable[tuple[str, bytes, bytes, float, Mapping[str, Any]]],
+    columns: Mapping[str, type] = MappingProxyType({}),
+) -> None:
     """Write pairs in Pick-a-Pic v2's columns, whole or not at all; memory does not grow with their number.
 
-    rows: prompt, both encoded pictures, probability that the first is the better one, and text columns such as ``model_0``.
+    Args:
+        path: of the parquet file.
+        rows: prompt, both encoded pictures, probability that the first is the better one, and by name what else is told.
+        columns: what else is written, as ``bool``, ``int``, ``float`` or ``str``: ``{"model_0": str}``.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ("model_0", "model_1", "image_0_uid", "image_1_uid")
+    types = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
     schema = pa.schema(
         [
             ("caption", pa.string()),
             *((name, pa.binary()) for name in ("jpg_0", "jpg_1")),
             *((name, pa.float64()) for name in ("label_0", "label_1")),
             ("has_label", pa.bool_()),
-            *((name, pa.string()) for name in names),
+            *((name, types[kind]) for name, kind in columns.items()),
         ]
     )
     path = Path(path)
@@ -175,7 +183,7 @@ def write_pairs(path: str | Path, rows: Iterable[tuple[str, bytes, bytes, float,
                                 "label_0": label,
                                 "label_1": 1 - label,
                                 "has_label": True,
-                                **{name: more.get(name) for name in names},
+                                **{name: _as(kind, more.get(name)) for name, kind in columns.items()},
                             }
                             for prompt, first, second, label, more in part
                         ],
@@ -185,6 +193,23 @@ def write_pairs(path: str | Path, rows: Iterable[tuple[str, bytes, bytes, float,
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def kind_of(value: Any) -> type:
+    """The type of column that a plain value fits."""
+    kind = type(value)
+    return kind if kind in (bool, float) or (kind is int and abs(value) < 1 << 63) else str
+
+
+def common(kinds: Collection[type]) -> type:
+    """The type of column that values of all these kinds fit."""
+    return next(iter(kinds)) if len(kinds) == 1 else float if set(kinds) == {int, float} else str
+
+
+def _as(kind: type, value: Any) -> Any:
+    if value is None:
+        return None
+    return str(value).encode(errors="replace").decode() if kind is str else kind(value)
 
 
 def _batches(rows: Iterable[Any], size: int) -> Iterable[list[Any]]:

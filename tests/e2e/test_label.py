@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from palate.data.pairs import read_pairs
 from palate.evaluation.manifest import read_all_scores, read_manifest
 
@@ -20,7 +23,9 @@ def test_generate_label_train(palate, model_dir, prompts_file):
         for folder in ("a", "b")
         for p in read_manifest(folder)
     }
+    assert palate("label", "a", "b", judges="jpeg_incompressibility", output="pairs.parquet")[0] == 2  # it is there
     pairs = list(read_pairs("pairs.parquet"))
+    assert {p.rater for p in pairs} == {"jpeg_incompressibility"}
     assert pairs
     assert all((sizes[p.image_0] > sizes[p.image_1]) == (p.label == 1) for p in pairs)
     # Soft labels, ties kept, only the extremes.
@@ -52,6 +57,78 @@ def test_an_existing_set(palate, pairs_dir):
     code, _, errors = palate("label", pairs_dir, output="none.parquet", absolute_winner="true")
     assert (code, "16 without the absolute winner" in errors) == (2, True)
     assert not Path("none.parquet").exists()
+
+
+def rich_set(path: Path, pairs_dir: Path) -> list[dict]:
+    """Pairs with all that a set may tell besides its labels."""
+    votes = list(read_pairs(pairs_dir))
+    rows = [
+        {
+            "caption": pair.prompt,
+            "jpg_0": pair.image_0,
+            "jpg_1": pair.image_1,
+            "label_0": pair.label,
+            "label_1": 1 - pair.label,
+            "weight": 1 + i / 8,
+            "rater": "eve",
+            "model_0": "plain",
+            "model_1": "tuned",
+            "split": "train",
+            "width": 64 + i,
+            "best_image_uid": "x",
+            "image_0_uid": f"{i}-0",
+            "user_id": 7,
+            "chosen_model": "plain",
+            "thumbnail": b"123",
+        }
+        for i, pair in enumerate(votes)
+    ]
+    pq.write_table(pa.Table.from_pylist([{**row, "shape": {"h": 1}} for row in rows]), path)
+    return rows
+
+
+def test_a_set_keeps_what_does_not_tell_of_the_old_vote(palate, pairs_dir):
+    rows = rich_set(Path("rich.parquet"), pairs_dir)
+    assert palate("label", "rich.parquet", judges="jpeg_compressibility", output="judged.parquet", ties="keep")[0] == 0
+    assert palate("label", "rich.parquet", output="same.parquet", ties="keep")[0] == 0
+    kept = ("caption", "jpg_0", "jpg_1", "weight", "model_0", "model_1", "split", "width", "image_0_uid")
+    for file, rater in (("judged.parquet", "jpeg_compressibility"), ("same.parquet", "eve")):
+        found = pq.read_table(file).to_pylist()
+        assert [{name: row[name] for name in kept} for row in found] == [{name: row[name] for name in kept} for row in rows]
+        assert {row["rater"] for row in found} == {rater}
+        assert [row["source"] for row in found] == [f"rich.parquet, row {i + 1}" for i in range(len(rows))]
+        of_the_vote = {"best_image_uid", "user_id", "chosen_model"}
+        assert of_the_vote & set(found[0]) == (of_the_vote if rater == "eve" else set())
+        assert not {"thumbnail", "shape"} & set(found[0])
+    # Labelled again, the first source stays; and a set of text files fares the same.
+    assert palate("label", "judged.parquet", output="again.parquet", ties="keep")[0] == 0
+    again = pq.read_table("again.parquet").to_pylist()
+    assert [(r["source"], r["rater"]) for r in again] == [(r["source"], "jpeg_compressibility") for r in found[: len(again)]]
+    assert palate("label", pairs_dir, judges="jpeg_compressibility", output="plain.parquet", ties="keep")[0] == 0
+    assert pq.read_table("plain.parquet")["source"].to_pylist()[0] == "metadata.jsonl, row 1"
+
+
+def test_nothing_is_overwritten(palate, pairs_dir):
+    rich_set(Path("rich.parquet"), pairs_dir)
+    before = Path("rich.parquet").read_bytes()
+    Path("link.parquet").symlink_to("rich.parquet")
+    Path("other.parquet").write_bytes(b"mine")
+    Path("set").mkdir()
+    rich_set(Path("set/a.parquet"), pairs_dir)
+    jpeg = {"judges": "jpeg_compressibility"}
+    for source, output, said in (
+        ("rich.parquet", "rich.parquet", "is the set that is read"),
+        ("rich.parquet", "link.parquet", "is the set that is read"),
+        ("link.parquet", "./rich.parquet", "is the set that is read"),
+        ("set", "set/a.parquet", "is the set that is read"),
+        ("set", "set/b.parquet", "lies in set"),
+        ("rich.parquet", "other.parquet", "is there already; name another output"),
+    ):
+        code, _, errors = palate("label", source, **jpeg, output=output)
+        assert (code, said in errors, len(errors.splitlines())) == (2, True, 1), errors
+    assert Path("rich.parquet").read_bytes() == before
+    assert Path("other.parquet").read_bytes() == b"mine"
+    assert [p.name for p in Path("set").iterdir()] == ["a.parquet"]
 
 
 def test_mistakes(palate, pairs_dir, model_dir, prompts_file):

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from palate.data.pairs import read_pairs
 from palate.errors import UserError
-from palate.evaluation.labelling import LabelCounts, Labelled, absolute_winners, finish, label_of, pairs_of, write_pairs
+from palate.evaluation.labelling import (
+    LabelCounts,
+    Labelled,
+    absolute_winners,
+    common,
+    finish,
+    kind_of,
+    label_of,
+    pairs_of,
+    write_pairs,
+)
 
 MARGINS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5)
 NONE = LabelCounts(0, 0, 0, 0, 0, 0, 0)
@@ -68,8 +79,27 @@ def test_ties_are_dropped_or_kept_and_counted():
 
 def test_written_pairs_are_read(tmp_path, pairs_dir):
     images = [(pairs_dir / f"0-{side}.png").read_bytes() for side in ("chosen", "rejected")]
-    write_pairs(tmp_path / "sub/p.parquet", [("a boat", *images, 0.25, {"model_0": "m"})] * 70)
+    write_pairs(tmp_path / "sub/p.parquet", [("a boat", *images, 0.25, {"model_0": "m", "unasked": 1})] * 70, {"model_0": str})
     found = list(read_pairs(tmp_path / "sub/p.parquet"))
     assert len(found) == 70
     assert (found[0].prompt, found[0].image_0, found[0].image_1, found[0].label) == ("a boat", *images, 0.25)
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["p.parquet"]
+
+
+def test_types_of_columns(tmp_path, pairs_dir):
+    values = {
+        "whole": (1, 2),
+        "real": (1, 0.5),
+        "truth": (True, False),
+        "text": ("a", "b\ud800"),
+        "mixed": (1, "x"),
+        "big": (1, 1 << 64),
+    }
+    columns = {name: common({kind_of(v) for v in column}) for name, column in values.items()}
+    assert columns == {"whole": int, "real": float, "truth": bool, "text": str, "mixed": str, "big": str}
+    image = (pairs_dir / "0-chosen.png").read_bytes()
+    rows = [("a", image, image, 1.0, {name: column[i] for name, column in values.items()}) for i in range(2)]
+    write_pairs(tmp_path / "p.parquet", [*rows, ("a", image, image, 1.0, {})], columns)
+    found = pq.read_table(tmp_path / "p.parquet", columns=list(values)).to_pylist()
+    assert found[1] == {"whole": 2, "real": 0.5, "truth": False, "text": "b?", "mixed": "x", "big": str(1 << 64)}
+    assert set(found[2].values()) == {None}
