@@ -23,6 +23,7 @@ from palate.hub import check_push, push
 from palate.judge_names import NamedJudge, find_judges, score_folders
 from palate.miniature import world
 from palate.model_names import check_refiner_fits, load_base
+from palate.models import cut_warning
 from palate.prompt_names import find_prompts
 from palate.recipe import Recipe
 
@@ -159,9 +160,8 @@ def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
     _tell(online.told(recipe, found))
     denoiser = _denoiser(recipe)
     resolution = recipe.data.resolution or denoiser.default_resolution
-    cut, limit = denoiser.cut_prompts([prompt.text for prompt in found.prompts])
-    if cut:
-        _tell(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads: their ends are not seen")
+    if told := cut_warning(denoiser, (text for prompt in found.prompts for text in (prompt.text, prompt.negative))):
+        _tell(told)
     policy = _policy(recipe, denoiser)
     step, rollouts = online.assemble(recipe, found, denoiser, policy, resolution, progress=_main() and sys.stderr.isatty())
     samples = _Samples(recipe, denoiser, policy, resolution)
@@ -338,9 +338,8 @@ def _encoded(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, valida
     }
     encoded = encode(reader, **how)
     _say_counts(reader.counts, "pictures" if reader.single else "pairs")
-    cut, limit = denoiser.cut_prompts(encoded.prompts)
-    if cut:
-        _tell(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads: their ends are not seen")
+    if told := cut_warning(denoiser, encoded.prompts):
+        _tell(told)
     if validation is not None:
         held_out = encode(validation, **how)
         kept = encoded.without_prompts(held_out.prompts)

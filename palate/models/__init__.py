@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,13 @@ def check_strength(strength: float, num_inference_steps: int) -> None:
             f"strength is {strength} of {num_inference_steps} steps; expected a number up to 1 that leaves a step: at least "
             f"{1 / num_inference_steps:.2g}"
         )
+
+
+def cut_warning(denoiser: Any, texts: Iterable[str | None]) -> str:
+    """What to tell of prompts, negative ones too, that are longer than the text encoder reads; empty if none is."""
+    cut, limit = denoiser.cut_prompts([text for text in texts if text is not None])
+    which, what = ("1 prompt is", "its end is") if cut == 1 else (f"{cut} prompts are", "their ends are")
+    return f"{which} longer than the {limit} tokens that the text encoder reads: {what} not seen" if cut else ""
 
 
 def _dtype(mixed_precision: str) -> Any:

@@ -89,6 +89,7 @@ def main(words: list[str]) -> int:
     from palate.evaluation import editing
     from palate.evaluation.generation import Shard, begun, drawing, generate, plan, settings
     from palate.model_names import find_model
+    from palate.models import cut_warning
     from palate.prompt_names import find_prompts
     from palate.run import versions
 
@@ -130,9 +131,8 @@ def main(words: list[str]) -> int:
     denoiser, unet, refiner = model.load(mixed_precision=options.mixed_precision)
     sampling |= {"resolution": resolution or denoiser.default_resolution, **edited}
     start = editing.starting(files, options.output_dir, sampling["resolution"]) if files else None
-    cut, limit = denoiser.cut_prompts([p.text for p in prompts])
-    if cut:
-        print(f"{cut} prompts are longer than the {limit} tokens that the text encoder reads", file=sys.stderr)
+    if told := cut_warning(denoiser, (text for p in pictures for text in (p.prompt, p.negative))):
+        print(told, file=sys.stderr)
     try:
         drawn = generate(
             drawing(denoiser, unet, refiner, start, **sampling),

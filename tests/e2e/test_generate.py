@@ -54,6 +54,12 @@ def test_the_same_noise_in_any_batch_and_for_every_lora(generate, palate):
     assert (code, "begun with loras" in errors) == (2, True)
 
 
+def test_long_prompts_and_negative_prompts_are_told(generate):
+    code, _, errors = generate("out", negative_prompt="blur, " * 60, images_per_prompt=2)
+    assert code == 0, errors
+    assert errors == "1 prompt is longer than the 40 tokens that the text encoder reads: its end is not seen\n"
+
+
 def test_a_run_that_trained_all_weights(generate, palate):
     palate("train", train_method="full", learning_rate=0.05, output_dir="full", max_train_steps=1)
     assert generate("tuned", "full")[0] == generate("base")[0] == 0

@@ -172,6 +172,14 @@ def test_repeated_prompts_are_counted_once(online, prompts_file):
     assert f"draws 64 pictures of {count} prompts" in assembled.told(made, assembled.find(made))
 
 
+def test_long_prompts_and_negative_prompts_are_told(online, tmp_path):
+    rows = [{"prompt": "a tree", "negative": "blur, " * 60}, {"prompt": "a red house " * 40}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, errors = online(train_prompts="long.jsonl", rounds=1)
+    assert code == 0, errors
+    assert "2 prompts are longer than the 40 tokens that the text encoder reads: their ends are not seen" in errors
+
+
 def test_an_empty_prompt_file(online, tmp_path):
     (tmp_path / "none.txt").write_text("\n")
     code, _, errors = online(train_prompts=tmp_path / "none.txt")

@@ -360,7 +360,7 @@ def test_long_prompts_are_counted_and_bad_rows_told(palate, pairs_dir, tmp_path)
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, errors = palate("train", train_data=folder, max_bad_rows=1)
     assert code == 0, errors
-    assert "1 prompts are longer than the 40 tokens" in errors
+    assert "\n1 prompt is longer than the 40 tokens that the text encoder reads: its end is not seen\n" in errors
     assert "skipped metadata.jsonl, row 6" in errors
     assert "15 pairs, 1 bad rows skipped" in errors
 
