@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import warnings
@@ -320,15 +321,21 @@ def save_lora(denoiser: Denoiser, unet: Any, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, metadata = get_peft_model_state_dict(unet), _collate_lora_metadata({"unet": unet})
+    for told in metadata.values():
+        if isinstance(told["target_modules"], list):  # of a set, in an order that is another in every process
+            told["target_modules"].sort()
     return replacing(folder / LORA_FILE, lambda partial: denoiser.save_lora(partial, weights, metadata), LORA_FILE)
 
 
 def replacing(final: Path, write: Callable[[str], Any], name: str = ".") -> Path:
-    """Let ``write`` make and fill a temporary folder, and put its file ``name`` (or all of it) in the place of ``final``."""
+    """Let ``write`` make and fill a temporary folder, and put all of it in the place of ``final``, or its safetensors file
+    ``name``, the metadata of which are put in order: so that the same weights make the same file."""
     partial = final.with_name(f".{final.name}-saving")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write(str(partial))
+        if name != ".":
+            _order_metadata(partial / name)
         if final.is_dir():
             shutil.rmtree(final)
         os.replace(partial / name, final)
@@ -337,3 +344,13 @@ def replacing(final: Path, write: Callable[[str], Any], name: str = ".") -> Path
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _order_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file in place; the library writes them in another order every time."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

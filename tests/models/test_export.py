@@ -171,6 +171,8 @@ def test_alphas_and_metadata_of_the_kohya_twin(folder, tmp_path):
     assert json.loads(told["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "6"}
     assert any("input_blocks" in n for n in tensors) == xl
     assert [p.name for p in path.parent.iterdir()] == ["b.safetensors"]
+    again = save_kohya(denoiser, policy.trainable_module, tmp_path / "again.safetensors", about={"ss_seed": "7"})
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_a_full_disk_leaves_what_was_there(model_dir, tmp_path, monkeypatch):

@@ -112,6 +112,16 @@ def test_saving_again_replaces_and_a_full_disk_keeps_what_was_there(load, tmp_pa
         assert path.exists()
 
 
+def test_the_same_weights_make_the_same_file(load, tmp_path):
+    policy = Policy(load(), rank=2)
+    config = policy.trainable_module.peft_config["default"]
+    modules, files = sorted(config.target_modules), []
+    for turn in range(6):  # as often, for safetensors shuffles its two metadata at every saving
+        config.target_modules = [*modules[turn % 4 :], *modules[: turn % 4]]
+        files.append(policy.save(tmp_path / str(turn)))
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_lora_on_all_layers_reaches_convolutions(load):
     names = {n.split(".lora_A")[0].split(".")[-1] for n in Policy(load(), lora_layers="all").state_dict() if "lora_A" in n}
     assert {"to_q", "conv1", "conv2", "proj_in", "time_emb_proj"} <= names
