@@ -272,8 +272,6 @@ def load_lora(denoiser: Denoiser, unet: nn.Module, path: str | Path) -> None:
             f"{file} does not fit {denoiser.name}: {len(found)} of its {given} matrices found their layer; "
             "was it trained for another family of models?"
         )
-    if not all(parameter.isfinite().all() for parameter in found):
-        raise UserError(f"{file} holds numbers that are not finite; it cannot be used")
     for parameter in found:
         parameter.data = parameter.data.float()
 
@@ -296,14 +294,14 @@ def _load(denoiser: Any, pipeline: Any, file: Path, adapter: str) -> None:
 
 
 def _put(pipeline: Any, file: Path, adapter: str) -> None:
-    with safe_open(file, "pt") as opened:
-        mixed = len({float(opened.get_tensor(name)) for name in opened.keys() if name.endswith(".alpha")}) > 1  # noqa: SIM118
-    if not mixed:
+    tensors = load_file(file)
+    if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{file} holds numbers that are not finite; it cannot be used")
+    alphas = {name: float(x) for name, x in tensors.items() if name.endswith(".alpha")}
+    if len(set(alphas.values())) < 2:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
         return
     # diffusers gives attention layers the commonest alpha of a kohya file, not their own: so all get one.
-    tensors = load_file(file)
-    alphas = {name: float(x) for name, x in tensors.items() if name.endswith(".alpha")}
     one = max(alphas.values())
     for name, alpha in alphas.items():
         up = f"{name.removesuffix('.alpha')}.lora_up.weight"

@@ -24,7 +24,7 @@ from palate.models.export import (
     save_pipeline,
     save_unet,
 )
-from palate.models.policy import Policy, find_lora, load_lora, tells_alpha
+from palate.models.policy import Policy, find_lora, load_lora, put_loras, tells_alpha
 
 
 def disturb(parameters, size: float = 0.05) -> None:
@@ -373,3 +373,6 @@ def test_adapters_that_do_not_fit(kohya, model_dir, sdxl_dir, caplog):
     )
     assert "does not fit" in refused({n.replace("attn1", "attn7"): x for n, x in tensors.items()})
     assert "not finite" in refused({**tensors, down: torch.full_like(tensors[down], torch.nan)})
+    denoiser = load_denoiser(str(model_dir))
+    with pytest.raises(UserError, match="not finite"):  # nor to draw with
+        put_loras(denoiser, denoiser.unet, [(kohya, 0.5)])
