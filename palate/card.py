@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from palate.hub import is_hub_id
 from palate.models.export import KOHYA_FILE
 from palate.models.policy import LORA_FILE
 from palate.options import dumps
-from palate.recipe import Recipe
+from palate.recipe import Recipe, resolve_objective
+from palate.training.online_options import Arithmetic
 
 CARD = "README.md"
 PUBLIC = (CARD, LORA_FILE, KOHYA_FILE, "unet/*", "before_after.png")
@@ -53,6 +55,7 @@ def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
         front["datasets"] = [data]
     name = out.resolve().name
     weights = "all weights of the U-Net" if full else _lora(out, recipe)
+    taste = "preferences" if recipe.online.train_prompts is None else "rewards"
     lines = [
         "---",
         dumps(front).rstrip(),
@@ -60,7 +63,7 @@ def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
         "",
         f"# {name}",
         "",
-        f"{shown}, aligned with preferences by {method} in {space} space: {weights}, made with Palate.",
+        f"{shown}, aligned with {taste} by {method} in {space} space: {weights}, made with Palate.",
         "",
         *_comparison(out),
         *_usage(base, shown, family, full, recipe),
@@ -158,14 +161,9 @@ def _facts(recipe: Recipe, about: dict[str, Any]) -> list[str]:
     training = recipe.training
     chosen = {name: f"auto, which chose {number:g}" for name, number in about.get("chosen", {}).items()}
     hyper = ", ".join(f"{key} {chosen.get(key, value)}" for key, value in recipe.objective.items() if key != "name")
-    data = recipe.online.train_prompts or recipe.data.train_data
     rows = {
         "objective": recipe.objective["name"] + (f" ({hyper})" if hyper else ""),
-        "data": data if is_hub_id(data) else Path(data).name,
-        "pairs": about.get("pairs"),
-        "prompts": about.get("prompts"),
-        "steps": training.max_train_steps or f"{training.num_train_epochs} epochs",
-        "batch": f"{training.train_batch_size} x {training.gradient_accumulation_steps} accumulated, a process",
+        **_evidence(recipe, about),
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler}, {training.lr_warmup_steps} steps of warm-up",
         "optimizer": training.optimizer,
         "precision": training.mixed_precision,
@@ -173,6 +171,37 @@ def _facts(recipe: Recipe, about: dict[str, Any]) -> list[str]:
         "versions": ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items()) or None,
     }
     return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value is not None)]
+
+
+def _evidence(recipe: Recipe, about: dict[str, Any]) -> dict[str, Any]:
+    """What was learned from, and how much of it: pairs, single pictures, or pictures that the model drew itself."""
+    training, online = recipe.training, recipe.online
+    objective, evidence = resolve_objective(recipe.objective)
+    if online.train_prompts is not None:
+        update = Arithmetic.of(online, evidence).effective_batch
+        unit = {"trajectories": "steps of pictures", "samples": "pictures", "pairs": "pairs"}[evidence]
+        weights = online.rewards if isinstance(online.rewards, dict) else {}
+        return {
+            "data": f"the model's own pictures of {about.get('prompts', 'the')} prompts of {_bare(online.train_prompts)}",
+            "rewards": ", ".join(f"{_bare(name)} {weights.get(name, '')}".rstrip() for name in online.rewards),
+            "rounds": f"{'up to ' if online.kl_budget else ''}{online.rounds} of {online.samples_per_round} pictures",
+            "steps": training.max_train_steps,
+            "batch": f"{update} {unit} an update, {training.train_batch_size} at once",
+        }
+    data, trained = recipe.data.train_data, None
+    if "pictures" in about:
+        trained = f"{about['pictures']} single pictures"
+    elif "pairs" in about:
+        singles = (
+            ", each as a liked and a disliked picture" if "label" in signature(objective).parameters else ", their winners"
+        )
+        trained = f"{about['pairs']} pairs" + (singles if evidence == "samples" else "")
+    return {
+        "data": data if is_hub_id(data) else Path(data).name,
+        "trained on": trained,
+        "steps": training.max_train_steps or f"{training.num_train_epochs} epochs",
+        "batch": f"{training.train_batch_size} x {training.gradient_accumulation_steps} accumulated, a process",
+    }
 
 
 def _bare(text: str) -> str:

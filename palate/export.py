@@ -184,4 +184,6 @@ def about_training(recipe: Recipe, name: str) -> dict[str, str]:
         "ss_training_comment": f"Palate: {method['name']}" + (f" ({how})" if how else ""),
         "modelspec.title": name,
     }
+    if (side := recipe.data.resolution) is not None:  # otherwise that of the model
+        told["modelspec.resolution"] = f"{side}x{side}"
     return {key: str(value) for key, value in told.items()}

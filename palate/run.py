@@ -94,7 +94,8 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         found = accuracy(margins.tolist(), labels.tolist(), held_out.prompts)
         return {"held_out_accuracy": found.rate, "held_out_accuracy_low": found.low, "held_out_accuracy_high": found.high}
 
-    about = {"command": command, "versions": versions(), "pairs": len(encoded), **_counts(reader.counts)}
+    what = "pictures" if reader.single else "pairs"
+    about = {"command": command, "versions": versions(), what: len(encoded), **_counts(reader.counts)}
     if wanted.resume_from_checkpoint is None:
         step.begin(encoded)
         about |= {"chosen": dict(step.state)} if step.state else {}

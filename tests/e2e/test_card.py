@@ -105,6 +105,40 @@ def test_the_card_of_a_continued_lora_tells_its_own_rank(palate, tmp_path):
     assert f"beta auto, which chose {chosen:g}" in text
 
 
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [("dpo", "14 pairs"), ("kto", "14 pairs, each as a liked and a disliked picture"), ("sft", "14 pairs, their winners")],
+)
+def test_the_card_tells_what_of_pairs_was_learned(palate, tmp_path, objective, told):
+    assert palate("train", objective=objective, max_train_steps=1, validation_prompts="[]")[0] == 0
+    assert f"| trained on | {told} |" in parts(tmp_path / "out" / "README.md")[1]
+
+
+def test_the_card_of_online_training(palate, tmp_path, prompts_file):
+    options = {
+        "train_prompts": prompts_file,
+        "samples_per_round": 4,
+        "sample_num_steps": 2,
+        "updates_per_round": 2,
+        "rounds": 1,
+    }
+    rewards = {"rewards": "{jpeg_compressibility: 0.5, 'own:flat': 1}", "train_batch_size": 2}
+    (tmp_path / "own.py").write_text("def flat(images, prompts, metadata):\n    return [0.0] * len(prompts)\n")
+    tiny = {"max_train_steps": None, "train_data": None, "cache_dir": None, "objective": "ddpo_is", "validation_prompts": "[]"}
+    code, _, errors = palate("train", **options, **rewards, **tiny)
+    assert code == 0, errors
+    text = parts(tmp_path / "out" / "README.md")[1]
+    assert "aligned with rewards by ddpo_is" in text
+    for row in (
+        "| data | the model's own pictures of 4 prompts of prompts.txt |",
+        "| rewards | jpeg_compressibility 0.5, own:flat 1 |",
+        "| rounds | 1 of 4 pictures |",
+        "| batch | 4 steps of pictures an update, 2 at once |",
+    ):
+        assert row in text
+    assert "epochs" not in text.split("## Training")[1].split("<details>")[0]
+
+
 def test_what_cannot_be_pushed_is_told_before_training(palate, hub, tmp_path):
     assert "expected owner/name" in palate("train", push_to_hub="house")[2]
     hub.known = False

@@ -65,7 +65,8 @@ def test_likes(palate, votes, pairs_dir, tmp_path, objective, trained):
     code, _, errors = palate("train", train_data="likes.jsonl", objective=objective, max_train_steps=2, random_flip="true")
     assert code == 0, errors
     assert "16 rows: 16 pictures" in errors
-    assert about()["pairs"] == trained  # sft knows no dislike
+    assert about()["pictures"] == trained  # sft knows no dislike
+    assert f"| trained on | {trained} single pictures |" in Path("out/README.md").read_text()
     code, _, errors = palate("train", train_data="likes.jsonl", objective="dpo", output_dir="other")
     assert code == 2
     assert "dpo compares two pictures, but likes.jsonl holds single ones" in errors

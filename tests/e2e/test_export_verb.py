@@ -15,7 +15,8 @@ DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture
 def run(palate, tmp_path) -> Path:
-    assert palate("train", max_train_steps=1, rank=2, lora_alpha=3, lora_layers="all", validation_prompts="[]")[0] == 0
+    options = {"rank": 2, "lora_alpha": 3, "lora_layers": "all", "resolution": 32, "validation_prompts": "[]"}
+    assert palate("train", max_train_steps=1, **options)[0] == 0
     return tmp_path / "out"
 
 
@@ -24,6 +25,7 @@ def test_a_run_in_every_format(palate, run, tmp_path, model_dir):
         told = opened.metadata()
     assert (told["ss_output_name"], told["ss_learning_rate"], told["ss_seed"]) == ("out", "0.001", "0")
     assert told["ss_training_comment"] == "Palate: dpo (beta 5000.0)"
+    assert told["modelspec.resolution"] == "32x32"  # that of the training, not the model's own 64
 
     code, said, err = palate("export", "out", format="kohya", output="k/my.safetensors", dtype="fp16")
     assert (code, said) == (0, "wrote k/my.safetensors\n"), err
