@@ -415,23 +415,23 @@ picture; it prefers the one it scores higher. 50 % would mean that nothing it ca
 
 
 def _groups(ordered: list[Comparison]) -> str:
-    """The parts of the prompts, by each judge, behind a click."""
+    """The parts of the prompts, by each judge and field, behind a click; the first is open."""
     tables = []
-    for c in ordered:
+    parts = [(c, name) for c in ordered for name in dict.fromkeys(group.field for group in c.groups)]
+    for c, field_name in parts:
         rows = "".join(
             f"""<tr class="{_verdict(g)}"><th scope="row">{escape(g.value)}</th><td>{_bar(g.win_rate)}</td><td class="num">
 <strong>{percent(g.win_rate.rate)} %</strong>
 <span class="soft">{percent(g.win_rate.low)}–{percent(g.win_rate.high)} %</span></td>
 <td class="num" data-name="Prompts">{g.win_rate.prompts}</td></tr>"""
             for g in c.groups
+            if g.field == field_name
         )
-        if rows:
-            fields = ", ".join(dict.fromkeys(g.field for g in c.groups))
-            tables.append(
-                f"""<details{" open" if c is ordered[0] else ""}><summary>{escape(c.judge)} by {escape(fields)}</summary>
+        tables.append(
+            f"""<details{"" if tables else " open"}><summary>{escape(c.judge)} by {escape(field_name)}</summary>
 <table class="groups small"><thead><tr><th scope="col">Prompts</th><th scope="col">Preferred</th><th scope="col">Share</th>
 <th scope="col">Number</th></tr></thead><tbody>{rows}</tbody></table></details>"""
-            )
+        )
     return "".join(tables)
 
 

@@ -351,6 +351,19 @@ def test_online_curves_lie_over_what_was_judged(tmp_path):
     assert "cannot tell when training went too far" in (tmp_path / "r.html").read_text()
 
 
+def test_all_categories_but_the_first_are_folded(tmp_path):
+    groups = {"category": ["a", "b"] * 50, "challenge": ["x"] * 50 + ["y"] * 50}
+    pair = versus("base", "tuned", {"one": wins(0.9), "two": wins(0.8)}, IDS, ALIKE, groups=groups, draws=300)
+    write_report(tmp_path / "r.html", [Chapter("t", Result(["base", "tuned"], ["a", "b"], 100, 100, [pair], [], {}, []))])
+    page = (tmp_path / "r.html").read_text()
+    assert re.findall(r"<details( open)?><summary>([^<]*)", page) == [
+        (" open", "one by category"),
+        ("", "one by challenge"),
+        ("", "two by category"),
+        ("", "two by challenge"),
+    ]
+
+
 def test_large_pictures_stay_small(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8))
     write_report(tmp_path / "r.html", [Chapter("t", pictures=[("p", [noise, noise])])])
