@@ -102,8 +102,10 @@ article+article{margin-top:72px;padding-top:40px;border-top:1px solid var(--line
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:24px;margin-top:16px}
 .chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px 10px;min-width:0}
 .origin{display:flex;align-items:center;gap:8px;margin-top:6px}
-.chart figcaption{display:flex;justify-content:space-between;gap:12px;font-size:14px;font-weight:600}
+.chart figcaption{display:flex;justify-content:space-between;gap:12px;font-size:14px;font-weight:600;
+overflow-wrap:anywhere}
 .chart figcaption span{font-weight:400;color:var(--soft);font-variant-numeric:tabular-nums;white-space:nowrap}
+.chart figcaption.keys span{white-space:normal}
 .chart svg{display:block;width:100%;height:auto;margin-top:6px}
 .chart text{font-size:11px;fill:var(--soft);font-family:inherit}
 .raw{fill:none;stroke:var(--raw);stroke-width:1}.smooth{fill:none;stroke:var(--good);stroke-width:2;stroke-linejoin:round}
@@ -174,10 +176,42 @@ var by={' ':1,Enter:1,ArrowRight:1,ArrowLeft:-1}[e.key];if(by){e.preventDefault(
 
 SHOWN, LONGEST = 48, 512  # pairs of pictures on a page, and pixels of a picture's longest side: a page stays small
 UNDRAWN = ("step", "reward_queries", "seconds", "pairs", "epoch", "round")
-DISTANCES = ("kl_path", "kl", "lora_norm", "logit_abs")
+DISTANCES = ("kl_path", "kl", "logit_abs")
 """Names in a log that say how far a model is from its base, the best first."""
 BOUNDS = ("_low", "_high")
 """What follows a name in a log where the interval of a measure stands."""
+TITLES = {
+    "step": "updates",
+    "reward_queries": "pictures judged",
+    "reward_mean": "mean reward, trained on",
+    "reward_std": "spread of the rewards",
+    "kl_path": "KL divergence from the base",
+    "kl": "KL divergence of trained steps",
+    "diversity": "difference between pictures of a prompt",
+    "advantage_clipped": "share of advantages cut off",
+    "approx_kl": "half the squared log ratio",
+    "clip_fraction": "share of steps out of the clip range",
+    "moved": "KL divergence since sampling",
+    "effective_samples": "effective number of pictures",
+    "kept": "pictures trained on",
+    "ties": "tied pairs",
+    "parted": "alarm",
+    "implicit_accuracy": "implicit accuracy, training pairs",
+    "held_out_accuracy": "implicit accuracy, held-out pairs",
+    "winner_error": "error of winners",
+    "loser_error": "error of losers",
+    "winner_advantage": "gain on winners",
+    "loser_advantage": "gain on losers",
+    "advantage": "gain",
+    "margin": "margin of winners over losers",
+    "logit_mean": "implicit preference, mean",
+    "logit_std": "implicit preference, spread",
+    "logit_abs": "implicit preference, size",
+    "gradient_factor": "share of the push that is left",
+    "grad_norm": "norm of the gradient",
+    "lr": "learning rate",
+}
+"""What the page calls the names of a log; the others by :func:`_title`'s rule."""
 
 
 @dataclass(frozen=True)
@@ -523,16 +557,17 @@ def _distance(rows: Sequence[Mapping[str, Any]]) -> str:
     name = next((d for d in DISTANCES if sum(_is_number(row.get(d)) for row in rows) > 1), None)
     if name is None:
         return ""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    far = 0.0
-    for row in rows:
-        far = float(row[name]) if _is_number(row.get(name)) else far
+    known = [(_updates(row, index, name), float(row[name])) for index, row in enumerate(rows) if _is_number(row.get(name))]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for index, row in enumerate(rows):
         for key, value in row.items():
             if _is_number(value) and (_is_trained(key) or _is_held_out(key)):
-                lines.setdefault(key, []).append((far, float(value)))
-    lines = {key: points for key, points in lines.items() if len(points) > 2}
-    if not any(map(_is_trained, lines)):
+                found.setdefault(key, []).append((_updates(row, index, key), float(value)))
+    found = {key: points for key, points in _without_copy(found).items() if len(points) > 2}
+    if not any(map(_is_trained, found)):
         return ""
+    lines = {key: [(_far(known, updates), value) for updates, value in points] for key, points in found.items()}
+    beyond = any(points[-1][0] > known[-1][0] for points in found.values())
     held = any(map(_is_held_out, lines))
     told = (
         "The further a model goes, the more it earns from what it is trained on. While a measure that training never sees "
@@ -540,8 +575,23 @@ def _distance(rows: Sequence[Mapping[str, Any]]) -> str:
         if held
         else "Nothing that training does not see was measured three times: this view cannot tell when training went too far."
     )
+    if beyond:
+        told += " How far the last updates led was not measured: the last points lie where the updates before would have led."
     return f"""<section><h2>How far is too far</h2><p>{told} Every line is drawn in units of
 its own range.</p><figure class="chart wide">{_against(lines, _title(name))}</figure></section>"""
+
+
+def _updates(row: Mapping[str, Any], index: int, name: str) -> float:
+    """After how many updates the model was as it is measured: a round is drawn before the update in whose line it is told."""
+    of_round = name in ("kl_path", "reward_mean") or name.startswith("reward/")
+    return max(0.0, float(row.get("step", index)) - of_round)
+
+
+def _far(known: Sequence[tuple[float, float]], updates: float) -> float:
+    """The distance from the base after so many updates, between and beyond those after which it is known."""
+    points = [*([] if known[0][0] == 0 else [(0.0, 0.0)]), *known]
+    (x0, y0), (x1, y1) = next((pair for pair in pairwise(points) if updates <= pair[1][0]), points[-2:])
+    return max(0.0, y0 + (updates - x0) / ((x1 - x0) or 1) * (y1 - y0))
 
 
 def _against(lines: Mapping[str, list[tuple[float, float]]], name: str) -> str:
@@ -567,6 +617,12 @@ def _against(lines: Mapping[str, list[tuple[float, float]]], name: str) -> str:
 <text x="{right}" y="{bottom + 17}" text-anchor="end">{escape(name)} {_number(far)}</text></svg>"""
 
 
+def _without_copy(series: Mapping[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    """Without the mean reward where it is that of the only reward."""
+    same = [n for n, points in series.items() if n.startswith("reward/") and points == series.get("reward_mean")]
+    return {name: points for name, points in series.items() if not (same and name == "reward_mean")}
+
+
 def _is_trained(name: str) -> bool:
     return name in ("reward_mean", "implicit_accuracy") or name.startswith("reward/")
 
@@ -580,7 +636,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _title(name: str) -> str:
-    return name.replace("_", " ").replace("/", ", ")
+    """What a reader calls it: of a reward its own name, and its part in training."""
+    part, slash, judge = name.partition("/")
+    if slash and part in ("held_out", "reward"):
+        return f"{judge}, {'held out' if part == 'held_out' else 'trained on'}"
+    return TITLES.get(name, name.replace("_", " "))
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -595,7 +655,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
             if name not in UNDRAWN and _is_number(value):
                 series.setdefault(name, []).append((place, float(value)))
     # An interval is drawn around its measure.
-    drawn = {n: points for n, points in series.items() if not (n.endswith(BOUNDS) and n.rpartition("_")[0] in series)}
+    drawn = {
+        n: points for n, points in _without_copy(series).items() if not (n.endswith(BOUNDS) and n.rpartition("_")[0] in series)
+    }
     names = sorted((n for n, points in drawn.items() if len(points) > 1), key=_importance)
     if not names:
         return ""
@@ -654,7 +716,7 @@ def _chart(name: str, points: list[tuple[float, float]], axis: str, bounds: Sequ
         chance = f'<line class="half" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
     title = escape(_title(name))
     start, end = _number(smooth[0]), _number(smooth[-1])
-    return f"""<figure class="chart"><figcaption>{title}<span>{start} → {end}</span></figcaption>
+    return f"""<figure class="chart"><figcaption title="{escape(name)}">{title}<span>{start} → {end}</span></figcaption>
 <svg viewBox="0 0 360 146" role="img" aria-label="{title} from {start} to {end}">
 <line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>{chance}
 {"".join(line(values, "raw") for values in around)}

@@ -286,12 +286,12 @@ def test_report_is_whole(page):
     assert {i["alt"] for i in images if i["alt"].startswith("before")} == {f"before: {p}" for p in [*PROMPTS[:3], EVIL]}
     charts = [a["aria-label"] for tag, a in parsed.tags if tag == "svg" and a.get("class") != "bar"]
     # An interval is drawn around its measure, not as a measure of its own.
-    assert "held out accuracy from 0.6 to 0.6" in charts
+    assert "implicit accuracy, held-out pairs from 0.6 to 0.6" in charts
     assert not any("low" in chart for chart in charts)
-    measure = page.index("held out accuracy from 0.6")
+    measure = page.index("held-out pairs from 0.6")
     assert page[measure : page.index("</svg>", measure)].count("<polyline") == 3
     assert len(charts) == 4
-    assert charts[0].startswith("implicit accuracy from 0.5")
+    assert charts[0].startswith("implicit accuracy, training pairs from 0.5")
     assert charts[2].startswith("loss from 0.69")
 
 
@@ -324,31 +324,53 @@ def test_report_of_little(tmp_path):
 
 
 def test_online_curves_lie_over_what_was_judged(tmp_path):
-    """Rewards against pictures judged, and the view that tells when training went too far."""
-    rows = [
-        {
-            "step": i,
-            "round": i,
-            "reward_queries": 32 * (i + 1),
-            "reward_mean": i / 10,
-            "reward/jpeg": -10.0 + i,
-            "kl_path": i / 50,
-            "held_out/clip": 1 - (i - 3) ** 2 / 9,
-            "kl_steps": [0.1],
-        }
-        for i in range(8)
-    ]
+    """Rewards against pictures judged, and the view that tells when training went too far.
+
+    A round of two updates is drawn before the first of them, and told in its line: step 3 tells of the model of step 2.
+    """
+    kl = {0: 0.0, 2: 0.2, 4: 0.6, 6: 1.2}
+    rows = [{"step": 0, "reward_queries": 0, "held_out/mini-clip": 0.0}]
+    for step in range(1, 9):
+        rows.append({"step": step, "reward_queries": 32 * ((step + 1) // 2), "loss": 0.1})
+        if step % 2:
+            rows[-1] |= {"reward_mean": step / 10, "reward/jpeg_compressibility": -10.0 + step, "kl_path": kl[step - 1]}
+        else:
+            rows[-1] |= {"held_out/mini-clip": 1 - (step - 3) ** 2 / 9}
     write_report(tmp_path / "r.html", [Chapter("online", curves=rows)])
     page = (tmp_path / "r.html").read_text()
     assert Page(page).open == []
-    assert "reward queries 32<" in page
-    assert "How far is too far" in page
-    assert "kl path 0.14<" in page
-    assert "held out, clip 0 → -0.778" in page
+    assert "pictures judged 32<" in page
+    view = page[page.index("How far is too far") : page.index("<h2>Training")]
+    # The last round's updates led as far as those before: from 1.2 to 1.8. Places are 12 + 342 x / 1.8.
+    assert "KL divergence from the base 1.8<" in view
+    assert "was not measured" in view
+    assert "mini-clip, held out 0 → -1.78" in view
+    assert "jpeg_compressibility, trained on -9 → -3" in view
+    assert re.findall(r'class="dotm" cx="([\d.]+)"', view) == ["12.0", "50.0", "126.0", "240.0", "354.0"]
+    assert re.findall(r'class="dotm trained" cx="([\d.]+)"', view) == ["12.0", "50.0", "126.0", "240.0"] * 2
     # Without a measure that training does not see, the page says that it cannot tell.
     blind = [{k: v for k, v in row.items() if "held_out" not in k} for row in rows]
     write_report(tmp_path / "r.html", [Chapter("online", curves=blind)])
-    assert "cannot tell when training went too far" in (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert "cannot tell when training went too far" in page
+    assert "was not measured:" not in page
+    # The mean of one reward is that reward.
+    one = [{k: v for k, v in row.items() if k != "reward/jpeg_compressibility"} for row in blind]
+    twice = [{**row, "reward/taste": row["reward_mean"]} if "reward_mean" in row else row for row in one]
+    write_report(tmp_path / "r.html", [Chapter("online", curves=twice)])
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("taste, trained on 0.1 → 0.7") == 1
+    assert "mean reward" not in page
+
+
+def test_the_distance_of_pairs_is_that_of_their_line(tmp_path):
+    rows = [{"step": 0, "held_out_accuracy": 0.5}]
+    rows += [{"step": 10 * i, "logit_abs": i / 2, "implicit_accuracy": 0.6, "held_out_accuracy": 0.6} for i in range(1, 4)]
+    write_report(tmp_path / "r.html", [Chapter("pairs", curves=rows)])
+    page = (tmp_path / "r.html").read_text()
+    assert re.findall(r'class="dotm" cx="([\d.]+)"', page) == ["12.0", "126.0", "240.0", "354.0"]
+    assert "implicit preference, size 1.5<" in page
+    assert "was not measured" not in page
 
 
 def test_all_categories_but_the_first_are_folded(tmp_path):
