@@ -50,8 +50,8 @@ class LabelOptions:
     """Write the probability sigmoid(margin / temperature) instead of the winner."""
     temperature: float = 1.0
     """Of soft labels, in the judge's units: PickScore's model card has 1."""
-    threshold: float = 0.0
-    """Margins up to this are ties, in the judge's units."""
+    threshold: float | dict[str, str] = 0.0
+    """Margins up to this are ties, in the judge's units; of several judges ``{judge: number}``, 0 for those not named."""
     ties: str = "drop"
     """``drop``, or ``keep`` as a label of one half."""
     pairs: str = "all"
@@ -69,12 +69,31 @@ class LabelOptions:
                 raise UserError(f"{name} is {getattr(self, name)!r}{nearest(getattr(self, name), known)}")
         if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; expected a positive number")
-        if not 0 <= self.threshold < math.inf:
-            raise UserError(f"threshold is {self.threshold}; expected 0 or more")
+        if not isinstance(self.threshold, Mapping) and self.threshold and len(self.judges) > 1:
+            each = ", ".join(f"{judge}: {self.threshold:g}" for judge in self.judges)
+            raise UserError(
+                f"threshold is {self.threshold:g} for {len(self.judges)} judges, whose units differ; give each its own: "
+                f"--threshold '{{{each}}}'"
+            )
+        self.thresholds()
         if self.soft and len(self.judges) > 1:
             raise UserError("soft labels need one judge: margins of several have different units; leave out --soft")
         if not self.output.endswith(".parquet"):
             raise UserError(f"output is {self.output!r}; expected a file name that ends in .parquet")
+
+    def thresholds(self) -> list[float]:
+        """One for each judge, in order."""
+        given = self.threshold if isinstance(self.threshold, Mapping) else dict.fromkeys(self.judges or ("",), self.threshold)
+        for name, value in given.items():
+            try:
+                usable = 0 <= float(value) < math.inf
+            except ValueError:
+                usable = False
+            if not usable:
+                raise UserError(f"threshold is {value}{f' for {name}' if name else ''}; expected 0 or more")
+            if name and name not in self.judges:
+                raise UserError(f"threshold names {name!r}{nearest(name, self.judges)}, which is not among the judges")
+        return [float(given.get(judge, 0)) for judge in self.judges]
 
 
 def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: bool = False) -> LabelCounts:
@@ -230,7 +249,7 @@ def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress:
 
 def _decide(options: LabelOptions) -> Any:
     temperature = options.temperature if options.soft else None
-    return partial(label_of, temperature=temperature, threshold=options.threshold)
+    return partial(label_of, temperature=temperature, threshold=options.thresholds())
 
 
 def _device() -> str:

@@ -60,22 +60,23 @@ class LabelCounts:
         return "; ".join([*parts, f"{self.written} written"])
 
 
-def label_of(margins: Sequence[float], *, temperature: float | None = None, threshold: float = 0.0) -> float:
+def label_of(margins: Sequence[float], *, temperature: float | None = None, threshold: float | Sequence[float] = 0.0) -> float:
     """One label of several judges' margins (score of the first minus score of the second).
 
     Hard (``temperature`` None): the majority's vote, 1, 0, or 0.5 where as many judges say one as the other. Soft: the mean of
-    ``sigmoid(margin / temperature)``. A judge whose margin is at most ``threshold`` says 0.5. Judges of different scales need
-    hard labels.
+    ``sigmoid(margin / temperature)``. A judge whose margin is at most ``threshold`` (one number, or one for each) says 0.5.
+    Judges of different scales need hard labels and thresholds of their own.
     """
+    limits = [threshold] * len(margins) if isinstance(threshold, int | float) else threshold
 
-    def vote(margin: float) -> float:
-        if abs(margin) <= threshold:
+    def vote(margin: float, limit: float) -> float:
+        if abs(margin) <= limit:
             return 0.5
         if temperature is None:
             return float(margin > 0)
         return 0.5 * (1 + math.tanh(margin / temperature / 2))  # the sigmoid, without overflow
 
-    mean = math.fsum(map(vote, margins)) / len(margins)
+    mean = math.fsum(vote(m, limit) for m, limit in zip(margins, limits, strict=True)) / len(margins)
     return mean if temperature is not None else 0.5 * (1 + (mean > 0.5) - (mean < 0.5))
 
 

@@ -39,6 +39,19 @@ def test_generate_label_train(palate, model_dir, prompts_file):
     assert code == 0, errors
 
 
+def test_every_judge_has_its_own_threshold(palate, pairs_dir):
+    """Two judges of opposite taste: where one may not speak, the other decides."""
+    both, inf = "[jpeg_compressibility, jpeg_incompressibility]", 1e9
+    told = {"ties": "keep", "judges": both}
+    for name, quiet in (("none", {}), ("first", {"jpeg_compressibility": inf}), ("second", {"jpeg_incompressibility": inf})):
+        given = "{" + ", ".join(f"{judge}: {limit}" for judge, limit in quiet.items()) + "}"
+        assert palate("label", pairs_dir, **told, output=f"{name}.parquet", **({"threshold": given} if quiet else {}))[0] == 0
+    none, first, second = ([p.label for p in read_pairs(f"{n}.parquet", ties="keep")] for n in ("none", "first", "second"))
+    assert set(none) == {0.5}
+    assert set(first) <= {0.0, 0.5, 1.0} != {0.5}
+    assert [1 - label for label in first] == second
+
+
 def test_an_existing_set(palate, pairs_dir):
     votes = list(read_pairs(pairs_dir))
     code, said, _ = palate("label", pairs_dir, judges="jpeg_compressibility", output="again.parquet", ties="keep")
@@ -134,6 +147,7 @@ def test_nothing_is_overwritten(palate, pairs_dir):
 def test_mistakes(palate, pairs_dir, model_dir, prompts_file):
     palate("generate", model_dir, prompts=prompts_file, num_inference_steps=1, num_prompts=2, output_dir="one")
     jpeg = {"judges": "jpeg_compressibility", "output": "p.parquet"}
+    two = {**jpeg, "judges": "[jpeg_compressibility, mini-clip]"}
     for words, options, said in (
         (("one",), jpeg, "no prompt has two pictures or more among 2"),
         (("one",), {"output": "p.parquet"}, "labelled by judges"),
@@ -142,6 +156,9 @@ def test_mistakes(palate, pairs_dir, model_dir, prompts_file):
         ((), jpeg, "expects picture folders or a set of pairs first"),
         (("one",), {**jpeg, "output": "p.csv"}, "ends in .parquet"),
         (("one",), {**jpeg, "threshold": -1}, "threshold is -1"),
+        (("one",), {**two, "threshold": 0.5}, "--threshold '{jpeg_compressibility: 0.5, mini-clip: 0.5}'"),
+        (("one",), {**two, "threshold": "{mini-clop: 0.5}"}, "did you mean 'mini-clip'"),
+        (("one",), {**two, "threshold": "{mini-clip: wide}"}, "threshold is wide for mini-clip; expected 0 or more"),
         (("one",), {**jpeg, "soft": "true", "judges": "[jpeg_compressibility, mini-clip]"}, "soft labels need one judge"),
     ):
         code, _, errors = palate("label", *words, **options)

@@ -39,6 +39,7 @@ def test_labels_by_hand():
     assert label_of([2.0, 1.0, -5.0]) == 1.0  # two of three, however strong the third
     assert label_of([2.0, -5.0]) == 0.5
     assert label_of([0.3, 0.1, -1.0], threshold=0.2) == 0.5  # one for, one undecided, one against
+    assert label_of([0.3, 20.0, -1.0], threshold=[0.2, 30.0, 2.0]) == 1.0  # each by its own threshold: the first alone decides
     assert label_of([0.4], temperature=0.2) == pytest.approx(1 / (1 + math.exp(-2)))
     assert label_of([0.1], temperature=0.2, threshold=0.1) == 0.5
     assert label_of([-1e9], temperature=1e-3) == 0.0
