@@ -59,7 +59,7 @@ class TrainOptions:
     lr_scheduler: str = "constant_with_warmup"
     """``constant``, ``constant_with_warmup``, ``linear`` (to 0) or ``cosine`` (to 0)."""
     lr_warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises; as in diffusers, the first update is made at 0."""
     train_batch_size: int = 4
     """Pairs per process in one forward pass."""
     gradient_accumulation_steps: int = 1
