@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from palate.errors import UserError
+from palate.files import write_atomically
 
 Key = Any
 """What tells a picture from others: its file, or the digest of its bytes."""
@@ -168,10 +168,8 @@ def write_pairs(
             *((name, types[kind]) for name, kind in columns.items()),
         ]
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         with pq.ParquetWriter(temporary, schema) as writer:
             for part in _batches(rows, 64):
                 writer.write_batch(
@@ -191,9 +189,8 @@ def write_pairs(
                         schema,
                     )
                 )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(path, write)
 
 
 def kind_of(value: Any) -> type:

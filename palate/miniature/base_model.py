@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from palate.files import write_atomically
 from palate.miniature import scenes
 
 SEED = 20_240_617
@@ -57,15 +58,9 @@ def picture_set(work: Path, name: str, seed: int, count: int, **shares: float) -
             "labels": torch.tensor([s.shown.labels() for s in taken]),
             "appeal": torch.tensor([s.appeal for s in taken], dtype=torch.float32),
         }
-        save_atomic(record, path)
+        write_atomically(path, partial(torch.save, record))
     record = torch.load(path, weights_only=True)
     return record["pixels"], record["captions"], record["labels"], record["appeal"]
-
-
-def save_atomic(record: object, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(record, temporary)
-    os.replace(temporary, path)
 
 
 def train(
@@ -117,9 +112,8 @@ def train(
             pace = (time.time() - begun) / (done - start)
             say(f"{name}: step {done}/{steps} loss {running:.4f} {pace:.3f} s/step, {pace * (steps - done) / 60:.0f} min left")
         if done % 400 == 0 or done == steps:
-            save_atomic(
-                {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}, path
-            )
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
+            write_atomically(path, partial(torch.save, state))
     if ema:
         modules.load_state_dict(average)
     modules.eval()
@@ -276,7 +270,7 @@ def latents_of(work: Path, vae, images: Tensor) -> Tensor:
         say(f"encoding {len(images)} pictures")
         with torch.no_grad():
             parts = [vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images.split(128)]
-        save_atomic(torch.cat(parts) * vae.config.scaling_factor, path)
+        write_atomically(path, partial(torch.save, torch.cat(parts) * vae.config.scaling_factor))
     return torch.load(path, weights_only=True)
 
 

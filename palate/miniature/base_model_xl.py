@@ -7,6 +7,7 @@ crop) that count for nothing at first.
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from palate.files import write_atomically
 from palate.miniature import scenes
-from palate.miniature.base_model import SEED, SHOTS, UNET_BATCH, picture_set, save_atomic, say, train
+from palate.miniature.base_model import SEED, SHOTS, UNET_BATCH, picture_set, say, train
 
 UNET_STEPS = 1200
 TIME_ID_WIDTH = 32
@@ -56,7 +58,7 @@ def treated_latents(work: Path, vae, images: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 latents.append(vae.encode(x).latent_dist.mean * vae.config.scaling_factor)
             ids += [numbers for _, numbers in done]
-        save_atomic({"latents": torch.cat(latents), "ids": torch.tensor(ids)}, path)
+        write_atomically(path, functools.partial(torch.save, {"latents": torch.cat(latents), "ids": torch.tensor(ids)}))
     record = torch.load(path, weights_only=True)
     return record["latents"], record["ids"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from palate.files import write_atomically
 from palate.miniature import scenes
-from palate.miniature.base_model import CONTEXT, SEED, build_tokenizer, picture_set, pixels, save_atomic, say, train
+from palate.miniature.base_model import CONTEXT, SEED, build_tokenizer, picture_set, pixels, say, train
 from palate.miniature.raters import Eye, Rater, crowd
 
 VOTED_PAIRS = 9000
@@ -71,7 +73,8 @@ def voted_pairs(work: Path, name: str, seed: int, count: int, raters: list[Rater
             both.append(pixels(taken))
             captions.append(scenes.caption(asked, rng))
             labels.append(float(np.mean(votes)))
-        save_atomic({"pixels": torch.stack(both), "captions": captions, "labels": torch.tensor(labels)}, path)
+        record = {"pixels": torch.stack(both), "captions": captions, "labels": torch.tensor(labels)}
+        write_atomically(path, functools.partial(torch.save, record))
     record = torch.load(path, weights_only=True)
     return record["pixels"], record["captions"], record["labels"]
 

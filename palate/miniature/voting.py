@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import uuid
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from palate.files import write_atomically
 from palate.miniature import scenes
-from palate.miniature.base_model import SEED, save_atomic, say
+from palate.miniature.base_model import SEED, say
 from palate.miniature.raters import crowd, load_eye
 
 PAIRS, XL_PAIRS, UNSEEN = 2400, 1000, 400
@@ -67,7 +69,8 @@ def candidates(work: Path, folder: Path, name: str, texts: list[str], seed: int,
             part = texts[start : start + 200]
             seeds = [seed + 2 * (start + i) + k for i in range(len(part)) for k in range(2)]
             images = sample(folder, [t for t in part for _ in range(2)], seeds, **options)
-            save_atomic((to_tensor(images) * 255).round().byte().view(len(part), 2, 3, 64, 64), path)
+            pixels = (to_tensor(images) * 255).round().byte().view(len(part), 2, 3, 64, 64)
+            write_atomically(path, functools.partial(torch.save, pixels))
         parts.append(torch.load(path, weights_only=True))
     return torch.cat(parts)
 
@@ -118,10 +121,8 @@ def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, se
                 "num_example_per_prompt": 1,
             }
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd", row_group_size=256)
-    temporary.replace(path)
+    how = {"compression": "zstd", "row_group_size": 256}
+    write_atomically(path, functools.partial(pq.write_table, pa.Table.from_pylist(rows), **how))
     agree = np.mean([np.mean(a == b) for i, a in enumerate(everyone) for b in everyone[i + 1 :]])
     decided = [(a != 0.5) & (b != 0.5) for i, a in enumerate(everyone) for b in everyone[i + 1 :]]
     among = [

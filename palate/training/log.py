@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from palate.errors import UserError
+from palate.files import write_atomically
 
 
 class RunLog:
@@ -111,9 +111,7 @@ def truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_log(path) if 0 < step >= record["step"]]
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _short(value: Any) -> str:
