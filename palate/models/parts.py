@@ -220,38 +220,61 @@ class Remembered:
         return Conditioning.cat([self._rows[p] for p in prompts])
 
 
+def assemble(kind: str, scheduler_config: Mapping[str, Any], **parts: Any) -> Any:
+    """A diffusers pipeline of class ``kind`` that shows no bars, with the sampler that the configuration names."""
+    import diffusers
+
+    scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
+    pipeline = getattr(diffusers, kind)(scheduler=scheduler, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @torch.no_grad()
 def draw_pictures(
-    pipeline: Any,
+    make: Callable[..., Any],
     texts: Remembered,
     names: Mapping[str, str],
-    decode: Callable[[Tensor], Tensor],
+    vae: Vae,
     prompts: list[str],
     seeds: list[int],
     *,
-    negatives: Sequence[str | None] | None,
+    negatives: Sequence[str | None] | None = None,
+    refiner: Any = None,
+    init: Tensor | None = None,
+    strength: float = 1.0,
+    num_inference_steps: int,
+    guidance_scale: float,
     resolution: int,
-    batch_size: int,
-    progress: bool,
-    starts: Tensor | None = None,
-    finish: Callable[..., Tensor] | None = None,
-    **options: Any,
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> list[Image.Image]:
-    """One picture per prompt; picture i depends on ``prompts[i]``, ``negatives[i]`` and ``seeds[i]`` alone.
+    """What :meth:`palate.models.denoiser.Denoiser.generate` promises, for any family.
 
     Args:
+        make: the pipeline; with ``editing=True`` that from image to image.
         names: of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative.
-        starts: scaled latents ``(b, c, h, w)`` of pictures to edit, for an image-to-image pipeline.
-        finish: a second stage, ``(latents, prompts, negatives, generators) -> latents``.
-        options: handed to the pipeline.
+        refiner: a :class:`palate.models.refiner.Refiner` or None.
 
     Raises:
-        UserError: a picture is not finite, or all black.
+        UserError: a picture is not finite, or all black; what is edited would be refined, or at this strength has no step left.
     """
+    options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    sampling, starts = dict(options), None
+    if init is not None:
+        check_strength(strength, num_inference_steps)
+        if strength < 1:  # at 1 nothing of the pictures is kept
+            starts = torch.cat([vae.encode(part) for part in init.split(batch_size)])
+            options["strength"] = strength
+    if refiner is not None:
+        if starts is not None:
+            raise UserError("an edited picture is not refined: leave out the refiner")
+        options["denoising_end"] = refiner.start
     negatives = [None] * len(prompts) if negatives is None else list(negatives)
     if not len(prompts) == len(seeds) == len(negatives):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(negatives)} negative prompts")
     texts.add([*prompts, *(n for n in negatives if n is not None)])
+    pipeline = make(editing=starts is not None)
     unet, images = pipeline.unet, []
     device, dtype, was_training = unet.conv_in.weight.device, unet.conv_in.weight.dtype, unet.training
     unet.eval()
@@ -270,26 +293,13 @@ def draw_pictures(
                 output_type="latent",
                 **options,
             ).images
-            if finish is not None:
-                latents = finish(latents, prompts[rows], negatives[rows], generators)
-            images += [_picture(p, prompt) for p, prompt in zip(decode(latents).cpu(), prompts[rows], strict=True)]
+            if refiner is not None:
+                stages = {"vae": pipeline.vae, "scheduler": pipeline.scheduler, **sampling}
+                latents = refiner.finish(latents, prompts[rows], negatives[rows], generators, **stages)
+            images += [_picture(p, prompt) for p, prompt in zip(vae.decode(latents).cpu(), prompts[rows], strict=True)]
     finally:
         unet.train(was_training)
     return images
-
-
-def encode_starts(
-    encode: Callable[[Tensor], Tensor], init: Tensor | None, strength: float, *, steps: int, batch_size: int
-) -> Tensor | None:
-    """Scaled latents of the pictures that are edited; None where nothing is, or nothing of them would be kept.
-
-    Raises:
-        UserError: at this strength no step is left.
-    """
-    if init is None:
-        return None
-    check_strength(strength, steps)
-    return None if strength == 1 else torch.cat([encode(part) for part in init.split(batch_size)])
 
 
 def _picture(pixels: Tensor, prompt: str) -> Image.Image:

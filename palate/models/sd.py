@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.errors import UserError
 from palate.models.features import encoder_features
-from palate.models.parts import Remembered, Source, TextEncoder, Vae, draw_pictures, encode_starts
-from palate.models.refiner import Refiner
+from palate.models.parts import Remembered, Source, TextEncoder, Vae, assemble, draw_pictures
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 LORA_TARGETS = {
@@ -97,67 +96,30 @@ class StableDiffusion:
     def pipeline(self, unet: nn.Module | None = None) -> Any:
         return self._pipeline(unet, *self.text.pair)
 
-    def _pipeline(self, unet: nn.Module | None, tokenizer: Any, text_encoder: Any) -> Any:
-        import diffusers
-
-        scheduler = getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
-        pipeline = diffusers.StableDiffusionPipeline(
+    def _pipeline(self, unet: nn.Module | None, tokenizer: Any, text_encoder: Any, *, editing: bool = False) -> Any:
+        return assemble(
+            "StableDiffusionImg2ImgPipeline" if editing else "StableDiffusionPipeline",
+            self.scheduler_config,
             vae=self.vae.module,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            unet=self.unet if unet is None else unet,  # type: ignore[arg-type]
-            scheduler=scheduler,
-            safety_checker=None,  # type: ignore[arg-type]
-            feature_extractor=None,  # type: ignore[arg-type]
+            unet=self.unet if unet is None else unet,
+            safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
     def remember(self, prompts: list[str]) -> None:
         self._prompts.add(prompts)
 
     def generate(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        *,
-        negatives: Sequence[str | None] | None = None,
-        unet: nn.Module | None = None,
-        refiner: Refiner | None = None,
-        init: Tensor | None = None,
-        strength: float = 1.0,
-        num_inference_steps: int,
-        guidance_scale: float,
-        resolution: int,
-        batch_size: int = 8,
-        progress: bool = False,
+        self, prompts: list[str], seeds: list[int], *, unet: nn.Module | None = None, refiner: Any = None, **drawing: Any
     ) -> list[Image.Image]:
         if refiner is not None:
             raise UserError(f"a refiner finishes pictures of an SDXL model, but {self.name} is of Stable Diffusion 1.x or 2.x")
-        starts = encode_starts(self.encode_images, init, strength, steps=num_inference_steps, batch_size=batch_size)
-        pipeline = self._pipeline(unet, None, None)  # the text encoder may have left memory and is not needed for known prompts
-        options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        if starts is not None:
-            from diffusers import StableDiffusionImg2ImgPipeline
-
-            pipeline = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
-            pipeline.set_progress_bar_config(disable=True)
-            options["strength"] = strength
-        return draw_pictures(
-            pipeline,
-            self._prompts,
-            {"encoder_hidden_states": "prompt_embeds"},
-            self.decode,
-            prompts,
-            seeds,
-            negatives=negatives,
-            resolution=resolution,
-            batch_size=batch_size,
-            progress=progress,
-            starts=starts,
-            **options,
-        )
+        make = partial(self._pipeline, unet, None, None)  # the text encoder may have left memory
+        names = {"encoder_hidden_states": "prompt_embeds"}
+        return draw_pictures(make, self._prompts, names, self.vae, prompts, seeds, **drawing)
 
     def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         from diffusers import StableDiffusionPipeline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError
 from palate.models.features import encoder_features
-from palate.models.parts import Remembered, Source, TextEncoder, Vae, draw_pictures, encode_starts
-from palate.models.refiner import Refiner
+from palate.models.parts import Remembered, Source, TextEncoder, Vae, assemble, draw_pictures, zeros_like
 from palate.models.sd import LORA_TARGETS
 
 
@@ -79,9 +76,7 @@ class StableDiffusionXL:
     def unconditional(self) -> Conditioning:
         """Zeros, or the empty prompt if the pipeline's ``force_zeros_for_empty_prompt`` is false."""
         empty = self.encode_prompts([""])
-        return (
-            Conditioning({n: torch.zeros_like(x) for n, x in empty.tensors.items()}) if self.zeros_for_empty_prompt else empty
-        )
+        return zeros_like(empty) if self.zeros_for_empty_prompt else empty
 
     def encode_images(self, images: Tensor) -> Tensor:
         return self.vae.encode(images)
@@ -112,74 +107,31 @@ class StableDiffusionXL:
     def pipeline(self, unet: nn.Module | None = None) -> Any:
         return self._pipeline(unet, *(text.pair for text in self.texts))
 
-    def _pipeline(self, unet: nn.Module | None, first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:
-        import diffusers
-
-        scheduler = getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
-        pipeline = diffusers.StableDiffusionXLPipeline(
+    def _pipeline(
+        self, unet: nn.Module | None, first: tuple[Any, Any], second: tuple[Any, Any], *, editing: bool = False
+    ) -> Any:
+        return assemble(
+            "StableDiffusionXLImg2ImgPipeline" if editing else "StableDiffusionXLPipeline",
+            self.scheduler_config,
             vae=self.vae.module,
             text_encoder=first[1],
             text_encoder_2=second[1],
             tokenizer=first[0],
             tokenizer_2=second[0],
-            unet=self.unet if unet is None else unet,  # type: ignore[arg-type]
-            scheduler=scheduler,
+            unet=self.unet if unet is None else unet,
             force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
             add_watermarker=False,
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
     def remember(self, prompts: list[str]) -> None:
         self._prompts.add(prompts)
 
     def generate(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        *,
-        negatives: Sequence[str | None] | None = None,
-        unet: nn.Module | None = None,
-        refiner: Refiner | None = None,
-        init: Tensor | None = None,
-        strength: float = 1.0,
-        num_inference_steps: int,
-        guidance_scale: float,
-        resolution: int,
-        batch_size: int = 8,
-        progress: bool = False,
+        self, prompts: list[str], seeds: list[int], *, unet: nn.Module | None = None, **drawing: Any
     ) -> list[Image.Image]:
-        starts = encode_starts(self.encode_images, init, strength, steps=num_inference_steps, batch_size=batch_size)
-        pipeline = self._pipeline(unet, (None, None), (None, None))  # as the text encoders may have left memory
-        options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        finish = None
-        if starts is not None:
-            if refiner is not None:
-                raise UserError("an edited picture is not refined: leave out the refiner")
-            from diffusers import StableDiffusionXLImg2ImgPipeline
-
-            config = {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}
-            pipeline = StableDiffusionXLImg2ImgPipeline(**pipeline.components, **config)
-            pipeline.set_progress_bar_config(disable=True)
-            options["strength"] = strength
-        if refiner is not None:
-            finish = partial(refiner.finish, vae=self.vae.module, scheduler=pipeline.scheduler, **options)
-            options["denoising_end"] = refiner.start
-        return draw_pictures(
-            pipeline,
-            self._prompts,
-            {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"},
-            self.decode,
-            prompts,
-            seeds,
-            negatives=negatives,
-            resolution=resolution,
-            batch_size=batch_size,
-            progress=progress,
-            starts=starts,
-            finish=finish,
-            **options,
-        )
+        make = partial(self._pipeline, unet, (None, None), (None, None))  # the text encoders may have left memory
+        names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+        return draw_pictures(make, self._prompts, names, self.vae, prompts, seeds, **drawing)
 
     def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         from diffusers import StableDiffusionXLPipeline
