@@ -14,6 +14,7 @@ from palate.miniature import scenes
 from palate.miniature.base_model import build_tokenizer
 
 LIMIT = 40  # tokens that the tiny text encoder reads
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 hypothesis.settings.register_profile("palate", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("palate")
@@ -30,7 +31,7 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
     """A ``StableDiffusionPipeline`` folder with random weights: 16 x 16 x 4 latents of 64 x 64 pictures."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
@@ -38,45 +39,30 @@ def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         text_encoder = CLIPTextModel(tiny_text(tokenizer, 16))
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(4, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=64,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=16,
+        vae = tiny_vae()
+        unet = tiny_unet(
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
             attention_head_dim=2,
             cross_attention_dim=16,
         )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    )
-    pipeline = StableDiffusionPipeline(
+    StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def sdxl_dir(tmp_path_factory, tokenizer_dir) -> Path:
     """A ``StableDiffusionXLPipeline`` folder with random weights: 16 x 16 x 4 latents of 64 x 64 pictures."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
@@ -84,22 +70,10 @@ def sdxl_dir(tmp_path_factory, tokenizer_dir) -> Path:
     second = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=LIMIT, pad_token="!")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(4, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=64,
-            scaling_factor=0.13025,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=16,
+        vae = tiny_vae(scaling_factor=0.13025)
+        unet = tiny_unet(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
             attention_head_dim=(2, 4),
             transformer_layers_per_block=(1, 2),
             use_linear_projection=True,
@@ -109,20 +83,16 @@ def sdxl_dir(tmp_path_factory, tokenizer_dir) -> Path:
             projection_class_embeddings_input_dim=6 * 8 + 10,
         )
         encoders = CLIPTextModel(tiny_text(first, 16)), CLIPTextModelWithProjection(tiny_text(second, 12, projection_dim=10))
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
-    )
-    pipeline = StableDiffusionXLPipeline(
+    StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=encoders[0],
         text_encoder_2=encoders[1],
         tokenizer=first,
         tokenizer_2=second,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
         add_watermarker=False,
-    )
-    pipeline.save_pretrained(folder)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -151,6 +121,28 @@ def refiner_dir(tmp_path_factory, sdxl_dir) -> Path:
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def tiny_vae(**options):
+    """A quarter of the side of pictures, as many channels as the real ones."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+        **options,
+    )
+
+
+def tiny_unet(**options):
+    """Two blocks down and up."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **options)
 
 
 def tiny_text(tokenizer, width: int, **options):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import BETAS
 from PIL import Image
 
 from palate.models import load_denoiser
@@ -19,8 +20,7 @@ def with_scheduler(model_dir: Path, folder: Path, kind: str, **config) -> Path:
     import diffusers
 
     shutil.copytree(model_dir, folder)
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = getattr(diffusers, kind)(**betas, **config)
+    scheduler = getattr(diffusers, kind)(**BETAS, **config)
     scheduler.save_pretrained(folder / "scheduler")
     index = folder / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", kind]}))

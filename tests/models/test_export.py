@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,18 +101,7 @@ def test_every_layer_of_the_real_sdxl_finds_its_place():
         _maybe_map_sgm_blocks_to_diffusers,
     )
 
-    config = {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
+    config = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "memory.py"))["UNETS"]["SDXL"]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
     from palate.models.sd import LORA_TARGETS
