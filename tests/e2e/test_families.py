@@ -132,6 +132,23 @@ def test_stable_diffusion_2_predicts_v_and_draws_as_by_diffusers(palate, sd2_dir
         assert code == 0, error
 
 
+@pytest.mark.parametrize("objective", ["ddpo_is", "sft"])
+def test_stable_diffusion_2_learns_from_its_own_pictures(palate, sd2_dir, prompts_file, objective):
+    tiny = {"samples_per_round": 4, "sample_batch_size": 4, "sample_num_steps": 2, "updates_per_round": 2, "rounds": 2}
+    tiny |= {"max_train_steps": None, "train_data": None, "cache_dir": None, "train_batch_size": 2, "kl_samples": 1}
+    tiny |= {"train_prompts": prompts_file, "rewards": "jpeg_compressibility", "objective": objective}
+    code, _, error = palate("train", pretrained_model_name_or_path=sd2_dir, **tiny)
+    assert code == 0, error
+    log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    away = [line["kl_path"] for line in log if "kl_path" in line]
+    assert away[0] < 1e-8 < away[1] < 1  # it has moved, and not far
+    if objective == "ddpo_is":
+        assert log[0]["approx_kl"] < 1e-9  # training finds a step of v as likely as sampling did
+    loaded = load_denoiser(str(sd2_dir)).pipeline()
+    loaded.load_lora_weights("out", weight_name="pytorch_lora_weights.safetensors")
+    assert any(bool(p.any()) for name, p in loaded.unet.named_parameters() if "lora_B" in name)
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_turbo_kinds_draw_without_guidance_in_few_steps_and_train(palate, model_dir, sdxl_dir, tmp_path, family):
     folder = turbo(sdxl_dir if family == "sdxl" else model_dir, tmp_path / "turbo")
