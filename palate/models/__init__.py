@@ -127,11 +127,7 @@ def _pipeline_class(name: str, revision: str | None) -> str:
     """What ``model_index.json`` names."""
     folder = Path(name)
     if folder.is_file() and folder.suffix in SINGLE_FILES:
-        raise UserError(
-            f"{name} is a single file; expected a pipeline folder. diffusers makes one: "
-            "StableDiffusionPipeline (or StableDiffusionXLPipeline).from_single_file(FILE).save_pretrained(FOLDER), or offline "
-            "from_single_file(FILE, config=OTHER), OTHER being any pipeline folder of the same kind"
-        )
+        raise UserError(_of_single_file(name))
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(
             f"{name} is not a diffusers pipeline folder: model_index.json is missing; "
@@ -144,6 +140,27 @@ def _pipeline_class(name: str, revision: str | None) -> str:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model_index.json of {name} is damaged ({first_line(error)}); download the model again") from error
+
+
+def _of_single_file(name: str) -> str:
+    """What to do with a file where a pipeline folder is expected; of weights only the names are read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(name, "pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError):
+        names = []  # pickled, or damaged
+    if any("lora" in part for part in names):
+        return f"{name} is a LoRA, no model: name the model it belongs to, and give the file by --lora or --pretrained_lora"
+    kind = "StableDiffusionXLPipeline" if any(part.startswith("conditioner.") for part in names) else "StableDiffusionPipeline"
+    return (
+        f"{name} is a single file, which tells neither its configuration nor how it predicts; make a pipeline folder of it: "
+        f"python -c \"from diffusers import {kind} as P; P.from_single_file({name!r}).save_pretrained('FOLDER')\""
+        f"{'' if names else ' (of SDXL: StableDiffusionXLPipeline)'}; without a network add config=OTHER behind the file, any "
+        "pipeline folder of the same kind; if it predicts v, say so in FOLDER/scheduler/scheduler_config.json: "
+        "prediction_type v_prediction"
+    )
 
 
 def _fetch_index(name: str, revision: str | None) -> Path:
