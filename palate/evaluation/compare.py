@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from palate.evaluation.statistics import (
 
 Scores = Sequence[float] | np.ndarray | Tensor
 HELD_OUT, LABELS = "held out", "labels"
-FOLLOWING = ("clipscore", "vqascore", "llava_bertscore", "llava_strict")
+FOLLOWING = ("clipscore", "vqascore", "vlm_bertscore", "vlm_strict")
 """Kinds of judges that tell whether a picture follows its prompt."""
 
 
@@ -174,7 +175,7 @@ def warnings(comparisons: Sequence[Comparison]) -> list[str]:
 
 def follows_prompts(c: Comparison) -> bool:
     """Whether a judge tells how well pictures follow their prompts: such may not silently drop."""
-    return c.kind == "prompt following" or c.judge.partition(":")[0] in FOLLOWING
+    return c.kind == "prompt following" or re.split("[:?]", c.judge)[0] in FOLLOWING
 
 
 @dataclass(frozen=True)

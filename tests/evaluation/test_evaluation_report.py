@@ -151,6 +151,8 @@ def test_prompt_following_does_not_drop_in_silence():
     # One judge by its kind, another by the part it plays.
     found = versus("base", "tuned", {"mini": wins(0.2)}, IDS, ALIKE, kinds={"mini": "prompt following"}, draws=300)
     assert "mini says" in found.flags[0]
+    for name in ("clipscore?dtype=bfloat16", "vlm_bertscore:models/vision", "vlm_strict:models/vision?questions=q.jsonl"):
+        assert name in versus("base", "tuned", {name: wins(0.2)}, IDS, ALIKE, draws=300).flags[0]
     found = versus("base", "tuned", {"fresh": wins(0.9)}, IDS, ALIKE, draws=300)
     assert found.flags == ["No judge looked at whether pictures follow their prompts; add one of kind clipscore."]
     found = versus("base", "tuned", {"clipscore": wins(0.9)}, IDS, ALIKE, contaminated={"clipscore"}, draws=300)
