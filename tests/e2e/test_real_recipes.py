@@ -10,11 +10,14 @@ import pytest
 from palate import recipe
 
 REAL = [name for name in recipe.built_in() if name.startswith(("sd15-", "sdxl-"))]
+ONLINE = [name for name in recipe.built_in() if name.startswith("ddpo-")]
 
 
 def test_there_are_those_of_the_papers_and_for_one_gpu():
     assert {"sd15-dpo", "sdxl-dpo", "sd15-ncp-dpo", "sdxl-ncp-dpo", "sdxl-ncp-cpo", "sdxl-ncp-sft", "sdxl-sft"} <= set(REAL)
+    assert {"sd15-cpo", "sd15-ncp-cpo"} <= set(REAL)
     assert {f"sdxl-dpo-{size}gb" for size in (12, 16, 24)} <= set(REAL)
+    assert {"ddpo-sd14", "ddpo-sd14-full", "ddpo-sd15-24gb", "ddpo-sdxl-lora", "ddpo-sdxl-24gb"} <= set(ONLINE)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -32,6 +35,34 @@ def test_a_recipe_trains_at_small_size(palate, name, sdxl_dir):
     lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert Path("out", "unet" if made.policy.train_method == "full" else "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_an_online_recipe_trains_at_small_size(palate, name, model_dir, sdxl_dir, prompts_file):
+    made = recipe.load(name)
+    assert "Not run with these weights by us" in recipe.find(name).read_text()
+    tiny = {"resolution": 64, "rounds": 1, "samples_per_round": 4, "sample_num_steps": 2, "mixed_precision": "no"}
+    tiny |= {"validation_prompts": "[]", "logging_steps": 1, "max_train_steps": None, "train_data": None, "cache_dir": None}
+    tiny |= {"train_prompts": prompts_file}  # the recipe's own are found in test_online
+    if made.online.window_size is not None:
+        tiny["window_size"] = 1
+    model = sdxl_dir if "sdxl" in name else model_dir
+    code, _, err = palate("train", name, pretrained_model_name_or_path=model, train_batch_size=1, **tiny)
+    assert code == 0, err
+    lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 1 + made.online.updates_per_round))
+
+
+def test_a_recipe_for_less_memory_is_the_same_training():
+    """Cut into other batches, and else as the recipe it is named after."""
+    large, small = (recipe.load(name).as_dict() for name in ("ddpo-sdxl-lora", "ddpo-sdxl-24gb"))
+    for made in (large, small):
+        made["evaluation"].pop("evaluation_batch_size")
+        made["online"].pop("sample_batch_size")
+        made["training"].pop("train_batch_size")
+    assert large == small
+    for dpo, cpo in (("sd15-ncp-dpo", "sd15-ncp-cpo"), ("sdxl-ncp-dpo", "sdxl-ncp-cpo")):
+        assert recipe.load(dpo).training == recipe.load(cpo).training
 
 
 def test_what_the_papers_say():
