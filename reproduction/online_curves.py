@@ -1,16 +1,19 @@
 """Reward against reward queries on the miniature world: DDPO-IS, DDPO-SF, RWR and sparse RWR; what carries over; what breaks.
 
-    python reproduction/online_curves.py tune curves generalisation overoptimisation plot --output_dir out/online --processes 2
+    python reproduction/online_curves.py tune curves generalisation overoptimisation others plot --processes 2
 
 Parts, in the order in which they should run:
 
-- tune: the learning rates of ``RATES`` for each method on compressibility, with a seed that no curve uses and half the queries.
-  The best mean reward of the last two rounds is kept in ``tuned.json``; without it, the curves take the recipes' own rates.
+- tune: the learning rates of ``RATES`` for each method (for DDPO-IS with each of ``CLIPS``) on compressibility, with a seed
+  that no curve uses and 256 queries. The setting of the best mean reward of the last two rounds is kept in ``tuned.json``;
+  without it, the curves take the recipes' own. Pictures that high rates have blurred are small files too, so that RWR and
+  sparse RWR are tuned once more for the other rewards, on incompressibility with ``LOW_RATES``.
 - curves: every method on every reward with every seed, all with the same number of reward queries.
 - generalisation: DDPO-IS for compressibility on six combinations of object and place (``miniature-gen-train``), compared with
   the base model on those, on other objects, on another place and on other combinations.
 - overoptimisation: DDPO-IS for the aesthetic judge, far beyond what is good for it, watched by a judge that it never sees;
-  alone, with a KL penalty and with a KL budget.
+  alone and with a KL budget.
+- others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space.
 - plot: figures, picture grids and ``table.md`` of all that is finished.
 
 Every run is `palate train` in a process of its own with one thread; finished runs are not repeated, interrupted ones go on. The
@@ -26,6 +29,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +49,14 @@ REWARDS = {
     "aesthetic": "mini-aesthetic",
     "alignment": "mini-clip",
 }
-RATES = (3e-4, 1e-3, 3e-3)
-TUNING_SEED = 100
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+CLIPS = (1e-3, 1e-2)
+LOW_RATES = (1e-4, 3e-4, 1e-3)
+RWR = ("RWR", "RWR-sparse")
+TUNING_SEED, TUNING_QUERIES = 100, 256
 SPLIT = ("train", "objects", "places", "combinations")
 PER_ROUND = 64
-GUARDS: dict[str, dict[str, Any]] = {"free": {}, "penalty": {"kl_weight": 0.1}, "budget": {"kl_budget": 1.0}}
+GUARDS: dict[str, dict[str, Any]] = {"free": {}, "budget": {"kl_budget": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -62,27 +69,47 @@ class Run:
     evaluations: dict[str, str] = field(default_factory=dict)
 
 
-def options(reward: str, seed: int, queries: int, rate: float | None, watch: bool = True) -> dict[str, Any]:
+def options(reward: str, seed: int, queries: int, setting: dict[str, float], watch: bool = True) -> dict[str, Any]:
     """What all runs have in common; the comparison after training is left out, it would take longer than the training."""
     held_out = "mini-heldout" if reward == "alignment" else "mini-clip"
     common: dict[str, Any] = {"rewards": REWARDS[reward], "held_out_rewards": f"[{held_out}]" if watch else "[]", "seed": seed}
-    common |= {"held_out_pictures": 16}
+    common |= {"held_out_pictures": 16, "lr_warmup_steps": 0}  # the first update of a warm-up has a learning rate of 0
+    if seed:  # one seed's pictures are enough to look at
+        common |= {"validation_prompts": "[]"}
     common |= {"rounds": queries // PER_ROUND, "evaluation_prompts": "null", "eval_steps": "null"}
-    return common | ({} if rate is None else {"learning_rate": rate})
+    return common | setting
+
+
+def settings(method: str, reward: str) -> list[dict[str, float]]:
+    rates = [{"learning_rate": rate} for rate in (RATES if reward == "compress" else LOW_RATES)]
+    return [rate | {"objective.clip_range": clip} for clip in CLIPS for rate in rates] if method == "DDPO-IS" else rates
+
+
+def tunings(given: argparse.Namespace) -> list[tuple[str, str]]:
+    """Which methods are tuned on which rewards."""
+    return [(m, r) for m in given.methods for r in ("compress", "incompress") if r == "compress" or m in RWR]
+
+
+def tuning_name(method: str, reward: str, setting: dict[str, float]) -> str:
+    return "-".join(["tune", reward, method, *(f"{value:g}" for value in setting.values())])
 
 
 def tuning(given: argparse.Namespace) -> list[Run]:
     return [
-        Run(f"tune-{method}-{rate:g}", METHODS[method], options("compress", TUNING_SEED, given.queries // 2, rate, watch=False))
-        for method in given.methods
-        for rate in RATES
+        Run(tuning_name(m, r, setting), METHODS[m], options(r, TUNING_SEED, TUNING_QUERIES, setting, False))
+        for m, r in tunings(given)
+        for setting in settings(m, r)
     ]
 
 
 def curves(given: argparse.Namespace) -> list[Run]:
-    rates = tuned(given.output_dir)
+    best = tuned(given.output_dir)
+
+    def setting(method: str, reward: str) -> dict[str, float]:
+        return best[f"{method}, incompress" if method in RWR and reward != "compress" else method]
+
     return [
-        Run(f"{reward}-{method}-{seed}", METHODS[method], options(reward, seed, given.queries, rates.get(method)))
+        Run(f"{reward}-{method}-{seed}", METHODS[method], options(reward, seed, given.queries, setting(method, reward)))
         for seed in given.seeds
         for reward in given.rewards
         for method in given.methods
@@ -90,13 +117,13 @@ def curves(given: argparse.Namespace) -> list[Run]:
 
 
 def generalisation(given: argparse.Namespace) -> list[Run]:
-    rate = tuned(given.output_dir).get("DDPO-IS")
+    setting = tuned(given.output_dir)["DDPO-IS"]
     lists = {part: f"miniature-gen-{part}" for part in SPLIT}
     return [
         Run(
             f"generalisation-{seed}",
             METHODS["DDPO-IS"],
-            options("compress", seed, given.queries, rate) | {"train_prompts": "miniature-gen-train"},
+            options("compress", seed, given.queries, setting) | {"train_prompts": "miniature-gen-train"},
             lists,
         )
         for seed in given.seeds
@@ -104,16 +131,35 @@ def generalisation(given: argparse.Namespace) -> list[Run]:
 
 
 def overoptimisation(given: argparse.Namespace) -> list[Run]:
-    rate = tuned(given.output_dir).get("DDPO-IS")
+    setting = tuned(given.output_dir)["DDPO-IS"]
     runs = []
     for name, guard in GUARDS.items():
-        pushed = options("aesthetic", given.seeds[0], 3 * given.queries, rate)
+        pushed = options("aesthetic", given.seeds[0], 2 * given.queries, setting)
         pushed |= {"held_out_rewards": "[mini-heldout, mini-clip]", "eval_steps": 4, "held_out_pictures": 32, **guard}
         runs.append(Run(f"overoptimisation-{name}", METHODS["DDPO-IS"], pushed))
     return runs
 
 
-PARTS = {"tune": tuning, "curves": curves, "generalisation": generalisation, "overoptimisation": overoptimisation}
+def others(given: argparse.Namespace) -> list[Run]:
+    perceptual = {"space": "perceptual", "guidance_in_training": "false"}
+    kinds = {
+        "online-DPO": ("miniature-online-dpo", {}),
+        "online-NCP-DPO": ("miniature-online-dpo", {**perceptual, "objective.beta": 7e5}),
+        "RWR-perceptual": (METHODS["RWR"], {**perceptual, **tuned(given.output_dir)["RWR, incompress"]}),
+    }
+    return [
+        Run(f"others-{name}", recipe, options("compress", given.seeds[0], given.queries, setting))
+        for name, (recipe, setting) in kinds.items()
+    ]
+
+
+PARTS = {
+    "tune": tuning,
+    "curves": curves,
+    "generalisation": generalisation,
+    "overoptimisation": overoptimisation,
+    "others": others,
+}
 
 
 def carry_out(run: Run, root: Path) -> str:
@@ -182,22 +228,25 @@ def rewards_of(curve: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     return [line["reward_queries"] - PER_ROUND for line in rounds], [line["reward_mean"] for line in rounds]
 
 
-def tuned(root: Path) -> dict[str, float]:
-    path = root / "tuned.json"
-    return {method: found["chosen"] for method, found in json.loads(path.read_text()).items()} if path.is_file() else {}
+def tuned(root: Path) -> dict[str, dict[str, float]]:
+    """The chosen settings by name of the method, of RWR's also by ``METHOD, incompress``; empty where nothing was tuned."""
+    found = json.loads(path.read_text()) if (path := root / "tuned.json").is_file() else {}
+    return defaultdict(dict, {name: one["chosen"] for name, one in found.items()})
 
 
 def choose(given: argparse.Namespace) -> None:
-    """The best learning rate of each method whose tuning is complete."""
+    """The best setting of each method whose tuning is complete."""
     found = json.loads(path.read_text()) if (path := given.output_dir / "tuned.json").is_file() else {}
-    for method in given.methods:
-        ends = {}
-        for rate in RATES:
-            _, means = rewards_of(read_curve(given.output_dir, f"tune-{method}-{rate:g}"))
+    for method, reward in tunings(given):
+        tried = []
+        for setting in settings(method, reward):
+            _, means = rewards_of(read_curve(given.output_dir, tuning_name(method, reward, setting)))
             if means:
-                ends[rate] = statistics.mean(means[-2:])
-        if len(ends) == len(RATES):
-            found[method] = {"chosen": max(ends, key=lambda rate: ends[rate]), "reward": {f"{r:g}": e for r, e in ends.items()}}
+                tried.append({**setting, "reward": statistics.mean(means[-2:])})
+        if len(tried) == len(settings(method, reward)):
+            best = max(tried, key=lambda one: one["reward"])
+            name = method if reward == "compress" else f"{method}, {reward}"
+            found[name] = {"chosen": {k: v for k, v in best.items() if k != "reward"}, "tried": tried}
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -206,8 +255,14 @@ def choose(given: argparse.Namespace) -> None:
 
 def plot(given: argparse.Namespace) -> None:
     root = given.output_dir
-    table = ["| reward | method | seeds | first round | last round | change |", "| --- | --- | --- | --- | --- | --- |"]
+    table = [
+        "| reward | method | queries | first round | last: mean (each seed) | change | held out, before | after |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     table += plot_curves(given, root)
+    for run in others(given):
+        if curve := read_curve(root, run.name):
+            table.append(row("compress", run.name.removeprefix("others-"), [curve]))
     table += ["", *generalisation_table(given, root), "", *plot_overoptimisation(root)]
     (root / "table.md").write_text("\n".join(table) + "\n")
     grids(given, root)
@@ -220,22 +275,34 @@ def plot_curves(given: argparse.Namespace, root: Path) -> list[str]:
     rows = []
     for axis, reward in zip(axes[0], given.rewards, strict=True):
         for method in given.methods:
-            found = [rewards_of(read_curve(root, f"{reward}-{method}-{seed}")) for seed in given.seeds]
-            found = [curve for curve in found if curve[0]]
-            if not found:
+            curves = [read_curve(root, f"{reward}-{method}-{seed}") for seed in given.seeds]
+            curves = [curve for curve in curves if curve]
+            if not curves:
                 continue
+            found = [rewards_of(curve) for curve in curves]
             rounds = min(len(queries) for queries, _ in found)
             queries, columns = found[0][0][:rounds], list(zip(*(means[:rounds] for _, means in found), strict=True))
-            middle = [statistics.mean(c) for c in columns]
-            (line,) = axis.plot(queries, middle, label=method)
+            (line,) = axis.plot(queries, [statistics.mean(c) for c in columns], label=method)
             axis.fill_between(queries, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color())
-            first, last, each = middle[0], middle[-1], ", ".join(f"{c:.3f}" for c in columns[-1])
-            rows.append(f"| {reward} | {method} | {len(found)} | {first:.3f} | {last:.3f} ({each}) | {last - first:+.3f} |")
+            rows.append(row(reward, method, curves))
         axis.set(title=f"{reward} ({REWARDS[reward]})", xlabel="reward queries", ylabel="mean reward of the round")
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(root / "curves.png", dpi=130)
     return rows
+
+
+def row(reward: str, method: str, curves: list[list[dict[str, Any]]]) -> str:
+    """Rewards of the first and the last round that all seeds have, and the held-out judge before and after them."""
+    means = [means for _, means in map(rewards_of, curves)]
+    rounds = min(map(len, means))
+    first, last = statistics.mean(m[0] for m in means), statistics.mean(m[rounds - 1] for m in means)
+    each = ", ".join(f"{m[rounds - 1]:.2f}" for m in means)
+    equal = [curve for curve, m in zip(curves, means, strict=True) if len(m) == rounds]  # longer ones were judged later
+    judged = [[line[k] for line in curve for k in line if k.startswith("held_out/")] for curve in equal]
+    before, after = (statistics.mean(values[i] for values in judged) for i in (0, -1))
+    cells = [reward, method, rounds * PER_ROUND, f"{first:.2f}", f"{last:.2f} ({each})", f"{last - first:+.2f}"]
+    return "| " + " | ".join(map(str, [*cells, f"{before:.1f}", f"{after:.1f}"])) + " |"
 
 
 def generalisation_table(given: argparse.Namespace, root: Path) -> list[str]:
@@ -305,11 +372,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=list(REWARDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--queries", type=int, default=768, help=f"reward queries of a run, a multiple of {2 * PER_ROUND}")
+    parser.add_argument("--queries", type=int, default=768, help=f"reward queries of a run, a multiple of {PER_ROUND}")
     parser.add_argument("--processes", type=int, default=1, help="runs at once, one thread each")
     given = parser.parse_args()
-    if given.queries % (2 * PER_ROUND):
-        parser.error(f"--queries is {given.queries}; expected a multiple of {2 * PER_ROUND}")
+    if given.queries % PER_ROUND:
+        parser.error(f"--queries is {given.queries}; expected a multiple of {PER_ROUND}")
     given.output_dir.mkdir(parents=True, exist_ok=True)
     for part in given.parts:
         if part == "plot":
