@@ -10,8 +10,10 @@ from typing import Any
 
 from safetensors import safe_open
 
+from palate.data.selection import same_prompt
 from palate.evaluation.compare import percent
 from palate.evaluation.folders import read_result
+from palate.evaluation.manifest import read_manifest
 from palate.files import write_atomically
 from palate.hub import is_hub_id
 from palate.models.export import KOHYA_FILE
@@ -123,10 +125,22 @@ def _comparison(out: Path) -> list[str]:
             f"| {_bare(c.judge)} | {part} | {percent(w.rate)} % | {percent(w.low)}-{percent(w.high)} % | "
             f"{w.wins} / {w.ties} / {w.losses} | {c.mean_base:.4g} | {c.mean_tuned:.4g} |"
         )
-    lines += ["", *(f"Warning: {flag}" for flag in versus.flags), *([""] if versus.flags else [])]
+    flags = [*versus.flags, *_chosen_on(out)]
+    lines += ["", *(f"Warning: {flag}" for flag in flags), *([""] if flags else [])]
     if (out / "before_after.png").is_file():
         lines += ["![the same prompts and seeds before and after](before_after.png)", ""]
     return lines
+
+
+def _chosen_on(out: Path) -> list[str]:
+    """Of the best weights of a run: whether they were chosen on prompts that they were then compared on."""
+    if not (out / "found.json").is_file():
+        return []
+    chosen = {same_prompt(text) for text in json.loads((out / "found.json").read_text(encoding="utf-8")).get("prompts", [])}
+    compared = {same_prompt(picture.prompt) for picture in read_manifest(out / "evaluation" / "tuned", check_files=False)}
+    if not (both := len(chosen & compared)):
+        return []
+    return [f"these weights were chosen among those of the run on {len(chosen)} prompts, of which {both} are compared on here"]
 
 
 def _usage(base: str, shown: str, family: str, full: bool, recipe: Recipe) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from palate.data.prompts import Prompt
+from palate.data.selection import same_prompt
 from palate.errors import UserError
 from palate.files import write_atomically
 from palate.prompt_names import find_prompts
@@ -125,6 +126,20 @@ def assemble(
     return step, rollouts
 
 
+def watched(recipe: Recipe, found: Wanted) -> tuple[list[Prompt], int]:
+    """The prompts of the held-out pictures, and how many of them are in the comparison too.
+
+    ``best/`` is chosen on these pictures, so those that the comparison draws come last: first the evaluation prompts that it
+    leaves over, then the train prompts.
+    """
+    options = recipe.evaluation
+    listed = [] if options.evaluation_prompts is None else find_prompts(options.evaluation_prompts)
+    drawn = {same_prompt(prompt.text) for prompt in listed[: options.num_evaluation_prompts]}
+    ordered = sorted((*listed, *found.prompts), key=lambda prompt: same_prompt(prompt.text) in drawn)  # stable
+    chosen = ordered[: recipe.online.held_out_pictures]
+    return chosen, sum(same_prompt(prompt.text) in drawn for prompt in chosen)
+
+
 class Watch:
     """What the loop calls every ``eval_steps``: held-out rewards, the best weights so far in ``best/``, and the alarm.
 
@@ -144,10 +159,14 @@ class Watch:
         from palate.rewards import HeldOut
 
         options = recipe.evaluation
-        named = options.evaluation_prompts
-        prompts = found.prompts if named is None else find_prompts(named)
+        prompts, shared = watched(recipe, found)
+        if shared:
+            tell(
+                f"{shared} of {len(prompts)} held-out pictures have prompts of the comparison, for no others are left: best/ "
+                "would be compared on what it is chosen by; name more evaluation_prompts than num_evaluation_prompts"
+            )
         self.held_out = HeldOut(
-            prompts[: recipe.online.held_out_pictures],
+            prompts,
             options.evaluation_seed,
             _bundle(recipe, found.held_out, denoiser.device),
         )
@@ -172,7 +191,8 @@ class Watch:
         if step and self.held_out.best:
             self.policy.save(self.best)
             write(self.recipe, self.best / "recipe.yaml")
-            told = {"step": step, "reward_queries": self.rollouts.queries, **measured}
+            texts = [prompt.text for prompt in self.held_out.prompts]
+            told = {"step": step, "reward_queries": self.rollouts.queries, **measured, "prompts": texts}
             write_atomically(self.best / "found.json", (json.dumps(told, indent=1) + "\n").encode())
         if (alarm := self.held_out.alarm()) is not None:
             self.tell(f"step {step}: {alarm}")

@@ -119,11 +119,16 @@ class HeldOut:
 
     def state_dict(self) -> dict[str, Any]:
         """What was found so far, so that a resumed run knows its best and its peak."""
-        return {"trained": list(self.trained), "scores": {name: scores.tolist() for name, scores in self.scores.items()}}
+        scores = {name: scores.tolist() for name, scores in self.scores.items()}
+        return {"trained": list(self.trained), "scores": scores, "prompts": self._texts()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         n = len(self.prompts)
-        if set(state["scores"]) != set(self.scores) or any(len(row) != n for rows in state["scores"].values() for row in rows):
+        others = state.get("prompts", self._texts()) != self._texts() or set(state["scores"]) != set(self.scores)
+        if others or any(len(row) != n for rows in state["scores"].values() for row in rows):
             raise UserError("the checkpoint was judged by other held-out rewards or on other prompts; resume with the same")
         self.trained = [float(t) for t in state["trained"]]
         self.scores = {name: torch.tensor(state["scores"][name]).reshape(-1, n) for name in self.scores}
+
+    def _texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]

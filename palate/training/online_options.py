@@ -24,8 +24,8 @@ class OnlineOptions:
     held_out_rewards: tuple[str, ...] = ()
     """Never trained on: measured during training, they choose the ``best/`` weights and raise the alarm."""
     held_out_pictures: int = 32
-    """Pictures on which held-out rewards are measured, every ``eval_steps``: of the evaluation prompts, or else the train
-    prompts, always from the same noise."""
+    """Pictures on which held-out rewards are measured, every ``eval_steps``, always from the same noise: of the evaluation
+    prompts that the comparison leaves over, then of the train prompts."""
     reward_timeout: float | None = None
     """Seconds that one call of a reward may take, trained on or held out."""
     reward_retries: int = 0

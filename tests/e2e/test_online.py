@@ -104,12 +104,53 @@ def test_held_out_rewards_have_the_time_limit_and_the_retries_of_trained_ones(on
     code, _, errors = online(**moody)
     assert code == 0, errors
     assert [line["held_out/moody:reward"] for line in log(tmp_path / "out") if "held_out/moody:reward" in line] == [3, 4]
-    (tmp_path / "never.txt").write_text("never\n")
-    code, _, errors = online(
-        **{**moody, "reward_retries": 0}, evaluation_prompts="never.txt", judges="[jpeg_compressibility]", output_dir="b"
-    )
+    (tmp_path / "never.txt").write_text("a tree\nnever\n")
+    compared = {"evaluation_prompts": "never.txt", "num_evaluation_prompts": 1, "judges": "[jpeg_compressibility]"}
+    code, _, errors = online(**{**moody, "reward_retries": 0}, **compared, output_dir="b")
     assert code == 2
-    assert "reward moody:reward gave no answer within 2 s: image 0 of 1 (prompt 'never', saved as b/failed/reward-" in errors
+    assert (
+        "reward moody:reward gave no answer within 2 s: images 0 to 1, of which the first (prompt 'never', saved as" in errors
+    )
+
+
+def test_held_out_pictures_keep_off_the_prompts_of_the_comparison(prompts_file, tmp_path):
+    from palate import online as assembled
+    from palate.prompt_names import find_prompts
+
+    def watched(**options):
+        made = recipe.load("miniature-ddpo-is", {"held_out_pictures": 8, **options})
+        prompts, shared = assembled.watched(made, assembled.find(made))
+        return [prompt.text for prompt in prompts], shared
+
+    seen, unseen = ([p.text for p in find_prompts(f"miniature-{name}")] for name in ("seen", "unseen"))
+    assert watched() == (unseen[96:104], 0)
+    assert watched(evaluation_prompts=None) == (seen[:8], 0)
+    assert watched(num_evaluation_prompts=None) == (seen[:8], 0)
+    assert watched(num_evaluation_prompts=397) == ([*unseen[397:], *seen[:5]], 0)
+    assert watched(evaluation_prompts="miniature-seen") == (seen[96:104], 0)
+    (tmp_path / "shouted.txt").write_text("".join(f"{text.upper()}\n" for text in seen[:3]))
+    few = {
+        "train_prompts": str(tmp_path / "shouted.txt"),
+        "evaluation_prompts": "miniature-seen",
+        "num_evaluation_prompts": 399,
+    }
+    assert watched(**few) == ([seen[399], *seen[:7]], 7)
+
+
+def test_best_weights_that_are_compared_on_what_they_were_chosen_by(online, palate, prompts_file, tmp_path):
+    (tmp_path / "rising.py").write_text(
+        "def reward(images, prompts, metadata, asked=[]):\n    asked.append(1)\n    return [float(len(asked))] * len(images)\n"
+    )
+    watched = {"held_out_rewards": "[rising:reward]", "held_out_pictures": 3, "rounds": 1}
+    code, _, errors = online(**watched, evaluation_prompts=prompts_file, judges="[jpeg_compressibility]")
+    assert code == 0, errors
+    assert "3 of 3 held-out pictures have prompts of the comparison, for no others are left" in errors
+    told = "Warning: these weights were chosen among those of the run on 3 prompts, of which 3 are compared on here"
+    assert palate("evaluate", "out/best")[0] == 0
+    assert told in (tmp_path / "out" / "best" / "README.md").read_text()
+    (tmp_path / "others.txt").write_text("a tree\n")
+    assert palate("evaluate", "out/best", evaluation_prompts="others.txt")[0] == 0
+    assert "Warning: these weights" not in (tmp_path / "out" / "best" / "README.md").read_text()
 
 
 def test_resumed_equals_uninterrupted(online, tmp_path):

@@ -106,8 +106,9 @@ def test_alarm_and_resuming():
     assert torch.equal(held_out.scores["bright"], again.scores["bright"])
     assert held_out.alarm() == again.alarm()
     assert "the trained reward rises while bright, held out, falls" in str(held_out.alarm())
-    with pytest.raises(UserError, match="other held-out rewards or on other prompts"):
-        HeldOut(PROMPTS[:2], 7, RewardBundle({"bright": brightness})).load_state_dict(held_out.state_dict())
+    for prompts in (PROMPTS[:2], [*PROMPTS[:2], Prompt("d")]):
+        with pytest.raises(UserError, match="other held-out rewards or on other prompts"):
+            HeldOut(prompts, 7, RewardBundle({"bright": brightness})).load_state_dict(held_out.state_dict())
 
 
 def test_a_reward_that_fails_records_nothing():
