@@ -35,6 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw
+
 from palate.training.log import read_log
 
 METHODS = {
@@ -322,7 +324,7 @@ def plot_overoptimisation(root: Path) -> list[str]:
     names = ("reward_mean", "held_out/mini-heldout", "held_out/mini-clip", "kl_path")
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6))
     rows = [
-        "| guard | queries | reward | held out, last | held out, best | at | alarm at |",
+        "| guard | queries | reward | mini-heldout, last | mini-heldout, best | at | alarm at |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for guard in GUARDS:
@@ -330,8 +332,9 @@ def plot_overoptimisation(root: Path) -> list[str]:
         if not curve:
             continue
         for axis, name in zip(axes, names, strict=True):
-            points = [(line["reward_queries"], line[name]) for line in curve if name in line]
-            axis.plot(*zip(*points, strict=True), label=guard)
+            before = 0 if name.startswith("held_out/") else PER_ROUND  # a round's pictures show the model that drew them
+            points = [(line["reward_queries"] - before, line[name]) for line in curve if name in line]
+            axis.plot(*zip(*points, strict=True), label=guard, marker=".")
             axis.set(title=name, xlabel="reward queries")
         judged = [line for line in curve if names[1] in line]
         best = max(judged, key=lambda line: line[names[1]])
@@ -341,6 +344,8 @@ def plot_overoptimisation(root: Path) -> list[str]:
             f"| {guard} | {last['reward_queries']} | {last['reward_mean']:.3f} | {judged[-1][names[1]]:.3f} | "
             f"{best[names[1]]:.3f} | {best['reward_queries']} | {alarm} |"
         )
+    if len(rows) == 2:
+        return []
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(root / "overoptimisation.png", dpi=130)
@@ -348,12 +353,20 @@ def plot_overoptimisation(root: Path) -> list[str]:
 
 
 def grids(given: argparse.Namespace, root: Path) -> None:
-    """The last sample pictures of the first seed's runs: before and after, the same noise."""
-    names = [f"{reward}-{method}-{given.seeds[0]}" for reward in given.rewards for method in given.methods]
-    for name in [*names, *(f"overoptimisation-{guard}" for guard in GUARDS)]:
-        shown = sorted((root / name / "samples").glob("step-*.png"))
-        if shown:
-            shutil.copy(shown[-1], root / f"grid-{name}.png")
+    """The last sample pictures of the first seed's runs, before and after from the same noise, one run below the other."""
+    runs = [f"{reward}-{method}-{given.seeds[0]}" for reward in given.rewards for method in given.methods]
+    runs += [f"overoptimisation-{guard}" for guard in GUARDS]
+    shown = {run: sorted((root / run / "samples").glob("step-*.png")) for run in runs}
+    pictures = {run: Image.open(paths[-1]).convert("RGB") for run, paths in shown.items() if paths}
+    if not pictures:
+        return
+    width, height = max(p.width for p in pictures.values()), max(p.height for p in pictures.values()) + 24
+    grid = Image.new("RGB", (2 * width, height * -(-len(pictures) // 2)), "white")
+    for i, (run, picture) in enumerate(pictures.items()):
+        x, y = i % 2 * width, i // 2 * height
+        ImageDraw.Draw(grid).text((x + 30, y + 1), run, fill="black", font_size=18)
+        grid.paste(picture, (x, y + 24))
+    grid.resize((grid.width // 2, grid.height // 2), Image.Resampling.LANCZOS).save(root / "grid.jpg", quality=88)
 
 
 def pyplot() -> Any:
