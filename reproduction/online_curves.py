@@ -12,7 +12,7 @@ Parts, in the order in which they should run:
 - generalisation: DDPO-IS for compressibility on six combinations of object and place (``miniature-gen-train``), compared with
   the base model on those, on other objects, on another place and on other combinations.
 - overoptimisation: DDPO-IS for the aesthetic judge, far beyond what is good for it, watched by a judge that it never sees;
-  alone and with a KL budget.
+  at the tuned learning rate, and at three times it without and with a KL budget.
 - others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space.
 - plot: figures, picture grids and ``table.md`` of all that is finished.
 
@@ -58,7 +58,8 @@ RWR = ("RWR", "RWR-sparse")
 TUNING_SEED, TUNING_QUERIES = 100, 256
 SPLIT = ("train", "objects", "places", "combinations")
 PER_ROUND = 64
-GUARDS: dict[str, dict[str, Any]] = {"free": {}, "budget": {"kl_budget": 1.0}}
+FAST = {"learning_rate": 3e-3}
+GUARDS: dict[str, dict[str, Any]] = {"tuned": {}, "fast": FAST, "fast-budget": {**FAST, "kl_budget": 1.0}}
 
 
 @dataclass(frozen=True)
