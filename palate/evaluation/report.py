@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -92,8 +93,7 @@ box-shadow:0 0 4px rgba(0,0,0,.5);pointer-events:none}
 article+article{margin-top:72px;padding-top:40px;border-top:1px solid var(--line)}
 .groups td:first-child{width:40%}
 .small .bar{width:160px}
-.key{display:inline-block;width:14px;height:3px;border-radius:2px;vertical-align:middle;margin-right:5px;background:var(--good)}
-.key.trained{background:var(--even)}
+.chart .key{display:inline-block;width:24px;height:4px;vertical-align:middle;margin:0 5px 0 0}
 .chart figcaption.keys{justify-content:flex-start;flex-wrap:wrap;gap:4px 16px;font-weight:400}
 .wide{max-width:620px}
 .smooth.trained{stroke:var(--even)}
@@ -178,6 +178,8 @@ SHOWN, LONGEST = 48, 512  # pairs of pictures on a page, and pixels of a picture
 UNDRAWN = ("step", "reward_queries", "seconds", "pairs", "epoch", "round")
 DISTANCES = ("kl_path", "kl", "logit_abs")
 """Names in a log that say how far a model is from its base, the best first."""
+DASHES = ("none", "7 4", "2 4")
+"""Strokes that tell lines of one colour apart."""
 BOUNDS = ("_low", "_high")
 """What follows a name in a log where the interval of a measure stands."""
 TITLES = {
@@ -597,18 +599,21 @@ def _far(known: Sequence[tuple[float, float]], updates: float) -> float:
 def _against(lines: Mapping[str, list[tuple[float, float]]], name: str) -> str:
     left, right, top, bottom = 12, 354, 10, 148
     far = max(x for points in lines.values() for x, _ in points) or 1.0
-    drawn, keys = [], []
+    drawn, keys, alike = [], [], Counter[str]()
     for key, points in sorted(lines.items(), key=lambda item: _is_held_out(item[0])):
         ys = [y for _, y in points]
         span = (max(ys) - min(ys)) or 1.0
         style = "" if _is_held_out(key) else " trained"
+        stroke = f'class="smooth{style}" stroke-dasharray="{DASHES[alike[style] % len(DASHES)]}"'
+        alike[style] += 1
         places = [(left + x / far * (right - left), bottom - (y - min(ys)) / span * (bottom - top)) for x, y in points]
         # A distance measured on one batch goes to and fro: there only the points are drawn.
         if all(a[0] <= b[0] for a, b in pairwise(points)):
-            drawn.append(f'<polyline class="smooth{style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+            drawn.append(f'<polyline {stroke} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
         drawn += [f'<circle class="dotm{style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
         change = f"{_number(ys[0])} → {_number(ys[-1])}"
-        keys.append(f'<span><i class="key{style}"></i>{escape(_title(key))} {change}</span>')
+        key_line = f'<svg class="key" viewBox="0 0 24 4" aria-hidden="true"><path {stroke} d="M0 2h24"/></svg>'
+        keys.append(f"<span>{key_line}{escape(_title(key))} {change}</span>")
     label = f"Trained and held-out measures against {name}"
     return f"""<figcaption class="keys">{"".join(keys)}</figcaption>
 <svg viewBox="0 0 360 172" role="img" aria-label="{escape(label)}">

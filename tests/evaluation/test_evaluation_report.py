@@ -350,6 +350,10 @@ def test_online_curves_lie_over_what_was_judged(tmp_path):
     assert "jpeg_compressibility, trained on -9 → -3" in view
     assert re.findall(r'class="dotm" cx="([\d.]+)"', view) == ["12.0", "50.0", "126.0", "240.0", "354.0"]
     assert re.findall(r'class="dotm trained" cx="([\d.]+)"', view) == ["12.0", "50.0", "126.0", "240.0"] * 2
+    # Two lines of one colour differ in their strokes, and each has the stroke of its key.
+    drawn = re.findall(r'<polyline class="smooth( trained)?" stroke-dasharray="([^"]+)"', view)
+    assert drawn == re.findall(r'<path class="smooth( trained)?" stroke-dasharray="([^"]+)"', view)
+    assert len(set(drawn)) == len(drawn) == 3
     # Without a measure that training does not see, the page says that it cannot tell.
     blind = [{k: v for k, v in row.items() if "held_out" not in k} for row in rows]
     write_report(tmp_path / "r.html", [Chapter("online", curves=blind)])
