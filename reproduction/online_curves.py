@@ -13,7 +13,8 @@ Parts, in the order in which they should run:
   the base model on those, on other objects, on another place and on other combinations.
 - overoptimisation: DDPO-IS for the aesthetic judge, far beyond what is good for it, watched by a judge that it never sees;
   at the tuned learning rate, and at three times it without and with a KL budget.
-- others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space.
+- others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space; and
+  RWR for prompt alignment on pictures drawn as they are compared: with guidance, in 15 steps.
 - plot: figures, picture grids and ``table.md`` of all that is finished.
 
 Every run is `palate train` in a process of its own with one thread; finished runs are not repeated, interrupted ones go on. The
@@ -58,8 +59,8 @@ RWR = ("RWR", "RWR-sparse")
 TUNING_SEED, TUNING_QUERIES = 100, 256
 SPLIT = ("train", "objects", "places", "combinations")
 PER_ROUND = 64
-FAST = {"learning_rate": 3e-3}
-GUARDS: dict[str, dict[str, Any]] = {"tuned": {}, "fast": FAST, "fast-budget": {**FAST, "kl_budget": 1.0}}
+GUARDS = ("tuned", "fast", "fast-budget")
+FASTER, KL_BUDGET = 3, 1.0
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ def generalisation(given: argparse.Namespace) -> list[Run]:
 
 
 def overoptimisation(given: argparse.Namespace) -> list[Run]:
-    setting = tuned(given.output_dir)["DDPO-IS"]
+    setting = {"learning_rate": 1e-3} | tuned(given.output_dir)["DDPO-IS"]
+    fast = {"learning_rate": FASTER * setting["learning_rate"]}
     runs = []
-    for name, guard in GUARDS.items():
+    for name, guard in zip(GUARDS, ({}, fast, fast | {"kl_budget": KL_BUDGET}), strict=True):
         pushed = options("aesthetic", given.seeds[0], 2 * given.queries, setting)
         pushed |= {"held_out_rewards": "[mini-heldout, mini-clip]", "eval_steps": 4, "held_out_pictures": 32, **guard}
         runs.append(Run(f"overoptimisation-{name}", METHODS["DDPO-IS"], pushed))
@@ -145,14 +147,17 @@ def overoptimisation(given: argparse.Namespace) -> list[Run]:
 
 def others(given: argparse.Namespace) -> list[Run]:
     perceptual = {"space": "perceptual", "guidance_in_training": "false"}
+    guided = {"sample_guidance_scale": 2.5, "guidance_in_training": "false", "sample_num_steps": 15}
+    slow = tuned(given.output_dir)["RWR, incompress"]
     kinds = {
-        "online-DPO": ("miniature-online-dpo", {}),
-        "online-NCP-DPO": ("miniature-online-dpo", {**perceptual, "objective.beta": 7e5}),
-        "RWR-perceptual": (METHODS["RWR"], {**perceptual, **tuned(given.output_dir)["RWR, incompress"]}),
+        "online-DPO": ("compress", "miniature-online-dpo", {}),
+        "online-NCP-DPO": ("compress", "miniature-online-dpo", {**perceptual, "objective.beta": 7e5}),
+        "RWR-perceptual": ("compress", METHODS["RWR"], {**perceptual, **slow}),
+        "RWR-guided": ("alignment", METHODS["RWR"], {**guided, **slow}),
     }
     return [
-        Run(f"others-{name}", recipe, options("compress", given.seeds[0], given.queries, setting))
-        for name, (recipe, setting) in kinds.items()
+        Run(f"others-{name}", recipe, options(reward, given.seeds[0], given.queries, setting))
+        for name, (reward, recipe, setting) in kinds.items()
     ]
 
 
@@ -259,13 +264,14 @@ def choose(given: argparse.Namespace) -> None:
 def plot(given: argparse.Namespace) -> None:
     root = given.output_dir
     table = [
-        "| reward | method | queries | first round | last: mean (each seed) | change | held out, before | after |",
+        "| reward | method | queries | first round | last two: mean (each seed) | change | held out, before | after |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     table += plot_curves(given, root)
     for run in others(given):
         if curve := read_curve(root, run.name):
-            table.append(row("compress", run.name.removeprefix("others-"), [curve]))
+            reward = next(name for name, judge in REWARDS.items() if judge == run.options["rewards"])
+            table.append(row(reward, run.name.removeprefix("others-"), [curve]))
     table += ["", *generalisation_table(given, root), "", *plot_overoptimisation(root)]
     (root / "table.md").write_text("\n".join(table) + "\n")
     grids(given, root)
@@ -296,11 +302,12 @@ def plot_curves(given: argparse.Namespace, root: Path) -> list[str]:
 
 
 def row(reward: str, method: str, curves: list[list[dict[str, Any]]]) -> str:
-    """Rewards of the first and the last round that all seeds have, and the held-out judge before and after them."""
+    """Rewards of the first and the last two rounds that all seeds have, and the held-out judge before and after them."""
     means = [means for _, means in map(rewards_of, curves)]
     rounds = min(map(len, means))
-    first, last = statistics.mean(m[0] for m in means), statistics.mean(m[rounds - 1] for m in means)
-    each = ", ".join(f"{m[rounds - 1]:.2f}" for m in means)
+    ends = [statistics.mean(m[:rounds][-2:]) for m in means]
+    first, last = statistics.mean(m[0] for m in means), statistics.mean(ends)
+    each = ", ".join(f"{end:.2f}" for end in ends)
     equal = [curve for curve, m in zip(curves, means, strict=True) if len(m) == rounds]  # longer ones were judged later
     judged = [[line[k] for line in curve for k in line if k.startswith("held_out/")] for curve in equal]
     before, after = (statistics.mean(values[i] for values in judged) for i in (0, -1))
