@@ -169,6 +169,7 @@ class Watch:
             prompts,
             options.evaluation_seed,
             _bundle(recipe, found.held_out, denoiser.device),
+            batch_size=options.evaluation_batch_size,
         )
         denoiser.remember([text for p in self.held_out.prompts for text in (p.text, p.negative) if text is not None])
         self.options, self.denoiser, self.policy, self.rollouts = options, denoiser, policy, rollouts
@@ -181,13 +182,15 @@ class Watch:
         rollouts.watch = self
 
     def __call__(self, step: int) -> dict[str, float]:
+        if not step:  # for the second time where training was stopped in its first round
+            self.held_out.forget()
         means, trained = self.rollouts.means, self.held_out.trained
         if trained and math.isnan(trained[0]):
             # The first round is drawn by the model before training: its reward belongs to the evaluation before it.
             trained[0] = means[0]
         since = means[self.rounds :] or trained[-1:] or [math.nan]
-        self.rounds = len(means)
         measured = self.held_out.evaluate(self._generate, sum(since) / len(since))
+        self.rounds = len(means)
         if step and self.held_out.best:
             self.policy.save(self.best)
             write(self.recipe, self.best / "recipe.yaml")

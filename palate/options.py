@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import inspect
 import itertools
@@ -14,7 +15,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -188,14 +189,23 @@ def _refuse() -> typing.NoReturn:
     raise TypeError
 
 
-def foreign(name: str) -> Callable[..., Any]:
+def foreign(name: str, known: Iterable[str] = ()) -> Callable[..., Any]:
+    """The function ``module:function``, importable from here; ``known``: what a misspelt module may have been meant for.
+
+    Raises:
+        UserError: there is none, or its module fails.
+    """
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # the script's own folder is there instead
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{name}: {error}; expected package.module:function, importable from here") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        hint = nearest(module, known) if missing and difflib.get_close_matches(module, known, n=1) else ""
+        raise UserError(f"{name}: {error}; expected package.module:function, importable from here{hint}") from error
+    except Exception as error:  # of the user's own code, which may raise anything
+        raise UserError(f"{name}: importing {module} raised {type(error).__name__}: {error}; mend it") from error
     if not callable(function):
         raise UserError(f"{name} is {type(function).__name__}; expected a function")
     return function

@@ -33,7 +33,7 @@ def find_prompts(name: str | Path) -> list[Prompt]:
     if path.exists():
         return prompts.read_prompts(path)
     if re.fullmatch(r"[\w.]+:\w+", text):
-        return prompts.from_function(foreign(text), text)
+        return prompts.from_function(foreign(text, prompt_sets.SETS), text)
     if re.fullmatch(r"[\w-]+", text):
         known = [*prompts.LISTS, *prompt_lists.NAMES, *prompt_sets.SETS]
         raise UserError(f"no file and no list of prompts {text!r}{nearest(text, known)}")

@@ -29,8 +29,13 @@ class NamedReward:
 
     @property
     def serves(self) -> tuple[str, ...]:
-        """Names of the judges behind its addresses, as their servers tell."""
-        return self.source.serves if isinstance(self.source, NamedJudge) else ()
+        """Names of the judges that it consists of, and of those behind its addresses, as their servers tell."""
+        return (*self.source.serves, *_parts(self.source)) if isinstance(self.source, NamedJudge) else ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Where the weights of its judges lie, however they are named."""
+        return _weights(self.source) if isinstance(self.source, NamedJudge) else ()
 
     def load(self, device: str | torch.device = "cpu") -> Reward:
         from palate.rewards import from_function, from_judge
@@ -59,11 +64,20 @@ def find_rewards(names: str | Iterable[str] | Mapping[str, Any]) -> dict[str, Na
 def find_held_out(names: str | Iterable[str], trained: Mapping[str, NamedReward]) -> dict[str, NamedReward]:
     """As :func:`find_rewards`, for rewards that must not be among the ``trained`` ones, at whatever address."""
     found = find_rewards(names)
-    followed = {known for name, reward in trained.items() for known in (name, *reward.serves)}
+    followed = {known for name, reward in trained.items() for known in (name, *reward.serves, *reward.weights)}
     for name, reward in found.items():
-        if not followed.isdisjoint((name, *reward.serves)):
+        if not followed.isdisjoint((name, *reward.serves, *reward.weights)):
             raise UserError(f"{name} is trained on and cannot be held out as well; name a judge that the rewards do not hold")
     return found
+
+
+def _parts(judge: NamedJudge) -> tuple[str, ...]:
+    return tuple(name for _, part in judge.parts for name in (part.name, *_parts(part)))
+
+
+def _weights(judge: NamedJudge) -> tuple[str, ...]:
+    own = (f"{judge.kind} in {judge.folder.resolve()}",) if judge.folder else ()
+    return (*own, *(place for _, part in judge.parts for place in _weights(part)))
 
 
 def _weight(name: str, weight: Any) -> float:
@@ -79,5 +93,5 @@ def _weight(name: str, weight: Any) -> float:
 def _source(name: str) -> NamedJudge | Callable[..., Any]:
     # A judge by function gets no metadata, so functions are loaded here.
     if re.fullmatch(r"[\w.]+:\w+", name) and name.partition(":")[0] not in KINDS:
-        return foreign(name)
+        return foreign(name, KINDS)
     return find_judges([name])[name]

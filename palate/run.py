@@ -390,7 +390,7 @@ def _train(
     on_evaluate: Any,
     about: dict[str, Any],
 ) -> None:
-    """The loop, with the files that say what was run. What fails before its first checkpoint leaves nothing behind."""
+    """The loop, with the files that say what was run. What fails before there is a checkpoint or ``best/`` leaves nothing."""
     from palate.training import checkpoints, loop
 
     out = Path(recipe.training.output_dir)
@@ -417,7 +417,7 @@ def _train(
         )
     except (UserError, OSError, KeyboardInterrupt) as error:
         kept = checkpoints.latest(out)
-        if fresh and _main() and kept is None:
+        if fresh and _main() and kept is None and not (out / "best").exists():
             shutil.rmtree(out, ignore_errors=True)
             if not made:
                 out.mkdir()

@@ -7,6 +7,7 @@ from palate.data.prompts import Prompt
 from palate.errors import UserError
 from palate.judge_names import NamedJudge
 from palate.judges.remote import Identity
+from palate.miniature import world
 from palate.reward_names import NamedReward, find_held_out, find_rewards
 from palate.rewards import RewardBundle
 
@@ -16,6 +17,7 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "own_taste.py").write_text(
         "def green(images, prompts, metadata):\n    return images[:, 1].mean(dim=(1, 2)), {}\n\nNUMBER = 3\n"
     )
+    (tmp_path / "broken_taste.py").write_text("def f(images, prompts, metadata)\n    return 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -47,6 +49,8 @@ def test_names_without_weights():
         ("own_taste:NUMBER", "own_taste:NUMBER is int; expected a function"),
         ("own_taste:gren", "own_taste:gren: .*expected package.module:function"),
         ("no_such_module:f", "No module named 'no_such_module'"),
+        ("pikscore:models", "did you mean 'pickscore'"),
+        ("broken_taste:f", "importing broken_taste raised SyntaxError"),
         ({"mini-clip": "much"}, "the weight of reward mini-clip is 'much'; expected a number"),
         ({"mini-clip": float("nan")}, "expected a number"),
         ({"mini-clip": True}, "expected a number"),
@@ -62,6 +66,12 @@ def test_held_out_is_never_trained_on():
     assert list(find_held_out("mini-heldout", trained)) == ["mini-heldout"]
     with pytest.raises(UserError, match="mini-clip is trained on and cannot be held out"):
         find_held_out(["mini-clip"], trained)
+    # Nor as a part of a sum, nor by another name of the same weights.
+    with pytest.raises(UserError, match="mini-clip is trained on and cannot be held out"):
+        find_held_out(["mini-clip"], find_rewards(["0.5*mini-clip + 0.5*mini-aesthetic"]))
+    again = f"clipscore:{world.checkpoint('mini-clip')}?dtype=bfloat16"
+    with pytest.raises(UserError, match="is trained on and cannot be held out"):
+        find_held_out([again], trained)
     # Nor behind an address.
     served = NamedJudge("remote:http://127.0.0.1:1", "remote", served=Identity("mini-clip"))
     trained = {served.name: NamedReward(served.name, 1.0, served)}

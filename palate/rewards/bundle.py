@@ -115,6 +115,17 @@ class RewardBundle:
         self._queue.put(pending)
         return pending
 
+    def wait(self, pending: Sequence[Pending]) -> None:
+        """Until these batches are scored; nothing enters the statistics.
+
+        Raises:
+            RewardError: one of the rewards failed; that of the first batch concerned.
+        """
+        for p in pending:
+            p.done.wait()
+            if p.error is not None:
+                raise p.error
+
     def collect(self, pending: Sequence[Pending]) -> Rewards:
         """The rewards of several batches, in order: all of them are totalled with the same statistics.
 
@@ -125,10 +136,7 @@ class RewardBundle:
         """
         if any(p.rewards is not None for p in pending):
             raise ValueError("a batch can be collected once: it would enter the statistics twice")
-        for p in pending:
-            p.done.wait()
-            if p.error is not None:
-                raise p.error
+        self.wait(pending)
         raw = {name: torch.cat([p.answers[name][0] for p in pending]) for name in self.rewards}
         info = {name: [p.answers[name][1] for p in pending] for name in self.rewards}
         told = {name: found for name, found in info.items() if any(i is not None for i in found)}
@@ -205,6 +213,12 @@ class RewardBundle:
             except _TooLongError as error:
                 if attempt == self.retries:
                     self._fail(who, str(error), pending, None, error)
+            except torch.OutOfMemoryError as error:  # another attempt would find no more
+                b = len(pending.prompts)
+                raise RewardError(
+                    f"{who} found no free memory for {b} pictures at once: lower sample_batch_size, or evaluation_batch_size "
+                    "where it is held out"
+                ) from error
             except Exception as error:
                 if attempt == self.retries:
                     problem = f"raised {type(error).__name__}: {error}"

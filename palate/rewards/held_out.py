@@ -78,8 +78,12 @@ class HeldOut:
             raise UserError("held-out rewards need prompts, and there are none")
         self.prompts, self.seeds = list(prompts), [seed + i for i in range(len(prompts))]
         self.rewards, self.batch_size = rewards, batch_size
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, without any evaluation."""
         self.trained: list[float] = []
-        self.scores: dict[str, Tensor] = {name: torch.empty(0, len(self.prompts)) for name in rewards.rewards}
+        self.scores: dict[str, Tensor] = {name: torch.empty(0, len(self.prompts)) for name in self.rewards.rewards}
 
     def evaluate(
         self, generate: Callable[[list[Prompt], list[int]], Sequence[Image.Image]], trained: float

@@ -43,6 +43,7 @@ MAY_DIFFER = frozenset(
         "sample_batch_size",
         "held_out_rewards",
         "held_out_pictures",
+        "kl_budget",
         "reward_timeout",
         "reward_retries",
         "evaluation",

@@ -200,7 +200,10 @@ def train(
                 log.say(f"training ends after step {done - 1}: {spent}")
                 run.end(done - 1, on_sample, on_evaluate)
                 break
-            stop = run.update(done, signals)
+            try:
+                stop = run.update(done, signals)
+            except UserError as error:
+                run.give_up(done - 1, error)
             bar.update()
             bar.set_postfix(run.postfix())
             run.report(done, on_evaluate)
@@ -227,7 +230,13 @@ class _Run:
         if not self.weights or any(p.dtype != torch.float32 for p in self.weights):
             raise TypeError("trainable weights must exist and be float32: half precision loses most updates")
         self.accelerator = _accelerator(self.weights[0].device, options.mixed_precision)
-        self.main = self.accelerator.is_main_process
+        self.main, count = self.accelerator.is_main_process, self.accelerator.num_processes
+        self.processes = Processes()
+        if count > 1:
+            gather = self.accelerator.gather
+            self.processes = Processes(
+                self.accelerator.process_index, count, lambda rows: gather(rows.to(self.accelerator.device)).cpu()
+            )
         own, found = self.accelerator.device, self.weights[0].device
         if self.accelerator.num_processes > 1 and own.type == "cuda" and own != found:
             raise ValueError(f"process {self.accelerator.process_index} trains on {own}, but the policy is on {found}")
@@ -329,19 +338,21 @@ class _Run:
         position = (done - 1) * self.batch_size
         if self.rollouts is None or position % len(self.data):
             return
-        accelerator = self.accelerator
-        processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.gather)
-        torch.manual_seed(mix(self.options.seed, done, accelerator.process_index))
+        torch.manual_seed(mix(self.options.seed, done, self.processes.index))
         self.policy.trainable_module.train()  # as in the updates: were there dropout, the self check would tell
         try:
-            with accelerator.autocast():
-                self.round = self.rollouts.begin_round(position // len(self.data), processes, lambda: signals.received)
+            with self.accelerator.autocast():
+                self.round = self.rollouts.begin_round(position // len(self.data), self.processes, lambda: signals.received)
         except UserError as error:
-            self._give_up(done - 1, error)
+            self.give_up(done - 1, error)
 
-    def _give_up(self, done: int, error: UserError) -> NoReturn:
-        """Raise a failure again, that of a reward say, once the state after ``done`` steps is saved."""
-        message = f"{error}; the state after step {done} is in {self.save(done)}"
+    def give_up(self, done: int, error: UserError) -> NoReturn:
+        """Raise a failure again, that of a reward say, once the state after ``done`` steps is saved, if it is worth it."""
+        if all(bool(p.isfinite().all()) for p in self.weights):
+            kept = f"the state after step {done} is in {self.save(done)}"
+        else:
+            kept = f"the weights of step {done} are not finite either: go back to an earlier checkpoint"
+        message = f"{error}; {kept}"
         self.logs.say(message, show=False)
         raise type(error)(message) from error
 
@@ -355,10 +366,10 @@ class _Run:
         self, done: int, on_sample: Callable[[int], Any] | None, on_evaluate: Callable[[int], Mapping[str, float]] | None
     ) -> None:
         """Make step ``done`` the last one."""
-        reported = not self.window.sums
+        evaluated = self._due(done, self.options.eval_steps)
         self.total = done
-        if not reported:
-            self.report(done, on_evaluate)
+        if self.window.sums or not evaluated:
+            self.report(done, None if evaluated else on_evaluate)
         self.sample(done, on_sample)
         self.save(done)
 
@@ -374,14 +385,14 @@ class _Run:
         while True:
             totals = self._gradients(done, signals)
             if not math.isfinite(totals["loss"]):
-                self._not_finite(done, f"the loss is {totals['loss'] / self.batch_size}")
+                raise _not_finite(done, f"the loss is {totals['loss'] / self.batch_size}")
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
             norm = float(torch.nn.utils.clip_grad_norm_(self.weights, options.max_grad_norm or math.inf))
             if math.isfinite(norm):
                 break
             if scaler is None or scaler.get_scale() <= 1:
-                self._not_finite(done, f"the norm of the gradient is {norm}")
+                raise _not_finite(done, f"the norm of the gradient is {norm}")
             scaler.update()  # halves the scale; float16 overflows until it has found a fitting one, so the batch is repeated
         if scaler is None:
             self.optimizer.step()
@@ -400,23 +411,15 @@ class _Run:
         """Gradients of this update, and sums of loss and metrics over its effective batch, in and over all processes."""
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
-        for indices, seeds in self._micro_batches(done):
-            try:
-                with self.accelerator.autocast():
-                    losses, metrics = self.step(self.data.batch(indices, seeds))
-                self.accelerator.backward(losses.sum() / self.batch_size)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"no free memory to train on {len(indices)} at once: lower train_batch_size (and raise "
-                    "gradient_accumulation_steps as much, which online training does by itself), or set "
-                    "gradient_checkpointing true"
-                ) from error
-            metrics = {"loss": losses.detach(), **metrics}
-            if (u := metrics.get("logit")) is not None:
-                metrics |= {"logit_square": u.square(), "logit_abs": u.abs()}
-            for name, values in metrics.items():
-                sums[name] = sums.get(name, 0.0) + values.float().sum()
-        sums["stop"] = torch.tensor(float(signals.received), device=losses.device)
+        failed = None
+        try:
+            for indices, seeds in self._micro_batches(done):
+                for name, values in self._backward(indices, seeds).items():
+                    sums[name] = sums.get(name, 0.0) + values.float().sum()
+        except UserError as error:
+            failed = error
+        self.processes.together(failed)
+        sums["stop"] = torch.tensor(float(signals.received), device=sums["loss"].device)
         totals = torch.stack(list(sums.values()))
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
@@ -424,6 +427,23 @@ class _Run:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
         return dict(zip(sums, totals.tolist(), strict=True))
+
+    def _backward(self, indices: list[int], seeds: Tensor) -> dict[str, Tensor]:
+        """Loss and metrics of one micro-batch, whose gradients are added to those that are there."""
+        try:
+            with self.accelerator.autocast():
+                losses, metrics = self.step(self.data.batch(indices, seeds))
+            self.accelerator.backward(losses.sum() / self.batch_size)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"no free memory to train on {len(indices)} at once: lower train_batch_size (and raise "
+                "gradient_accumulation_steps as much, which online training does by itself), or set "
+                "gradient_checkpointing true"
+            ) from error
+        metrics = {"loss": losses.detach(), **metrics}
+        if (u := metrics.get("logit")) is not None:
+            metrics |= {"logit_square": u.square(), "logit_abs": u.abs()}
+        return metrics
 
     def _micro_batches(self, done: int) -> Iterator[tuple[list[int], Tensor]]:
         """This process's share of effective batch number ``done`` (from 1): indices of pairs and their seeds."""
@@ -435,14 +455,6 @@ class _Run:
                 indices.append(self.order(epoch)[place])
                 seeds.append(mix(self.options.seed, epoch, indices[-1]))
             yield indices, torch.tensor(seeds)
-
-    def _not_finite(self, done: int, what: str) -> NoReturn:
-        saved = f"the state before it is in {self.save(done - 1)}"
-        if not all(bool(p.isfinite().all()) for p in self.weights):
-            saved = f"the weights of step {done - 1} are not finite either, go back to an earlier checkpoint"
-        message = f"step {done}: {what}; {saved}; lower learning_rate or beta, or use mixed_precision bf16 or no"
-        self.logs.say(message, show=False)
-        raise UserError(message)
 
     def open_log(self, start: int) -> RunLog | _Silent:
         """The log of the main process; the others keep silent."""
@@ -468,7 +480,7 @@ class _Run:
     def report(self, done: int, on_evaluate: Callable[[int], Mapping[str, float]] | None) -> None:
         """One line of the log, if any part of it is due: the means since the last, and what ``on_evaluate`` finds."""
         record, self.round = self.round, {}
-        if done and (record or self._due(done, self.options.logging_steps)):
+        if self.window.sums and (record or self._due(done, self.options.logging_steps)):
             record |= {"lr": self.optimizer.param_groups[0]["lr"], **self.window.means(), **self.step.state}
             self.window = Window()
             self._warn(done, record.get("logit_abs"))
@@ -487,7 +499,7 @@ class _Run:
             place = {"step": done, **counted, "seconds": seconds}
             self.logs.record({**place, **record})
         if failed is not None:
-            self._give_up(done, failed)
+            self.give_up(done, failed)
 
     def sample(self, done: int, on_sample: Callable[[int], Any] | None) -> None:
         if on_sample is not None and self._due(done, self.options.sample_steps):
@@ -517,6 +529,10 @@ class _Run:
             return
         self.warned = True
         self.logs.say(f"warning: step {done}: {hint}")
+
+
+def _not_finite(done: int, what: str) -> UserError:
+    return UserError(f"step {done}: {what}; lower learning_rate or beta, or use mixed_precision bf16 or no")
 
 
 class _Silent:

@@ -119,8 +119,24 @@ class OnlineOptions:
                 f"a window of {self.window_size or 1} steps from step {self.window_start} on does not fit into "
                 f"{self.sample_num_steps} steps; lower window_start or window_size, or raise sample_num_steps"
             )
-        if self.kl_budget is not None and not self.kl_samples:
-            raise UserError("kl_budget needs kl_samples: name the number of pictures on which to measure it")
+        if self.kl_budget is not None and not (self.kl_samples and self.sample_eta):
+            raise UserError(
+                "kl_budget needs kl_samples, the number of pictures on which to measure it, and sample_eta: without noise no "
+                "step has a likelihood"
+            )
+        if self.group_size == 1 and (self.advantage == "group" or self.per_prompt):
+            what = "advantage group" if self.advantage == "group" else "per_prompt"
+            raise UserError(
+                f"{what} measures the pictures of a prompt against one another, and group_size 1 draws one of each: every "
+                "picture would be its own average and nothing learned; raise group_size"
+            )
+        if self.per_prompt and self.weighting in ("streaming_percentile", "threshold"):
+            raise UserError(f"per_prompt does nothing under weighting {self.weighting}: leave it out, or use percentile")
+        if self.tracker_min_count > self.tracker_buffer_size:
+            raise UserError(
+                f"tracker_min_count {self.tracker_min_count} is never reached, as the tracker keeps {self.tracker_buffer_size} "
+                "rewards of a prompt: raise tracker_buffer_size, or lower tracker_min_count"
+            )
 
     @property
     def window(self) -> range:

@@ -8,6 +8,8 @@ the cut into batches nor the number of processes nor an interruption changes a n
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -44,6 +46,7 @@ class Bundle(Protocol):
     gather: Callable[[Tensor], Tensor]
 
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Any: ...
+    def wait(self, pending: Sequence[Any]) -> None: ...
     def collect(self, pending: Sequence[Any]) -> Any: ...
     def level(self, means: Mapping[str, float]) -> float: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -52,11 +55,19 @@ class Bundle(Protocol):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share a round; ``gather`` puts their rows together, in order of the processes."""
+    """This process among those that share a round; ``gather`` puts their rows together in order, on the CPU."""
 
     index: int = 0
     count: int = 1
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
+
+    def together(self, failed: UserError | None) -> None:
+        """Raise in every process what failed in any: those that went on would wait for the others for ever."""
+        told = self.gather(torch.tensor([int(failed is not None)]))
+        if failed is not None:
+            raise failed
+        if told.any():
+            raise UserError(f"process {int(told.argmax())} failed, see its message")
 
 
 class Abandoned(Exception):  # noqa: N818
@@ -159,14 +170,7 @@ class Rollouts:
         share, rest = divmod(n, processes.count)
         if rest:
             raise UserError(f"samples_per_round {n} does not divide among {processes.count} processes; use a multiple")
-        try:
-            drawn, rewards, kl = self._draw(
-                number, range(processes.index * share, (processes.index + 1) * share), processes, stop
-            )
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"no free memory to draw {self.options.sample_batch_size} pictures at once: lower sample_batch_size"
-            ) from error
+        drawn, rewards, kl = self._draw(number, range(processes.index * share, (processes.index + 1) * share), processes, stop)
         prompts = [self.prompts[i].text for i in drawn["prompt"].tolist()]
         thumbnails = drawn.pop("thumbnail")
         if kl and self.options.kl_budget is not None and sum(kl) > self.options.kl_budget:
@@ -184,7 +188,12 @@ class Rollouts:
         told |= {"kl_path": sum(kl), "kl_steps": [round(x, 8) for x in kl]} if kl else {}
         self.data = drawn
         told |= self._plan(number, prompts, total)
-        self._check()
+        failed = None
+        try:
+            self._check()
+        except UserError as error:
+            failed = error
+        processes.together(failed)
         return told
 
     def batch(self, indices: Sequence[int], seeds: Tensor) -> TrajectoryBatch | PairBatch | SampleBatch:
@@ -218,13 +227,18 @@ class Rollouts:
     def state_dict(self, position: int) -> dict[str, Any]:
         """All that is needed to go on from item ``position`` of the endless sequence of rounds."""
         number, within = divmod(position, len(self))
-        watch = {} if self.watch is None else {"watch": self.watch.state_dict()}
+        also = {"prompts": self._listed()} | ({} if self.watch is None else {"watch": self.watch.state_dict()})
         if within:
-            return {"memory": self._memory(), "round": self.round, "data": self.data, "plan": self.plan, **watch}
+            return {"memory": self._memory(), "round": self.round, "data": self.data, "plan": self.plan, **also}
         # At the border of two rounds only what they remember counts; the one at hand may have been drawn for nothing.
-        return {"memory": self._memory() if number > self.round else self.before, **watch}
+        return {"memory": self._memory() if number > self.round else self.before, **also}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("prompts", self._listed()) != self._listed():
+            raise UserError(
+                f"the checkpoint was trained on other prompts than these {len(self.prompts)}, or in another order; resume with "
+                "the list as it was"
+            )
         memory = state["memory"]
         self.tracker.load_state_dict(memory["tracker"])
         self.rewards.load_state_dict(memory["rewards"])
@@ -236,6 +250,11 @@ class Rollouts:
             self.plan = [tuple(rows) for rows in state["plan"]]
 
     # Parts ----------------------------------------------------------------------------------------------------------------
+
+    def _listed(self) -> str:
+        """A digest of all that is drawn."""
+        listed = json.dumps([[prompt.text, prompt.negative] for prompt in self.prompts])
+        return hashlib.sha256(listed.encode()).hexdigest()
 
     def _memory(self) -> dict[str, Any]:
         """What outlives a round, copied."""
@@ -257,13 +276,39 @@ class Rollouts:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
         """The pictures of all processes, in order; rewards by name; the KL divergence of each step from the reference."""
         options, n = self.options, self.options.samples_per_round
+        self.rewards.gather = processes.gather
+        failed: UserError | None = None
+        try:
+            parts, pending, kl = self._draw_share(number, share, processes, stop)
+            self.rewards.wait(pending)
+        except torch.OutOfMemoryError as error:
+            failed = UserError(f"no free memory to draw {options.sample_batch_size} pictures at once: lower sample_batch_size")
+            failed.__cause__ = error
+        except UserError as error:
+            failed = error
+        processes.together(failed)
+        judged: Judged = self.rewards.collect(pending)
+        data = {name: processes.gather(torch.cat(tensors)) for name, tensors in parts.items()}
+        if self.evidence != "trajectories":
+            data["latents"] = data["latents"][:, 0]
+            del data["log_prob"]
+        measured_in_all = min(n, options.kl_samples)
+        kl_of_all = processes.gather(kl.float()[None]).sum(0).double() / max(1, measured_in_all)
+        scores = {"total": judged.total} | judged.raw
+        known = bool(measured_in_all) and options.sample_eta > 0
+        return data, {name: processes.gather(rows) for name, rows in scores.items()}, kl_of_all.tolist() if known else []
+
+    def _draw_share(
+        self, number: int, share: range, processes: Processes, stop: Callable[[], bool]
+    ) -> tuple[dict[str, list[Tensor]], list[Any], Tensor]:
+        """The pictures of this process in batches, and handed in; sums of the KL divergence of each step."""
+        options, n = self.options, self.options.samples_per_round
         device = next(iter(self.policy.parameters())).device
-        self.rewards.gather = lambda scores: processes.gather(scores.to(device)).cpu()
         asked = self.sampler.draw(number, n // options.group_size, options.group_size)
         which = [self.places[id(asked[row])] for row in share]
         seeds = torch.tensor([mix(self.seed, PICTURE, number * n + row) for row in share])
         keep = slice(options.window.start, options.window.stop + 1) if self.evidence == "trajectories" else slice(-1, None)
-        parts: dict[str, list[Tensor]] = {"latents": [], "log_prob": [], "thumbnail": []}
+        parts: dict[str, list[Tensor]] = {"latents": [], "log_prob": [], "thumbnail": [], "prompt": [torch.tensor(which)]}
         pending: list[Any] = []
         kl = torch.zeros(len(self.path), dtype=torch.float64)
         refer = guided(self.policy.reference, options.trained_scale)
@@ -315,20 +360,7 @@ class Rollouts:
                 parts.setdefault("mean", []).append(drawn.mean[:, options.window.start : options.window.stop].cpu())
             bar.update(len(part))
         bar.close()
-        judged: Judged = self.rewards.collect(pending)
-
-        def whole(rows: Tensor) -> Tensor:
-            return processes.gather(rows.to(device)).cpu() if processes.count > 1 else rows
-
-        data = {name: whole(torch.cat(tensors)) for name, tensors in parts.items()} | {"prompt": whole(torch.tensor(which))}
-        if self.evidence != "trajectories":
-            data["latents"] = data["latents"][:, 0]
-            del data["log_prob"]
-        measured_in_all = min(n, options.kl_samples)
-        kl_of_all = whole(kl.float()[None]).sum(0).double() / max(1, measured_in_all)
-        scores = {"total": whole(judged.total)} | {name: whole(raw) for name, raw in judged.raw.items()}
-        known = bool(measured_in_all) and options.sample_eta > 0
-        return data, scores, kl_of_all.tolist() if known else []
+        return parts, pending, kl
 
     def _all_finite(self, latents: Tensor, first: int, which: Sequence[int]) -> None:
         finite = latents.flatten(2).isfinite().all(2)
@@ -408,14 +440,21 @@ class Rollouts:
         """Once: training must find what was just sampled exactly as likely as sampling did."""
         if self.replay is None or self.checked:
             return
-        places = list(range(min(self.replay_batch_size, len(self))))
-        with torch.no_grad():
-            _, metrics = self.replay(self.batch(places, torch.zeros(len(places), dtype=torch.int64)))  # type: ignore[arg-type]
-        worst = float(metrics["log_ratio"].abs().max())
-        if worst > self.tolerance:
+        # One item of each trained time, and the first ones of all, which may be of one picture.
+        first = {row[1]: place for place, row in reversed(list(enumerate(self.plan)))}
+        places = sorted({*first.values(), *range(min(self.replay_batch_size, len(self)))})
+        found: list[dict[str, Tensor]] = []
+        for start in range(0, len(places), self.replay_batch_size):
+            part = places[start : start + self.replay_batch_size]
+            with torch.no_grad():
+                found.append(self.replay(self.batch(part, torch.zeros(len(part), dtype=torch.int64)))[1])  # type: ignore[arg-type]
+        worst = max(float(metrics["log_ratio"].abs().max()) for metrics in found)
+        clipped = torch.cat([metrics.get("clip_fraction", torch.zeros(1)) for metrics in found]).mean()
+        if worst > self.tolerance or clipped > 0.5:
+            limit = f"tolerance {self.tolerance:g}" if worst > self.tolerance else "most of the steps beyond clip_range"
             raise UserError(
                 f"the policy finds its own fresh samples {worst:.2g} more or less likely than when it drew them "
-                f"(tolerance {self.tolerance:g}): the ratio of importance sampling would be wrong from the start. A model with "
+                f"({limit}): the ratio of importance sampling would be wrong from the start. A model with "
                 "dropout, or mixed_precision bf16 with batches of different size, does this: use mixed_precision no or fp16, "
                 "and train_batch_size equal to sample_batch_size"
             )

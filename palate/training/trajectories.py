@@ -79,7 +79,8 @@ def trajectory_step(
             row = int(log_prob.isfinite().int().argmin())
             raise UserError(
                 f"the log-probability of the step from time {int(t[row])} to {int(s[row])} of a picture of "
-                f"{batch.prompts[row]!r} is {float(log_prob[row])}; lower learning_rate, or use mixed_precision bf16 or no"
+                f"{batch.prompts[row]!r} is {float(log_prob.detach()[row])}; "
+                "lower learning_rate, or use mixed_precision bf16 or no"
             )
         given: dict[str, Tensor] = {}
         if "moved" in named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -164,6 +165,23 @@ def test_resumed_equals_uninterrupted(online, tmp_path):
     assert log(tmp_path / "a") == log(tmp_path / "b")
 
 
+def test_stopped_in_its_first_round_and_resumed(online, tmp_path):
+    """A reward is mended after it failed in the first round; the evaluation before it is repeated, not told twice."""
+    code = "def reward(images, prompts, metadata):\n    {}\n    return images.mean((1, 2, 3))\n"
+    (tmp_path / "own.py").write_text(code.format("raise ValueError('no')"))
+    watched = {"held_out_rewards": "[jpeg_incompressibility]", "eval_steps": 1, "held_out_pictures": 2, "train_batch_size": 2}
+    failed, _, errors = online(rewards="own:reward", **watched)
+    assert failed == 2
+    assert "raised ValueError: no" in errors
+    assert "the state after step 0 is in" in errors
+    (tmp_path / "own.py").write_text(code.format("pass"))
+    sys.modules.pop("own")
+    for folder, more in (("out", {"resume_from_checkpoint": "latest"}), ("straight", {})):
+        code, _, errors = online(rewards="own:reward", output_dir=folder, **watched, **more)
+        assert code == 0, errors
+    assert log(tmp_path / "out") == log(tmp_path / "straight")
+
+
 @pytest.mark.parametrize("objective", ["ddpo_is", "sft"])
 def test_sdxl(online, tmp_path, sdxl_dir, objective):
     code, _, errors = online(pretrained_model_name_or_path=sdxl_dir, objective=objective, train_batch_size=2)
@@ -188,6 +206,7 @@ def test_sdxl(online, tmp_path, sdxl_dir, objective):
         ({"objective": "dpo"}, "set group_size to 2"),
         ({"space": "perceptual"}, "measures likelihoods"),
         ({"sample_eta": 0}, "no likelihood"),
+        ({"objective": "sft", "kl_weight": 0.1}, "kl_weight does nothing with objective sft"),
         ({"train_data": "votes.db"}, "train_data votes.db would not be read"),
         ({"train_prompts": None, "objective": "dpo"}, "these options do nothing: rounds, samples_per_round, "),
     ],

@@ -219,6 +219,19 @@ def test_a_picture_that_is_not_finite_is_not_scored():
         RewardBundle({"b": brightness}).submit(x, PROMPTS).result()
 
 
+def test_no_free_memory_says_what_to_lower(tmp_path):
+    asked = []
+
+    def large(images, prompts):
+        asked.append(len(images))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    message = failing(large, retries=2, folder=tmp_path)
+    assert "reward" in message
+    assert "no free memory for 4 pictures at once: lower sample_batch_size" in message
+    assert asked == [4]
+
+
 def test_retries(monkeypatch):
     monkeypatch.setattr(bundle, "PAUSE", 0.001)
     calls = []

@@ -260,6 +260,20 @@ def test_the_budget_ends_training(tmp_path):
     assert source.rewards.asked == 8  # nor is the round kept that was drawn for nothing
 
 
+@pytest.mark.parametrize("every", [None, 2])
+def test_a_run_that_its_budget_ends_is_measured_at_its_end(tmp_path, every):
+    measured = []
+
+    def evaluate(step):
+        measured.append(step)
+        return {"held_out/fine": float(step)}
+
+    run(tmp_path, online={"kl_budget": 1e-6}, learning_rate=0.1, evaluate=evaluate, eval_steps=every)
+    assert measured == [0, 2]
+    assert [line["held_out/fine"] for line in log(tmp_path) if "held_out/fine" in line] == [0, 2]
+    assert sum("loss" in line for line in log(tmp_path)) == 2
+
+
 # What is refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +288,11 @@ def test_the_budget_ends_training(tmp_path):
         ({"timestep_fraction": 0.0}, "more than 0"),
         ({"kl_budget": 1.0, "kl_samples": 0}, "needs kl_samples"),
         ({"adv_clip": -1.0}, "positive"),
+        ({"kl_budget": 1.0, "sample_eta": 0.0}, "needs kl_samples.* and sample_eta"),
+        ({"advantage": "group"}, "advantage group measures .* raise group_size"),
+        ({"per_prompt": True}, "per_prompt measures .* raise group_size"),
+        ({"per_prompt": True, "group_size": 4, "weighting": "streaming_percentile"}, "per_prompt does nothing"),
+        ({"tracker_buffer_size": 8}, "tracker_min_count 16 is never reached"),
     ],
 )
 def test_options_that_do_not_fit(options, message):
@@ -319,6 +338,35 @@ def test_a_policy_that_changes_its_mind_is_refused(tmp_path):
         run(tmp_path, policy=Wavering())
 
 
+def test_every_trained_time_is_checked(tmp_path):
+    """Not only those of the first batch, which may hold a single one."""
+
+    class Wavering(TinyPolicy):
+        late = 0
+
+        def __call__(self, xt, t, cond):
+            self.late += bool((t == 1).any())
+            return super().__call__(xt, t, cond) + 1e-3 * self.late * (t == 1).reshape(-1, 1, 1, 1)
+
+    with pytest.raises(UserError, match="more or less likely than when it drew them"):
+        run(tmp_path, policy=Wavering(), train_batch_size=1)
+
+
+def test_a_tolerance_beyond_the_clip_range_is_none(tmp_path):
+    """Where most ratios would leave the clip range at once, nothing could be learned."""
+
+    class Wavering(TinyPolicy):
+        def __call__(self, xt, t, cond):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().__call__(xt, t, cond) * (1 + 1e-2 * self.calls)
+
+    policy = Wavering()
+    source = rollouts(policy, step=step_for(policy, "ddpo_is", OnlineOptions()))
+    source.tolerance = 1e6
+    with pytest.raises(UserError, match="most of the steps beyond clip_range"):
+        source.begin_round(0)
+
+
 def test_a_reward_that_fails_leaves_a_checkpoint(tmp_path):
     class Failing(Brightness):
         def collect(self, pending):
@@ -332,6 +380,57 @@ def test_a_reward_that_fails_leaves_a_checkpoint(tmp_path):
     resumed, _ = run(tmp_path / "a", resume_from_checkpoint="latest")
     for name, tensor in weights(straight).items():
         assert torch.equal(tensor, weights(resumed)[name])
+
+
+def test_an_update_that_fails_leaves_a_checkpoint(tmp_path):
+    class Failing(TinyPolicy):
+        """Not finite in the second update, of eight batches each."""
+
+        updates = 0
+
+        def __call__(self, xt, t, cond):
+            out = super().__call__(xt, t, cond)
+            self.updates += out.requires_grad
+            return out * torch.nan if self.updates == 12 else out
+
+    with pytest.raises(UserError, match=r"log-probability .* is nan; .*; the state after step 1 is in .*checkpoint-1"):
+        run(tmp_path / "a", policy=Failing())
+    straight, _ = run(tmp_path / "b")
+    resumed, _ = run(tmp_path / "a", resume_from_checkpoint="latest")
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+
+
+def test_other_prompts_are_not_gone_on_with(tmp_path):
+    source, _ = drawn()
+    state = source.state_dict(0)
+    others = rollouts(TinyPolicy(), prompts=[*PROMPTS[1:], PROMPTS[0]])
+    with pytest.raises(UserError, match="trained on other prompts than these 5, or in another order"):
+        others.load_state_dict(state)
+
+
+def test_a_failure_in_one_of_two_processes_ends_both(tmp_path):
+    root = Path(__file__).parents[2]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, str(Path(__file__).with_name("tiny_rollouts.py")), str(tmp_path / "two"), "ddpo_is", "fail"]
+    workers = [
+        subprocess.Popen(
+            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=60)[1].decode() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert "process 1 failed, see its message; the state after step 2 is in" in said[0]
+    assert "reward brightness raised ValueError: no; the state after step 2 is in" in said[1]
+    assert checkpoints.latest(tmp_path / "two").name == "checkpoint-2"
 
 
 def test_a_held_out_reward_that_fails_leaves_a_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from palate.data.prompts import Prompt
 from palate.diffusion.denoising import Conditioning, normal
 from palate.diffusion.sampling import join
+from palate.errors import UserError
 from palate.objectives.pairs import dpo
 from palate.objectives.samples import sft
 from palate.objectives.trajectories import ddpo_is, ddpo_sf
@@ -43,6 +45,9 @@ class Brightness:
     def submit(self, images, prompts):
         self.asked += len(images)
         return self.score(images, prompts)
+
+    def wait(self, pending):
+        pass
 
     def collect(self, pending):
         total = torch.cat(pending)
@@ -117,7 +122,16 @@ def run(
     return policy, source
 
 
+class FailingOnce(Brightness):
+    """Fails in the second round, in the second of two processes."""
+
+    def wait(self, pending):
+        if self.asked > 4 and os.environ["RANK"] == "1":
+            raise UserError("reward brightness raised ValueError: no")
+
+
 if __name__ == "__main__":
     ranked = {"group_size": 2, "updates_per_round": 1} if sys.argv[2] == "dpo" else {}
-    run(sys.argv[1], sys.argv[2], online=ranked, processes=2, checkpointing_steps=100)
+    rewards = FailingOnce() if "fail" in sys.argv else None
+    run(sys.argv[1], sys.argv[2], online=ranked, processes=2, rewards=rewards, checkpointing_steps=100)
     torch.distributed.destroy_process_group()
