@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -312,19 +313,24 @@ def row(reward: str, method: str, curves: list[list[dict[str, Any]]]) -> str:
     judged = [[line[k] for line in curve for k in line if k.startswith("held_out/")] for curve in equal]
     before, after = (statistics.mean(values[i] for values in judged) for i in (0, -1))
     cells = [reward, method, rounds * PER_ROUND, f"{first:.2f}", f"{last:.2f} ({each})", f"{last - first:+.2f}"]
-    return "| " + " | ".join(map(str, [*cells, f"{before:.1f}", f"{after:.1f}"])) + " |"
+    return line([*cells, f"{before:.1f}", f"{after:.1f}"])
+
+
+def line(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def generalisation_table(given: argparse.Namespace, root: Path) -> list[str]:
-    rows = ["| seed | prompts | judge | base | tuned | difference (95 %) |", "| --- | --- | --- | --- | --- | --- |"]
-    for seed in given.seeds:
-        for part in SPLIT:
+    """A row for each judge and list of prompts: the base model's mean, and the difference that each seed's training made."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for part in SPLIT:
+        for seed in given.seeds:
             path = root / f"generalisation-{seed}" / f"metrics-{part}.json"
             for one in json.loads(path.read_text())["comparisons"] if path.is_file() else []:
-                change = "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**one["difference"])
-                means = f"{one['mean_base']:.3f} | {one['mean_tuned']:.3f}"
-                rows.append(f"| {seed} | {part} | {one['judge']} | {means} | {change} |")
-    return rows
+                change = "{difference:+.2f} ({low:+.2f} to {high:+.2f})".format(**one["difference"])
+                found.setdefault((one["judge"], part), [f"{one['mean_base']:.2f}"]).append(change)
+    head = ["judge", "prompts", "base", *(f"seed {seed}" for seed in given.seeds)]
+    return [line(head), line(["---"] * len(head)), *(line([*key, *found[key]]) for key in sorted(found))]
 
 
 def plot_overoptimisation(root: Path) -> list[str]:
