@@ -15,6 +15,7 @@ from palate.evaluation.statistics import WinRate, win_rate
 from palate.files import write_atomically
 from palate.judge_names import find_judges
 from palate.label import judge_margins
+from palate.miniature import world
 from palate.model_names import NamedModel, find_model
 
 SPACES = ("latent", "perceptual")
@@ -105,7 +106,9 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
     for model in models:
         if model.tuned is None and not model.loras:
             raise UserError(f"{model.label} is not tuned, so it prefers nothing to its base; give a run folder, or --lora FILE")
-    reader = read_pairs(source, ties="keep", max_bad_rows=options.max_bad_rows, max_train_samples=options.max_pairs)
+    reader = read_pairs(
+        world.find_pairs(source), ties="keep", max_bad_rows=options.max_bad_rows, max_train_samples=options.max_pairs
+    )
     labels, prompts = [], []
     for pair in reader:
         labels.append(pair.label)

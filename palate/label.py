@@ -30,6 +30,7 @@ from palate.evaluation.labelling import (
 from palate.evaluation.manifest import Picture, read_manifest
 from palate.evaluation.scoring import score_folder
 from palate.judge_names import NamedJudge, find_judges
+from palate.miniature import world
 
 if TYPE_CHECKING:
     from palate.data.pairs import PreferencePair
@@ -159,7 +160,7 @@ def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> La
     from palate.data.pairs import read_pairs
 
     judges = find_judges(options.judges)
-    reader = read_pairs(source, ties="keep", max_bad_rows=options.max_bad_rows, keep_columns=True)
+    reader = read_pairs(world.find_pairs(source), ties="keep", max_bad_rows=options.max_bad_rows, keep_columns=True)
     output = _output(options, source, [place.path for place in reader.places if not place.remote])
     before: list[Labelled] = []
     kinds: dict[str, set[type]] = {}

@@ -281,7 +281,7 @@ def _reader(recipe: Recipe) -> Any:
 
     options = recipe.data
     reader = read(
-        _path(options.train_data),
+        world.find_pairs(options.train_data),
         ties=options.ties,
         max_bad_rows=options.max_bad_rows,
         max_train_samples=options.max_train_samples,
@@ -309,17 +309,13 @@ def _validation_reader(recipe: Recipe) -> Any:
     if options.validation_data is None:
         return None
     reader = read_pairs(
-        _path(options.validation_data),
+        world.find_pairs(options.validation_data),
         max_bad_rows=options.max_bad_rows,
         columns=options.columns or None,
         vote_question=options.vote_question,
     )
     next(iter(reader))
     return reader
-
-
-def _path(data: str) -> Any:
-    return world.pairs(data) if data in world.PAIRS else data
 
 
 def _encoded(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, validation: Any) -> tuple[Any, Any]:

@@ -32,6 +32,11 @@ def pairs(name: str = "miniature-pairs") -> Path:
     return _file(ROOT / PAIRS[name] / "train.parquet")
 
 
+def find_pairs(source: str) -> str | Path:
+    """The pairs of a name in :data:`PAIRS`; whatever else ``source`` is, itself."""
+    return pairs(source) if source in PAIRS else source
+
+
 def unseen_prompts() -> Path:
     """Captions of scenes that no pair shows."""
     return _file(ROOT / "prompts" / "unseen.txt")

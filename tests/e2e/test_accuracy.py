@@ -46,6 +46,16 @@ def test_judges_against_their_own_labels(palate, pairs_dir):
     assert said.splitlines()[1].split()[:3] == ["jpeg_compressibility", "100.0", "%"]
 
 
+def test_the_pairs_of_the_miniature_world_by_name(palate, monkeypatch):
+    code, said, _ = palate("accuracy", "miniature-pairs", judges="[jpeg_compressibility]", max_pairs=8)
+    assert code == 0
+    assert "of 8 prompts" in said
+    monkeypatch.setattr("palate.miniature.world.pairs", lambda name: Path("accuracy.json"))
+    code, _, errors = palate("label", "miniature-pairs", judges="jpeg_compressibility", output="small.parquet")
+    assert code == 2
+    assert "accuracy.json" in errors
+
+
 def test_implicit_rewards_in_both_spaces(palate, pairs_dir, cache_dir, model_dir):
     palate("train", learning_rate=0.05, output_dir="run", validation_fraction=0, space="perceptual")
     options = {"model": "run", "cache_dir": cache_dir, "timesteps": 2}
