@@ -12,7 +12,7 @@ Parts, in the order in which they should run:
 - generalisation: DDPO-IS for compressibility on six combinations of object and place (``miniature-gen-train``), compared with
   the base model on those, on other objects, on another place and on other combinations.
 - overoptimisation: DDPO-IS for the aesthetic judge, far beyond what is good for it, watched by a judge that it never sees;
-  at the tuned learning rate, and at three times it without and with a KL budget.
+  at the tuned learning rate and at three times it, without and with a KL budget.
 - others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space; and
   RWR for prompt alignment on pictures drawn as they are compared: with guidance, in 15 steps.
 - plot: figures, picture grids and ``table.md`` of all that is finished.
@@ -60,7 +60,7 @@ RWR = ("RWR", "RWR-sparse")
 TUNING_SEED, TUNING_QUERIES = 100, 256
 SPLIT = ("train", "objects", "places", "combinations")
 PER_ROUND = 64
-GUARDS = ("tuned", "fast", "fast-budget")
+GUARDS = ("tuned", "tuned-budget", "fast", "fast-budget")
 FASTER, KL_BUDGET = 3, 1.0
 
 
@@ -139,7 +139,8 @@ def overoptimisation(given: argparse.Namespace) -> list[Run]:
     setting = {"learning_rate": 1e-3} | tuned(given.output_dir)["DDPO-IS"]
     fast = {"learning_rate": FASTER * setting["learning_rate"]}
     runs = []
-    for name, guard in zip(GUARDS, ({}, fast, fast | {"kl_budget": KL_BUDGET}), strict=True):
+    budget = {"kl_budget": KL_BUDGET}
+    for name, guard in zip(GUARDS, ({}, budget, fast, fast | budget), strict=True):
         pushed = options("aesthetic", given.seeds[0], 2 * given.queries, setting)
         pushed |= {"held_out_rewards": "[mini-heldout, mini-clip]", "eval_steps": 4, "held_out_pictures": 32, **guard}
         runs.append(Run(f"overoptimisation-{name}", METHODS["DDPO-IS"], pushed))
