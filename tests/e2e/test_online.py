@@ -182,9 +182,10 @@ def test_stopped_in_its_first_round_and_resumed(online, tmp_path):
     assert log(tmp_path / "out") == log(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("objective", ["ddpo_is", "sft"])
+@pytest.mark.parametrize("objective", ["ddpo_is", "sft", "dpo"])
 def test_sdxl(online, tmp_path, sdxl_dir, objective):
-    code, _, errors = online(pretrained_model_name_or_path=sdxl_dir, objective=objective, train_batch_size=2)
+    ranked = {"group_size": 2, "updates_per_round": 1} if objective == "dpo" else {}
+    code, _, errors = online(pretrained_model_name_or_path=sdxl_dir, objective=objective, train_batch_size=2, **ranked)
     assert code == 0, errors
     lines = log(tmp_path / "out")
     assert lines[-1]["reward_queries"] == 8
