@@ -464,7 +464,9 @@ def test_negative_prompts_are_encoded_beside_the_others():
         return Conditioning({"text": torch.tensor([[float(len(t))] for t in texts])})
 
     nothing = Conditioning({"text": torch.zeros(1, 1)})
-    found = encode(encode_prompts, nothing, [Prompt("dog", "blur"), Prompt("horse"), PROMPTS[0]], batch_size=2)
+    encoded = encode(encode_prompts, nothing, [Prompt("dog", "blur"), Prompt("horse"), PROMPTS[0]], batch_size=2)
+    assert len(encoded.texts.tensors["text"]) == 5  # each text once
+    found = encoded.rows(torch.arange(3))
     assert found.tensors["text"][:, 0].tolist() == [3, 5, 5]
     assert found.tensors["negative/text"][:, 0].tolist() == [4, 0, 0]
     assert sorted(asked) == sorted({"dog", "blur", "horse", "a dog"})
