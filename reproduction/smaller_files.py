@@ -31,6 +31,7 @@ PERCEPTUAL = {"space": "perceptual", "guidance_in_training": "false"}
 SLOWLY = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "num_evaluation_prompts": 64}
 VARIANTS = {
     "recipe": ("miniature-ddpo-is", {"lr_warmup_steps": 3}),
+    "short": ("miniature-ddpo-is", {"lr_warmup_steps": 3, "rounds": 8}),
     "late": ("miniature-ddpo-is", {"rounds": 8, "window_start": 3, "window_size": 3, "timestep_fraction": 1.0}),
     "guided": ("miniature-ddpo-is", {"rounds": 8, "sample_guidance_scale": 2.5}),
     "kl": ("miniature-ddpo-is", {"kl_weight": 0.05}),
