@@ -509,12 +509,15 @@ class _Run:
         return done in (0, self.total) or (every is not None and done % every == 0)
 
     def _in_main_process(self, hook: Callable[[int], Any], done: int) -> Any:
-        result = None
+        result, failed = None, None
         if self.main:
             self.policy.trainable_module.eval()
-            with self.average.applied() if self.average is not None else contextlib.nullcontext():
-                result = hook(done)
-        self.accelerator.wait_for_everyone()
+            try:
+                with self.average.applied() if self.average is not None else contextlib.nullcontext():
+                    result = hook(done)
+            except UserError as error:
+                failed = error
+        self.processes.together(failed)
         return result
 
     def _warn(self, done: int, size: float | None) -> None:

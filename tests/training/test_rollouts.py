@@ -409,14 +409,15 @@ def test_other_prompts_are_not_gone_on_with(tmp_path):
         others.load_state_dict(state)
 
 
-def test_a_failure_in_one_of_two_processes_ends_both(tmp_path):
+@pytest.mark.parametrize(("what", "failing"), [("reward", 1), ("watch", 0)])
+def test_a_failure_in_one_of_two_processes_ends_both(tmp_path, what, failing):
     root = Path(__file__).parents[2]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(Path(__file__).with_name("tiny_rollouts.py")), str(tmp_path / "two"), "ddpo_is", "fail"]
+    command = [sys.executable, str(Path(__file__).with_name("tiny_rollouts.py")), str(tmp_path / "two"), "ddpo_is", what]
     workers = [
         subprocess.Popen(
             command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
@@ -428,8 +429,8 @@ def test_a_failure_in_one_of_two_processes_ends_both(tmp_path):
     finally:
         for worker in workers:
             worker.kill()
-    assert "process 1 failed, see its message; the state after step 2 is in" in said[0]
-    assert "reward brightness raised ValueError: no; the state after step 2 is in" in said[1]
+    assert f"process {failing} failed, see its message; the state after step 2 is in" in said[1 - failing]
+    assert "raised ValueError: no; the state after step 2 is in" in said[failing]
     assert checkpoints.latest(tmp_path / "two").name == "checkpoint-2"
 
 

@@ -130,8 +130,16 @@ class FailingOnce(Brightness):
             raise UserError("reward brightness raised ValueError: no")
 
 
+def failing_watch(step):
+    """Runs in the first process only."""
+    if step == 2:
+        raise UserError("reward heldout raised ValueError: no")
+
+
 if __name__ == "__main__":
     ranked = {"group_size": 2, "updates_per_round": 1} if sys.argv[2] == "dpo" else {}
-    rewards = FailingOnce() if "fail" in sys.argv else None
-    run(sys.argv[1], sys.argv[2], online=ranked, processes=2, rewards=rewards, checkpointing_steps=100)
+    rewards = FailingOnce() if "reward" in sys.argv else None
+    watch = failing_watch if "watch" in sys.argv else None
+    given = {"rewards": rewards, "evaluate": watch, "eval_steps": 2, "checkpointing_steps": 100}
+    run(sys.argv[1], sys.argv[2], online=ranked, processes=2, **given)
     torch.distributed.destroy_process_group()
