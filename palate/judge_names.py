@@ -85,9 +85,14 @@ class NamedJudge:
         return digest.hexdigest()[:16]
 
     @property
+    def members(self) -> tuple[NamedJudge, ...]:
+        """Itself, and every judge that it is a sum of."""
+        return (self, *(member for _, part in self.parts for member in part.members))
+
+    @property
     def serves(self) -> tuple[str, ...]:
         """Names of the judges behind its addresses, as their servers tell."""
-        return (*([self.served.judge] if self.served else ()), *(name for _, part in self.parts for name in part.serves))
+        return tuple(member.served.judge for member in self.members if member.served)
 
     def header(self) -> ScoreFile:
         """What a file of its scores begins with."""

@@ -29,13 +29,16 @@ class NamedReward:
 
     @property
     def serves(self) -> tuple[str, ...]:
-        """Names of the judges that it consists of, and of those behind its addresses, as their servers tell."""
-        return (*self.source.serves, *_parts(self.source)) if isinstance(self.source, NamedJudge) else ()
+        """Names of the judges that it is a sum of, and of those behind its addresses, as their servers tell."""
+        if not isinstance(self.source, NamedJudge):
+            return ()
+        return (*self.source.serves, *(member.name for member in self.source.members[1:]))
 
     @property
     def weights(self) -> tuple[str, ...]:
         """Where the weights of its judges lie, however they are named."""
-        return _weights(self.source) if isinstance(self.source, NamedJudge) else ()
+        members = self.source.members if isinstance(self.source, NamedJudge) else ()
+        return tuple(f"{member.kind} in {member.folder.resolve()}" for member in members if member.folder)
 
     def load(self, device: str | torch.device = "cpu") -> Reward:
         from palate.rewards import from_function, from_judge
@@ -69,15 +72,6 @@ def find_held_out(names: str | Iterable[str], trained: Mapping[str, NamedReward]
         if not followed.isdisjoint((name, *reward.serves, *reward.weights)):
             raise UserError(f"{name} is trained on and cannot be held out as well; name a judge that the rewards do not hold")
     return found
-
-
-def _parts(judge: NamedJudge) -> tuple[str, ...]:
-    return tuple(name for _, part in judge.parts for name in (part.name, *_parts(part)))
-
-
-def _weights(judge: NamedJudge) -> tuple[str, ...]:
-    own = (f"{judge.kind} in {judge.folder.resolve()}",) if judge.folder else ()
-    return (*own, *(place for _, part in judge.parts for place in _weights(part)))
 
 
 def _weight(name: str, weight: Any) -> float:

@@ -314,10 +314,10 @@ def row(reward: str, method: str, curves: list[list[dict[str, Any]]]) -> str:
     judged = [[line[k] for line in curve for k in line if k.startswith("held_out/")] for curve in equal]
     before, after = (statistics.mean(values[i] for values in judged) for i in (0, -1))
     cells = [reward, method, rounds * PER_ROUND, f"{first:.2f}", f"{last:.2f} ({each})", f"{last - first:+.2f}"]
-    return line([*cells, f"{before:.1f}", f"{after:.1f}"])
+    return table_line([*cells, f"{before:.1f}", f"{after:.1f}"])
 
 
-def line(cells: Sequence[Any]) -> str:
+def table_line(cells: Sequence[Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -331,7 +331,7 @@ def generalisation_table(given: argparse.Namespace, root: Path) -> list[str]:
                 change = "{difference:+.2f} ({low:+.2f} to {high:+.2f})".format(**one["difference"])
                 found.setdefault((one["judge"], part), [f"{one['mean_base']:.2f}"]).append(change)
     head = ["judge", "prompts", "base", *(f"seed {seed}" for seed in given.seeds)]
-    return [line(head), line(["---"] * len(head)), *(line([*key, *found[key]]) for key in sorted(found))]
+    return [table_line(cells) for cells in (head, ["---"] * len(head), *([*key, *found[key]] for key in sorted(found)))]
 
 
 def plot_overoptimisation(root: Path) -> list[str]:

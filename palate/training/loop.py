@@ -411,14 +411,10 @@ class _Run:
         """Gradients of this update, and sums of loss and metrics over its effective batch, in and over all processes."""
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
-        failed = None
-        try:
+        with self.processes.together():
             for indices, seeds in self._micro_batches(done):
                 for name, values in self._backward(indices, seeds).items():
                     sums[name] = sums.get(name, 0.0) + values.float().sum()
-        except UserError as error:
-            failed = error
-        self.processes.together(failed)
         sums["stop"] = torch.tensor(float(signals.received), device=sums["loss"].device)
         totals = torch.stack(list(sums.values()))
         if self.accelerator.num_processes > 1:
@@ -509,15 +505,12 @@ class _Run:
         return done in (0, self.total) or (every is not None and done % every == 0)
 
     def _in_main_process(self, hook: Callable[[int], Any], done: int) -> Any:
-        result, failed = None, None
-        if self.main:
-            self.policy.trainable_module.eval()
-            try:
+        result = None
+        with self.processes.together():
+            if self.main:
+                self.policy.trainable_module.eval()
                 with self.average.applied() if self.average is not None else contextlib.nullcontext():
                     result = hook(done)
-            except UserError as error:
-                failed = error
-        self.processes.together(failed)
         return result
 
     def _warn(self, done: int, size: float | None) -> None:

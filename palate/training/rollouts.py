@@ -8,9 +8,10 @@ the cut into batches nor the number of processes nor an interruption changes a n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -61,8 +62,14 @@ class Processes:
     count: int = 1
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
 
-    def together(self, failed: UserError | None) -> None:
-        """Raise in every process what failed in any: those that went on would wait for the others for ever."""
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside in one process is raised in all: those that went on would wait for the others for ever."""
+        failed: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            failed = error
         told = self.gather(torch.tensor([int(failed is not None)]))
         if failed is not None:
             raise failed
@@ -188,12 +195,8 @@ class Rollouts:
         told |= {"kl_path": sum(kl), "kl_steps": [round(x, 8) for x in kl]} if kl else {}
         self.data = drawn
         told |= self._plan(number, prompts, total)
-        failed = None
-        try:
+        with processes.together():
             self._check()
-        except UserError as error:
-            failed = error
-        processes.together(failed)
         return told
 
     def batch(self, indices: Sequence[int], seeds: Tensor) -> TrajectoryBatch | PairBatch | SampleBatch:
@@ -277,16 +280,14 @@ class Rollouts:
         """The pictures of all processes, in order; rewards by name; the KL divergence of each step from the reference."""
         options, n = self.options, self.options.samples_per_round
         self.rewards.gather = processes.gather
-        failed: UserError | None = None
-        try:
-            parts, pending, kl = self._draw_share(number, share, processes, stop)
+        with processes.together():
+            try:
+                parts, pending, kl = self._draw_share(number, share, processes, stop)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"no free memory to draw {options.sample_batch_size} pictures at once: lower sample_batch_size"
+                ) from error
             self.rewards.wait(pending)
-        except torch.OutOfMemoryError as error:
-            failed = UserError(f"no free memory to draw {options.sample_batch_size} pictures at once: lower sample_batch_size")
-            failed.__cause__ = error
-        except UserError as error:
-            failed = error
-        processes.together(failed)
         judged: Judged = self.rewards.collect(pending)
         data = {name: processes.gather(torch.cat(tensors)) for name, tensors in parts.items()}
         if self.evidence != "trajectories":
