@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +22,36 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 hypothesis.settings.register_profile("palate", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("palate")
 torch.set_num_threads(1)  # for models as small as these, threads cost more than they save
+
+
+@pytest.fixture
+def in_two_processes():
+    """Starts a command in two processes, as ``accelerate launch`` does.
+
+    What it returns waits for them, at most so many seconds each, and tells exit status and standard error of both.
+    """
+    workers: list[subprocess.Popen[str]] = []
+
+    def start(command, cwd=None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        for rank in ("0", "1"):
+            own = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+            pipe = subprocess.PIPE
+            workers.append(subprocess.Popen(list(map(str, command)), cwd=cwd, env=own, stdout=pipe, stderr=pipe, text=True))
+
+        def finished(timeout):
+            said = [worker.communicate(timeout=timeout)[1] for worker in workers]
+            return [(worker.returncode, errors) for worker, errors in zip(workers, said, strict=True)]
+
+        return finished
+
+    yield start
+    for worker in workers:
+        worker.kill()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -120,24 +117,11 @@ def test_accumulation_is_a_larger_batch(tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_are_one(tmp_path, in_two_processes):
     one = run(tmp_path / "one", max_train_steps=3)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).parents[2]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(Path(__file__).with_name("tiny_training.py")), str(tmp_path / "two"), "4"]
-    workers = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=60)
-        assert worker.returncode == 0, errors.decode()
+    finished = in_two_processes([sys.executable, Path(__file__).with_name("tiny_training.py"), tmp_path / "two", "4"])
+    for code, errors in finished(60):
+        assert code == 0, errors
     two = checkpoints.load(tmp_path / "two" / "checkpoint-3")
     assert_close(weights(one), two.weights, 1e-6)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +15,8 @@ from palate.training import checkpoints
 from palate.training.log import read_log
 from palate.training.loop import Stopped
 from palate.training.online_options import Arithmetic, OnlineOptions
+
+SCRIPT = Path(__file__).with_name("tiny_rollouts.py")
 
 
 def weights(policy):
@@ -222,25 +221,12 @@ class _Interrupting(Brightness):
 
 
 @pytest.mark.parametrize("objective", ["ddpo_is", "dpo"])
-def test_two_processes_are_one(tmp_path, objective):
+def test_two_processes_are_one(tmp_path, in_two_processes, objective):
     online = {"group_size": 2, "updates_per_round": 1} if objective == "dpo" else {}
-    root = Path(__file__).parents[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(Path(__file__).with_name("tiny_rollouts.py")), str(tmp_path / "two"), objective]
-    workers = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
+    finished = in_two_processes([sys.executable, SCRIPT, tmp_path / "two", objective])
     one, _ = run(tmp_path / "one", objective, online=online, checkpointing_steps=100)
-    for worker in workers:
-        _, errors = worker.communicate(timeout=60)
-        assert worker.returncode == 0, errors.decode()
+    for code, errors in finished(60):
+        assert code == 0, errors
     two = checkpoints.load(checkpoints.latest(tmp_path / "two"))
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, two.weights[name], rtol=0, atol=1e-4)
@@ -328,12 +314,17 @@ def test_pictures_that_are_not_finite_are_named(tmp_path):
         rollouts(policy).begin_round(0)
 
 
-def test_a_policy_that_changes_its_mind_is_refused(tmp_path):
-    class Wavering(TinyPolicy):
-        def __call__(self, xt, t, cond):
-            self.calls = getattr(self, "calls", 0) + 1
-            return super().__call__(xt, t, cond) * (1 + 1e-3 * self.calls)
+class Wavering(TinyPolicy):
+    """Predicts more with every call."""
 
+    calls = 0
+
+    def __call__(self, xt, t, cond):
+        self.calls += 1
+        return super().__call__(xt, t, cond) * (1 + 1e-3 * self.calls)
+
+
+def test_a_policy_that_changes_its_mind_is_refused(tmp_path):
     with pytest.raises(UserError, match="more or less likely than when it drew them"):
         run(tmp_path, policy=Wavering())
 
@@ -341,7 +332,7 @@ def test_a_policy_that_changes_its_mind_is_refused(tmp_path):
 def test_every_trained_time_is_checked(tmp_path):
     """Not only those of the first batch, which may hold a single one."""
 
-    class Wavering(TinyPolicy):
+    class WaveringLate(TinyPolicy):
         late = 0
 
         def __call__(self, xt, t, cond):
@@ -349,22 +340,25 @@ def test_every_trained_time_is_checked(tmp_path):
             return super().__call__(xt, t, cond) + 1e-3 * self.late * (t == 1).reshape(-1, 1, 1, 1)
 
     with pytest.raises(UserError, match="more or less likely than when it drew them"):
-        run(tmp_path, policy=Wavering(), train_batch_size=1)
+        run(tmp_path, policy=WaveringLate(), train_batch_size=1)
 
 
 def test_a_tolerance_beyond_the_clip_range_is_none(tmp_path):
     """Where most ratios would leave the clip range at once, nothing could be learned."""
-
-    class Wavering(TinyPolicy):
-        def __call__(self, xt, t, cond):
-            self.calls = getattr(self, "calls", 0) + 1
-            return super().__call__(xt, t, cond) * (1 + 1e-2 * self.calls)
 
     policy = Wavering()
     source = rollouts(policy, step=step_for(policy, "ddpo_is", OnlineOptions()))
     source.tolerance = 1e6
     with pytest.raises(UserError, match="most of the steps beyond clip_range"):
         source.begin_round(0)
+
+
+def assert_goes_on_exactly(stopped, uninterrupted):
+    """Resumed, the run in ``stopped`` ends with the weights of one that is never stopped."""
+    straight, _ = run(uninterrupted)
+    resumed, _ = run(stopped, resume_from_checkpoint="latest")
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(resumed)[name])
 
 
 def test_a_reward_that_fails_leaves_a_checkpoint(tmp_path):
@@ -376,10 +370,7 @@ def test_a_reward_that_fails_leaves_a_checkpoint(tmp_path):
 
     with pytest.raises(UserError, match=r"raised ValueError: no; the state after step 2 is in .*checkpoint-2"):
         run(tmp_path / "a", rewards=Failing())
-    straight, _ = run(tmp_path / "b")
-    resumed, _ = run(tmp_path / "a", resume_from_checkpoint="latest")
-    for name, tensor in weights(straight).items():
-        assert torch.equal(tensor, weights(resumed)[name])
+    assert_goes_on_exactly(tmp_path / "a", tmp_path / "b")
 
 
 def test_an_update_that_fails_leaves_a_checkpoint(tmp_path):
@@ -395,10 +386,7 @@ def test_an_update_that_fails_leaves_a_checkpoint(tmp_path):
 
     with pytest.raises(UserError, match=r"log-probability .* is nan; .*; the state after step 1 is in .*checkpoint-1"):
         run(tmp_path / "a", policy=Failing())
-    straight, _ = run(tmp_path / "b")
-    resumed, _ = run(tmp_path / "a", resume_from_checkpoint="latest")
-    for name, tensor in weights(straight).items():
-        assert torch.equal(tensor, weights(resumed)[name])
+    assert_goes_on_exactly(tmp_path / "a", tmp_path / "b")
 
 
 def test_other_prompts_are_not_gone_on_with(tmp_path):
@@ -410,25 +398,9 @@ def test_other_prompts_are_not_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize(("what", "failing"), [("reward", 1), ("watch", 0)])
-def test_a_failure_in_one_of_two_processes_ends_both(tmp_path, what, failing):
-    root = Path(__file__).parents[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(Path(__file__).with_name("tiny_rollouts.py")), str(tmp_path / "two"), "ddpo_is", what]
-    workers = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [worker.communicate(timeout=60)[1].decode() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+def test_a_failure_in_one_of_two_processes_ends_both(tmp_path, in_two_processes, what, failing):
+    finished = in_two_processes([sys.executable, SCRIPT, tmp_path / "two", "ddpo_is", what])
+    said = [errors for _, errors in finished(60)]
     assert f"process {failing} failed, see its message; the state after step 2 is in" in said[1 - failing]
     assert "raised ValueError: no; the state after step 2 is in" in said[failing]
     assert checkpoints.latest(tmp_path / "two").name == "checkpoint-2"
@@ -443,10 +415,7 @@ def test_a_held_out_reward_that_fails_leaves_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"raised ValueError: no; the state after step 4 is in .*checkpoint-4"):
         run(tmp_path / "a", evaluate=evaluate, eval_steps=2)
     assert "loss" in log(tmp_path / "a")[-1]  # what the step itself told is not lost with the evaluation
-    straight, _ = run(tmp_path / "b")
-    resumed, _ = run(tmp_path / "a", resume_from_checkpoint="latest")
-    for name, tensor in weights(straight).items():
-        assert torch.equal(tensor, weights(resumed)[name])
+    assert_goes_on_exactly(tmp_path / "a", tmp_path / "b")
 
 
 def test_no_prompts():
