@@ -168,16 +168,16 @@ def test_resumed_equals_uninterrupted(online, tmp_path):
 def test_stopped_in_its_first_round_and_resumed(online, tmp_path):
     """A reward is mended after it failed in the first round; the evaluation before it is repeated, not told twice."""
     code = "def reward(images, prompts, metadata):\n    {}\n    return images.mean((1, 2, 3))\n"
-    (tmp_path / "own.py").write_text(code.format("raise ValueError('no')"))
+    (tmp_path / "mended_later.py").write_text(code.format("raise ValueError('no')"))
     watched = {"held_out_rewards": "[jpeg_incompressibility]", "eval_steps": 1, "held_out_pictures": 2, "train_batch_size": 2}
-    failed, _, errors = online(rewards="own:reward", **watched)
+    failed, _, errors = online(rewards="mended_later:reward", **watched)
     assert failed == 2
     assert "raised ValueError: no" in errors
     assert "the state after step 0 is in" in errors
-    (tmp_path / "own.py").write_text(code.format("pass"))
-    sys.modules.pop("own")
+    (tmp_path / "mended_later.py").write_text(code.format("pass"))
+    sys.modules.pop("mended_later")
     for folder, more in (("out", {"resume_from_checkpoint": "latest"}), ("straight", {})):
-        code, _, errors = online(rewards="own:reward", output_dir=folder, **watched, **more)
+        code, _, errors = online(rewards="mended_later:reward", output_dir=folder, **watched, **more)
         assert code == 0, errors
     assert log(tmp_path / "out") == log(tmp_path / "straight")
 
