@@ -68,7 +68,10 @@ RUNS = {
     "sdxl-dpo": ("miniature-sdxl-dpo", OFFLINE),
     "sdxl-ncp-dpo": ("miniature-sdxl-ncp-dpo", {**OFFLINE, "space.layers": "all", "gradient_checkpointing": "true"}),
 }
-VERBS = "train vote evaluate serve-judge generate label accuracy score compare report export recipes miniature".split()
+VERBS = [
+    *("train", "vote", "evaluate", "serve-judge", "generate", "label", "accuracy", "score", "compare", "report", "export"),
+    *("recipes", "miniature"),
+]
 VOLATILE = {"seconds", "command", "versions", "created", "output_dir", "cache_dir", "resume_from_checkpoint"}
 
 
@@ -141,13 +144,12 @@ def of_verbs(folder: Path) -> dict[str, Any]:
     cache = ["--cache_dir", str(folder / "cache")]
     palate(["train", recipe, *given_as(options), *cache, "--output_dir", "run"], folder)
     pairs = ROOT / "palate" / "miniature" / "pairs" / "train.parquet"
+    drawn = "--prompts miniature-unseen --num_prompts 4 --num_inference_steps 4 --images_per_prompt 2"
     said = {}
     for key, words in {
         "evaluate": "evaluate run --evaluation_prompts miniature-unseen --num_evaluation_prompts 3 --judges [mini-clip]",
-        "generate base": "generate mini-sd --prompts miniature-unseen --num_prompts 4 --num_inference_steps 4 --images_per_prompt 2"
-        " --output_dir base",
-        "generate run": "generate run --prompts miniature-unseen --num_prompts 4 --num_inference_steps 4 --images_per_prompt 2"
-        " --output_dir tuned --model_name tuned",
+        "generate base": f"generate mini-sd {drawn} --output_dir base",
+        "generate run": f"generate run {drawn} --output_dir tuned --model_name tuned",
         "score": "score base --judges [mini-clip,jpeg_compressibility]",
         "compare": "compare base tuned --judges [mini-clip,mini-pickscore] --output_dir comparison",
         "label": "label base --judges [mini-pickscore] --output pairs.parquet",

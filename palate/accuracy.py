@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
+from palate.base.files import write_atomically
 from palate.evaluation.statistics import WinRate, win_rate
-from palate.files import write_atomically
 from palate.judge_names import find_judges
 from palate.label import judge_margins
 from palate.miniature import world

@@ -10,15 +10,15 @@ from typing import Any
 
 from safetensors import safe_open
 
+from palate.base.files import write_atomically
+from palate.base.hub import is_hub_id
+from palate.base.options import dumps
 from palate.data.selection import same_prompt
 from palate.evaluation.compare import percent
 from palate.evaluation.folders import read_result
 from palate.evaluation.manifest import read_manifest
-from palate.files import write_atomically
-from palate.hub import is_hub_id
 from palate.models.export import KOHYA_FILE
 from palate.models.policy import LORA_FILE
-from palate.options import dumps
 from palate.recipe import Recipe, resolve_objective
 from palate.training.online_options import Arithmetic
 

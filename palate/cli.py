@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 
 VERBS = {
     "train": "align a model: palate train RECIPE [--option value ...]",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palate.base.errors import UserError, nearest
+from palate.base.hub import check_push, is_hub_id, push
 from palate.card import CARD, PUBLIC
-from palate.errors import UserError, nearest
-from palate.hub import check_push, is_hub_id, push
 from palate.model_names import NamedModel, find_model
 from palate.recipe import Recipe
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
+from palate.base.options import foreign
 from palate.judges import KINDS, check_judge
 from palate.judges.remote import Identity, RemoteJudge, identity
 from palate.miniature import world
-from palate.options import foreign
 
 if TYPE_CHECKING:
     import torch

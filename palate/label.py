@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 from palate.evaluation.labelling import (
     LabelCounts,
     Labelled,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.miniature import world
 
 if TYPE_CHECKING:

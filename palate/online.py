@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
 from palate.data.prompts import Prompt
 from palate.data.selection import same_prompt
-from palate.errors import UserError
-from palate.files import write_atomically
 from palate.prompt_names import find_prompts
 from palate.recipe import Recipe, resolve_objective, resolve_space, write
 from palate.reward_names import NamedReward, find_held_out, find_rewards

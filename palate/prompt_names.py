@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from palate.base.errors import UserError, nearest
+from palate.base.options import foreign
 from palate.data import prompt_sets, prompts
 from palate.data.prompts import Prompt
-from palate.errors import UserError, nearest
 from palate.miniature import prompt_lists
-from palate.options import foreign
 
 
 def find_prompts(name: str | Path) -> list[Prompt]:

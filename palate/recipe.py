@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from palate.base.errors import UserError, nearest
+from palate.base.files import write_atomically
+from palate.base.options import dumps, foreign, help_lines, indented, keywords, parse, section, typed
 from palate.data.votes import QUESTIONS, WEIGHTS
-from palate.errors import UserError, nearest
-from palate.files import write_atomically
-from palate.options import dumps, foreign, help_lines, indented, keywords, parse, section, typed
 from palate.training.loop import TrainOptions
 from palate.training.online_options import Arithmetic, OnlineOptions
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from palate.errors import UserError
+from palate.base.errors import UserError
+from palate.base.options import foreign
 from palate.judge_names import NamedJudge, find_judges
 from palate.judges import KINDS
-from palate.options import foreign
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from palate import recipe as recipes
 from palate.accuracy import accuracy
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
+from palate.base.hub import check_push, push
 from palate.card import PUBLIC, write_card
-from palate.errors import UserError
 from palate.export import about_training
-from palate.files import write_atomically
-from palate.hub import check_push, push
 from palate.judge_names import NamedJudge, find_judges, score_folders
 from palate.miniature import world
 from palate.model_names import check_refiner_fits, load_base

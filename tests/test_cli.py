@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from palate import recipe, run
+from palate.base.errors import UserError
+from palate.base.options import overrides
 from palate.cli import VERBS, main
-from palate.errors import UserError
-from palate.options import overrides
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judge_names import find_judges
 from palate.miniature import world
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from palate import export, recipe
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.models.export import KOHYA_FILE
 from palate.models.policy import LORA_FILE
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.miniature import prompt_lists, world
 from palate.miniature.scenes import scene_of
 from palate.prompt_names import find_prompts

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palate import recipe
+from palate.base.errors import UserError
+from palate.base.options import parse
 from palate.diffusion.denoising import Fit, Pair
-from palate.errors import UserError
-from palate.options import parse
 from palate.recipe import Recipe
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.judge_names import NamedJudge
 from palate.judges.remote import Identity
 from palate.miniature import world

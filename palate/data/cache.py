@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 
 
 class TensorCache:

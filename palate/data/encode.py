@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from palate.base.errors import UserError
 from palate.data.cache import TensorCache
 from palate.data.images import check_resolution, crop_position, decode, framing, square
 from palate.data.pairs import LikedPicture, PreferencePair
 from palate.data.selection import same_prompt
-from palate.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from palate import hub
+from palate.base import hub
+from palate.base.errors import UserError, nearest
 from palate.data import shards, votes
 from palate.data.values import BadValueError, Home
-from palate.errors import UserError, nearest
 
 FOLDER_FILES = ("metadata.jsonl", "metadata.csv", "rankings.jsonl")
 ENDINGS = (".parquet", ".tar")

@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int64
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 
 # Only formats that PIL reads by itself: some others (EPS) start external programs on data from outside.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")

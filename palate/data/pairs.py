@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from palate.base.errors import UserError, nearest
 from palate.data import formats, selection, values
 from palate.data.formats import DamagedError, File, Place
 from palate.data.values import BadValueError
-from palate.errors import UserError, nearest
 
 # After the row that is one too many, how far to look for others to tell about.
 LISTED, LOOKAHEAD = 5, 1000

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from palate.base.errors import UserError, nearest
+from palate.base.files import write_atomically
 from palate.data.prompts import Prompt
-from palate.errors import UserError, nearest
-from palate.files import write_atomically
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 TIMEOUT = 60  # seconds

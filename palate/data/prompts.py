@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 
 LISTS = {
     "animals": "animals.txt",

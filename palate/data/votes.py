@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 
 HEAD = b"SQLite format 3\0"
 APPLICATION = 0x50414C54  # "PALT", in the file's header

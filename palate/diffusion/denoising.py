@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from palate.base.errors import UserError, nearest
 from palate.diffusion.denoising import Conditioning, normal, upcast
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError, nearest
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(xt (b, ...), t (b,), cond of b rows) -> the model's output (b, ...)."""

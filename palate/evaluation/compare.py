@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 from palate.evaluation.diversity import Diversity
 from palate.evaluation.statistics import (
     Average,

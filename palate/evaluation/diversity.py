@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.evaluation.statistics import resampled_means
 
 SIDE = 16

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
 from palate.data.images import decode, square
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.evaluation.manifest import Picture
-from palate.files import write_atomically
 
 INIT = "init_image"
 """What a prompt's metadata call its picture."""

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
+from palate.base.files import write_atomically
+from palate.base.options import parse
 from palate.evaluation.compare import LABELS, Comparison, Group, Ranking, Versus, rank, versus
 from palate.evaluation.diversity import Diversity, diversity, thumbnails
 from palate.evaluation.manifest import Picture, ScoreFile, Side, differences, read_side
 from palate.evaluation.statistics import Average, MeanDifference, WinRate
-from palate.files import write_atomically
 from palate.judges.kinds import KINDS
-from palate.options import parse
 
 GROUPS = 40  # a field of the metadata with more values than these is no category
 

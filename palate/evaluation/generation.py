@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.evaluation.manifest import (
     MANIFEST,
     SETTINGS,
@@ -27,7 +28,6 @@ from palate.evaluation.manifest import (
     write_json,
     write_settings,
 )
-from palate.files import write_atomically
 
 Draw = Callable[[list[Picture]], Sequence[Image.Image]]
 """Some lines of a manifest to be -> their pictures."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from palate.errors import UserError
-from palate.files import write_atomically
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
 
 PAPER, INK, FAINT, ACCENT = "#faf9f6", "#26241f", "#77736a", "#1f7a5a"
 MARGIN, GAP, SEAM, LINES = 28, 28, 4, 3

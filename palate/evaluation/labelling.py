@@ -10,8 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from palate.errors import UserError
-from palate.files import write_atomically
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
 
 Key = Any
 """What tells a picture from others: its file, or the digest of its bytes."""

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from palate.errors import UserError
-from palate.files import write_atomically
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
 VERSIONS = "versions"  # in the settings: may differ between folders that are compared, which is told

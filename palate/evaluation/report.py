@@ -19,13 +19,13 @@ from typing import Any
 
 from PIL import Image
 
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
+from palate.base.options import parse
 from palate.data.images import decode
-from palate.errors import UserError
 from palate.evaluation.compare import Comparison, Group, Ranking, Versus, by_weight, percent
 from palate.evaluation.folders import Result, read_result
 from palate.evaluation.statistics import Average, WinRate
-from palate.files import write_atomically
-from palate.options import parse
 
 STYLE = """
 :root{--paper:#faf9f6;--card:#fff;--ink:#23211d;--soft:#6a665d;--line:#e3e0d8;--good:#1f7a5a;--bad:#b3442f;--even:#8a7430;

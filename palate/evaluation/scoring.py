@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.evaluation.manifest import Picture, ScoreFile, append_scores, read_scores, score_path
 from palate.judges.stream import score_files
 

@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 
 Numbers = Sequence[float] | np.ndarray
 CHUNK = 2_000_000  # random numbers in memory at once

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges.kinds import KINDS, checked_options, find_place, module_of
 from palate.judges.pictures import to_tensor
 from palate.judges.stream import score_stream

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges.clip import Clip, check_clip, checked_dtype, load_clip
 from palate.judges.pictures import Preprocess
 from palate.judges.weights import affine, read_weights, reading

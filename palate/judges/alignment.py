@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.errors import UserError
-from palate.hub import is_hub_id, snapshot
+from palate.base.errors import UserError
+from palate.base.hub import is_hub_id, snapshot
 from palate.judges.bertscore import BertScore
 from palate.judges.clip import checked_dtype
 from palate.judges.vision import Endpoint, LocalVision, VisionModel, find_model

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges.weights import quietly, reading, refuse_incomplete
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 from palate.judges.kinds import tokenizer_folder
 from palate.judges.pictures import Preprocess
 from palate.judges.weights import DTYPES, quietly, reading, refuse_incomplete

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges.clip import Clip, ClipJudge, check_clip, checked_dtype, load_clip, load_tokenizer, shared_clip
 from palate.judges.kinds import KINDS, tokenizer_folder
 from palate.judges.pictures import Preprocess

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges.clip import checked_dtype
 from palate.judges.kinds import KINDS, tokenizer_folder
 from palate.judges.pictures import Preprocess

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from palate.errors import UserError, nearest
-from palate.hub import is_hub_id, snapshot
-from palate.options import keywords
+from palate.base.errors import UserError, nearest
+from palate.base.hub import is_hub_id, snapshot
+from palate.base.options import keywords
 
 CLIP_FILES = ("*.json", "*.txt", "model*.safetensors", "tokenizer/*")
 VISION_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges.http import ask
 from palate.judges.pictures import encoded
 

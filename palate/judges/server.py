@@ -17,8 +17,8 @@ from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from palate.base.errors import UserError
 from palate.data.images import decode
-from palate.errors import UserError
 from palate.judges import Judge, score
 from palate.judges.http import LOOPBACK
 from palate.judges.remote import Identity

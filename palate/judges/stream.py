@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.data.images import decode
-from palate.errors import UserError
 from palate.judges.pictures import to_tensor
 
 HELD = 4

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 from palate.judges.http import ask
 from palate.judges.pictures import encoded, to_pictures
 from palate.judges.weights import DTYPES, quietly, reading, refuse_incomplete

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.errors import UserError
-from palate.hub import first_line
+from palate.base.errors import UserError
+from palate.base.hub import first_line
 
 Made = TypeVar("Made")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from palate.files import write_atomically
+from palate.base.files import write_atomically
 from palate.miniature import scenes
 
 SEED = 20_240_617

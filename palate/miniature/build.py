@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from palate.files import write_atomically
+from palate.base.files import write_atomically
 from palate.miniature import base_model, base_model_xl, judging, scenes, voting, world
 from palate.miniature.base_model import SEED, say
 from palate.miniature.raters import load_eye

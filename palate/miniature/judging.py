@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from palate.files import write_atomically
+from palate.base.files import write_atomically
 from palate.miniature import scenes
 from palate.miniature.base_model import CONTEXT, SEED, build_tokenizer, picture_set, pixels, say, train
 from palate.miniature.raters import Eye, Rater, crowd

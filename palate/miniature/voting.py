@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from palate.files import write_atomically
+from palate.base.files import write_atomically
 from palate.miniature import scenes
 from palate.miniature.base_model import SEED, say
 from palate.miniature.raters import crowd, load_eye

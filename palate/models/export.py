@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.models.denoiser import Denoiser
 from palate.models.policy import LORA, replacing, save_lora
 

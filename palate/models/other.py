@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.models import first_line
 
 

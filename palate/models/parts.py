@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
-from palate.errors import UserError
 from palate.models import check_strength, first_line
 
 

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from palate.base.errors import UserError
+from palate.base.hub import first_line
 from palate.diffusion.denoising import Conditioning
-from palate.errors import UserError
-from palate.hub import first_line
 from palate.models.denoiser import Denoiser
 
 LORA = ".lora_"

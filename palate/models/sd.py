@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError
 from palate.models.features import encoder_features
 from palate.models.parts import Remembered, Source, TextEncoder, Vae, assemble, draw_pictures
 

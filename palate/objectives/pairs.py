@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Fit, Pair
-from palate.errors import UserError
 
 __all__ = ["cdpo", "cpo", "dpo", "dspo", "hinge", "ipo", "mapo", "orpo", "sdpo"]  # what a recipe may name
 

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.rewards.reward import Reward, RewardError
 
 PAUSE = 1.0

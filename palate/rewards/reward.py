@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.judges import Judge
 
 

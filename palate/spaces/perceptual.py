@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from palate.base.errors import UserError, nearest
 from palate.diffusion.denoising import STEP_NOISE, TARGET_TIME, Conditioning, Noised, integers, normal, upcast
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError, nearest
 from palate.spaces.space import Embed
 
 LAYERS = ("last_down", "mid", "all")

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Noised
-from palate.errors import UserError
 from palate.spaces.space import Embed, Space
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 
 MAY_DIFFER = frozenset(
     {

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from palate.errors import UserError
-from palate.files import write_atomically
+from palate.base.errors import UserError
+from palate.base.files import write_atomically
 
 
 class RunLog:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 from palate.training import checkpoints
 from palate.training.log import RunLog, Window
 from palate.training.optimizers import OPTIMIZERS, Average, make_optimizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from palate.base.errors import UserError, nearest
 from palate.diffusion.sampling import SPACINGS
-from palate.errors import UserError, nearest
 
 ADVANTAGES = ("tracker", "group", "round")
 WEIGHTINGS = ("softmax", "percentile", "streaming_percentile", "threshold")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 
 if TYPE_CHECKING:
     from palate.training.loop import TrainOptions

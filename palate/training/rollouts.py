@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from palate.base.errors import UserError
 from palate.data.encode import PairBatch, SampleBatch
 from palate.data.prompts import Prompt, PromptSampler
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import Path, TrajectoryBatch, Transition, guided, join, path, sample, transition
-from palate.errors import UserError
 from palate.training import advantages
 from palate.training.online_options import Arithmetic, OnlineOptions
 from palate.training.steps import Step, TrainablePolicy, mix

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from palate.base.errors import UserError
 from palate.data.encode import PairBatch, SampleBatch
 from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw, integers
 from palate.diffusion.sampling import TrajectoryBatch
-from palate.errors import UserError
 from palate.objectives import margin
 from palate.spaces import Space
 

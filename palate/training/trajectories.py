@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import TrajectoryBatch, Transition, guided, transition
-from palate.errors import UserError
 from palate.training.steps import Batch, Measured, Step, TrainablePolicy
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from palate.errors import UserError
-from palate.options import overrides
+from palate.base.errors import UserError
+from palate.base.options import overrides
 
 
 def main(words: list[str]) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from palate.errors import UserError
-from palate.options import checked, help_lines, overrides
+from palate.base.errors import UserError
+from palate.base.options import checked, help_lines, overrides
 
 USAGE = "palate export RUN|LORA --format FORMAT --output FILE|DIR [--option value ...]"
 

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from palate.errors import UserError
-from palate.options import checked, help_lines, overrides
+from palate.base.errors import UserError
+from palate.base.options import checked, help_lines, overrides
 
 USAGE = "palate generate MODEL --prompts P --output_dir DIR [--option value ...]"
 

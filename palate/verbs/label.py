@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from palate.errors import UserError
-from palate.options import checked, help_lines, overrides
+from palate.base.errors import UserError
+from palate.base.options import checked, help_lines, overrides
 
 USAGE = "palate label DIR|PAIRS [DIR ...] --judges '[pickscore]' --output pairs.parquet [--option value ...]"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palate.errors import UserError
-from palate.options import checked, overrides
+from palate.base.errors import UserError
+from palate.base.options import checked, overrides
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 
 
 def main(words: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palate.options import checked, help_lines, overrides
+from palate.base.options import checked, help_lines, overrides
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from palate.errors import UserError
-from palate.options import checked, help_lines, overrides
+from palate.base.errors import UserError
+from palate.base.options import checked, help_lines, overrides
 
 USAGE = "palate score DIR --judges '[pickscore, aesthetic]' [--option value ...]"
 

@@ -6,8 +6,8 @@ import os
 import sys
 from dataclasses import dataclass
 
-from palate.errors import UserError
-from palate.options import checked, help_lines, overrides
+from palate.base.errors import UserError
+from palate.base.options import checked, help_lines, overrides
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from palate.errors import UserError, nearest
-from palate.options import checked, help_lines, overrides
+from palate.base.errors import UserError, nearest
+from palate.base.options import checked, help_lines, overrides
 
 USAGE = "palate vote DIR [--option value ...] | palate vote export DIR --output FILE | palate vote import DIR --input FILE"
 

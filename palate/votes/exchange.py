@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from palate.base.errors import UserError, nearest
+from palate.base.files import write_atomically
 from palate.data.pairs import PreferencePair, read_pairs
 from palate.data.votes import LABELS, QUESTIONS, VALID, open_votes
-from palate.errors import UserError, nearest
-from palate.files import write_atomically
 from palate.votes.store import NAME, Lock, Store
 
 IMPORTED = "imported"

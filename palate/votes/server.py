@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.votes.results import results
 from palate.votes.store import DiskError, Lock
 from palate.votes.study import RefusedError, Study, VoteOptions

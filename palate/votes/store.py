@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from palate.base.errors import UserError
 from palate.data.votes import APPLICATION, VALID, VERSION, check_version
-from palate.errors import UserError
 
 NAME = "votes.db"
 TABLES = """

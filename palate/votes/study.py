@@ -19,8 +19,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from palate.base.errors import UserError, nearest
 from palate.data.votes import LABELS, QUESTIONS
-from palate.errors import UserError, nearest
 from palate.evaluation.manifest import Picture as Listed
 from palate.evaluation.manifest import Side, differences, read_manifest, read_settings
 from palate.votes.queue import Dealt, Queue

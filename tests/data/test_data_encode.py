@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from palate.base.errors import UserError
 from palate.data.cache import TensorCache
 from palate.data.encode import EncodedPair, EncodedPairs, EncodedPictures, encode, encode_pairs
 from palate.data.images import decode, prepare_pair, square
 from palate.data.pairs import LikedPicture, PreferencePair
-from palate.errors import UserError
 
 
 def picture(seed: int, width: int = 24, height: int = 16) -> bytes:

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from palate import hub
+from palate.base import hub
+from palate.base.errors import UserError
 from palate.data import shards
 from palate.data.formats import find
 from palate.data.pairs import LikedPicture, PreferencePair, read, read_likes, read_pairs
-from palate.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "preferences"
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from palate.base.errors import UserError
 from palate.data import images
 from palate.data.images import crop_position, decode, prepare_pair, square
-from palate.errors import UserError
 
 
 def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:

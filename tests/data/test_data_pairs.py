@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from palate.base.errors import UserError
 from palate.data.pairs import PreferencePair, read_pairs
-from palate.errors import UserError
 
 GALLERY = Path(__file__).parents[3] / "shared" / "data" / "preferences" / "hpdv2-gallery" / "rankings.jsonl"
 

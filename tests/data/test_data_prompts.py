@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palate.base.errors import UserError
 from palate.data.prompts import DRAWS, LISTS, Prompt, PromptSampler, built_in, from_function, read_prompts
-from palate.errors import UserError
 
 
 def test_text_is_one_prompt_a_line(tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from palate.base.errors import UserError
 from palate.data.prompt_sets import SETS, load_prompt_set
-from palate.errors import UserError
 
 REAL = Path(__file__).parents[3] / "shared/data/prompts"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the published files are not here")

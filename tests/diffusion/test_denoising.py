@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, Fit, draw, fit, integers, normal
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError
 
 schedule = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 

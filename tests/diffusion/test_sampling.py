@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, normal
 from palate.diffusion.sampling import (
     FIRST_STEP,
@@ -21,7 +22,6 @@ from palate.diffusion.sampling import (
     transition,
 )
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError
 
 CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SHAPE = (2, 4, 4)

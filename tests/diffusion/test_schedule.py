@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palate.base.errors import UserError
 from palate.diffusion.schedule import PREDICTION_TYPES, Schedule
-from palate.errors import UserError
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 schedule = Schedule.from_config(SD)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from palate.accuracy import accuracy
+from palate.base.errors import UserError
 from palate.data.images import decode
 from palate.data.pairs import PreferencePair, read_pairs
-from palate.errors import UserError
 from palate.judge_names import find_judges
 from palate.label import judge_margins
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from palate.base.errors import UserError
 from palate.cli import main
-from palate.errors import UserError
 from palate.evaluation.folders import compare_folders, read_result, rewards_in
 from palate.evaluation.manifest import Picture, ScoreFile, append_scores, score_path, write_manifest, write_settings
 

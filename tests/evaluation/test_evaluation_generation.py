@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.evaluation.generation import Shard, generate, picture_seed, plan
 from palate.evaluation.manifest import read_manifest
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palate.base.errors import UserError
 from palate.data.pairs import read_pairs
-from palate.errors import UserError
 from palate.evaluation.labelling import (
     LabelCounts,
     Labelled,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.evaluation import manifest
 from palate.evaluation.manifest import Picture, ScoreFile
 

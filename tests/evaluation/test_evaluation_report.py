@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.evaluation import grid
 from palate.evaluation.compare import compare, count_votes, headline, percent, rank, versus
 from palate.evaluation.diversity import diversity, thumbnail

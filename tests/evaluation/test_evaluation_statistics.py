@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.evaluation.statistics import (
     bradley_terry,
     krippendorff_alpha,

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges import load_judge, score
 from palate.judges.aesthetic import load_head
 from palate.judges.clip import load_clip

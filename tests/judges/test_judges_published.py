@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges import load_judge, score
 from palate.judges.aesthetic import find_head, load_head
 from palate.judges.pictures import CLIP_MEAN, CLIP_STD, Preprocess, to_tensor

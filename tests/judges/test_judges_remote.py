@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judge_names import find_judges
 from palate.judges import load_judge, score
 from palate.judges.http import ask

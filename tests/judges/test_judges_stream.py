@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.judges import load_judge, score
 from palate.judges.stream import BadPicture, score_files, score_stream
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.models import load_denoiser
 
 PROMPTS, SEEDS = ["a red house", "a blue tower on the left"], [3, 4]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.models import load_denoiser
 from palate.models.export import (
     KOHYA_FILE,

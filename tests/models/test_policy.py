@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
-from palate.errors import UserError
 from palate.models import load_denoiser
 from palate.models.policy import LORA, Policy, tuned
 from palate.spaces import perceptual

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
-from palate.errors import UserError
 from palate.models import load_denoiser, load_refiner
 from palate.models.parts import Source, Vae
 from palate.models.policy import Policy, tuned

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.models import check_model
 
 RESNET = {

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palate import objectives
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Fit, Pair
-from palate.errors import UserError
 from palate.objectives import pairs
 
 errors = st.floats(0, 4)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.judges import load_judge
 from palate.rewards import RewardBundle, RewardError, bundle, from_function, from_judge
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.rewards import HeldOut, RewardBundle, RewardError, parted
 
 EVALUATIONS, IMAGES = 20, 64

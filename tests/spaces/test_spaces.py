@@ -9,9 +9,9 @@ from encoders import SD, Encoder, batch, output_near
 from torch import Tensor
 
 from palate import spaces
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, Noised, fit
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError
 
 schedule = Schedule.from_config(SD)
 

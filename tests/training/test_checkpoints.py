@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.training import checkpoints
 from palate.training.log import RunLog, read_log
 

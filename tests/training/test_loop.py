@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_training import PAIRS, TinyPairs, TinyPolicy, run
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.objectives.pairs import dpo
 from palate.objectives.samples import kto
 from palate.spaces import latent

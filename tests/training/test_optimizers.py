@@ -7,7 +7,7 @@ import torch
 from tiny_training import TinyPolicy, run
 from torch import nn
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.training import checkpoints
 from palate.training.loop import TrainOptions
 from palate.training.optimizers import Average, make_optimizer

@@ -9,8 +9,8 @@ import torch
 from tiny_rollouts import PROMPTS, Brightness, decode, rollouts, run, step_for
 from tiny_training import TinyPolicy
 
+from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.errors import UserError
 from palate.training import checkpoints
 from palate.training.log import read_log
 from palate.training.loop import Stopped

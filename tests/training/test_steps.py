@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_training import TinyPairs, TinyPolicy
 
+from palate.base.errors import UserError
 from palate.data.encode import SampleBatch
 from palate.diffusion.denoising import Conditioning, Fit, Pair, draw
 from palate.diffusion.schedule import Schedule
-from palate.errors import UserError
 from palate.objectives.pairs import cpo, dpo
 from palate.objectives.samples import kto, sft
 from palate.spaces import latent

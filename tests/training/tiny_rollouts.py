@@ -11,10 +11,10 @@ import torch
 from tiny_training import TinyPolicy
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.data.prompts import Prompt
 from palate.diffusion.denoising import Conditioning, normal
 from palate.diffusion.sampling import join
-from palate.errors import UserError
 from palate.objectives.pairs import dpo
 from palate.objectives.samples import sft
 from palate.objectives.trajectories import ddpo_is, ddpo_sf

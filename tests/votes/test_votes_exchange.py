@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from party import picture_folder
 
+from palate.base.errors import UserError
 from palate.cli import main
 from palate.data.pairs import read_pairs
 from palate.data.votes import PRIOR, agreement_weights, vote_rows
-from palate.errors import UserError
 from palate.votes.study import Study, VoteOptions
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from party import picture_folder
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 from palate.votes.store import DiskError, Lock, Store
 from palate.votes.study import AHEAD, LEASE, RefusedError, Study, VoteOptions, plain_png
 

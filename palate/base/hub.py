@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-from palate.errors import UserError
+from palate.base.errors import UserError
 
 
 def is_hub_id(name: str) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from palate.errors import UserError, nearest
+from palate.base.errors import UserError, nearest
 
 Options = TypeVar("Options")
 
