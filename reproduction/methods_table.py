@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from palate import recipe, run
+from palate.runs import recipe
+from palate.runs import train as run
 from palate.training.log import read_log
 
 METHODS = {

@@ -14,9 +14,10 @@ import argparse
 import json
 from pathlib import Path
 
-from palate import recipe, run
 from palate.data.pairs import read_pairs
 from palate.miniature import world
+from palate.runs import recipe
+from palate.runs import train as run
 from palate.training.log import read_log
 
 VARIANTS = {

@@ -21,9 +21,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from palate.evaluation.manifest import read_manifest
-from palate.judge_names import find_judges
 from palate.judges.jpeg import jpeg_compressibility
 from palate.judges.pictures import to_tensor
+from palate.names.judges import find_judges
 
 JUDGES = ("jpeg_compressibility", "mini-clip")
 BOTH = "{jpeg_compressibility: 1.0, mini-clip: 1.0}"

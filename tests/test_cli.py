@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from palate import recipe, run
 from palate.base.errors import UserError
 from palate.base.options import overrides
 from palate.cli import VERBS, main
+from palate.runs import recipe
+from palate.runs import train as run
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from palate.base.errors import UserError
-from palate.judge_names import find_judges
 from palate.miniature import world
+from palate.names.judges import find_judges
 
 
 def test_judges_of_every_form(judge_dir):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from palate import export, recipe
 from palate.base.errors import UserError
 from palate.models.export import KOHYA_FILE
 from palate.models.policy import LORA_FILE
+from palate.runs import export, recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -5,7 +5,7 @@ import pytest
 from palate.base.errors import UserError
 from palate.miniature import prompt_lists, world
 from palate.miniature.scenes import scene_of
-from palate.prompt_names import find_prompts
+from palate.names.prompts import find_prompts
 
 
 def test_files_lists_and_functions(tmp_path, monkeypatch):

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palate import recipe
 from palate.base.errors import UserError
 from palate.base.options import parse
 from palate.diffusion.denoising import Fit, Pair
-from palate.recipe import Recipe
+from palate.runs import recipe
+from palate.runs.recipe import Recipe
 
 
 @pytest.fixture

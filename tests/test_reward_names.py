@@ -5,10 +5,10 @@ import torch
 
 from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.judge_names import NamedJudge
 from palate.judges.remote import Identity
 from palate.miniature import world
-from palate.reward_names import NamedReward, find_held_out, find_rewards
+from palate.names.judges import NamedJudge
+from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.rewards import RewardBundle
 
 

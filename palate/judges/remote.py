@@ -26,7 +26,7 @@ class Identity:
     """Its name where it is served."""
     kind: str = ""
     fingerprint: str = ""
-    """That of :meth:`palate.judge_names.NamedJudge.fingerprint` where it is served."""
+    """That of :meth:`palate.names.judges.NamedJudge.fingerprint` where it is served."""
     role: str = ""
 
 

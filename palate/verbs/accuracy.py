@@ -11,7 +11,7 @@ USAGE = "palate accuracy PAIRS --judges '[pickscore]' --model RUN [--option valu
 
 
 def main(words: list[str]) -> int:
-    from palate.accuracy import AccuracyOptions, measure
+    from palate.runs.accuracy import AccuracyOptions, measure
 
     if not words or "-h" in words or "--help" in words:
         print("\n".join([USAGE, "", "PAIRS is a set of labelled pairs, as palate train reads it.", ""]))

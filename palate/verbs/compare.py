@@ -45,7 +45,7 @@ def main(words: list[str]) -> int:
     from palate.evaluation.manifest import read_all_scores
     from palate.evaluation.report import chapter_of, write_report
     from palate.evaluation.tables import table
-    from palate.judge_names import find_judges, score_folders
+    from palate.names.judges import find_judges, score_folders
 
     known = [read_all_scores(folder) for folder in folders]
     missing = [name for name in options.judges if any(name not in scores for scores in known)]

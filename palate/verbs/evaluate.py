@@ -12,7 +12,8 @@ from palate.base.options import overrides
 def main(words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         raise UserError("palate evaluate expects the folder of a finished run")
-    from palate import recipe, run
+    from palate.runs import recipe
+    from palate.runs import train as run
 
     folder = Path(words[0])
     if not (folder / "recipe.yaml").is_file():

@@ -11,7 +11,7 @@ USAGE = "palate export RUN|LORA --format FORMAT --output FILE|DIR [--option valu
 
 
 def main(words: list[str]) -> int:
-    from palate import export
+    from palate.runs import export
 
     if not words or "-h" in words or "--help" in words:
         print("\n".join([USAGE, "", *help_lines(export.ExportOptions)]))

@@ -88,10 +88,10 @@ def main(words: list[str]) -> int:
     options = checked(GenerateOptions, overrides(words[1:]), "palate generate")
     from palate.evaluation import editing
     from palate.evaluation.generation import Shard, begun, drawing, generate, plan, settings
-    from palate.model_names import find_model
     from palate.models import cut_warning
-    from palate.prompt_names import find_prompts
-    from palate.run import versions
+    from palate.names.prompts import find_prompts
+    from palate.runs.models import find_model
+    from palate.runs.train import versions
 
     model = find_model(
         words[0],

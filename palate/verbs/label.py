@@ -12,7 +12,7 @@ USAGE = "palate label DIR|PAIRS [DIR ...] --judges '[pickscore]' --output pairs.
 
 
 def main(words: list[str]) -> int:
-    from palate import label
+    from palate.runs import label
 
     if not words or "-h" in words or "--help" in words:
         print("\n".join([USAGE, "", "DIR: picture folders with two candidates or more a prompt, between them; PAIRS: a set."]))

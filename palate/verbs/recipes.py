@@ -8,7 +8,7 @@ from palate.base.errors import UserError
 
 
 def main(words: list[str]) -> int:
-    from palate import recipe
+    from palate.runs import recipe
 
     if not words or words == ["list"]:
         for name, path in recipe.built_in().items():

@@ -34,7 +34,7 @@ def main(words: list[str]) -> int:
     from palate.evaluation.manifest import read_manifest
     from palate.evaluation.scoring import score_folder
     from palate.evaluation.statistics import mean_difference
-    from palate.judge_names import find_judges
+    from palate.names.judges import find_judges
 
     judges = find_judges(options.judges)
     if not judges:

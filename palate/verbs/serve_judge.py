@@ -36,7 +36,7 @@ def main(words: list[str]) -> int:
         print("\n".join([*lines, *help_lines(ServeOptions)]))
         return 0
     options = checked(ServeOptions, overrides(words[1:]), "palate serve-judge")
-    from palate.judge_names import find_judges
+    from palate.names.judges import find_judges
 
     named = find_judges(words[:1])[words[0]]
     import torch

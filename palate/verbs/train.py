@@ -10,16 +10,16 @@ from palate.base.options import overrides
 
 def main(words: list[str]) -> int:
     if not words or "-h" in words or "--help" in words:
-        from palate.recipe import options_help
+        from palate.runs.recipe import options_help
 
         print(options_help())
         return 0
     if words[0].startswith("--"):
         raise UserError("palate train expects a recipe first, such as: palate train miniature-dpo --output_dir out")
-    from palate import recipe
+    from palate.runs import recipe
 
     made = recipe.load(words[0], overrides(words[1:]))
-    from palate import run
+    from palate.runs import train as run
 
     run.train(made, command=shlex.join(["palate", "train", *words]))
     return 0

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from palate import recipe
 from palate.data.encode import PairBatch
 from palate.models import load_denoiser
 from palate.models.policy import Policy
 from palate.objectives import pairs, samples
+from palate.runs import recipe
 from palate.training.log import read_log
 from palate.training.loop import TrainOptions, train
 from palate.training.steps import Draws, pair_step, sample_step

@@ -86,7 +86,7 @@ def test_one_picture_for_all_and_sdxl(edit, palate, sdxl_dir, prompts_file):
 
 
 def test_another_folder_is_refused_before_weights_are_read(edit, monkeypatch):
-    from palate.model_names import NamedModel
+    from palate.runs.models import NamedModel
 
     assert edit("out", strength=0.5, resolution=64, num_prompts=1)[0] == 0
     monkeypatch.setattr(NamedModel, "load", None)  # not to be called

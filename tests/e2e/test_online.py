@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from palate import recipe
-from palate.judge_names import find_judges
 from palate.judges.remote import Identity
 from palate.judges.server import serve_judge
-from palate.model_names import find_model
+from palate.names.judges import find_judges
+from palate.runs import recipe
+from palate.runs.models import find_model
 from palate.training.log import read_log
 
 FAST = {
@@ -115,8 +115,8 @@ def test_held_out_rewards_have_the_time_limit_and_the_retries_of_trained_ones(on
 
 
 def test_held_out_pictures_keep_off_the_prompts_of_the_comparison(prompts_file, tmp_path):
-    from palate import online as assembled
-    from palate.prompt_names import find_prompts
+    from palate.names.prompts import find_prompts
+    from palate.runs import online as assembled
 
     def watched(**options):
         made = recipe.load("miniature-ddpo-is", {"held_out_pictures": 8, **options})
@@ -222,7 +222,7 @@ def test_mistakes_are_told_in_one_line(online, tmp_path, options, message):
 
 def test_repeated_prompts_are_counted_once(online, prompts_file):
     """A round of eight of fewer prompts holds no more than there are."""
-    from palate import online as assembled
+    from palate.runs import online as assembled
 
     made = recipe.load(
         "miniature-ddpo-sf",
@@ -253,7 +253,7 @@ ONLINE = [name for name in recipe.built_in() if recipe.load(name).online.train_p
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_recipes_are_whole(name):
-    from palate import online
+    from palate.runs import online
 
     made = recipe.load(name)
     found = online.find(made)

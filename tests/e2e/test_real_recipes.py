@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from palate import recipe
+from palate.runs import recipe
 
 REAL = [name for name in recipe.built_in() if name.startswith(("sd15-", "sdxl-"))]
 ONLINE = [name for name in recipe.built_in() if name.startswith("ddpo-")]

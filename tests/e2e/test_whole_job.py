@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from palate import recipe, run
 from palate.data import encode
+from palate.runs import recipe
+from palate.runs import train as run
 from palate.training.log import read_log
 
 OBJECTIVES = ("dpo", "cpo", "sft")

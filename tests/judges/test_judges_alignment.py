@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from palate.base.errors import UserError
-from palate.judge_names import find_judges
 from palate.judges import load_judge
 from palate.judges.alignment import AnswerScore, DescriptionScore, read_questions
 from palate.judges.bertscore import BertScore
 from palate.judges.vision import LocalVision
+from palate.names.judges import find_judges
 
 WORDS = ["a", "red", "blue", "house", "tower", "tree", "and", "the", "image", "contains", "Yes", "No", "is", "this"]
 

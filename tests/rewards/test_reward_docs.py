@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from palate.data.prompts import LISTS, Prompt
-from palate.prompt_names import find_prompts
-from palate.reward_names import find_rewards
+from palate.names.prompts import find_prompts
+from palate.names.rewards import find_rewards
 from palate.rewards import RewardBundle
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()

@@ -29,8 +29,8 @@ from palate.evaluation.labelling import (
 )
 from palate.evaluation.manifest import Picture, read_manifest
 from palate.evaluation.scoring import score_folder
-from palate.judge_names import NamedJudge, find_judges
 from palate.miniature import world
+from palate.names.judges import NamedJudge, find_judges
 
 if TYPE_CHECKING:
     from palate.data.pairs import PreferencePair

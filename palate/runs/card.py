@@ -19,7 +19,7 @@ from palate.evaluation.folders import read_result
 from palate.evaluation.manifest import read_manifest
 from palate.models.export import KOHYA_FILE
 from palate.models.policy import LORA_FILE
-from palate.recipe import Recipe, resolve_objective
+from palate.runs.recipe import Recipe, resolve_objective
 from palate.training.online_options import Arithmetic
 
 CARD = "README.md"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
 from palate.base.options import foreign
-from palate.judge_names import NamedJudge, find_judges
 from palate.judges import KINDS
+from palate.names.judges import NamedJudge, find_judges
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def find_rewards(names: str | Iterable[str] | Mapping[str, Any]) -> dict[str, Na
     """The rewards of these names, in order; a mapping gives weights. No weights of models are read.
 
     A name is that of a judge (``mini-clip``, ``jpeg_compressibility``, ``aesthetic:FOLDER``, ``remote:URL``; see
-    :func:`palate.judge_names.find_judges`) or ``module:function``, importable from the working directory; see
+    :func:`palate.names.judges.find_judges`) or ``module:function``, importable from the working directory; see
     :func:`palate.rewards.reward.from_function`.
 
     Raises:

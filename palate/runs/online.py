@@ -16,9 +16,9 @@ from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.data.prompts import Prompt
 from palate.data.selection import same_prompt
-from palate.prompt_names import find_prompts
-from palate.recipe import Recipe, resolve_objective, resolve_space, write
-from palate.reward_names import NamedReward, find_held_out, find_rewards
+from palate.names.prompts import find_prompts
+from palate.names.rewards import NamedReward, find_held_out, find_rewards
+from palate.runs.recipe import Recipe, resolve_objective, resolve_space, write
 from palate.training.loop import TrainOptions
 from palate.training.online_options import Arithmetic
 from palate.training.rollouts import Rollouts

@@ -16,7 +16,7 @@ from palate.miniature import world
 if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Finished
-    from palate.recipe import Recipe
+    from palate.runs.recipe import Recipe
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "unet")
 """What a finished run holds: one of these."""
@@ -133,7 +133,7 @@ def find_model(
     parts = [folder.name, *(_lora_label(lora) for lora in added), *([Path(refiner).name] if refiner else [])]
     recipe, weights = None, None
     if (folder / "recipe.yaml").is_file():
-        from palate import recipe as recipes
+        from palate.runs import recipe as recipes
 
         recipe = recipes.load(str(folder / "recipe.yaml"))
         weights = next((folder / w for w in WEIGHTS if (folder / w).exists()), None)

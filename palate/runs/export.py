@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError, nearest
 from palate.base.hub import check_push, is_hub_id, push
-from palate.card import CARD, PUBLIC
-from palate.model_names import NamedModel, find_model
-from palate.recipe import Recipe
+from palate.runs.card import CARD, PUBLIC
+from palate.runs.models import NamedModel, find_model
+from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch

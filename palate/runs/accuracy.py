@@ -13,10 +13,10 @@ import numpy as np
 from palate.base.errors import UserError, nearest
 from palate.base.files import write_atomically
 from palate.evaluation.statistics import WinRate, win_rate
-from palate.judge_names import find_judges
-from palate.label import judge_margins
 from palate.miniature import world
-from palate.model_names import NamedModel, find_model
+from palate.names.judges import find_judges
+from palate.runs.label import judge_margins
+from palate.runs.models import NamedModel, find_model
 
 SPACES = ("latent", "perceptual")
 
@@ -128,9 +128,9 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
 
 
 def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress: bool) -> list[Accuracy]:
-    from palate import recipe as recipes
     from palate.data.cache import TensorCache
     from palate.data.encode import encode_pairs
+    from palate.runs import recipe as recipes
     from palate.training.steps import implicit_margins
 
     policy = model.load_finished()

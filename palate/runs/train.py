@@ -13,19 +13,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palate import recipe as recipes
-from palate.accuracy import accuracy
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.hub import check_push, push
-from palate.card import PUBLIC, write_card
-from palate.export import about_training
-from palate.judge_names import NamedJudge, find_judges, score_folders
 from palate.miniature import world
-from palate.model_names import check_refiner_fits, load_base
 from palate.models import cut_warning
-from palate.prompt_names import find_prompts
-from palate.recipe import Recipe
+from palate.names.judges import NamedJudge, find_judges, score_folders
+from palate.names.prompts import find_prompts
+from palate.runs import recipe as recipes
+from palate.runs.accuracy import accuracy
+from palate.runs.card import PUBLIC, write_card
+from palate.runs.export import about_training
+from palate.runs.models import check_refiner_fits, load_base
+from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
     from palate.data.prompts import Prompt
@@ -155,7 +155,7 @@ def versions() -> dict[str, str]:
 
 def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
     """The same job where the policy draws what it learns from."""
-    from palate import online
+    from palate.runs import online
 
     found = online.find(recipe)
     _tell(online.told(recipe, found))

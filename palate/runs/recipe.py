@@ -25,7 +25,7 @@ from palate.data.votes import QUESTIONS, WEIGHTS
 from palate.training.loop import TrainOptions
 from palate.training.online_options import Arithmetic, OnlineOptions
 
-BUILT_IN = Path(__file__).parent / "recipes"
+BUILT_IN = Path(__file__).parents[1] / "recipes"
 
 
 @dataclass(frozen=True)
