@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palate.rewards import parted
+from palate.online.held_out import parted
 
 RUNS, EVALUATIONS, IMAGES = 1000, 20, 64
 

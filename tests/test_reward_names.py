@@ -9,7 +9,7 @@ from palate.judges.remote import Identity
 from palate.miniature import world
 from palate.names.judges import NamedJudge
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
-from palate.rewards import RewardBundle
+from palate.online.bundle import RewardBundle
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from palate.names.judges import NamedJudge, find_judges
 if TYPE_CHECKING:
     import torch
 
-    from palate.rewards import Reward
+    from palate.judges.reward import Reward
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class NamedReward:
         return tuple(f"{member.kind} in {member.folder.resolve()}" for member in members if member.folder)
 
     def load(self, device: str | torch.device = "cpu") -> Reward:
-        from palate.rewards import from_function, from_judge
+        from palate.judges.reward import from_function, from_judge
 
         if isinstance(self.source, NamedJudge):
             return from_judge(self.source.load(device))
@@ -53,7 +53,7 @@ def find_rewards(names: str | Iterable[str] | Mapping[str, Any]) -> dict[str, Na
 
     A name is that of a judge (``mini-clip``, ``jpeg_compressibility``, ``aesthetic:FOLDER``, ``remote:URL``; see
     :func:`palate.names.judges.find_judges`) or ``module:function``, importable from the working directory; see
-    :func:`palate.rewards.reward.from_function`.
+    :func:`palate.judges.reward.from_function`.
 
     Raises:
         UserError: an unknown name, a folder in which something is missing, a function that cannot be imported, or a weight

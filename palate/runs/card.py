@@ -19,8 +19,8 @@ from palate.evaluation.folders import read_result
 from palate.evaluation.manifest import read_manifest
 from palate.models.export import KOHYA_FILE
 from palate.models.policy import LORA_FILE
+from palate.online.options import Arithmetic
 from palate.runs.recipe import Recipe, resolve_objective
-from palate.training.online_options import Arithmetic
 
 CARD = "README.md"
 PUBLIC = (CARD, LORA_FILE, KOHYA_FILE, "unet/*", "before_after.png")

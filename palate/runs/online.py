@@ -18,10 +18,10 @@ from palate.data.prompts import Prompt
 from palate.data.selection import same_prompt
 from palate.names.prompts import find_prompts
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
+from palate.online.options import Arithmetic
+from palate.online.rollouts import Rollouts
 from palate.runs.recipe import Recipe, resolve_objective, resolve_space, write
 from palate.training.loop import TrainOptions
-from palate.training.online_options import Arithmetic
-from palate.training.rollouts import Rollouts
 
 TOLERANCE = {"no": 1e-5, "fp16": 1e-3, "bf16": 5e-3}
 """How far log-probabilities of sampling and training may be apart, by precision. On a GPU a batch of another size is computed
@@ -83,9 +83,9 @@ def assemble(
     recipe: Recipe, found: Wanted, denoiser: Any, policy: Any, resolution: int, *, progress: bool = False
 ) -> tuple[Any, Rollouts]:
     """The step, and the rollouts that feed it. Prompts are encoded here, once."""
+    from palate.online.rollouts import encode
+    from palate.online.trajectories import Guided, trajectory_step
     from palate.training import steps
-    from palate.training.rollouts import encode
-    from palate.training.trajectories import Guided, trajectory_step
 
     options = recipe.online
     objective, evidence = resolve_objective(recipe.objective)
@@ -156,7 +156,7 @@ class Watch:
         resolution: int,
         tell: Callable[[str], None],
     ):
-        from palate.rewards import HeldOut
+        from palate.online.held_out import HeldOut
 
         options = recipe.evaluation
         prompts, shared = watched(recipe, found)
@@ -224,7 +224,7 @@ class Watch:
 
 def _bundle(recipe: Recipe, rewards: Mapping[str, NamedReward], device: Any) -> Any:
     """Rewards, trained on or held out, loaded and ready to be asked."""
-    from palate.rewards import RewardBundle
+    from palate.online.bundle import RewardBundle
 
     return RewardBundle(
         {name: reward.load(device) for name, reward in rewards.items()},

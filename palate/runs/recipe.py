@@ -22,8 +22,8 @@ from palate.base.errors import UserError, nearest
 from palate.base.files import write_atomically
 from palate.base.options import dumps, foreign, help_lines, indented, keywords, parse, section, typed
 from palate.data.votes import QUESTIONS, WEIGHTS
+from palate.online.options import Arithmetic, OnlineOptions
 from palate.training.loop import TrainOptions
-from palate.training.online_options import Arithmetic, OnlineOptions
 
 BUILT_IN = Path(__file__).parents[1] / "recipes"
 

@@ -27,10 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from palate.base.errors import UserError, nearest
+from palate.online.rollouts import Abandoned, BudgetSpent, Processes, Rollouts
 from palate.training import checkpoints
 from palate.training.log import RunLog, Window
 from palate.training.optimizers import OPTIMIZERS, Average, make_optimizer
-from palate.training.rollouts import Abandoned, BudgetSpent, Processes, Rollouts
 from palate.training.steps import PairSource, Step, TrainablePolicy, mix
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")

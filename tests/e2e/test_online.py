@@ -86,7 +86,7 @@ def test_every_way_of_learning(online, tmp_path, way):
 
 
 def test_held_out_rewards_have_the_time_limit_and_the_retries_of_trained_ones(online, tmp_path, monkeypatch):
-    monkeypatch.setattr("palate.rewards.bundle.PAUSE", 0.001)
+    monkeypatch.setattr("palate.online.bundle.PAUSE", 0.001)
     (tmp_path / "moody.py").write_text(
         "import threading\n"
         "def reward(images, prompts, metadata, asked=[]):\n"

@@ -11,10 +11,10 @@ from tiny_training import TinyPolicy
 
 from palate.base.errors import UserError
 from palate.data.prompts import Prompt
+from palate.online.options import Arithmetic, OnlineOptions
 from palate.training import checkpoints
 from palate.training.log import read_log
 from palate.training.loop import Stopped
-from palate.training.online_options import Arithmetic, OnlineOptions
 
 SCRIPT = Path(__file__).with_name("tiny_rollouts.py")
 
@@ -165,7 +165,7 @@ def test_diversity_is_told_where_prompts_repeat():
     # Two prompts with two pictures each, all black but one white: distances 1 and 0, 0.5 in the mean.
     pictures = torch.zeros(4, 3, 4, 4)
     pictures[1] = 1
-    from palate.training.advantages import spread
+    from palate.online.advantages import spread
 
     assert spread(["a", "a", "b", "b"], pictures) == pytest.approx(0.5)
     assert spread(["a", "b"], pictures[:2]) is None
@@ -425,7 +425,7 @@ def test_no_prompts():
 
 def test_negative_prompts_are_encoded_beside_the_others():
     from palate.diffusion.denoising import Conditioning
-    from palate.training.rollouts import encode
+    from palate.online.rollouts import encode
 
     asked = []
 

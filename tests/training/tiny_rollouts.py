@@ -18,12 +18,12 @@ from palate.diffusion.sampling import join
 from palate.objectives.pairs import dpo
 from palate.objectives.samples import sft
 from palate.objectives.trajectories import ddpo_is, ddpo_sf
+from palate.online.options import Arithmetic, OnlineOptions
+from palate.online.rollouts import Rollouts
+from palate.online.trajectories import Guided, trajectory_step
 from palate.spaces import latent
 from palate.training.loop import TrainOptions, train
-from palate.training.online_options import Arithmetic, OnlineOptions
-from palate.training.rollouts import Rollouts
 from palate.training.steps import pair_step, sample_step
-from palate.training.trajectories import Guided, trajectory_step
 
 PROMPTS = [Prompt(text) for text in ("a dog", "a cat", "a tree", "a house", "a boat")]
 OBJECTIVES = {"ddpo_is": ddpo_is, "ddpo_sf": ddpo_sf, "sft": sft, "dpo": functools.partial(dpo, beta=50.0)}

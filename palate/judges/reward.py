@@ -20,7 +20,7 @@ class Reward(Protocol):
     """``(images (b, 3, h, w) float32 in [0, 1], b prompts) -> (b,)`` scores, higher is better.
 
     The scores may be anything that reads as b numbers, and may come with something to keep: ``(scores, info)``.
-    Whoever calls it checks the answer; see :func:`palate.rewards.bundle.RewardBundle`.
+    Whoever calls it checks the answer; see :func:`palate.online.bundle.RewardBundle`.
     """
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Any: ...

@@ -12,7 +12,7 @@ from PIL import Image
 from palate.data.prompts import LISTS, Prompt
 from palate.names.prompts import find_prompts
 from palate.names.rewards import find_rewards
-from palate.rewards import RewardBundle
+from palate.online.bundle import RewardBundle
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.rewards.reward import Reward, RewardError
+from palate.judges.reward import Reward, RewardError
 
 PAUSE = 1.0
 """Seconds before a reward that failed is asked again; doubled every time."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from palate.training.advantages import (
+from palate.online.advantages import (
     PromptTracker,
     best,
     effective_sample_size,

@@ -25,8 +25,8 @@ from palate.data.encode import PairBatch, SampleBatch
 from palate.data.prompts import Prompt, PromptSampler
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import Path, TrajectoryBatch, Transition, guided, join, path, sample, transition
-from palate.training import advantages
-from palate.training.online_options import Arithmetic, OnlineOptions
+from palate.online import advantages
+from palate.online.options import Arithmetic, OnlineOptions
 from palate.training.steps import Step, TrainablePolicy, mix
 
 PICTURE, PLAN = 101, 102  # what a number is drawn for
@@ -42,7 +42,7 @@ class Judged(Protocol):
 
 @runtime_checkable
 class Bundle(Protocol):
-    """What rollouts need of ``palate.rewards.RewardBundle``."""
+    """What rollouts need of ``palate.online.RewardBundle``."""
 
     gather: Callable[[Tensor], Tensor]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from palate.base.errors import UserError
 from palate.data.prompts import Prompt
 from palate.judges.pictures import to_tensor
-from palate.rewards.bundle import RewardBundle
+from palate.online.bundle import RewardBundle
 
 WINDOW = 3
 """Evaluations that are averaged."""
