@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from palate.data.encode import PairBatch
+from palate.diffusion.batches import PairBatch
 from palate.miniature import world
 from palate.models import load_denoiser
 from palate.models.policy import Policy

@@ -76,7 +76,7 @@ def _dispatch(words: list[str]) -> int:
         print(_help())
         return 0
     if words[0] == "--version":
-        from palate.runs.train import versions
+        from palate.base.machine import versions
 
         print(versions()["palate"])
         return 0

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from palate.base.errors import UserError
+from palate.base.machine import versions
 from palate.base.options import overrides
 from palate.cli import VERBS, main
 from palate.runs import recipe
-from palate.runs import train as run
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,7 @@ def test_a_reader_that_has_seen_enough():
 
 def test_version(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.strip() == run.versions()["palate"]
+    assert capsys.readouterr().out.strip() == versions()["palate"]
 
 
 def test_recipes(capsys, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from palate.base.errors import UserError
 from palate.models.export import KOHYA_FILE
-from palate.models.policy import LORA_FILE
+from palate.models.lora import LORA_FILE
 from palate.runs import export, recipe
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from palate.base.errors import UserError
+from palate.base.hub import first_line
 
 
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], Any]) -> None:
@@ -21,3 +28,32 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], Any]) -
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replacing(final: Path, write: Callable[[str], Any], name: str = ".") -> Path:
+    """Let ``write`` make and fill a temporary folder, and put all of it in the place of ``final``, or its safetensors file
+    ``name``, the metadata of which are put in order: so that the same weights make the same file."""
+    partial = final.with_name(f".{final.name}-saving")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write(str(partial))
+        if name != ".":
+            _order_metadata(partial / name)
+        if final.is_dir():
+            shutil.rmtree(final)
+        os.replace(partial / name, final)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
+        raise UserError(f"{final} cannot be written ({first_line(error)}): free some space or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _order_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file in place; the library writes them in another order every time."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

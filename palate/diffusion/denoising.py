@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.base.seeds import generator
 from palate.diffusion.schedule import Schedule
 
 T = TypeVar("T")
@@ -138,26 +139,11 @@ def normal(
 ) -> Float[Tensor, " b *d"]:
     """Standard normal numbers (b, *shape); row i depends on (seeds[i], stream) alone, not on the device."""
     wanted = [int(seed) for seed in seeds.cpu()]
-    rows = {seed: torch.randn(*shape, generator=_generator(seed, stream)) for seed in set(wanted)}
+    rows = {seed: torch.randn(*shape, generator=generator(seed, stream)) for seed in set(wanted)}
     return torch.stack([rows[seed] for seed in wanted]).to(device, dtype)
 
 
 def integers(seeds: Int[Tensor, " b"], low: int, high: int, stream: int, device: torch.device | str) -> Int[Tensor, " b"]:
     """Uniform integers of low .. high (inclusive), (b,) int64; row i depends on (seeds[i], stream) alone."""
-    rows = [torch.randint(low, high + 1, (), generator=_generator(int(seed), stream)) for seed in seeds.cpu()]
+    rows = [torch.randint(low, high + 1, (), generator=generator(int(seed), stream)) for seed in seeds.cpu()]
     return torch.stack(rows).to(device)
-
-
-def _generator(seed: int, stream: int) -> torch.Generator:
-    # Neighbouring seeds and streams must not give related numbers, and torch's CPU generator keeps only 32 bits of what it is
-    # given: so every bit of both is mixed into the low ones.
-    return torch.Generator().manual_seed(_mix(_mix(seed) + stream))
-
-
-def _mix(n: int) -> int:
-    """SplitMix64 (Steele, Lea, Flood 2014): every bit of the result depends on every bit of n, modulo 2^64."""
-    mask = 2**64 - 1
-    n = (n + 0x9E3779B97F4A7C15) & mask
-    n = ((n ^ (n >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    n = ((n ^ (n >> 27)) * 0x94D049BB133111EB) & mask
-    return n ^ (n >> 31)

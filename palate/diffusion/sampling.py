@@ -148,21 +148,6 @@ class Trajectory:
     mean: Float[Tensor, " b n *d"] | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class TrajectoryBatch:
-    """b steps, on the CPU: each from latents `xt` at time t to `after` at time s, as it was sampled for one of `prompts`."""
-
-    xt: Float[Tensor, " b *d"]
-    after: Float[Tensor, " b *d"]
-    t: Int[Tensor, " b"]
-    s: Int[Tensor, " b"]
-    cond: dict[str, Tensor]
-    old_log_prob: Float[Tensor, " b"]
-    advantage: Float[Tensor, " b"]
-    prompts: list[str]
-    old_mean: Float[Tensor, " b *d"] | None = None
-
-
 @torch.no_grad()
 def sample(
     predict: Predict,

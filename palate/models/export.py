@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from palate.base.errors import UserError
+from palate.base.files import replacing
 from palate.models.denoiser import Denoiser
-from palate.models.policy import LORA, replacing, save_lora
+from palate.models.lora import LORA, save_lora
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 """Beside diffusers' own name, and not mistaken for it by ``load_lora_weights(folder)``."""

@@ -8,11 +8,9 @@ the cut into batches nor the number of processes nor an interruption changes a n
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,13 +19,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from palate.base.errors import UserError
-from palate.data.encode import PairBatch, SampleBatch
+from palate.base.seeds import mix
 from palate.data.prompts import Prompt, PromptSampler
+from palate.diffusion.batches import PairBatch, SampleBatch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.sampling import Path, TrajectoryBatch, Transition, guided, join, path, sample, transition
+from palate.diffusion.sampling import Path, Transition, guided, path, sample, transition
 from palate.online import advantages
+from palate.online.conditions import Encoded
 from palate.online.options import Arithmetic, OnlineOptions
-from palate.training.steps import Step, TrainablePolicy, mix
+from palate.training.fits import TrainablePolicy
+from palate.training.source import Abandoned, BudgetSpent, Processes
+from palate.training.steps import Step
 
 PICTURE, PLAN = 101, 102  # what a number is drawn for
 
@@ -52,37 +54,6 @@ class Bundle(Protocol):
     def level(self, means: Mapping[str, float]) -> float: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that share a round; ``gather`` puts their rows together in order, on the CPU."""
-
-    index: int = 0
-    count: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda rows: rows
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What fails inside in one process is raised in all: those that went on would wait for the others for ever."""
-        failed: UserError | None = None
-        try:
-            yield
-        except UserError as error:
-            failed = error
-        told = self.gather(torch.tensor([int(failed is not None)]))
-        if failed is not None:
-            raise failed
-        if told.any():
-            raise UserError(f"process {int(told.argmax())} failed, see its message")
-
-
-class Abandoned(Exception):  # noqa: N818
-    """A round was given up because training was asked to stop."""
-
-
-class BudgetSpent(Exception):  # noqa: N818
-    """The KL budget is spent: training ends here."""
 
 
 class Rollouts:
@@ -460,40 +431,6 @@ class Rollouts:
                 "and train_batch_size equal to sample_batch_size"
             )
         self.checked = True
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Conditioning that holds each text once: a prompt of SDXL is 0.6 MB, and one negative prompt serves all."""
-
-    texts: Conditioning
-    own: Tensor
-    negative: Tensor
-
-    def rows(self, which: Tensor) -> Conditioning:
-        """Those of the prompts with these numbers, each joined with its negative prompt."""
-        return join(self.texts.rows(self.own[which]), self.texts.rows(self.negative[which]))
-
-
-def encode(
-    encode_prompts: Callable[[list[str]], Conditioning],
-    unconditional: Conditioning,
-    prompts: Sequence[Prompt],
-    *,
-    batch_size: int = 32,
-) -> Encoded:
-    """What a model is conditioned on for each prompt, joined with its negative prompt, on the CPU.
-
-    unconditional: one row, what a prompt without a negative one is guided away from.
-    """
-    texts = list(dict.fromkeys(text for p in prompts for text in (p.text, p.negative) if text is not None))
-    parts = [encode_prompts(texts[i : i + batch_size]).to("cpu") for i in range(0, len(texts), batch_size)]
-    place: dict[str | None, int] = {text: i for i, text in enumerate([*texts, None])}
-    return Encoded(
-        Conditioning.cat([*parts, unconditional.to("cpu")]),
-        torch.tensor([place[p.text] for p in prompts]),
-        torch.tensor([place[p.negative] for p in prompts]),
-    )
 
 
 def _shuffled(n: int, seed: int) -> list[int]:

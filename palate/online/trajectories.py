@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.diffusion.batches import Batch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.sampling import TrajectoryBatch, Transition, guided, transition
-from palate.training.steps import Batch, Measured, Step, TrainablePolicy
+from palate.diffusion.sampling import Transition, guided, transition
+from palate.training.fits import TrainablePolicy
+from palate.training.steps import Measured, Step
 
 
 class Guided:

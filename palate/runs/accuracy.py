@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from palate.base.errors import UserError, nearest
 from palate.base.files import write_atomically
-from palate.evaluation.statistics import WinRate, win_rate
+from palate.evaluation.accuracy import accuracy
+from palate.evaluation.statistics import WinRate
 from palate.miniature import world
 from palate.names.judges import find_judges
 from palate.runs.label import judge_margins
@@ -69,25 +67,6 @@ class Accuracy:
     accuracy: WinRate
 
 
-def accuracy(
-    margins: Sequence[float], labels: Sequence[float], prompts: Sequence[str], *, draws: int = 10_000, seed: int = 0
-) -> WinRate:
-    """Share of pairs whose margin (first minus second) has the sign of ``label - 0.5``; a margin of 0 counts one half.
-
-    Pairs labelled 0.5 do not count (Diffusion-DPO, Table 2, on pairs without ties). The interval is a cluster bootstrap over
-    prompts.
-
-    Raises:
-        UserError: no pair has a winner.
-    """
-    label, margin = np.asarray(labels, dtype=np.float64), np.asarray(margins, dtype=np.float64)
-    rows = np.flatnonzero(label != 0.5)
-    if not len(rows):
-        raise UserError(f"all {len(label)} pairs are ties: accuracy needs pairs with a better picture")
-    right = np.where(label > 0.5, margin, -margin)[rows]
-    return win_rate(np.zeros(len(rows)), right, [prompts[i] for i in rows], draws=draws, seed=seed)
-
-
 def measure(source: str, options: AccuracyOptions, *, progress: bool = False) -> tuple[list[Accuracy], dict[str, Any]]:
     """All that ``options`` name, on one set of labelled pairs; writes ``options.output``.
 
@@ -131,7 +110,7 @@ def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress
     from palate.data.cache import TensorCache
     from palate.data.encode import encode_pairs
     from palate.runs import recipe as recipes
-    from palate.training.steps import implicit_margins
+    from palate.training.measures import implicit_margins
 
     policy = model.load_finished()
     of_run = model.recipe.data.resolution if model.recipe is not None else None

@@ -18,7 +18,7 @@ from palate.evaluation.compare import percent
 from palate.evaluation.folders import read_result
 from palate.evaluation.manifest import read_manifest
 from palate.models.export import KOHYA_FILE
-from palate.models.policy import LORA_FILE
+from palate.models.lora import LORA_FILE
 from palate.online.options import Arithmetic
 from palate.runs.recipe import Recipe, resolve_objective
 

@@ -106,7 +106,7 @@ class NamedModel:
 
     def _put(self, denoiser: Any) -> Any:
         """What was trained, and the LoRAs, into the model; the U-Net to use."""
-        from palate.models.policy import put_loras, tuned
+        from palate.models.lora import put_loras, tuned
 
         unet = denoiser.unet if self.tuned is None else tuned(denoiser, self.tuned)
         put_loras(denoiser, unet, [(lora.path, lora.scale) for lora in self.loras])

@@ -21,7 +21,7 @@ from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.online.options import Arithmetic
 from palate.online.rollouts import Rollouts
 from palate.runs.recipe import Recipe, resolve_objective, resolve_space, write
-from palate.training.loop import TrainOptions
+from palate.training.options import TrainOptions
 
 TOLERANCE = {"no": 1e-5, "fp16": 1e-3, "bf16": 5e-3}
 """How far log-probabilities of sampling and training may be apart, by precision. On a GPU a batch of another size is computed
@@ -83,9 +83,10 @@ def assemble(
     recipe: Recipe, found: Wanted, denoiser: Any, policy: Any, resolution: int, *, progress: bool = False
 ) -> tuple[Any, Rollouts]:
     """The step, and the rollouts that feed it. Prompts are encoded here, once."""
-    from palate.online.rollouts import encode
+    from palate.online.conditions import encode
     from palate.online.trajectories import Guided, trajectory_step
     from palate.training import steps
+    from palate.training.fits import Draws
 
     options = recipe.online
     objective, evidence = resolve_objective(recipe.objective)
@@ -101,7 +102,7 @@ def assemble(
         make = steps.pair_step if evidence == "pairs" else steps.sample_step
         acting: Any = Guided(policy, options.trained_scale) if options.trained_scale != 1 else policy
         space = resolve_space(recipe.space, policy)
-        draws = steps.Draws(recipe.training.t_min, recipe.training.t_max, recipe.training.snr_gamma)
+        draws = Draws(recipe.training.t_min, recipe.training.t_max, recipe.training.snr_gamma)
         step = make(acting, space, objective, draws)
     side = resolution // denoiser.vae_scale_factor
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)

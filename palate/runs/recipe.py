@@ -23,7 +23,7 @@ from palate.base.files import write_atomically
 from palate.base.options import dumps, foreign, help_lines, indented, keywords, parse, section, typed
 from palate.data.votes import QUESTIONS, WEIGHTS
 from palate.online.options import Arithmetic, OnlineOptions
-from palate.training.loop import TrainOptions
+from palate.training.options import TrainOptions
 
 BUILT_IN = Path(__file__).parents[1] / "recipes"
 

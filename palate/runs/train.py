@@ -9,19 +9,19 @@ import os
 import shutil
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.hub import check_push, push
+from palate.base.machine import is_main, tell, versions
+from palate.evaluation.accuracy import accuracy
 from palate.miniature import world
 from palate.models import cut_warning
 from palate.names.judges import NamedJudge, find_judges, score_folders
 from palate.names.prompts import find_prompts
 from palate.runs import recipe as recipes
-from palate.runs.accuracy import accuracy
 from palate.runs.card import PUBLIC, write_card
 from palate.runs.export import about_training
 from palate.runs.models import check_refiner_fits, load_base
@@ -48,7 +48,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     """
     recipe = _at_home(recipe)
     out = Path(recipe.training.output_dir)
-    if _main():
+    if is_main():
         _check_output(recipe, out)
         if recipe.training.push_to_hub is not None:
             check_push(recipe.training.push_to_hub)
@@ -56,7 +56,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     _judges(recipe)
     check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
     if recipe.policy.pretrained_lora is not None:
-        from palate.models.policy import find_lora
+        from palate.models.lora import find_lora
 
         find_lora(recipe.policy.pretrained_lora)
     if recipe.online.train_prompts is not None:
@@ -66,6 +66,8 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     validation = _validation_reader(recipe)
 
     from palate.training import steps
+    from palate.training.fits import Draws
+    from palate.training.measures import implicit_margins
 
     denoiser = _denoiser(recipe)
     resolution = recipe.data.resolution or denoiser.default_resolution
@@ -75,7 +77,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     policy = _policy(recipe, denoiser)
     space = recipes.resolve_space(recipe.space, policy)
     wanted = recipe.training
-    draws = steps.Draws(
+    draws = Draws(
         wanted.t_min,
         wanted.t_max,
         wanted.snr_gamma,
@@ -90,7 +92,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     def on_evaluate(step: int) -> dict[str, float]:
         if held_out is None or all(p.label == 0.5 for p in held_out.items):
             return {}
-        margins, labels = steps.implicit_margins(policy, space, held_out, batch_size=recipe.training.train_batch_size)
+        margins, labels = implicit_margins(policy, space, held_out, batch_size=recipe.training.train_batch_size)
         found = accuracy(margins.tolist(), labels.tolist(), held_out.prompts)
         return {"held_out_accuracy": found.rate, "held_out_accuracy_low": found.low, "held_out_accuracy_high": found.high}
 
@@ -100,7 +102,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         step.begin(encoded)
         about |= {"chosen": dict(step.state)} if step.state else {}
         if "beta" in step.state:
-            _tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
+            tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
     _train(
         recipe,
         recipe.training,
@@ -127,7 +129,8 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     lora, full = out / "pytorch_lora_weights.safetensors", out / "unet"
     if not lora.is_file() and not full.is_dir():
         raise UserError(f"{out} holds neither {lora.name} nor unet/; is the training finished?")
-    from palate.models.policy import load_lora, tuned, twin
+    from palate.models.lora import load_lora, tuned
+    from palate.models.policy import twin
 
     denoiser = _denoiser(recipe)
     base = twin(denoiser.unet, share=True)
@@ -138,18 +141,6 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     write_card(out, recipe, family=denoiser.family)
 
 
-def versions() -> dict[str, str]:
-    """What produced a result: Python, Palate and the libraries that decide numbers."""
-    names = ("palate", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
-    found = {"python": sys.version.split()[0]}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 # Parts ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -158,15 +149,15 @@ def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
     from palate.runs import online
 
     found = online.find(recipe)
-    _tell(online.told(recipe, found))
+    tell(online.told(recipe, found))
     denoiser = _denoiser(recipe)
     resolution = recipe.data.resolution or denoiser.default_resolution
     if told := cut_warning(denoiser, (text for prompt in found.prompts for text in (prompt.text, prompt.negative))):
-        _tell(told)
+        tell(told)
     policy = _policy(recipe, denoiser)
-    step, rollouts = online.assemble(recipe, found, denoiser, policy, resolution, progress=_main() and sys.stderr.isatty())
+    step, rollouts = online.assemble(recipe, found, denoiser, policy, resolution, progress=is_main() and sys.stderr.isatty())
     samples = _Samples(recipe, denoiser, policy, resolution)
-    watch = online.Watch(recipe, found, denoiser, policy, rollouts, resolution, _tell) if found.held_out else None
+    watch = online.Watch(recipe, found, denoiser, policy, rollouts, resolution, tell) if found.held_out else None
     denoiser.release()
     about: dict[str, Any] = {"command": command, "versions": versions(), "prompts": len(found.prompts)}
     # Whom an address served cannot be asked later.
@@ -194,15 +185,15 @@ def _policy(recipe: Recipe, denoiser: Any) -> Any:
 
 def _finish(recipe: Recipe, denoiser: Any, policy: Any, resolution: int, out: Path, command: str) -> None:
     """Save what was trained and compare it with the base model."""
-    if not _main():
+    if not is_main():
         return
     written = policy.save(out)
-    _tell(f"wrote {written}")
+    tell(f"wrote {written}")
     if recipe.policy.train_method == "lora":
         from palate.models.export import KOHYA_FILE, save_kohya
 
         twin = save_kohya(denoiser, policy.trainable_module, out / KOHYA_FILE, about=about_training(recipe, out.resolve().name))
-        _tell(f"wrote {twin}, the same for ComfyUI and A1111")
+        tell(f"wrote {twin}, the same for ComfyUI and A1111")
     if recipe.evaluation.evaluation_prompts is not None:
         try:
             _compare(recipe, denoiser, policy.frozen, policy.trainable_module, resolution, out, command)
@@ -210,17 +201,7 @@ def _finish(recipe: Recipe, denoiser: Any, policy: Any, resolution: int, out: Pa
             raise KeyboardInterrupt(f"the trained weights are in {out}; compare them with: palate evaluate {out}") from None
     write_card(out, recipe, family=denoiser.family)
     if recipe.training.push_to_hub is not None:
-        _tell(f"pushed to {push(out, recipe.training.push_to_hub, PUBLIC, message='Align by Palate')}")
-
-
-def _main() -> bool:
-    """Whether this is the process that writes and speaks, of those that ``accelerate launch`` may have started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _tell(text: str) -> None:
-    if _main():
-        print(text, file=sys.stderr, flush=True)
+        tell(f"pushed to {push(out, recipe.training.push_to_hub, PUBLIC, message='Align by Palate')}")
 
 
 def _at_home(recipe: Recipe) -> Recipe:
@@ -321,7 +302,8 @@ def _validation_reader(recipe: Recipe) -> Any:
 def _encoded(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, validation: Any) -> tuple[Any, Any]:
     """What is trained on, and the held-out pairs or None; they share no prompt."""
     from palate.data.cache import TensorCache
-    from palate.data.encode import EncodedPairs, encode
+    from palate.data.encode import encode
+    from palate.data.encoded import EncodedPairs
 
     options = recipe.data
     how = {
@@ -331,17 +313,17 @@ def _encoded(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, valida
         "random_flip": options.random_flip,
         "center_crop": options.center_crop,
         "seed": recipe.training.seed,
-        "progress": _main() and sys.stderr.isatty(),
+        "progress": is_main() and sys.stderr.isatty(),
     }
     encoded = encode(reader, **how)
     _say_counts(reader.counts, "pictures" if reader.single else "pairs")
     if told := cut_warning(denoiser, encoded.prompts):
-        _tell(told)
+        tell(told)
     if validation is not None:
         held_out = encode(validation, **how)
         kept = encoded.without_prompts(held_out.prompts)
         if len(kept) < len(encoded):
-            _tell(f"{len(encoded) - len(kept)} left out, whose prompts are in {options.validation_data}")
+            tell(f"{len(encoded) - len(kept)} left out, whose prompts are in {options.validation_data}")
         return kept, held_out
     # Implicit accuracy is of pairs; single pictures are all trained on.
     if isinstance(encoded, EncodedPairs) and options.validation_fraction > 0 and len(set(encoded.prompts)) > 1:
@@ -351,7 +333,7 @@ def _encoded(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, valida
 
 def _learnable(encoded: Any, objective: Any, evidence: str) -> Any:
     """What an objective can learn from."""
-    from palate.data.encode import EncodedPairs
+    from palate.data.encoded import EncodedPairs
 
     if evidence == "pairs":
         return encoded
@@ -360,7 +342,7 @@ def _learnable(encoded: Any, objective: Any, evidence: str) -> Any:
     if "label" not in inspect.signature(objective).parameters:
         return encoded.liked()
     if len({item.label > 0.5 for item in encoded.items}) == 1:
-        _tell("all pictures have the same vote: this objective learns from likes beside dislikes")
+        tell("all pictures have the same vote: this objective learns from likes beside dislikes")
     return encoded
 
 
@@ -393,7 +375,7 @@ def _train(
     made = not out.exists()
     fresh = made or not any(out.iterdir())
     try:
-        if _main():
+        if is_main():
             out.mkdir(parents=True, exist_ok=True)
             # Without the wish to resume: the recipe of a resumed run is that of an uninterrupted one.
             told = dataclasses.replace(recipe.training, resume_from_checkpoint=None)
@@ -413,7 +395,7 @@ def _train(
         )
     except (UserError, OSError, KeyboardInterrupt) as error:
         kept = checkpoints.latest(out)
-        if fresh and _main() and kept is None and not (out / "best").exists():
+        if fresh and is_main() and kept is None and not (out / "best").exists():
             shutil.rmtree(out, ignore_errors=True)
             if not made:
                 out.mkdir()
@@ -436,7 +418,7 @@ def _counts(counts: Any) -> dict[str, Any]:
 
 def _say_counts(counts: Any, what: str) -> None:
     for bad in counts.bad:
-        _tell(f"skipped {bad}")
+        tell(f"skipped {bad}")
     parts = {
         "ties dropped": counts.ties_dropped,
         "ties kept": counts.ties_kept,
@@ -446,7 +428,7 @@ def _say_counts(counts: Any, what: str) -> None:
         "bad rows skipped": len(counts.bad),
     }
     told = [f"{counts.rows} rows: {counts.pairs} {what}", *(f"{n} {reason}" for reason, n in parts.items() if n)]
-    _tell(", ".join(told))
+    tell(", ".join(told))
 
 
 def _evaluation_prompts(recipe: Recipe) -> list[Prompt]:
@@ -538,7 +520,7 @@ def _compare(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: i
     extra = {"title": title} if (out / "run.json").is_file() else {"title": title, "command": command}
     write_result(out / "metrics.json", found, extra)
     write_report(out / "report.html", [chapter_of(out)])
-    _tell(f"compared in {time.monotonic() - began:.0f} s; see {out / 'report.html'}")
+    tell(f"compared in {time.monotonic() - began:.0f} s; see {out / 'report.html'}")
     print(found.versus[0].headline)
 
 
@@ -563,7 +545,7 @@ def _generated(
         "guidance_scale": options.guidance_scale,
         "resolution": resolution,
     }
-    _tell(f"generating {len(pictures)} pictures of the {side} model")
+    tell(f"generating {len(pictures)} pictures of the {side} model")
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     generate(

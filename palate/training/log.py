@@ -124,3 +124,12 @@ def _events(folder: Path, step: int) -> Any:
     except ImportError as error:
         raise UserError("report_to is tensorboard, which is not installed: pip install 'palate[tensorboard]'") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+
+class Silent:
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def record(self, record: Mapping[str, Any]) -> None: ...
+    def say(self, line: str, *, show: bool = True) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,9 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from palate.base.errors import UserError
 
 if TYPE_CHECKING:
-    from palate.training.loop import TrainOptions
-
-OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
+    from palate.training.options import TrainOptions
 
 
 def make_optimizer(weights: Sequence[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
@@ -91,3 +90,11 @@ class Average:
             yield
         finally:
             self.swap()
+
+
+def lr_factor(name: str, step: int, *, warmup: int, total: int) -> float:
+    """Learning rate of update ``step`` (from 0) relative to its full value, as diffusers' scheduler of that name."""
+    if step < warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}.get(name, 1.0)

@@ -86,12 +86,12 @@ def main(words: list[str]) -> int:
     if words[0].startswith("--"):
         raise UserError(f"palate generate expects a model first: {USAGE}")
     options = checked(GenerateOptions, overrides(words[1:]), "palate generate")
+    from palate.base.machine import versions
     from palate.evaluation import editing
     from palate.evaluation.generation import Shard, begun, drawing, generate, plan, settings
     from palate.models import cut_warning
     from palate.names.prompts import find_prompts
     from palate.runs.models import find_model
-    from palate.runs.train import versions
 
     model = find_model(
         words[0],

@@ -12,7 +12,8 @@ from PIL import Image
 
 from palate.base.errors import UserError
 from palate.data.cache import TensorCache
-from palate.data.encode import EncodedPair, EncodedPairs, EncodedPictures, encode, encode_pairs
+from palate.data.encode import encode, encode_pairs
+from palate.data.encoded import EncodedPair, EncodedPairs, EncodedPictures
 from palate.data.images import decode, prepare_pair, square
 from palate.data.pairs import LikedPicture, PreferencePair
 

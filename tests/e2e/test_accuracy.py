@@ -14,8 +14,8 @@ from PIL import Image
 from palate.base.errors import UserError
 from palate.data.images import decode
 from palate.data.pairs import PreferencePair, read_pairs
+from palate.evaluation.accuracy import accuracy
 from palate.names.judges import find_judges
-from palate.runs.accuracy import accuracy
 from palate.runs.label import judge_margins
 
 REAL = Path(__file__).parents[3] / "shared/data/preferences/hpdv2-gallery"

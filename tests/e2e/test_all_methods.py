@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from palate.data.encode import PairBatch
+from palate.diffusion.batches import PairBatch
 from palate.models import load_denoiser
 from palate.models.policy import Policy
 from palate.objectives import pairs, samples
 from palate.runs import recipe
+from palate.training.fits import Draws
 from palate.training.log import read_log
-from palate.training.loop import TrainOptions, train
-from palate.training.steps import Draws, pair_step, sample_step
+from palate.training.loop import train
+from palate.training.options import TrainOptions
+from palate.training.steps import pair_step, sample_step
 
 OBJECTIVES = {
     **{name: {"beta": "auto"} for name in ("cdpo", "dpo", "dspo", "hinge", "ipo", "kto", "mapo", "sdpo")},

@@ -400,7 +400,8 @@ def test_a_dozen_lines_of_python_do_the_same(palate, model_dir, pairs_dir, cache
     from palate.models.policy import Policy
     from palate.objectives.pairs import dpo
     from palate.spaces import perceptual
-    from palate.training.loop import TrainOptions, train
+    from palate.training.loop import train
+    from palate.training.options import TrainOptions
     from palate.training.steps import pair_step
 
     denoiser = load_denoiser(str(model_dir))

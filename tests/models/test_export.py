@@ -26,7 +26,8 @@ from palate.models.export import (
     save_pipeline,
     save_unet,
 )
-from palate.models.policy import Policy, find_lora, load_lora, put_loras, tells_alpha
+from palate.models.lora import find_lora, load_lora, put_loras, tells_alpha
+from palate.models.policy import Policy
 
 
 def disturb(parameters, size: float = 0.05) -> None:

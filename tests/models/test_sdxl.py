@@ -14,8 +14,9 @@ import torch
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
 from palate.models import load_denoiser, load_refiner
+from palate.models.lora import tuned
 from palate.models.parts import Source, Vae
-from palate.models.policy import Policy, tuned
+from palate.models.policy import Policy
 from palate.spaces import perceptual
 
 PROMPTS = ["a red house on the left", "a very long prompt " * 30]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from palate.base.errors import UserError
 from palate.data.prompts import Prompt
 from palate.judges import load_judge
-from palate.online.bundle import RewardBundle
 from palate.judges.reward import RewardError, from_function, from_judge
 from palate.online import bundle
+from palate.online.bundle import RewardBundle
 
 PROMPTS = [Prompt(text) for text in ("a cat", "a dog", "a bird", "a fish")]
 

@@ -7,9 +7,9 @@ from PIL import Image
 
 from palate.base.errors import UserError
 from palate.data.prompts import Prompt
-from palate.online.held_out import HeldOut, parted
-from palate.online.bundle import RewardBundle
 from palate.judges.reward import RewardError
+from palate.online.bundle import RewardBundle
+from palate.online.held_out import HeldOut, parted
 
 EVALUATIONS, IMAGES = 20, 64
 

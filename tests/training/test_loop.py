@@ -11,13 +11,16 @@ import torch
 from tiny_training import PAIRS, TinyPairs, TinyPolicy, run
 
 from palate.base.errors import UserError
+from palate.base.seeds import mix
 from palate.objectives.pairs import dpo
 from palate.objectives.samples import kto
 from palate.spaces import latent
 from palate.training import checkpoints, loop
 from palate.training.log import read_log
-from palate.training.loop import Stopped, TrainOptions, lr_factor
-from palate.training.steps import mix, pair_step, sample_step
+from palate.training.loop import Stopped
+from palate.training.optimizers import lr_factor
+from palate.training.options import TrainOptions
+from palate.training.steps import pair_step, sample_step
 
 
 def weights(policy):
@@ -261,7 +264,7 @@ def test_tensorboard(tmp_path):
     assert [event.step for event in events.Scalars("loss")] == [3, 6]
 
 
-@pytest.mark.parametrize("name", loop.LR_SCHEDULERS)
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
 def test_learning_rates_match_diffusers(name):
     from diffusers.optimization import get_scheduler
 

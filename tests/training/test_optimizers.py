@@ -9,8 +9,8 @@ from torch import nn
 
 from palate.base.errors import UserError
 from palate.training import checkpoints
-from palate.training.loop import TrainOptions
 from palate.training.optimizers import Average, make_optimizer
+from palate.training.options import TrainOptions
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -425,7 +425,7 @@ def test_no_prompts():
 
 def test_negative_prompts_are_encoded_beside_the_others():
     from palate.diffusion.denoising import Conditioning
-    from palate.online.rollouts import encode
+    from palate.online.conditions import encode
 
     asked = []
 

@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from tiny_training import TinyPairs, TinyPolicy
 
 from palate.base.errors import UserError
-from palate.data.encode import SampleBatch
+from palate.base.seeds import mix
+from palate.diffusion.batches import SampleBatch
 from palate.diffusion.denoising import Conditioning, Fit, Pair, draw
 from palate.diffusion.schedule import Schedule
 from palate.objectives.pairs import cpo, dpo
 from palate.objectives.samples import kto, sft
 from palate.spaces import latent
-from palate.training.steps import Draws, _pair_metrics, automatic_beta, implicit_margins, mix, pair_step, sample_step
+from palate.training.fits import Draws
+from palate.training.measures import _pair_metrics, automatic_beta, implicit_margins
+from palate.training.steps import pair_step, sample_step
 
 
 def batch_of(indices=(3, 0, 5)):

@@ -22,7 +22,8 @@ from palate.online.options import Arithmetic, OnlineOptions
 from palate.online.rollouts import Rollouts
 from palate.online.trajectories import Guided, trajectory_step
 from palate.spaces import latent
-from palate.training.loop import TrainOptions, train
+from palate.training.loop import train
+from palate.training.options import TrainOptions
 from palate.training.steps import pair_step, sample_step
 
 PROMPTS = [Prompt(text) for text in ("a dog", "a cat", "a tree", "a house", "a boat")]

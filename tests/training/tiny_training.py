@@ -9,12 +9,13 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from palate.data.encode import PairBatch
+from palate.diffusion.batches import PairBatch
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.objectives.pairs import dpo
 from palate.spaces import latent
-from palate.training.loop import TrainOptions, train
+from palate.training.loop import train
+from palate.training.options import TrainOptions
 from palate.training.steps import pair_step
 
 PAIRS = 11

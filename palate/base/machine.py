@@ -1,0 +1,29 @@
+"""The machine at hand: which process this is, and which versions it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+
+
+def versions() -> dict[str, str]:
+    """What produced a result: Python, Palate and the libraries that decide numbers."""
+    names = ("palate", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks, of those that ``accelerate launch`` may have started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def tell(text: str) -> None:
+    if is_main():
+        print(text, file=sys.stderr, flush=True)

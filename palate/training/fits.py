@@ -1,0 +1,119 @@
+"""From a batch to errors: the one path on which every method measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from palate.diffusion.batches import Batch
+from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw, integers
+from palate.spaces import Space
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What a step draws for each item, and how times weigh.
+
+    Args:
+        t_min, t_max: bounds of the times drawn, as in ``draw``; never below the least time at which the space carries signal.
+        snr_gamma: errors are weighted by ``Schedule.min_snr_weight``; None for all times alike.
+        caption_dropout: share of items whose prompt is left out.
+        no_prompt: what stands for no prompt, one row (``Denoiser.unconditional``); what it lacks, such as a framing, stays.
+    """
+
+    t_min: int = 0
+    t_max: int | None = None
+    snr_gamma: float | None = None
+    caption_dropout: float = 0.0
+    no_prompt: Conditioning | None = None
+
+    def captions(self, cond: Mapping[str, Tensor], seeds: Tensor) -> Conditioning:
+        """The conditioning of a batch, its rows ``n len(seeds)``, without the prompts that are dropped.
+
+        An item's own seed decides, so both pictures of a pair keep or lose their prompt together.
+        """
+        if not self.caption_dropout:
+            return Conditioning(dict(cond))
+        if self.no_prompt is None:
+            raise ValueError("caption_dropout needs no_prompt")
+        nothing = self.no_prompt.tensors
+        dropped = integers(seeds, 0, 2**24 - 1, CAPTION, "cpu") < self.caption_dropout * 2**24
+
+        def without(name: str, rows: Tensor) -> Tensor:
+            here = dropped.repeat(len(rows) // len(seeds)).reshape(-1, *[1] * (rows.ndim - 1))
+            return torch.where(here, nothing[name].to(rows), rows) if name in nothing else rows
+
+        return Conditioning({name: without(name, rows) for name, rows in cond.items()})
+
+
+PLAIN = Draws()
+
+
+@runtime_checkable
+class MeasuredPolicy(Protocol):
+    """What measuring errors needs of a model and its reference."""
+
+    @property
+    def schedule(self) -> Any: ...
+    def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
+    def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+
+@runtime_checkable
+class TrainablePolicy(MeasuredPolicy, Protocol):
+    """What training needs of ``palate.models.policy.Policy``."""
+
+    @property
+    def trainable_module(self) -> nn.Module: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
+
+
+def noise_batch(policy: MeasuredPolicy, space: Space, batch: Batch, draws: Draws, *, shared: int) -> Noised:
+    """Pairs with ``shared=2``, single pictures with 1."""
+    device = next(iter(policy.parameters())).device
+    latents, cond = batch.latents.to(device, torch.float32), draws.captions(batch.cond, batch.seeds).to(device)
+    t_min = max(draws.t_min, space.t_min)
+    return draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=draws.t_max, shared=shared)
+
+
+def measured_fits(
+    policy: MeasuredPolicy, space: Space, noised: Noised, with_reference: bool, snr_gamma: float | None = None
+) -> dict[str, Fit]:
+    """What was measured of the policy and, if asked for, the reference."""
+    device = noised.xt.device
+    # Residuals carry the root of the weight, so that errors, and all that is made of them, carry the weight itself.
+    scale = torch.ones(()) if snr_gamma is None else policy.schedule.min_snr_weight(noised.t, snr_gamma).sqrt().to(device)
+    outputs: dict[str, Tensor] = {}
+    # The reference first: its activations are gone before those of the policy are kept for the backward pass.
+    if with_reference:
+        with torch.no_grad():
+            outputs["reference"] = policy.reference(noised.xt, noised.t, noised.cond)
+    outputs["policy"] = policy(noised.xt, noised.t, noised.cond)
+    embed = space(noised)
+    with torch.no_grad():
+        target = outside_autocast(embed, device, noised.target.float())
+    fits: dict[str, Fit] = {}
+    for name, output in outputs.items():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+            residual = outside_autocast(embed, device, output.float()) - target
+            fits[name] = Fit(residual if snr_gamma is None else residual * scale.reshape(-1, *[1] * (residual.ndim - 1)))
+    return fits
+
+
+def outside_autocast(function: Callable[..., Tensor], device: torch.device, *args: Any, **kwargs: Any) -> Tensor:
+    """Call outside autocast: errors of policy and reference are differences of nearly equal numbers, and half precision
+    would leave noise in their place."""
+    with torch.autocast(device.type, enabled=False):
+        return function(*args, **kwargs)
+
+
+def halves(fit: Fit) -> Pair[Fit]:
+    """Winners are the first half of the rows."""
+    w, l = fit.residual.chunk(2)
+    return Pair(Fit(w), Fit(l))
