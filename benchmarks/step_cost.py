@@ -17,7 +17,7 @@ import torch
 
 from palate.diffusion.batches import PairBatch
 from palate.miniature import world
-from palate.models import load_denoiser
+from palate.models.families import load_denoiser
 from palate.models.policy import Policy
 from palate.objectives import pairs, samples
 from palate.spaces import latent, perceptual

@@ -20,7 +20,8 @@ from typing import Any
 from unittest import mock
 
 from palate.runs import recipe
-from palate.runs import train as run
+from palate.runs.compare import evaluate
+from palate.runs.train import train
 from palate.training.log import read_log
 
 METHODS = {
@@ -63,7 +64,7 @@ def pace(name: str, folder: Path) -> float:
             "validation_prompts": [],
         }
         with mock.patch("time.monotonic", time.process_time):
-            run.train(recipe.load(name, given))
+            train(recipe.load(name, given))
         seconds = {row["step"]: row["seconds"] for row in read_log(out / "log.jsonl")}
         kept.write_text(json.dumps((seconds[8] - seconds[2]) / 6) + "\n")
     return json.loads(kept.read_text())
@@ -89,14 +90,14 @@ def measure(method: str, seed: int, given: argparse.Namespace) -> dict[str, Any]
     }
     shutil.rmtree(folder, ignore_errors=True)
     beta = " --objective.beta auto" if auto else ""
-    run.train(
+    train(
         recipe.load(name, {**changes, "evaluation_prompts": None}),
         command=f"palate train {name} --seed {seed} --max_train_steps {steps}{beta}",
     )
     base, shared = folder / "evaluation" / "base", given.output_dir / f"base-seed{seed}"
     if shared.is_dir():
         shutil.copytree(shared, base)  # the same pictures for all; the comparison draws only what is missing
-    run.evaluate(recipe.load(name, changes), command=f"palate evaluate {folder}")
+    evaluate(recipe.load(name, changes), command=f"palate evaluate {folder}")
     if not shared.is_dir():
         shutil.copytree(base, shared)
     found = json.loads((folder / "metrics.json").read_text())

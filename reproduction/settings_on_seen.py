@@ -17,7 +17,7 @@ from pathlib import Path
 from palate.data.pairs import read_pairs
 from palate.miniature import world
 from palate.runs import recipe
-from palate.runs import train as run
+from palate.runs.train import train
 from palate.training.log import read_log
 
 VARIANTS = {
@@ -67,7 +67,7 @@ def main() -> None:
                 "validation_prompts": [],
                 "checkpointing_steps": None,
             }
-            run.train(recipe.load(given.recipe, {**options, **VARIANTS[name]}), command=f"settings_on_seen: {VARIANTS[name]}")
+            train(recipe.load(given.recipe, {**options, **VARIANTS[name]}), command=f"settings_on_seen: {VARIANTS[name]}")
         found = json.loads((folder / "metrics.json").read_text())
         wins = [c["win_rate"] for c in found["comparisons"]]
         rates = [f"{w['rate']:.0%} ({w['low']:.0%}-{w['high']:.0%})" for w in wins]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from palate.base.errors import UserError
-from palate.models.export import KOHYA_FILE
+from palate.models.kohya import KOHYA_FILE
 from palate.models.lora import LORA_FILE
 from palate.runs import export, recipe
 

@@ -16,7 +16,9 @@ from palate.base.errors import UserError
 from palate.base.options import parse
 from palate.diffusion.denoising import Fit, Pair
 from palate.runs import recipe
+from palate.runs.assembly import resolve_objective
 from palate.runs.recipe import Recipe
+from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions
 
 
 @pytest.fixture
@@ -101,10 +103,10 @@ def test_overrides(written):
 @settings(max_examples=30, deadline=None)
 def test_what_is_written_reads_the_same(tmp_path_factory, prompts, rate, revision, columns):
     made = Recipe(
-        model=recipe.ModelOptions(revision=revision if revision != "null" else None),
-        data=recipe.DataOptions(columns=columns),
+        model=ModelOptions(revision=revision if revision != "null" else None),
+        data=DataOptions(columns=columns),
         training=recipe.TrainOptions(learning_rate=rate),
-        evaluation=recipe.EvaluationOptions(validation_prompts=tuple(prompts)),
+        evaluation=EvaluationOptions(validation_prompts=tuple(prompts)),
     )
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
     recipe.write(made, path)
@@ -113,7 +115,7 @@ def test_what_is_written_reads_the_same(tmp_path_factory, prompts, rate, revisio
 
 @pytest.mark.parametrize("text", ["no", "yes", "on", "1e5", "1e-4", "2024-01-01", "null", "0x10", "[a", "a: b", "~", "1_000"])
 def test_words_that_look_like_something_else_stay_words(tmp_path, text):
-    made = Recipe(evaluation=recipe.EvaluationOptions(validation_prompts=(text,)))
+    made = Recipe(evaluation=EvaluationOptions(validation_prompts=(text,)))
     recipe.write(made, tmp_path / "r.yaml")
     assert recipe.load(str(tmp_path / "r.yaml")) == made
 
@@ -127,11 +129,11 @@ def test_an_objective_of_ones_own(tmp_path, monkeypatch):
         "def plain(policy: Fit): return policy.error\n"
     )
     monkeypatch.chdir(tmp_path)
-    function, evidence = recipe.resolve_objective({"name": "own_objectives:hinge", "slope": "1e1"})
+    function, evidence = resolve_objective({"name": "own_objectives:hinge", "slope": "1e1"})
     assert evidence == "pairs"
     pair = Pair(Fit(torch.full((2, 3), 2.0)), Fit(torch.zeros(2, 3)))
     assert torch.equal(function(pair), torch.full((2,), 120.0))
-    assert recipe.resolve_objective({"name": "own_objectives:plain"})[1] == "samples"
+    assert resolve_objective({"name": "own_objectives:plain"})[1] == "samples"
     made = recipe.build({"objective": {"name": "own_objectives:hinge", "steps": "4"}})
     assert made.objective == {"name": "own_objectives:hinge", "slope": 2.0, "steps": 4}
 
@@ -163,7 +165,7 @@ def test_an_automatic_beta_is_kept_as_a_word_until_it_is_chosen():
     made = recipe.load("miniature-dpo", {"objective.beta": "auto"})
     assert made.objective == {"name": "dpo", "beta": "auto"}
     assert recipe.build({"objective": {"name": "cpo", "beta": "auto", "bc_weight": 1}}).objective["beta"] == "auto"
-    function, _ = recipe.resolve_objective(made.objective)
+    function, _ = resolve_objective(made.objective)
     nothing = Pair(Fit(torch.zeros(1, 1)), Fit(torch.zeros(1, 1)))
     assert function(nothing, nothing, torch.ones(1)).isnan()
     assert function(nothing, nothing, torch.ones(1), beta=1.0).isfinite()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from palate.base.errors import UserError
 from palate.base.files import replacing
@@ -162,3 +163,29 @@ def save_lora(denoiser: Denoiser, unet: Any, folder: str | Path) -> Path:
         if isinstance(told["target_modules"], list):  # of a set, in an order that is another in every process
             told["target_modules"].sort()
     return replacing(folder / LORA_FILE, lambda partial: denoiser.save_lora(partial, weights, metadata), LORA_FILE)
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The matrices of one layer: its change is ``scale * up @ down``."""
+
+    down: Tensor  # (rank, in), or (rank, in, k, k) of a convolution
+    up: Tensor  # (out, rank), or (out, rank, 1, 1)
+    scale: float
+
+    @property
+    def alpha(self) -> float:
+        """What a reader divides by the rank to get the scale."""
+        return self.scale * self.down.shape[0]
+
+
+def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
+    """The trained LoRA of a U-Net, as it is applied, by the name of the layer."""
+    from peft.tuners.lora import LoraLayer as PeftLayer
+
+    found = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, PeftLayer) and "default" in module.lora_A:
+            down, up = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))  # type: ignore[union-attr]
+            found[name] = LoraLayer(down, up, float(module.scaling["default"]))
+    return found

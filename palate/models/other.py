@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from palate.base.errors import UserError
-from palate.models import first_line
+from palate.base.hub import first_line
 
 
 class OtherPipeline:

@@ -13,6 +13,7 @@ from palate.evaluation.accuracy import accuracy
 from palate.evaluation.statistics import WinRate
 from palate.miniature import world
 from palate.names.judges import find_judges
+from palate.runs.assembly import resolve_space
 from palate.runs.label import judge_margins
 from palate.runs.models import NamedModel, find_model
 
@@ -109,7 +110,6 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
 def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress: bool) -> list[Accuracy]:
     from palate.data.cache import TensorCache
     from palate.data.encode import encode_pairs
-    from palate.runs import recipe as recipes
     from palate.training.measures import implicit_margins
 
     policy = model.load_finished()
@@ -125,7 +125,7 @@ def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress
     found = []
     for name in options.space:
         own = model.recipe.space if model.recipe is not None else {"name": "latent"}
-        space = recipes.resolve_space(own if name == "run" else {"name": name}, policy)
+        space = resolve_space(own if name == "run" else {"name": name}, policy)
         margins, labels = implicit_margins(
             policy,
             space,

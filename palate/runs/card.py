@@ -17,10 +17,11 @@ from palate.data.selection import same_prompt
 from palate.evaluation.compare import percent
 from palate.evaluation.folders import read_result
 from palate.evaluation.manifest import read_manifest
-from palate.models.export import KOHYA_FILE
+from palate.models.kohya import KOHYA_FILE
 from palate.models.lora import LORA_FILE
 from palate.online.options import Arithmetic
-from palate.runs.recipe import Recipe, resolve_objective
+from palate.runs.assembly import resolve_objective
+from palate.runs.recipe import Recipe
 
 CARD = "README.md"
 PUBLIC = (CARD, LORA_FILE, KOHYA_FILE, "unet/*", "before_after.png")

@@ -115,12 +115,12 @@ def _pushed_run(name: str, repo: str) -> str:
 
 
 def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.dtype, *, progress: bool) -> list[str]:
-    from palate.models import export as layouts
+    from palate.models import kohya, layouts
 
     denoiser, unet, _ = found.load()
     about = about_training(found.recipe, out.stem) if found.recipe else {"ss_output_name": out.stem}
     if options.format == "kohya":
-        return [f"wrote {layouts.save_kohya(denoiser, unet, out, dtype=dtype, about=about)}"]
+        return [f"wrote {kohya.save_kohya(denoiser, unet, out, dtype=dtype, about=about)}"]
     if options.format == "diffusers":
         return [f"wrote {layouts.save_diffusers(denoiser, unet, out, dtype=dtype)}"]
     if options.format == "merged-unet":
@@ -133,7 +133,7 @@ def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.
     )
     files = (
         layouts.save_diffusers(denoiser, denoiser.unet, out, dtype=dtype),
-        layouts.save_kohya(denoiser, denoiser.unet, out / layouts.KOHYA_FILE, dtype=dtype, about=about),
+        kohya.save_kohya(denoiser, denoiser.unet, out / kohya.KOHYA_FILE, dtype=dtype, about=about),
     )
     return [extraction.sentence(), *(f"wrote {file}" for file in files)]
 

@@ -82,7 +82,7 @@ class NamedModel:
 
         A model of a family that is not trained is a :class:`palate.models.other.OtherPipeline`.
         """
-        from palate.models import load_drawer, quiet_loading
+        from palate.models.families import load_drawer, quiet_loading
 
         device = _device(mixed_precision)
         quiet_loading()
@@ -91,7 +91,7 @@ class NamedModel:
         unet = self._put(denoiser)
         if self.refiner is None:
             return denoiser, unet, None
-        from palate.models import load_refiner
+        from palate.models.families import load_refiner
 
         refiner = load_refiner(self.refiner, start=self.refiner_start, mixed_precision=mixed_precision, device=device)
         return denoiser, unet, refiner
@@ -162,7 +162,7 @@ def load_base(
 
     full: in full precision whatever ``mixed_precision`` says, because all weights are trained.
     """
-    from palate.models import check_model, load_denoiser, quiet_loading
+    from palate.models.families import check_model, load_denoiser, quiet_loading
 
     name = _base(name)
     check_model(name, revision=revision)
@@ -175,7 +175,7 @@ def load_base(
 
 def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None = None) -> None:
     """Refuse a refiner that cannot finish the pictures of ``base``; reads no weights."""
-    from palate.models import FAMILIES, check_model, check_refiner
+    from palate.models.families import FAMILIES, check_model, check_refiner
 
     if refiner is None:
         return

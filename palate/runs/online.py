@@ -20,7 +20,8 @@ from palate.names.prompts import find_prompts
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.online.options import Arithmetic
 from palate.online.rollouts import Rollouts
-from palate.runs.recipe import Recipe, resolve_objective, resolve_space, write
+from palate.runs.assembly import resolve_objective, resolve_space
+from palate.runs.recipe import Recipe, write
 from palate.training.options import TrainOptions
 
 TOLERANCE = {"no": 1e-5, "fp16": 1e-3, "bf16": 5e-3}

@@ -140,7 +140,7 @@ class _Run:
         self.order = functools.lru_cache(maxsize=2)(lambda epoch: [int(i) for i in data.order(options.seed, epoch)])
         self.optimizer = make_optimizer(self.weights, options)
         self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
-        self.logs: RunLog | _Silent = Silent()
+        self.logs: RunLog | Silent = Silent()
         self.rollouts = data if isinstance(data, Rollouts) else None
         if self.rollouts is not None and len(data) % self.batch_size:
             raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")

@@ -69,7 +69,7 @@ class GenerateOptions:
         if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {self.guidance_scale}; expected 0 or more")
         if self.strength is not None:
-            from palate.models import check_strength
+            from palate.models.parts import check_strength
 
             check_strength(self.strength, self.num_inference_steps)
         if self.resolution is not None:
@@ -89,7 +89,7 @@ def main(words: list[str]) -> int:
     from palate.base.machine import versions
     from palate.evaluation import editing
     from palate.evaluation.generation import Shard, begun, drawing, generate, plan, settings
-    from palate.models import cut_warning
+    from palate.models.families import cut_warning
     from palate.names.prompts import find_prompts
     from palate.runs.models import find_model
 
@@ -111,7 +111,7 @@ def main(words: list[str]) -> int:
     if files and options.refiner is not None:
         raise UserError("an edited picture is not refined: leave out --refiner")
     if files:
-        from palate.models import check_model
+        from palate.models.families import check_model
 
         check_model(model.base, revision=model.revision)
     pictures = plan(

@@ -19,7 +19,7 @@ def main(words: list[str]) -> int:
     from palate.runs import recipe
 
     made = recipe.load(words[0], overrides(words[1:]))
-    from palate.runs import train as run
+    from palate.runs.train import train
 
-    run.train(made, command=shlex.join(["palate", "train", *words]))
+    train(made, command=shlex.join(["palate", "train", *words]))
     return 0

@@ -12,7 +12,7 @@ import torch
 from conftest import BETAS
 from PIL import Image
 
-from palate.models import load_denoiser
+from palate.models.families import load_denoiser
 
 
 def with_scheduler(model_dir: Path, folder: Path, kind: str, **config) -> Path:

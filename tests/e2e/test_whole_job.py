@@ -396,7 +396,7 @@ def test_a_dozen_lines_of_python_do_the_same(palate, model_dir, pairs_dir, cache
     from palate.data.cache import TensorCache
     from palate.data.encode import encode_pairs
     from palate.data.pairs import read_pairs
-    from palate.models import load_denoiser
+    from palate.models.families import load_denoiser
     from palate.models.policy import Policy
     from palate.objectives.pairs import dpo
     from palate.spaces import perceptual

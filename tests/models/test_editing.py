@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from palate.base.errors import UserError
-from palate.models import load_denoiser
+from palate.models.families import load_denoiser
 
 PROMPTS, SEEDS = ["a red house", "a blue tower on the left"], [3, 4]
 QUICK = {"num_inference_steps": 4, "guidance_scale": 3.0, "resolution": 64}

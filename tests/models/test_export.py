@@ -15,18 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palate.base.errors import UserError
-from palate.models import load_denoiser
-from palate.models.export import (
-    KOHYA_FILE,
-    extract_lora,
-    kohya_name,
-    lora_layers,
-    save_diffusers,
-    save_kohya,
-    save_pipeline,
-    save_unet,
-)
-from palate.models.lora import find_lora, load_lora, put_loras, tells_alpha
+from palate.models.families import load_denoiser
+from palate.models.kohya import KOHYA_FILE, kohya_name, save_kohya
+from palate.models.layouts import extract_lora, save_diffusers, save_pipeline, save_unet
+from palate.models.lora import find_lora, load_lora, lora_layers, put_loras, tells_alpha
 from palate.models.policy import Policy
 
 
@@ -170,7 +162,7 @@ def test_alphas_and_metadata_of_the_kohya_twin(folder, tmp_path):
 def test_a_full_disk_leaves_what_was_there(model_dir, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    from palate.models import export
+    from palate.models import layouts as export
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")

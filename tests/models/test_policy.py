@@ -14,7 +14,7 @@ from torch import nn
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
-from palate.models import load_denoiser
+from palate.models.families import load_denoiser
 from palate.models.lora import LORA, tuned
 from palate.models.policy import Policy
 from palate.spaces import perceptual

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from palate.base.errors import UserError
-from palate.models import check_model
+from palate.models.families import check_model
 
 RESNET = {
     "norm1": "in_layers.0",

@@ -19,7 +19,7 @@ from palate.training import checkpoints, loop
 from palate.training.log import read_log
 from palate.training.loop import Stopped
 from palate.training.optimizers import lr_factor
-from palate.training.options import TrainOptions
+from palate.training.options import LR_SCHEDULERS, TrainOptions
 from palate.training.steps import pair_step, sample_step
 
 

@@ -19,7 +19,7 @@ from palate.objectives.pairs import cpo, dpo
 from palate.objectives.samples import kto, sft
 from palate.spaces import latent
 from palate.training.fits import Draws
-from palate.training.measures import _pair_metrics, automatic_beta, implicit_margins
+from palate.training.measures import pair_metrics, automatic_beta, implicit_margins
 from palate.training.steps import pair_step, sample_step
 
 
@@ -77,7 +77,7 @@ def test_golden_metrics():
         return Fit(torch.tensor(errors)[:, None].sqrt())
 
     # Lw 1, Ll 4, Rw 2, Rl 3: m = -((1 - 4) - (2 - 3)) = 2; u = (0.5 / 2) 2 = 0.5; Rw - Lw = 1; Rl - Ll = -1
-    metrics = _pair_metrics(Pair(fit(1.0), fit(4.0)), Pair(fit(2.0), fit(3.0)), 0.5)
+    metrics = pair_metrics(Pair(fit(1.0), fit(4.0)), Pair(fit(2.0), fit(3.0)), 0.5)
     golden = {"margin": 2, "logit": 0.5, "winner_advantage": 1, "loser_advantage": -1, "implicit_accuracy": 1}
     for name, value in golden.items():
         assert float(metrics[name]) == pytest.approx(value, abs=1e-6), name

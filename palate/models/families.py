@@ -1,0 +1,181 @@
+"""Families of diffusion models by the pipeline class that a folder names, and loading them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palate.base.errors import UserError
+from palate.base.hub import fetch, first_line
+
+if TYPE_CHECKING:
+    from palate.models.denoiser import Denoiser
+    from palate.models.refiner import Refiner
+
+
+FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+"""Pipeline class named in ``model_index.json`` -> family."""
+
+
+REFINER = "StableDiffusionXLImg2ImgPipeline"
+
+
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
+
+
+def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: str | None) -> Denoiser:
+    """Load a pipeline folder or hub id.
+
+    Args:
+        name: a folder holding ``model_index.json``, or a hub id.
+        mixed_precision: ``no``, ``fp16`` or ``bf16``: precision of the frozen weights.
+        source: ``revision``, ``variant``.
+
+    Raises:
+        UserError: not a pipeline, an unsupported family, or not reachable.
+    """
+    given = {k: v for k, v in source.items() if v is not None}
+    kind = check_model(name, revision=given.get("revision"))
+    from palate.models.sd import StableDiffusion
+    from palate.models.sdxl import StableDiffusionXL
+
+    family = StableDiffusionXL if FAMILIES[kind] == "sdxl" else StableDiffusion
+    try:
+        return family(name, dtype=_dtype(mixed_precision), device=device, **given)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
+
+
+def load_drawer(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: str | None) -> Any:
+    """As :func:`load_denoiser`, and of other families a :class:`palate.models.other.OtherPipeline`, which only draws."""
+    given = {k: v for k, v in source.items() if v is not None}
+    kind = _pipeline_class(name, given.get("revision"))
+    if kind in FAMILIES or kind == REFINER:
+        return load_denoiser(name, mixed_precision=mixed_precision, device=device, **source)
+    from palate.models.other import OtherPipeline
+
+    return OtherPipeline(name, dtype=_dtype(mixed_precision), device=device, **given)
+
+
+def load_refiner(
+    name: str, *, start: float = 0.8, mixed_precision: str = "no", device: str = "cpu", **source: str | None
+) -> Refiner:
+    """Load SDXL's refiner, which takes over when ``start`` of the denoising is done; arguments as :func:`load_denoiser`.
+
+    Raises:
+        UserError: not a refiner, parts of it missing, or not reachable.
+    """
+    given = {k: v for k, v in source.items() if v is not None}
+    check_refiner(name, revision=given.get("revision"))
+    from palate.models.refiner import Refiner
+
+    try:
+        return Refiner(name, start=start, dtype=_dtype(mixed_precision), device=device, **given)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be loaded as a refiner: {first_line(error)}") from error
+
+
+def cut_warning(denoiser: Any, texts: Iterable[str | None]) -> str:
+    """What to tell of prompts, negative ones too, that are longer than the text encoder reads; empty if none is."""
+    cut, limit = denoiser.cut_prompts([text for text in texts if text is not None])
+    which, what = ("1 prompt is", "its end is") if cut == 1 else (f"{cut} prompts are", "their ends are")
+    return f"{which} longer than the {limit} tokens that the text encoder reads: {what} not seen" if cut else ""
+
+
+def _dtype(mixed_precision: str) -> Any:
+    from palate.models.denoiser import DTYPES
+
+    if mixed_precision not in DTYPES:
+        raise UserError(f"mixed_precision is {mixed_precision!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[mixed_precision]
+
+
+def check_model(name: str, *, revision: str | None = None) -> str:
+    """The pipeline class of a folder or hub id; reads no weights.
+
+    Raises:
+        UserError: as :func:`load_denoiser`.
+    """
+    kind = _pipeline_class(name, revision)
+    if kind == REFINER:
+        raise UserError(f"{name} is a refiner ({kind}), which only finishes pictures: give the base model here")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{name} is a {kind}; supported pipelines: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x, SDXL, and "
+            "their Turbo kinds); others can only draw, by palate generate"
+        )
+    return kind
+
+
+def check_refiner(name: str, *, revision: str | None = None) -> None:
+    """Raise ``UserError`` unless a folder or hub id is SDXL's refiner; reads no weights."""
+    kind = _pipeline_class(name, revision)
+    if kind != REFINER:
+        raise UserError(f"{name} is a {kind}, not a refiner: expected a {REFINER}, such as SDXL's refiner 1.0")
+    missing = [p for p in ("unet", "text_encoder_2", "tokenizer_2") if Path(name).is_dir() and not Path(name, p).is_dir()]
+    if missing:
+        raise UserError(f"the refiner {name} lacks {', '.join(f'{p}/' for p in missing)}; download it again")
+
+
+def _pipeline_class(name: str, revision: str | None) -> str:
+    """What ``model_index.json`` names."""
+    folder = Path(name)
+    if folder.is_file() and folder.suffix in SINGLE_FILES:
+        raise UserError(_of_single_file(name))
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{name} is not a diffusers pipeline folder: model_index.json is missing; "
+            "expected the folder that save_pretrained of a pipeline wrote"
+        )
+    if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"no model at {name}: expected a pipeline folder or a hub id such as owner/model")
+    index = folder / "model_index.json" if folder.exists() else _fetch_index(name, revision)
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model_index.json of {name} is damaged ({first_line(error)}); download the model again") from error
+
+
+def _of_single_file(name: str) -> str:
+    """What to do with a file where a pipeline folder is expected; of weights only the names are read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(name, "pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError):
+        names = []  # pickled, or damaged
+    if any("lora" in part for part in names):
+        return f"{name} is a LoRA, no model: name the model it belongs to, and give the file by --lora or --pretrained_lora"
+    kind = "StableDiffusionXLPipeline" if any(part.startswith("conditioner.") for part in names) else "StableDiffusionPipeline"
+    return (
+        f"{name} is a single file, which tells neither its configuration nor how it predicts; make a pipeline folder of it: "
+        f"python -c \"from diffusers import {kind} as P; P.from_single_file({name!r}).save_pretrained('FOLDER')\""
+        f"{'' if names else ' (of SDXL: StableDiffusionXLPipeline)'}; without a network add config=OTHER behind the file, any "
+        "pipeline folder of the same kind; if it predicts v, say so in FOLDER/scheduler/scheduler_config.json: "
+        "prediction_type v_prediction"
+    )
+
+
+def _fetch_index(name: str, revision: str | None) -> Path:
+    short = name.split("/")[-1]
+    how = (
+        f"Without a network, run 'hf download {name} --local-dir models/{short}' where there is one, copy the folder here and "
+        f"give --pretrained_model_name_or_path models/{short}"
+    )
+    return fetch(name, "model_index.json", revision=revision, otherwise=how)
+
+
+def quiet_loading() -> None:
+    """No bars while weights are read from disk; those of downloads stay."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    wanted = not are_progress_bars_disabled()
+    of_transformers.disable_progress_bar()  # which disables those of downloads too
+    of_diffusers.disable_progress_bar()
+    if wanted:
+        enable_progress_bars()

@@ -1,0 +1,164 @@
+"""What was trained, in the layouts of other programs: kohya's LoRA, merged weights, a LoRA out of full weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from palate.base.errors import UserError
+from palate.base.files import replacing
+from palate.models.denoiser import Denoiser
+from palate.models.lora import LORA, LoraLayer, lora_layers, save_lora
+
+
+@contextmanager
+def _of_dtype(module: nn.Module, dtype: torch.dtype, only: str = "") -> Iterator[None]:
+    kept = {name: p.data for name, p in module.named_parameters() if only in name}
+    parameters = dict(module.named_parameters())
+    for name, tensor in kept.items():
+        parameters[name].data = tensor.to(dtype)
+    try:
+        yield
+    finally:
+        for name, tensor in kept.items():
+            parameters[name].data = tensor
+
+
+def save_diffusers(denoiser: Denoiser, unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the LoRA of ``unet`` for ``load_lora_weights``; returns the file."""
+    with _of_dtype(unet, dtype, LORA):
+        return save_lora(denoiser, unet, folder)
+
+
+def merge(unet: Any) -> nn.Module:
+    """The LoRA of ``unet`` added to its weights (in place, in their own precision) and taken away."""
+    if lora_layers(unet):
+        unet.fuse_lora()
+        unet.unload_lora()
+    return unet
+
+
+def save_unet(unet: Any, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a whole U-Net for ``UNet2DConditionModel.from_pretrained``; a LoRA in it is merged. It is changed in place."""
+    return replacing(Path(folder), merge(unet).to(dtype).save_pretrained)  # type: ignore[operator]
+
+
+def save_pipeline(denoiser: Denoiser, unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write all a pipeline needs, with ``unet`` (a LoRA in it is merged), for ``from_pretrained``; all changed in place.
+
+    SDXL's VAE says in its configuration that it must be computed in float32; its stored precision may be half.
+    """
+    pipeline = denoiser.pipeline(merge(unet))
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.to(dtype)
+    return replacing(Path(folder), pipeline.save_pretrained)
+
+
+# A LoRA out of full weights ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How much of a change a LoRA holds, as shares of its sum of squares."""
+
+    layers: int
+    ranks: tuple[int, int]
+    """Least and greatest."""
+    of_layers: float
+    """Of the change of those layers."""
+    of_all: float
+    """Of the change of all weights: biases and layers without a LoRA stay as they were."""
+
+    def sentence(self) -> str:
+        low, high = self.ranks
+        rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        return (
+            f"a LoRA of {rank} in {self.layers} layers holds {100 * self.of_layers:.2f} % of their squared change, and "
+            f"{100 * self.of_all:.2f} % of the change of all weights"
+        )
+
+
+@torch.no_grad()
+def extract_lora(
+    denoiser: Denoiser,
+    full: nn.Module,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    layers: str = "all",
+    progress: bool = False,
+) -> Extraction:
+    """Put the nearest LoRA to ``full - base`` into the denoiser's own U-Net, by singular values (Eckart-Young).
+
+    Args:
+        full: the tuned U-Net.
+        rank: of every layer, or less where a layer has less.
+        energy: instead of a rank, the least one that holds this share of a layer's squared change.
+        layers: as of a policy.
+
+    Raises:
+        UserError: the two differ in shape, or do not differ at all.
+    """
+    from peft import LoraConfig
+
+    unet: Any = denoiser.unet
+    before, after = dict(unet.named_parameters()), dict(full.named_parameters())
+    if before.keys() != after.keys() or any(before[n].shape != after[n].shape for n in before):
+        raise UserError(f"the tuned U-Net is not shaped like that of {denoiser.name}: name the model it was trained from")
+    total = sum(float((after[n].float() - before[n].float()).square().sum()) for n in before)
+    if not total:
+        raise UserError(f"the tuned U-Net is that of {denoiser.name}: there is no change to extract")
+    targets = tuple(denoiser.lora_targets[layers])
+    names = [
+        n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and f".{n}".endswith(_suffixes(targets))
+    ]
+    found, covered, held = {}, 0.0, 0.0
+    for name in tqdm(names, desc="singular values", disable=not progress):
+        change = after[f"{name}.weight"].float() - before[f"{name}.weight"].float()
+        squared = float(change.square().sum())
+        covered += squared
+        if squared:  # a layer that did not change needs no LoRA
+            layer, share = _nearest(change, rank, energy)
+            found[name], held = layer, held + share * squared
+    if not found:
+        raise UserError(f"no layer of {layers!r} changed; extract from layers all")
+    ranks = {name: layer.down.shape[0] for name, layer in found.items()}
+    greatest = max(ranks.values())
+    unet.add_adapter(
+        LoraConfig(r=greatest, lora_alpha=greatest, target_modules=list(found), rank_pattern=ranks, alpha_pattern=ranks)
+    )
+    for name, layer in found.items():
+        module = unet.get_submodule(name)
+        module.lora_A["default"].weight.data = layer.down
+        module.lora_B["default"].weight.data = layer.up
+    return Extraction(len(found), (min(ranks.values()), greatest), held / covered, held / total)
+
+
+def _suffixes(targets: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{target}" for target in targets)
+
+
+def _nearest(change: Tensor, rank: int | None, energy: float | None) -> tuple[LoraLayer, float]:
+    """The best LoRA of one layer at scale 1, and the share of the squared change that it holds."""
+    u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    shares = s.square().cumsum(0) / s.square().sum()
+    # Rounding may leave even the last share below a energy of 1.
+    least = len(s) if energy is None else min(len(s), int((shares < energy - 1e-6).sum()) + 1)
+    keep = least if rank is None else min(rank, least)
+    root = s[:keep].sqrt()
+    down, up = root[:, None] * vh[:keep], u[:, :keep] * root
+    if change.ndim == 4:
+        down, up = down.reshape(keep, *change.shape[1:]), up[..., None, None]
+    share = float(shares[keep - 1])
+    if not math.isfinite(share):
+        raise UserError("the tuned U-Net holds numbers that are not finite; it cannot be used")
+    return LoraLayer(down.contiguous(), up.contiguous(), 1.0), share

@@ -1,0 +1,190 @@
+"""Base beside tuned model: drawn, judged, reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palate.base.errors import UserError
+from palate.base.machine import tell, versions
+from palate.names.judges import NamedJudge, find_judges, score_folders
+from palate.names.prompts import find_prompts
+from palate.runs.card import write_card
+from palate.runs.loading import at_home, denoiser_of
+from palate.runs.models import check_refiner_fits
+from palate.runs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from palate.data.prompts import Prompt
+    from palate.evaluation.manifest import Picture
+
+
+def evaluate(recipe: Recipe, *, command: str = "") -> None:
+    """Compare base and tuned model of a finished run again, in its folder."""
+    recipe = at_home(recipe)
+    out = Path(recipe.training.output_dir)
+    if recipe.evaluation.evaluation_prompts is None:
+        raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
+    evaluation_prompts(recipe)
+    comparing_judges(recipe)
+    check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
+    lora, full = out / "pytorch_lora_weights.safetensors", out / "unet"
+    if not lora.is_file() and not full.is_dir():
+        raise UserError(f"{out} holds neither {lora.name} nor unet/; is the training finished?")
+    from palate.models.lora import load_lora, tuned
+    from palate.models.policy import twin
+
+    denoiser = denoiser_of(recipe)
+    base = twin(denoiser.unet, share=True)
+    if recipe.policy.pretrained_lora is not None:
+        load_lora(denoiser, base, recipe.policy.pretrained_lora)
+    resolution = recipe.data.resolution or denoiser.default_resolution
+    compare_models(recipe, denoiser, base, tuned(denoiser, lora if lora.is_file() else full), resolution, out, command)
+    write_card(out, recipe, family=denoiser.family)
+
+
+def evaluation_prompts(recipe: Recipe) -> list[Prompt]:
+    wanted = recipe.evaluation.evaluation_prompts
+    return [] if wanted is None else find_prompts(wanted)[: recipe.evaluation.num_evaluation_prompts]
+
+
+def comparing_judges(recipe: Recipe) -> dict[str, NamedJudge]:
+    """Refuses unknown ones before any weights are loaded."""
+    found = find_judges(recipe.evaluation.judges)
+    if recipe.evaluation.evaluation_prompts is not None and not found:
+        raise UserError("evaluation_prompts are given but no judges; add --judges '[mini-heldout]' or kind:folder")
+    return found
+
+
+class Samples:
+    """Pictures of the validation prompts during training: the same seeds every time, base beside tuned."""
+
+    def __init__(self, recipe: Recipe, denoiser: Any, policy: Any, resolution: int):
+        self.options, self.denoiser, self.policy, self.resolution = recipe.evaluation, denoiser, policy, resolution
+        self.folder = Path(recipe.training.output_dir) / "samples"
+        self.base: list[Any] = []
+        prompts = list(self.options.validation_prompts)
+        if prompts:
+            denoiser.remember(prompts)
+
+    def _generate(self, unet: Any) -> list[Any]:
+        prompts = list(self.options.validation_prompts)
+        return self.denoiser.generate(
+            prompts,
+            [self.options.evaluation_seed + i for i in range(len(prompts))],
+            unet=unet,
+            num_inference_steps=self.options.num_inference_steps,
+            guidance_scale=self.options.guidance_scale,
+            resolution=self.resolution,
+            batch_size=self.options.evaluation_batch_size,
+        )
+
+    def draw(self, step: int) -> None:
+        from palate.evaluation.grid import before_after_grid
+
+        self.base = self.base or self._generate(self.policy.frozen)
+        tuned = self._generate(self.policy.trainable_module) if step else self.base
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before_after_grid(
+            list(self.options.validation_prompts), self.base, tuned, self.folder / f"step-{step:06d}.png", columns=4
+        )
+        self.denoiser.release()
+
+
+def compare_models(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: int, out: Path, command: str) -> None:
+    from palate.evaluation.folders import compare_folders, write_result
+    from palate.evaluation.generation import plan
+    from palate.evaluation.grid import before_after_grid
+    from palate.evaluation.report import chapter_of, write_report
+
+    options, began = recipe.evaluation, time.monotonic()
+    planned = plan(evaluation_prompts(recipe), model="", images_per_prompt=options.images_per_prompt)
+    planned = [dataclasses.replace(p, seed=options.evaluation_seed + i) for i, p in enumerate(planned)]
+    prompts = [p.prompt for p in planned]
+    pictures, refiner = {}, None
+    if options.refiner is not None:
+        from palate.models.families import load_refiner
+
+        precision, device = recipe.training.mixed_precision, str(denoiser.device)
+        refiner = load_refiner(options.refiner, start=options.refiner_start, mixed_precision=precision, device=device)
+    for side, unet in (("base", base), ("tuned", tuned)):
+        folder = out / "evaluation" / side
+        pictures[side] = _generated(recipe, denoiser, unet, refiner, planned, resolution, folder, side)
+    del refiner
+    denoiser.release()  # room for the judges
+    sides = [out / "evaluation" / side for side in pictures]
+    judges = comparing_judges(recipe)
+    score_folders(judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
+    unseen = options.evaluation_prompts == "miniature-unseen"
+    trained_on = list(recipe.online.rewards) if recipe.online.train_prompts is not None else []
+    found = compare_folders(sides, judges=list(judges), trained_on=trained_on, unseen=unseen, who="the aligned model")
+    shown = _first_of_each(prompts, 12)
+    before_after_grid(
+        [prompts[i] for i in shown],
+        [pictures["base"][i] for i in shown],
+        [pictures["tuned"][i] for i in shown],
+        out / "before_after.png",
+        columns=4,
+    )
+    method = f"{recipe.objective['name']} in {_space_name(recipe.space)} space"
+    title = f"{Path(recipe.model.pretrained_model_name_or_path).name}, aligned by {method}"
+    # run.json tells the command of a training; the weights may also have come without it.
+    extra = {"title": title} if (out / "run.json").is_file() else {"title": title, "command": command}
+    write_result(out / "metrics.json", found, extra)
+    write_report(out / "report.html", [chapter_of(out)])
+    tell(f"compared in {time.monotonic() - began:.0f} s; see {out / 'report.html'}")
+    print(found.versus[0].headline)
+
+
+def _generated(
+    recipe: Recipe,
+    denoiser: Any,
+    unet: Any,
+    refiner: Any,
+    pictures: list[Picture],
+    resolution: int,
+    folder: Path,
+    side: str,
+) -> list[Any]:
+    """The pictures of one side, anew, in a picture folder."""
+    from PIL import Image
+
+    from palate.evaluation.generation import drawing, generate, settings
+
+    options = recipe.evaluation
+    sampling = {
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "resolution": resolution,
+    }
+    tell(f"generating {len(pictures)} pictures of the {side} model")
+    partial = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    generate(
+        drawing(denoiser, unet, refiner, **sampling),
+        [dataclasses.replace(p, model=side) for p in pictures],
+        partial,
+        settings=settings(denoiser, seed=options.evaluation_seed, versions=versions(), **sampling),
+        model={"name": side, "base": recipe.model.pretrained_model_name_or_path, "refiner": options.refiner},
+        batch_size=options.evaluation_batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return [Image.open(folder / p.file).convert("RGB") for p in pictures]
+
+
+def _first_of_each(prompts: list[str], limit: int) -> list[int]:
+    first: dict[str, int] = {}
+    for index, prompt in enumerate(prompts):
+        first.setdefault(prompt, index)
+    return list(first.values())[:limit]
+
+
+def _space_name(space: Any) -> str:
+    parts = space if isinstance(space, list) else [space]
+    return " + ".join(p["name"] for p in parts)

@@ -1,0 +1,131 @@
+"""What a recipe learns from: read, encoded, split, told."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from palate.base.errors import UserError
+from palate.base.machine import is_main, tell
+from palate.miniature import world
+from palate.models.families import cut_warning
+from palate.runs.assembly import resolve_objective
+from palate.runs.recipe import Recipe
+
+
+def reader_of(recipe: Recipe) -> Any:
+    """The pairs or pictures, of which the first is read at once: most mistakes in a data file are in every row."""
+    from palate.data.pairs import read
+
+    options = recipe.data
+    reader = read(
+        world.find_pairs(options.train_data),
+        ties=options.ties,
+        max_bad_rows=options.max_bad_rows,
+        max_train_samples=options.max_train_samples,
+        absolute_winners=options.absolute_winners,
+        deduplicate=options.deduplicate,
+        max_pairs_per_prompt=options.max_pairs_per_prompt,
+        columns=options.columns or None,
+        vote_question=options.vote_question,
+        vote_weights=options.vote_weights,
+    )
+    if reader.single and resolve_objective(recipe.objective)[1] == "pairs":
+        raise UserError(
+            f"objective {recipe.objective['name']} compares two pictures, but {options.train_data} holds single ones: use kto "
+            "or sft, or name pairs"
+        )
+    next(iter(reader))
+    return reader
+
+
+def validation_reader(recipe: Recipe) -> Any:
+    """The pairs on which implicit accuracy is measured, if they are named; the first is read at once."""
+    from palate.data.pairs import read_pairs
+
+    options = recipe.data
+    if options.validation_data is None:
+        return None
+    reader = read_pairs(
+        world.find_pairs(options.validation_data),
+        max_bad_rows=options.max_bad_rows,
+        columns=options.columns or None,
+        vote_question=options.vote_question,
+    )
+    next(iter(reader))
+    return reader
+
+
+def encoded_of(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, validation: Any) -> tuple[Any, Any]:
+    """What is trained on, and the held-out pairs or None; they share no prompt."""
+    from palate.data.cache import TensorCache
+    from palate.data.encode import encode
+    from palate.data.encoded import EncodedPairs
+
+    options = recipe.data
+    how = {
+        **denoiser.encoders(),
+        "cache": TensorCache(options.cache_dir),
+        "resolution": resolution,
+        "random_flip": options.random_flip,
+        "center_crop": options.center_crop,
+        "seed": recipe.training.seed,
+        "progress": is_main() and sys.stderr.isatty(),
+    }
+    encoded = encode(reader, **how)
+    _say_counts(reader.counts, "pictures" if reader.single else "pairs")
+    if told := cut_warning(denoiser, encoded.prompts):
+        tell(told)
+    if validation is not None:
+        held_out = encode(validation, **how)
+        kept = encoded.without_prompts(held_out.prompts)
+        if len(kept) < len(encoded):
+            tell(f"{len(encoded) - len(kept)} left out, whose prompts are in {options.validation_data}")
+        return kept, held_out
+    # Implicit accuracy is of pairs; single pictures are all trained on.
+    if isinstance(encoded, EncodedPairs) and options.validation_fraction > 0 and len(set(encoded.prompts)) > 1:
+        return encoded.split(options.validation_fraction, recipe.training.seed)
+    return encoded, None
+
+
+def learnable(encoded: Any, objective: Any, evidence: str) -> Any:
+    """What an objective can learn from."""
+    from palate.data.encoded import EncodedPairs
+
+    if evidence == "pairs":
+        return encoded
+    if isinstance(encoded, EncodedPairs):
+        return encoded.without_ties()
+    if "label" not in inspect.signature(objective).parameters:
+        return encoded.liked()
+    if len({item.label > 0.5 for item in encoded.items}) == 1:
+        tell("all pictures have the same vote: this objective learns from likes beside dislikes")
+    return encoded
+
+
+def counts_of(counts: Any) -> dict[str, Any]:
+    return {
+        "rows": counts.rows,
+        "ties_dropped": counts.ties_dropped,
+        "ties_kept": counts.ties_kept,
+        "unlabelled": counts.unlabelled,
+        "identical": counts.identical,
+        "left_out": dict(counts.left_out),
+        "bad_rows": [str(b) for b in counts.bad],
+    }
+
+
+def _say_counts(counts: Any, what: str) -> None:
+    for bad in counts.bad:
+        tell(f"skipped {bad}")
+    parts = {
+        "ties dropped": counts.ties_dropped,
+        "ties kept": counts.ties_kept,
+        "without a label": counts.unlabelled,
+        "showing one picture twice": counts.identical,
+        **counts.left_out,
+        "bad rows skipped": len(counts.bad),
+    }
+    told = [f"{counts.rows} rows: {counts.pairs} {what}", *(f"{n} {reason}" for reason, n in parts.items() if n)]
+    tell(", ".join(told))

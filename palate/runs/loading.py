@@ -1,0 +1,56 @@
+"""The model and the policy of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from palate.runs.models import load_base
+from palate.runs.recipe import Recipe
+
+
+def policy_of(recipe: Recipe, denoiser: Any) -> Any:
+    from palate.models.policy import Policy
+
+    return Policy(
+        denoiser,
+        kind=recipe.policy.train_method,
+        rank=recipe.policy.rank,
+        lora_alpha=recipe.policy.lora_alpha,
+        lora_layers=recipe.policy.lora_layers,
+        gradient_checkpointing=recipe.policy.gradient_checkpointing,
+        seed=recipe.training.seed,
+        pretrained_lora=recipe.policy.pretrained_lora,
+    )
+
+
+def at_home(recipe: Recipe) -> Recipe:
+    """The recipe with ``~/`` written out, which a shell does only where a word begins with it."""
+
+    def written_out(options: Any, *names: str) -> Any:
+        given = {name: getattr(options, name) for name in names}
+        return dataclasses.replace(
+            options, **{n: os.path.expanduser(v) for n, v in given.items() if (v or "").startswith("~/")}
+        )
+
+    return dataclasses.replace(
+        recipe,
+        model=written_out(recipe.model, "pretrained_model_name_or_path"),
+        data=written_out(recipe.data, "train_data", "validation_data", "cache_dir"),
+        policy=written_out(recipe.policy, "pretrained_lora"),
+        training=written_out(recipe.training, "output_dir", "resume_from_checkpoint"),
+        evaluation=written_out(recipe.evaluation, "evaluation_prompts", "refiner"),
+    )
+
+
+def denoiser_of(recipe: Recipe) -> Any:
+    options = recipe.model
+    return load_base(
+        options.pretrained_model_name_or_path,
+        mixed_precision=recipe.training.mixed_precision,
+        revision=options.revision,
+        variant=options.variant,
+        # All weights are trained, from their full precision on; the forward pass is autocast all the same.
+        full=recipe.policy.train_method == "full",
+    )
