@@ -22,7 +22,6 @@ VERBS = {
     "report": "runs or comparisons as one page: palate report FOLDER [FOLDER ...]",
     "export": "a LoRA for ComfyUI and A1111, merged weights, a pipeline: palate export RUN --format kohya --output F",
     "recipes": "list recipes, show one, or copy one to edit: palate recipes [show NAME | copy NAME [FILE]]",
-    "miniature": "rebuild the embedded miniature world: palate miniature build [--work_dir DIR] [--only mini-sdxl]",
 }
 
 

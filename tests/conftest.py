@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from palate.miniature import scenes
-from palate.miniature.base_model import build_tokenizer
+from palate.miniature.captions import caption
+from tools.miniature import scenes
+from tools.miniature.base_model import build_tokenizer
 
 LIMIT = 40  # tokens that the tiny text encoder reads
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -204,7 +205,7 @@ def pairs_dir(tmp_path_factory) -> Path:
     for row in range(16):
         if row % 2 == 0:
             scene = scenes.random_scene(rng)
-            prompt = scenes.caption(scene, rng)
+            prompt = caption(scene, rng)
         for side, share in (("chosen", 0.0), ("rejected", 1.0)):
             scenes.shoot(scene, rng, flaw_share=share, wrong_share=0.0).image.save(folder / f"{row}-{side}.png")
         lines.append({"prompt": prompt, "chosen": f"{row}-chosen.png", "rejected": f"{row}-rejected.png"})
@@ -241,7 +242,7 @@ def judge_dir(tmp_path_factory, tokenizer_dir) -> Path:
 def prompts_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     rng = np.random.default_rng(1)
-    path.write_text("".join(scenes.caption(scenes.random_scene(rng), rng) + "\n" for _ in range(4)))
+    path.write_text("".join(caption(scenes.random_scene(rng), rng) + "\n" for _ in range(4)))
     return path
 
 

@@ -84,7 +84,6 @@ def test_recipes(capsys, tmp_path, monkeypatch):
         (["trian"], "no command 'trian' (did you mean 'train'?"),
         (["recipes", "copy"], "expected: palate recipes"),
         (["recipes", "show", "nothing"], "no recipe named 'nothing'"),
-        (["miniature"], "expected: palate miniature build"),
         (["miniature", "build", "--work_dri", "x"], "unknown option --work_dri (did you mean 'work_dir'?"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from palate.base.errors import UserError
 from palate.miniature import prompt_lists, world
-from palate.miniature.scenes import scene_of
+from palate.miniature.captions import scene_of
 from palate.names.prompts import find_prompts
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from palate.data.prompts import Prompt, read_prompts
 from palate.miniature import world
-from palate.miniature.scenes import ATTRIBUTES, Scene, caption, scene_of
+from palate.miniature.captions import ATTRIBUTES, Scene, caption, scene_of
 
 OBJECTS, NEW_OBJECTS = ("house", "tree", "cactus"), ("tower", "sailboat")
 PLACES, NEW_PLACES = ("meadow", "sand", "snow"), ("water",)

@@ -23,7 +23,7 @@ def checkpoint(name: str) -> Path:
     """Folder of a miniature model or judge."""
     folder = ROOT / "checkpoints" / name
     if not folder.is_dir():
-        raise UserError(f"the miniature checkpoint {name} is missing from this installation; 'palate miniature build' makes it")
+        raise UserError(f"the miniature checkpoint {name} is missing from this installation; install Palate again")
     return folder
 
 
@@ -49,7 +49,5 @@ def seen_prompts() -> Path:
 
 def _file(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(
-            f"{path.name} of the miniature world is missing from this installation; 'palate miniature build' makes it"
-        )
+        raise UserError(f"{path.name} of the miniature world is missing from this installation; install Palate again")
     return path

@@ -19,11 +19,12 @@ from palate.evaluation.diversity import diversity, thumbnail
 from palate.evaluation.folders import Result
 from palate.evaluation.grid import before_after_grid
 from palate.evaluation.report import Chapter, write_report
-from palate.miniature import scenes
+from palate.miniature.captions import caption
+from tools.miniature import scenes
 
 rng = np.random.default_rng(0)
 SCENES = [scenes.random_scene(rng) for _ in range(4)]
-PROMPTS = [scenes.caption(s, rng) for s in SCENES]
+PROMPTS = [caption(s, rng) for s in SCENES]
 BASE = [scenes.shoot(s, np.random.default_rng(i), flaw_share=1.0).image for i, s in enumerate(SCENES)]
 TUNED = [scenes.shoot(s, np.random.default_rng(i), flaw_share=0.0).image for i, s in enumerate(SCENES)]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from palate.miniature.raters import QUESTIONS, TIE_MARGIN, Eye, Rater, crowd
-from palate.miniature.scenes import ATTRIBUTES, Scene
+from palate.miniature.captions import ATTRIBUTES, Scene
+from tools.miniature.raters import QUESTIONS, TIE_MARGIN, Eye, Rater, crowd
 
 
 def test_votes_without_ties_follow_bradley_terry() -> None:

@@ -7,21 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palate.miniature import scenes
-from palate.miniature.scenes import Flaw, Scene
+from palate.miniature.captions import ATTRIBUTES, Scene, all_scenes, caption, scene_of
+from tools.miniature import scenes
+from tools.miniature.scenes import Flaw
 
-any_scene = st.builds(Scene, **{name: st.sampled_from(values) for name, values in scenes.ATTRIBUTES.items()})
+any_scene = st.builds(Scene, **{name: st.sampled_from(values) for name, values in ATTRIBUTES.items()})
 
 
 @given(any_scene, st.integers(0, 10_000))
 def test_a_caption_tells_the_whole_scene(scene: Scene, seed: int) -> None:
-    assert scenes.scene_of(scenes.caption(scene)) == scene
-    assert scenes.scene_of(scenes.caption(scene, np.random.default_rng(seed))) == scene
+    assert scene_of(caption(scene)) == scene
+    assert scene_of(caption(scene, np.random.default_rng(seed))) == scene
 
 
 def test_a_caption_that_is_no_scene_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no object .* expected one of house"):
-        scenes.scene_of("a horse on the left, on white snow, at night")
+        scene_of("a horse on the left, on white snow, at night")
 
 
 @given(any_scene, st.integers(0, 10_000))
@@ -66,7 +67,7 @@ def test_every_flaw_changes_the_picture(kind: str) -> None:
 
 
 def test_a_tenth_of_the_scenes_is_held_out() -> None:
-    everything = scenes.all_scenes()
+    everything = all_scenes()
     assert len(everything) == len(set(everything)) == 4 * 4 * 5 * 5 * 2 * 2 * 3
     # 26 of 256 first bytes are multiples of ten; three standard deviations over 4800.
     assert np.mean([scenes.is_held_out(s) for s in everything]) == pytest.approx(26 / 256, abs=0.0131)

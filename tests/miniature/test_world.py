@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from palate.miniature import scenes, world
+from palate.miniature import world
+from palate.miniature.captions import scene_of
+from tools.miniature import scenes
 
 
 def test_stable_diffusion_loads_in_plain_diffusers_and_draws() -> None:
@@ -74,10 +76,10 @@ def test_pairs_have_pick_a_pic_columns_and_about_an_eighth_ties(name: str, model
 @pytest.mark.parametrize("name", sorted(world.PAIRS))
 def test_unseen_prompts_are_in_no_pair(name: str) -> None:
     unseen = world.unseen_prompts().read_text().splitlines()
-    trained = {scenes.scene_of(c) for c in pq.read_table(world.pairs(name), columns=["caption"])["caption"].to_pylist()}
+    trained = {scene_of(c) for c in pq.read_table(world.pairs(name), columns=["caption"])["caption"].to_pylist()}
     assert len(unseen) >= 192
-    assert not trained & {scenes.scene_of(p) for p in unseen}
-    assert all(scenes.is_held_out(scenes.scene_of(p)) for p in unseen)
+    assert not trained & {scene_of(p) for p in unseen}
+    assert all(scenes.is_held_out(scene_of(p)) for p in unseen)
 
 
 def test_every_checkpoint_has_a_card_with_measurements() -> None:

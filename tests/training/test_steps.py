@@ -19,7 +19,7 @@ from palate.objectives.pairs import cpo, dpo
 from palate.objectives.samples import kto, sft
 from palate.spaces import latent
 from palate.training.fits import Draws
-from palate.training.measures import pair_metrics, automatic_beta, implicit_margins
+from palate.training.measures import automatic_beta, implicit_margins, pair_metrics
 from palate.training.steps import pair_step, sample_step
 
 

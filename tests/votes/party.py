@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from palate.miniature import scenes
+from palate.miniature.captions import caption
+from tools.miniature import scenes
 
 CATEGORIES = ("people", "places")
 
@@ -21,7 +22,7 @@ def picture_folder(folder: Path, *, prompts: int = 4, per_prompt: int = 1, model
         (folder / model / "manifest.jsonl").unlink(missing_ok=True)
     for number in range(prompts):
         scene = scenes.random_scene(rng)
-        prompt = f"{scenes.caption(scene, rng)} <b>&{number}"
+        prompt = f"{caption(scene, rng)} <b>&{number}"
         for index in range(per_prompt):
             for model in models:
                 texts = PngImagePlugin.PngInfo()

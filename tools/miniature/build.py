@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from palate.base.files import write_atomically
-from palate.miniature import base_model, base_model_xl, judging, scenes, voting, world
-from palate.miniature.base_model import SEED, say
-from palate.miniature.raters import load_eye
+from palate.miniature import world
+from palate.miniature.captions import ATTRIBUTES
+from tools.miniature import base_model, base_model_xl, judging, voting
+from tools.miniature.base_model import SEED, say
+from tools.miniature.raters import load_eye
 
 
 def build_all(work: Path, target: Path = world.ROOT) -> None:
@@ -121,7 +123,7 @@ def measure(work: Path, voted: dict[str, float]) -> dict[str, Any]:
         "seed": SEED,
         "vae: mean absolute error in grey levels of 255": float((back - x).abs().mean() * 127.5),
         "mini-sd: attributes found in pictures of unseen prompts": voting.followed(work / "mini-sd", work / "mini-rater"),
-        "mini-rater: attribute accuracy on renders": dict(zip(scenes.ATTRIBUTES, hits.mean(0).tolist(), strict=True)),
+        "mini-rater: attribute accuracy on renders": dict(zip(ATTRIBUTES, hits.mean(0).tolist(), strict=True)),
         "mini-rater: correlation of appeal with the truth": float(np.corrcoef(looks, appeal)[0, 1]),
         "mini-pickscore: accuracy on unseen pairs of renders": judging.accuracy(work, work / "mini-pickscore"),
         "mini-heldout: accuracy on unseen pairs of renders": judging.accuracy(work, work / "mini-heldout"),
@@ -177,7 +179,8 @@ def write_cards(folder: Path, measured: dict[str, Any]) -> None:
                 lines.append(f"| {key.partition(': ')[2] or key} {label}".rstrip() + f" | {number:.4g} |")
         lines += [
             "",
-            f"Command: `palate miniature build`, seed {measured['seed']}, {measured['date']}, torch {measured['torch']}, CPU.",
+            f"Command: `python -m tools.miniature`, seed {measured['seed']}, {measured['date']}, torch {measured['torch']}, "
+            "CPU.",
             "",
         ]
         write_atomically(folder / name / "README.md", "\n".join(lines).encode())

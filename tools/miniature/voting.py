@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from palate.base.files import write_atomically
-from palate.miniature import scenes
-from palate.miniature.base_model import SEED, say
-from palate.miniature.raters import crowd, load_eye
+from palate.miniature.captions import ATTRIBUTES, caption, scene_of
+from tools.miniature import scenes
+from tools.miniature.base_model import SEED, say
+from tools.miniature.raters import crowd, load_eye
 
 PAIRS, XL_PAIRS, UNSEEN = 2400, 1000, 400
 STEPS, GUIDANCE = 14, 4.0
@@ -28,7 +29,7 @@ def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
     while len(found) < count:
         scene = scenes.random_scene(rng)
         if scenes.is_held_out(scene) == held_out:
-            found.setdefault(scene, scenes.caption(scene, rng))
+            found.setdefault(scene, caption(scene, rng))
     return list(found.values())
 
 
@@ -87,7 +88,7 @@ def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, se
     import pyarrow.parquet as pq
 
     eye, people = load_eye(eye_folder), crowd()
-    asked = [scenes.scene_of(t) for t in texts]
+    asked = [scene_of(t) for t in texts]
     looks, follow = (
         np.stack(columns, 1)
         for columns in zip(*([x.numpy() for x in eye.look(both[:, k].float() / 255, asked)[:2]] for k in range(2)), strict=True)
@@ -141,6 +142,6 @@ def followed(folder: Path, eye_folder: Path, count: int = 400) -> dict[str, floa
     """Share of unseen prompts whose attributes the raters' eye finds in the model's picture, and the mean appeal."""
     texts = prompts(SEED + 60, count, held_out=True)
     images = to_tensor(sample(folder, texts, list(range(count))))
-    looks, _, hits = load_eye(eye_folder).look(images, [scenes.scene_of(t) for t in texts])
-    result = {name: float(hits[:, i].float().mean()) for i, name in enumerate(scenes.ATTRIBUTES)}
+    looks, _, hits = load_eye(eye_folder).look(images, [scene_of(t) for t in texts])
+    result = {name: float(hits[:, i].float().mean()) for i, name in enumerate(ATTRIBUTES)}
     return {**result, "all seven": float(hits.all(1).float().mean()), "mean appeal": float(looks.mean())}

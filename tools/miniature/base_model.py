@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from palate.base.files import write_atomically
-from palate.miniature import scenes
+from palate.miniature.captions import caption
+from tools.miniature import scenes
 
 SEED = 20_240_617
 VAE_STEPS, VAE_BATCH = 3200, 16
@@ -51,7 +52,7 @@ def picture_set(work: Path, name: str, seed: int, count: int, **shares: float) -
     if not path.exists():
         say(f"rendering {count} pictures for {name}")
         taken = list(shots(seed, count, **shares))
-        captions = [scenes.caption(s.asked, np.random.default_rng([seed, i, 1])) for i, s in enumerate(taken)]
+        captions = [caption(s.asked, np.random.default_rng([seed, i, 1])) for i, s in enumerate(taken)]
         record = {
             "pixels": pixels(taken),
             "captions": captions,
@@ -127,7 +128,7 @@ def build_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     rng = np.random.default_rng(SEED)
-    corpus = [scenes.caption(scenes.random_scene(rng), rng) for _ in range(4000)]
+    corpus = [caption(scenes.random_scene(rng), rng) for _ in range(4000)]
     model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     model.normalizer = normalizers.Lowercase()
     model.pre_tokenizer = pre_tokenizers.Sequence(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from palate.miniature.scenes import ATTRIBUTES, Scene
+from palate.miniature.captions import ATTRIBUTES, Scene
 
 QUESTIONS = ("general", "appeal", "following")
 """General preference, visual appeal (the prompt is hidden), prompt following: the three questions of Diffusion-DPO."""

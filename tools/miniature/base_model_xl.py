@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from palate.base.files import write_atomically
-from palate.miniature import scenes
-from palate.miniature.base_model import SEED, SHOTS, UNET_BATCH, picture_set, say, train
+from tools.miniature import scenes
+from tools.miniature.base_model import SEED, SHOTS, UNET_BATCH, picture_set, say, train
 
 UNET_STEPS = 1200
 TIME_ID_WIDTH = 32

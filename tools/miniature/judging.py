@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from palate.base.files import write_atomically
-from palate.miniature import scenes
-from palate.miniature.base_model import CONTEXT, SEED, build_tokenizer, picture_set, pixels, say, train
-from palate.miniature.raters import Eye, Rater, crowd
+from palate.miniature.captions import ATTRIBUTES, Scene, caption, scene_of
+from tools.miniature import scenes
+from tools.miniature.base_model import CONTEXT, SEED, build_tokenizer, picture_set, pixels, say, train
+from tools.miniature.raters import Eye, Rater, crowd
 
 VOTED_PAIRS = 9000
 HELD_OUT_STEPS = 1800
@@ -71,7 +72,7 @@ def voted_pairs(work: Path, name: str, seed: int, count: int, raters: list[Rater
                 worth = rater.worth(np.asarray(looks), np.asarray(follow), "general")
                 votes.append(rater.vote(worth[0], worth[1], rng))
             both.append(pixels(taken))
-            captions.append(scenes.caption(asked, rng))
+            captions.append(caption(asked, rng))
             labels.append(float(np.mean(votes)))
         record = {"pixels": torch.stack(both), "captions": captions, "labels": torch.tensor(labels)}
         write_atomically(path, functools.partial(torch.save, record))
@@ -79,11 +80,11 @@ def voted_pairs(work: Path, name: str, seed: int, count: int, raters: list[Rater
     return record["pixels"], record["captions"], record["labels"]
 
 
-def near_miss(scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
+def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene itself, or with one or two attributes changed."""
     changes = int(rng.choice([0, 1, 2], p=[0.55, 0.3, 0.15]))
-    for name in rng.choice(list(scenes.ATTRIBUTES), size=changes, replace=False):
-        others = [v for v in scenes.ATTRIBUTES[name] if v != getattr(scene, name)]
+    for name in rng.choice(list(ATTRIBUTES), size=changes, replace=False):
+        others = [v for v in ATTRIBUTES[name] if v != getattr(scene, name)]
         scene = replace(scene, **{str(name): str(rng.choice(others))})
     return scene
 
@@ -124,7 +125,7 @@ class Taught(nn.Module):
     def __init__(self, clip: nn.Module, projection: int):
         super().__init__()
         self.clip = clip
-        values = sum(map(len, scenes.ATTRIBUTES.values()))
+        values = sum(map(len, ATTRIBUTES.values()))
         self.image_head, self.text_head = nn.Linear(projection, values), nn.Linear(projection, values)
 
 
@@ -172,7 +173,7 @@ def build_clip(work: Path, folder: Path) -> None:
     """Contrastive training on picture and caption, as CLIP's, with attribute heads beside."""
     build_tokenizer(folder)
     images, captions, labels, _ = picture_set(work, "shots", SEED, 24_000)
-    asked = torch.tensor([scenes.scene_of(c).labels() for c in captions])
+    asked = torch.tensor([scene_of(c).labels() for c in captions])
     ids = token_ids(folder, captions)
     torch.manual_seed(SEED + 3)
     model = Taught(new_clip(int(ids.max()) + 1, width=96, layers=3, patch=8, projection=96), 96)
@@ -202,7 +203,7 @@ def build_preference(work: Path, folder: Path, *, start: Path | None, seed: int,
     build_tokenizer(folder)
     images, captions, label = voted_pairs(work, pairs, seed, VOTED_PAIRS, crowd(5, seed=seed))
     ids = token_ids(folder, captions)
-    asked = torch.tensor([scenes.scene_of(c).labels() for c in captions])
+    asked = torch.tensor([scene_of(c).labels() for c in captions])
     torch.manual_seed(seed)
     clip = CLIPModel.from_pretrained(start, dtype=torch.float32) if start else new_clip(int(ids.max()) + 1, **shape)
     model = Taught(clip, clip.config.projection_dim)
@@ -292,11 +293,11 @@ def caption_accuracy(work: Path, folder: Path) -> float:
     for index in range(total):
         rng = np.random.default_rng([SEED + 92, index])
         scene = scenes.random_scene(rng)
-        name = str(rng.choice(list(scenes.ATTRIBUTES)))
-        other = replace(scene, **{name: str(rng.choice([v for v in scenes.ATTRIBUTES[name] if v != getattr(scene, name)]))})
+        name = str(rng.choice(list(ATTRIBUTES)))
+        other = replace(scene, **{name: str(rng.choice([v for v in ATTRIBUTES[name] if v != getattr(scene, name)]))})
         taken.append(scenes.shoot(scene, rng, flaw_share=0.0, wrong_share=0.0))
-        good.append(scenes.caption(scene))
-        wrong.append(scenes.caption(other))
+        good.append(caption(scene))
+        wrong.append(caption(other))
     images, ids = pixels(taken), token_ids(folder, good + wrong)
     for rows in torch.arange(total).split(100):
         x = normalised(images[rows].float() / 255)

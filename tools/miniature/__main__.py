@@ -1,12 +1,13 @@
-"""``palate miniature``: rebuild the embedded miniature world."""
+"""``python -m tools.miniature``: rebuild the embedded miniature world, in a checkout of the repository."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from palate.base.errors import UserError
-from palate.base.options import checked, overrides
+from palate.base.options import checked, help_lines, overrides
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,18 @@ class BuildOptions:
             raise UserError(f"only is {self.only!r}; expected mini-sdxl, or leave it out to rebuild everything")
 
 
-def main(words: list[str]) -> int:
-    if not words or words[0] != "build":
-        raise UserError("expected: palate miniature build [--work_dir DIR] [--only mini-sdxl]")
-    options = checked(BuildOptions, overrides(words[1:]), "palate miniature build")
-    from palate.miniature.build import build_all, build_xl
+def main(words: list[str]) -> None:
+    if "-h" in words or "--help" in words:
+        print("\n".join(["python -m tools.miniature [--option value ...]", "", *help_lines(BuildOptions)]))
+        return
+    options = checked(BuildOptions, overrides(words), "python -m tools.miniature")
+    from tools.miniature.build import build_all, build_xl
 
     (build_all if options.only is None else build_xl)(Path(options.work_dir))
-    return 0
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""The builder of the miniature world: renderer, raters, trainings, votes, cards."""
