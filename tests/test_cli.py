@@ -83,8 +83,8 @@ def test_recipes(capsys, tmp_path, monkeypatch):
     [
         (["trian"], "no command 'trian' (did you mean 'train'?"),
         (["recipes", "copy"], "expected: palate recipes"),
+        (["compare", "a", "b", "--drows", "1"], "unknown option --drows (did you mean 'draws'?"),
         (["recipes", "show", "nothing"], "no recipe named 'nothing'"),
-        (["miniature", "build", "--work_dri", "x"], "unknown option --work_dri (did you mean 'work_dir'?"),
     ],
 )
 def test_mistakes(capsys, words, message):
