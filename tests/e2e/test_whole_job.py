@@ -305,7 +305,7 @@ def test_ctrl_c_while_comparing_keeps_the_weights(palate, monkeypatch, prompts_f
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_compare", interrupted)
+    monkeypatch.setattr(run, "compare_models", interrupted)
     code, _, errors = palate("train", judges="[jpeg_compressibility]", evaluation_prompts=prompts_file)
     assert code == 130
     assert "palate evaluate out" in errors.splitlines()[-1]
