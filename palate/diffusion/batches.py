@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
+
+from palate.diffusion.schedule import Times
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class TrajectoryBatch:
 
     xt: Float[Tensor, " b *d"]
     after: Float[Tensor, " b *d"]
-    t: Int[Tensor, " b"]
-    s: Int[Tensor, " b"]
+    t: Times
+    s: Times
     cond: dict[str, Tensor]
     old_log_prob: Float[Tensor, " b"]
     advantage: Float[Tensor, " b"]

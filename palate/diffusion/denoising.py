@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from palate.base.errors import UserError
-from palate.base.seeds import generator
-from palate.diffusion.schedule import Schedule
+from palate.base.seeds import normal
+from palate.diffusion.schedule import Schedule, Times
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Noised:
     x0: Float[Tensor, " b *d"]
     noise: Float[Tensor, " b *d"]
     xt: Float[Tensor, " b *d"]
-    t: Int[Tensor, " b"]
+    t: Times
     cond: Conditioning
     target: Float[Tensor, " b *d"]
     seeds: Int[Tensor, " b"]
@@ -128,22 +128,7 @@ def draw(
     if len(cond) != b or seeds.shape[0] * shared != b:
         raise ValueError(f"{b} items need {b} rows of conditioning and {b} / {shared} seeds; got {len(cond)} and {len(seeds)}")
     seeds = seeds.repeat(shared)
-    t = integers(seeds, t_min, t_max, TIME, x0.device)
+    t = schedule.uniform(seeds, t_min, t_max, TIME, x0.device)
     noise = normal(seeds, tuple(x0.shape[1:]), NOISE, x0.device, x0.dtype)
     xt = schedule.add_noise(x0, noise, t)
     return Noised(x0, noise, xt, t, cond, schedule.target(x0, noise, t), seeds)
-
-
-def normal(
-    seeds: Int[Tensor, " b"], shape: Sequence[int], stream: int, device: torch.device | str, dtype: torch.dtype
-) -> Float[Tensor, " b *d"]:
-    """Standard normal numbers (b, *shape); row i depends on (seeds[i], stream) alone, not on the device."""
-    wanted = [int(seed) for seed in seeds.cpu()]
-    rows = {seed: torch.randn(*shape, generator=generator(seed, stream)) for seed in set(wanted)}
-    return torch.stack([rows[seed] for seed in wanted]).to(device, dtype)
-
-
-def integers(seeds: Int[Tensor, " b"], low: int, high: int, stream: int, device: torch.device | str) -> Int[Tensor, " b"]:
-    """Uniform integers of low .. high (inclusive), (b,) int64; row i depends on (seeds[i], stream) alone."""
-    rows = [torch.randint(low, high + 1, (), generator=generator(int(seed), stream)) for seed in seeds.cpu()]
-    return torch.stack(rows).to(device)

@@ -1,4 +1,4 @@
-"""Sampling with likelihoods: DDIM as a policy whose every step is a Gaussian, for sampling and for training alike.
+"""Sampling with likelihoods: a policy whose every step is a Gaussian, for sampling and for training alike.
 
 One function, `transition`, computes the Gaussian of a step, guidance included; a trajectory that was sampled by it has ratio 1
 until the weights change.
@@ -14,54 +14,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from palate.base.errors import UserError, nearest
-from palate.diffusion.denoising import Conditioning, normal, upcast
-from palate.diffusion.schedule import Schedule
+from palate.base.seeds import normal
+from palate.diffusion.denoising import Conditioning, upcast
+from palate.diffusion.schedule import Path, Schedule, Times
+from palate.diffusion.steps import Rule
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(xt (b, ...), t (b,), cond of b rows) -> the model's output (b, ...)."""
 
-SPACINGS = ("leading", "trailing", "linspace")
 START, FIRST_STEP = 10, 1000
 """Streams of random numbers: the noise that a picture begins with, and that of its step k (FIRST_STEP + k)."""
-LEAST_STD = 0.01
-"""Floor of a step's standard deviation where eta > 0. Schedules that end in abar = 1 end without noise: the density would be
-infinite. The last step of Stable Diffusion (0.0206) lies above it."""
 NEGATIVE = "negative/"
 """Tensors of a Conditioning whose names begin so condition the other half of a guided pass."""
-
-
-@dataclass(frozen=True)
-class Path:
-    """The times that sampling visits: step k goes from t[k] to s[k], and s[k] = t[k + 1]; the last s is -1, the end."""
-
-    t: tuple[int, ...]
-    s: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.t)
-
-
-def path(num_train_timesteps: int, num_inference_steps: int, *, spacing: str = "leading", steps_offset: int = 0) -> Path:
-    """The times of `num_inference_steps` steps, as the schedulers of diffusers space them (arXiv 2305.08891, table 2).
-
-    A step ends where the next one begins; diffusers' DDIM subtracts T // steps instead, which is the same for leading spacing,
-    and for trailing spacing where the number of steps divides T. Raises UserError for an unknown spacing or too many steps.
-    """
-    T, n = num_train_timesteps, num_inference_steps
-    if spacing not in SPACINGS:
-        raise UserError(f"timestep_spacing is {spacing!r}{nearest(spacing, SPACINGS)}")
-    if not 1 <= n <= T:
-        raise UserError(f"num_inference_steps is {n}; expected 1 to {T}, the times of this model")
-    if spacing == "leading":
-        t = [k * (T // n) + steps_offset for k in reversed(range(n))]
-    elif spacing == "trailing":
-        t = [round(T - k * T / n) - 1 for k in range(n)]
-    else:
-        t = [round(k * (T - 1) / max(1, n - 1)) for k in reversed(range(n))]
-    if t[0] >= T:
-        raise UserError(f"{n} steps with steps_offset {steps_offset} begin after the last time {T - 1}; use fewer steps")
-    return Path(tuple(t), (*t[1:], -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,21 +53,20 @@ def transition(
     predict: Predict,
     schedule: Schedule,
     xt: Float[Tensor, " b *d"],
-    t: Int[Tensor, " b"],
-    s: Int[Tensor, " b"],
+    t: Times,
+    s: Times,
     cond: Conditioning,
     *,
-    eta: float,
+    rule: Rule,
 ) -> Transition:
-    """The step from times t to s as the model of `predict` (see `guided`) takes it: DDIM (arXiv 2010.02502, eq. 12), float32.
+    """The step from times t to s as the model of `predict` (see `guided`) takes it by a rule of `steps`, float32.
 
-    Sampling and training both call this. With eta > 0 the std is at least LEAST_STD.
+    Sampling and training both call this.
     """
     xt = upcast(xt)
     output = predict(xt, t, cond)
     with torch.autocast(xt.device.type, enabled=False):
-        mean, std = schedule.step(upcast(output), xt, t, s, eta)
-        return Transition(mean, std.clamp(min=LEAST_STD) if eta > 0 else std)
+        return Transition(*rule(schedule, upcast(output), xt, t, s))
 
 
 def guided(predict: Predict, guidance_scale: float) -> Predict:
@@ -158,7 +121,7 @@ def sample(
     shape: Sequence[int],
     *,
     guidance_scale: float,
-    eta: float,
+    rule: Rule,
     judged_scale: float | None = None,
     keep_means: bool = False,
     device: torch.device | str = "cpu",
@@ -178,11 +141,11 @@ def sample(
     latents: list[Tensor] = [x]
     log_probs: list[Tensor] = []
     means: list[Tensor] = []
-    for k, (t, s) in enumerate(zip(path.t, path.s, strict=True)):
-        times = torch.full((b,), t, device=device), torch.full((b,), s, device=device)
-        step = transition(act, schedule, x, *times, cond, eta=eta)
+    for k in range(len(path)):
+        times = path.at(k, b, device)
+        step = transition(act, schedule, x, *times, cond, rule=rule)
         after = step.mean + step.std * normal(seeds, shape, FIRST_STEP + k, device, torch.float32)
-        judged = step if judge is act else transition(judge, schedule, x, *times, cond, eta=eta)
+        judged = step if judge is act else transition(judge, schedule, x, *times, cond, rule=rule)
         log_probs.append(judged.log_prob(after))
         if keep_means:
             means.append(judged.mean)

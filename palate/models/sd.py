@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.schedule import Schedule
+from palate.diffusion.schedule import from_config
 from palate.models.features import encoder_features
 from palate.models.parts import Remembered, Source, TextEncoder, Vae, assemble, draw_pictures
 
@@ -44,7 +44,7 @@ class StableDiffusion:
         self.name, self.device = name, torch.device(device)
         read = Source(name, self.device, **source)
         self.scheduler_config = read.scheduler_config()
-        self.schedule = Schedule.from_config(self.scheduler_config)
+        self.schedule = from_config(self.scheduler_config)
         self.vae, self.text = Vae(read, dtype), TextEncoder(read)
         self.vae_scale_factor = self.vae.factor
         self.unet = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)

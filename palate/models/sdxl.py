@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.schedule import Schedule
+from palate.diffusion.schedule import from_config
 from palate.models.features import encoder_features
 from palate.models.parts import Remembered, Source, TextEncoder, Vae, assemble, draw_pictures, zeros_like
 from palate.models.sd import LORA_TARGETS
@@ -35,7 +35,7 @@ class StableDiffusionXL:
         self.name, self.device = name, torch.device(device)
         read = Source(name, self.device, **source)
         self.scheduler_config = read.scheduler_config()
-        self.schedule = Schedule.from_config(self.scheduler_config)
+        self.schedule = from_config(self.scheduler_config)
         self.vae = Vae(read, dtype)
         self.texts = TextEncoder(read), TextEncoder(read, "CLIPTextModelWithProjection", "_2")
         self.vae_scale_factor = self.vae.factor

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from palate.base.errors import UserError, nearest
-from palate.diffusion.sampling import SPACINGS
+from palate.diffusion.schedule import SPACINGS
 
 ADVANTAGES = ("tracker", "group", "round")
 WEIGHTINGS = ("softmax", "percentile", "streaming_percentile", "threshold")

@@ -23,7 +23,8 @@ from palate.base.seeds import mix
 from palate.data.prompts import Prompt, PromptSampler
 from palate.diffusion.batches import PairBatch, SampleBatch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.sampling import Path, Transition, guided, path, sample, transition
+from palate.diffusion.sampling import Transition, guided, sample, transition
+from palate.diffusion.steps import ddim
 from palate.online import advantages
 from palate.online.conditions import Encoded
 from palate.online.options import Arithmetic, OnlineOptions
@@ -68,7 +69,6 @@ class Rollouts:
         decode: latents to pictures in [0, 1].
         rewards: judges of pictures.
         evidence: what the objective learns from: ``trajectories``, ``samples`` or ``pairs``.
-        spacing, steps_offset: of the times of sampling.
         seed: decides prompts, noise and order.
         keep_means: for objectives that ask how far a step has moved.
         replay: the step that will train on trajectories, to check that it finds them as likely as sampling did.
@@ -87,8 +87,6 @@ class Rollouts:
         rewards: Bundle,
         options: OnlineOptions,
         evidence: str,
-        spacing: str = "leading",
-        steps_offset: int = 1,
         seed: int = 0,
         keep_means: bool = False,
         replay: Step | None = None,
@@ -103,9 +101,9 @@ class Rollouts:
         self.sampler = PromptSampler(self.prompts, seed)
         self.places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
         self.arithmetic = Arithmetic.of(options, evidence)
-        times = options.timestep_spacing or spacing
-        self.path: Path = path(
-            policy.schedule.num_train_timesteps, options.sample_num_steps, spacing=times, steps_offset=steps_offset
+        self.path, self.rule = (
+            policy.schedule.path(options.sample_num_steps, options.timestep_spacing),
+            ddim(options.sample_eta),
         )
         self.keep_means = keep_means
         self.replay, self.replay_batch_size, self.tolerance, self.progress = replay, replay_batch_size, tolerance, progress
@@ -179,12 +177,12 @@ class Rollouts:
         if self.evidence == "trajectories":
             step = torch.tensor([row[1] for row in rows])
             times = step + self.options.window.start
-            latents, t, s = self.data["latents"], torch.tensor(self.path.t), torch.tensor(self.path.s)
+            latents = self.data["latents"]
             return TrajectoryBatch(
                 xt=latents[first, step],
                 after=latents[first, step + 1],
-                t=t[times],
-                s=s[times],
+                t=self.path.t[times],
+                s=self.path.s[times],
                 cond=cond.tensors,
                 old_log_prob=self.data["log_prob"][first, step],
                 advantage=self.data["advantage"][first],
@@ -302,9 +300,10 @@ class Rollouts:
             def measure(k: int, x: Tensor, step: Transition, measured: int = measured, cond: Conditioning = cond) -> None:
                 if not measured:
                     return
-                t, s = (torch.full((measured,), times[k], device=device) for times in (self.path.t, self.path.s))
                 there = cond.rows(slice(measured))
-                base = transition(refer, self.policy.schedule, x[:measured], t, s, there, eta=options.sample_eta)
+                base = transition(
+                    refer, self.policy.schedule, x[:measured], *self.path.at(k, measured, device), there, rule=self.rule
+                )
                 kl[k] += Transition(step.mean[:measured], step.std[:measured]).kl(base).double().sum().cpu()
 
             drawn = sample(
@@ -315,7 +314,7 @@ class Rollouts:
                 seeds[start : start + len(part)],
                 self.shape,
                 guidance_scale=options.sample_guidance_scale,
-                eta=options.sample_eta,
+                rule=self.rule,
                 judged_scale=options.trained_scale,
                 keep_means=self.keep_means,
                 device=device,
@@ -341,7 +340,8 @@ class Rollouts:
         row, after = (int(x) for x in (~finite).nonzero()[0])
         raise UserError(
             f"picture {first + row} ({self.prompts[which[row]].text!r}) is not finite after step {after - 1} of "
-            f"{len(self.path)} (time {self.path.t[max(0, after - 1)]}); lower learning_rate, or use mixed_precision bf16 or no"
+            f"{len(self.path)} (time {self.path.t[max(0, after - 1)]:g}); "
+            "lower learning_rate, or use mixed_precision bf16 or no"
         )
 
     def _plan(self, number: int, prompts: list[str], total: Tensor) -> dict[str, Any]:

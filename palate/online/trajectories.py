@@ -13,6 +13,7 @@ from palate.base.errors import UserError
 from palate.diffusion.batches import Batch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import Transition, guided, transition
+from palate.diffusion.steps import Rule
 from palate.training.fits import TrainablePolicy
 from palate.training.steps import Measured, Step
 
@@ -39,7 +40,7 @@ def trajectory_step(
     policy: TrainablePolicy,
     objective: Callable[..., Tensor],
     *,
-    eta: float,
+    rule: Rule,
     guidance_scale: float,
     clip_range: float | None = None,
     kl_weight: float = 0.0,
@@ -49,7 +50,7 @@ def trajectory_step(
 
     Args:
         objective: of ``palate.objectives.trajectories``, hyperparameters bound.
-        eta, guidance_scale: as in sampling; guidance 1 where training goes without.
+        rule, guidance_scale: as in sampling; guidance 1 where training goes without.
         clip_range: of the objective, for ``clip_fraction``.
         kl_weight: adds this times the exact KL divergence of the step from the reference's, mean over elements.
         measure_kl: log it even at weight 0; costs a pass of the reference.
@@ -74,13 +75,13 @@ def trajectory_step(
         reference = None
         if kl_weight or measure_kl:
             with torch.no_grad():
-                reference = transition(refer, policy.schedule, xt, t, s, cond, eta=eta)
-        now = transition(act, policy.schedule, xt, t, s, cond, eta=eta)
+                reference = transition(refer, policy.schedule, xt, t, s, cond, rule=rule)
+        now = transition(act, policy.schedule, xt, t, s, cond, rule=rule)
         log_prob = now.log_prob(after)
         if not bool(log_prob.isfinite().all()):
             row = int(log_prob.isfinite().int().argmin())
             raise UserError(
-                f"the log-probability of the step from time {int(t[row])} to {int(s[row])} of a picture of "
+                f"the log-probability of the step from time {t[row]:g} to {s[row]:g} of a picture of "
                 f"{batch.prompts[row]!r} is {float(log_prob.detach()[row])}; "
                 "lower learning_rate, or use mixed_precision bf16 or no"
             )

@@ -102,9 +102,9 @@ def complete_space(options: Any) -> dict[str, Any] | list[dict[str, Any]]:
 
 
 def _any_schedule() -> Any:
-    from palate.diffusion.schedule import Schedule
+    from palate.diffusion.schedule import from_config
 
-    return Schedule.from_config({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2})
+    return from_config({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2})
 
 
 def resolve_space(options: dict[str, Any] | list[dict[str, Any]], policy: Any) -> Any:

@@ -16,6 +16,7 @@ from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.data.prompts import Prompt
 from palate.data.selection import same_prompt
+from palate.diffusion.steps import ddim
 from palate.names.prompts import find_prompts
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.online.options import Arithmetic
@@ -95,7 +96,7 @@ def assemble(
         step: Any = trajectory_step(
             policy,
             objective,
-            eta=options.sample_eta,
+            rule=ddim(options.sample_eta),
             guidance_scale=options.trained_scale,
             kl_weight=options.kl_weight,
         )
@@ -116,8 +117,6 @@ def assemble(
         rewards=_bundle(recipe, found.rewards, denoiser.device),
         options=options,
         evidence=evidence,
-        spacing=denoiser.scheduler_config.get("timestep_spacing", "leading"),
-        steps_offset=int(denoiser.scheduler_config.get("steps_offset", 0)),
         seed=recipe.training.seed,
         keep_means="moved" in inspect.signature(objective).parameters,
         replay=step if evidence == "trajectories" else None,

@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError, nearest
-from palate.diffusion.denoising import STEP_NOISE, TARGET_TIME, Conditioning, Noised, integers, normal, upcast
+from palate.base.seeds import normal
+from palate.diffusion.denoising import STEP_NOISE, TARGET_TIME, Conditioning, Noised, upcast
 from palate.diffusion.schedule import Schedule
+from palate.diffusion.steps import ddim_step
 from palate.spaces.space import Embed
 
 LAYERS = ("last_down", "mid", "all")
@@ -47,14 +49,14 @@ class Perceptual:
             z = normal(noised.seeds, tuple(xt.shape[1:]), STEP_NOISE, xt.device, xt.dtype)
             eta = 1.0
         else:
-            s = integers(noised.seeds, 0, self.schedule.num_train_timesteps - 1, TARGET_TIME, xt.device)
+            s = self.schedule.uniform(noised.seeds, 0, self.schedule.num_train_timesteps - 1, TARGET_TIME, xt.device)
             z = torch.zeros_like(xt)
             eta = 0.0
 
         def embed(output: Float[Tensor, " b *d"]) -> Float[Tensor, "b n"]:
             # In float32: a step moves the latents by about 0.005 of the output, and two models differ by a hundredth of
             # that; half precision would round it away.
-            mean, std = self.schedule.step(upcast(output), xt, noised.t, s, eta)
+            mean, std = ddim_step(self.schedule, upcast(output), xt, noised.t, s, eta)
             return self._join(self.features(mean + std * z, s, noised.cond, self.layers))
 
         return embed

@@ -9,8 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from palate.base.seeds import integers
 from palate.diffusion.batches import Batch
-from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw, integers
+from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw
 from palate.spaces import Space
 
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palate.base.errors import UserError
-from palate.diffusion.denoising import Conditioning, Fit, draw, fit, integers, normal
-from palate.diffusion.schedule import Schedule
+from palate.base.seeds import integers, normal
+from palate.diffusion.denoising import Conditioning, Fit, draw, fit
+from palate.diffusion.schedule import VariancePreserving, from_config
 
-schedule = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+schedule = from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 
 
 def cond(rows: int) -> Conditioning:
@@ -25,7 +26,7 @@ def latents(b: int) -> torch.Tensor:
 @settings(max_examples=20, deadline=None)
 @given(seeds=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4), cut=st.integers(0, 3), v=st.booleans())
 def test_an_item_does_not_depend_on_its_batch(seeds: list[int], cut: int, v: bool):
-    this = Schedule(schedule.alphas_cumprod, "v_prediction" if v else "epsilon")
+    this = VariancePreserving(schedule.alphas_cumprod, "v_prediction" if v else "epsilon")
     b, i = len(seeds), cut % len(seeds)
     x0, seeds_ = latents(b), torch.tensor(seeds)
     whole = draw(this, x0, cond(b), seeds_)

@@ -8,27 +8,27 @@ import pytest
 import torch
 
 from palate.base.errors import UserError
-from palate.diffusion.denoising import Conditioning, normal
+from palate.base.seeds import normal
+from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import (
     FIRST_STEP,
-    LEAST_STD,
     START,
     Transition,
     guided,
     join,
-    path,
     sample,
     split,
     transition,
 )
-from palate.diffusion.schedule import Schedule
+from palate.diffusion.schedule import Schedule, from_config
+from palate.diffusion.steps import LEAST_STD, ddim, ddim_step
 
 CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SHAPE = (2, 4, 4)
 
 
 def schedule(**config) -> Schedule:
-    return Schedule.from_config(CONFIG | {"set_alpha_to_one": False} | config)
+    return from_config(CONFIG | {"set_alpha_to_one": False, "steps_offset": 1} | config)
 
 
 def predict(xt, t, cond):
@@ -43,8 +43,8 @@ def conditions(b: int) -> Conditioning:
 
 def drawn(b: int = 3, n: int = 6, eta: float = 1.0, scale: float = 3.0, **options):
     return sample(
-        predict, schedule(), path(1000, n, steps_offset=1), conditions(b), torch.arange(b), SHAPE,
-        guidance_scale=scale, eta=eta, **options,
+        predict, schedule(), schedule().path(n), conditions(b), torch.arange(b), SHAPE,
+        guidance_scale=scale, rule=ddim(eta), **options,
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_times_are_those_of_diffusers(spacing, n):
 
     theirs = DDIMScheduler(timestep_spacing=spacing, steps_offset=1, num_train_timesteps=1000)
     theirs.set_timesteps(n)
-    assert list(path(1000, n, spacing=spacing, steps_offset=1).t) == theirs.timesteps.tolist()
+    assert schedule().path(n, spacing).t.tolist() == theirs.timesteps.tolist()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -68,11 +68,11 @@ def test_steps_are_those_of_diffusers_to_the_last(prediction_type, spacing, eta,
     config = CONFIG | {"prediction_type": prediction_type, "set_alpha_to_one": set_alpha_to_one}
     theirs = DDIMScheduler(**config, clip_sample=False, timestep_spacing=spacing, steps_offset=1)
     theirs.set_timesteps(10)
-    ours, way = Schedule.from_config(config), path(1000, 10, spacing=spacing, steps_offset=1)
+    ours, way = from_config(config), from_config(config | {"steps_offset": 1}).path(10, spacing)
     x, cond = normal(torch.arange(3), SHAPE, 9, "cpu", torch.float64), conditions(3)
-    for t, s in zip(way.t, way.s, strict=True):
+    for t, s in zip(way.t.tolist(), way.s.tolist(), strict=True):
         times = torch.full((3,), t), torch.full((3,), s)
-        mean, std = ours.step(predict(x, times[0], cond), x, *times, eta)
+        mean, std = ddim_step(ours, predict(x, times[0], cond), x, *times, eta)
         noise = normal(torch.arange(3), SHAPE, t, "cpu", torch.float64)
         expected = theirs.step(predict(x, times[0], cond), t, x, eta=eta, variance_noise=noise).prev_sample
         torch.testing.assert_close(mean + std * noise, expected, rtol=0, atol=2e-5)
@@ -99,10 +99,10 @@ def test_log_prob_and_kl_by_hand():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_training_computes_the_very_log_probs_of_sampling(scale):
-    found, way, cond = drawn(scale=scale), path(1000, 6, steps_offset=1), conditions(3)
+    found, way, cond = drawn(scale=scale), schedule().path(6), conditions(3)
     for k in range(len(way)):
-        times = torch.full((3,), way.t[k]), torch.full((3,), way.s[k])
-        again = transition(guided(predict, scale), schedule(), found.latents[:, k], *times, cond, eta=1.0)
+        times = way.at(k, 3, "cpu")
+        again = transition(guided(predict, scale), schedule(), found.latents[:, k], *times, cond, rule=ddim(1.0))
         assert torch.equal(again.log_prob(found.latents[:, k + 1]), found.log_prob[:, k])
 
 
@@ -110,8 +110,8 @@ def test_a_picture_does_not_depend_on_its_batch():
     whole, cond = drawn(4), conditions(4)
     for row in range(4):
         alone = sample(
-            predict, schedule(), path(1000, 6, steps_offset=1), cond.rows([row]), torch.tensor([row]), SHAPE,
-            guidance_scale=3.0, eta=1.0,
+            predict, schedule(), schedule().path(6), cond.rows([row]), torch.tensor([row]), SHAPE,
+            guidance_scale=3.0, rule=ddim(1.0),
         )  # fmt: skip
         torch.testing.assert_close(alone.latents[0], whole.latents[row])
         torch.testing.assert_close(alone.log_prob[0], whole.log_prob[row])
@@ -122,15 +122,15 @@ def test_noise_is_that_of_the_seed():
     start = normal(torch.arange(3), SHAPE, START, "cpu", torch.float32)
     assert torch.equal(found.latents[:, 0], start)
     times = torch.full((3,), 1), torch.full((3,), -1)
-    step = transition(guided(predict, 3.0), schedule(), start, *times, conditions(3), eta=1.0)
+    step = transition(guided(predict, 3.0), schedule(), start, *times, conditions(3), rule=ddim(1.0))
     expected = step.mean + step.std * normal(torch.arange(3), SHAPE, FIRST_STEP, "cpu", torch.float32)
     assert torch.equal(found.latents[:, 1], expected)
 
 
 def test_eta_0_draws_nothing():
-    way, seen = path(1000, 6, steps_offset=1), []
+    way, seen = schedule().path(6), []
     sample(
-        predict, schedule(), way, conditions(2), torch.arange(2), SHAPE, guidance_scale=1.0, eta=0.0,
+        predict, schedule(), way, conditions(2), torch.arange(2), SHAPE, guidance_scale=1.0, rule=ddim(0.0),
         on_step=lambda k, x, step: seen.append(step.std.max().item()),
     )  # fmt: skip
     assert seen == [0.0] * 6
@@ -138,8 +138,8 @@ def test_eta_0_draws_nothing():
 
 def test_a_last_step_without_variance_is_floored():
     found = sample(
-        predict, schedule(set_alpha_to_one=True), path(1000, 5), conditions(2), torch.arange(2), SHAPE,
-        guidance_scale=1.0, eta=1.0,
+        predict, schedule(set_alpha_to_one=True), schedule().path(5), conditions(2), torch.arange(2), SHAPE,
+        guidance_scale=1.0, rule=ddim(1.0),
     )  # fmt: skip
     assert found.log_prob.isfinite().all()
     # An expected log density of -1/2 - ln std - ln(2 pi) / 2, to which 32 elements come within a third or so.
@@ -149,9 +149,10 @@ def test_a_last_step_without_variance_is_floored():
 
 def test_the_published_path_is_above_the_floor():
     # Stable Diffusion with 50 leading steps: the std of its last steps, 0.040 and 0.021, as published code has them.
-    ours, way = schedule(), path(1000, 50, steps_offset=1)
+    ours = schedule()
+    way = ours.path(50)
     x = torch.zeros(1, 1)
-    last = [float(ours.step(x, x, torch.tensor([way.t[k]]), torch.tensor([way.s[k]]))[1]) for k in (-2, -1)]
+    last = [float(ddim_step(ours, x, x, *way.at(k, 1, "cpu"))[1]) for k in (-2, -1)]
     assert last == pytest.approx([0.040, 0.0206], abs=6e-4)
     assert min(last) > LEAST_STD
 
@@ -173,21 +174,21 @@ def test_guidance_is_one_forward_of_both():
 
 
 def test_judged_without_guidance():
-    found, way = drawn(judged_scale=1.0), path(1000, 6, steps_offset=1)
+    found, way = drawn(judged_scale=1.0), schedule().path(6)
     assert torch.equal(found.latents, drawn().latents)
-    times = torch.full((3,), way.t[2]), torch.full((3,), way.s[2])
-    plain = transition(guided(predict, 1.0), schedule(), found.latents[:, 2], *times, conditions(3), eta=1.0)
+    times = way.at(2, 3, "cpu")
+    plain = transition(guided(predict, 1.0), schedule(), found.latents[:, 2], *times, conditions(3), rule=ddim(1.0))
     torch.testing.assert_close(plain.log_prob(found.latents[:, 3]), found.log_prob[:, 2])
 
 
 def test_half_precision_inputs_are_computed_in_float32():
     times = torch.full((2,), 500), torch.full((2,), 400)
-    step = transition(predict, schedule(), torch.ones(2, *SHAPE).half(), *times, conditions(2), eta=1.0)
+    step = transition(predict, schedule(), torch.ones(2, *SHAPE).half(), *times, conditions(2), rule=ddim(1.0))
     assert step.mean.dtype == step.std.dtype == torch.float32
 
 
 def test_bad_paths_are_refused():
     with pytest.raises(UserError, match="did you mean 'trailing'"):
-        path(1000, 10, spacing="trailling")
+        schedule().path(10, "trailling")
     with pytest.raises(UserError, match="expected 1 to 1000"):
-        path(1000, 1001)
+        schedule().path(1001)

@@ -9,12 +9,13 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from palate import spaces
-from palate.diffusion.denoising import STEP_NOISE, Conditioning, Fit, Noised, Pair, draw, fit, normal
-from palate.diffusion.schedule import Schedule
+from palate.base.seeds import normal
+from palate.diffusion.denoising import STEP_NOISE, Conditioning, Fit, Noised, Pair, draw, fit
+from palate.diffusion.schedule import from_config
 from palate.objectives import pairs, samples
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-schedule = Schedule.from_config(SD)
+schedule = from_config(SD)
 P = 3
 
 

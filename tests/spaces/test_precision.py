@@ -10,10 +10,11 @@ from encoders import SD, Encoder, batch, output_near
 from torch import Tensor
 
 from palate import spaces
-from palate.diffusion.denoising import STEP_NOISE, Noised, fit, normal
-from palate.diffusion.schedule import Schedule
+from palate.base.seeds import normal
+from palate.diffusion.denoising import STEP_NOISE, Noised, fit
+from palate.diffusion.schedule import from_config
 
-schedule = Schedule.from_config(SD)
+schedule = from_config(SD)
 T = 200  # where the step is smallest: c_t = 0.0041
 
 

@@ -14,7 +14,7 @@ from palate.base.errors import UserError
 from palate.base.seeds import mix
 from palate.diffusion.batches import SampleBatch
 from palate.diffusion.denoising import Conditioning, Fit, Pair, draw
-from palate.diffusion.schedule import Schedule
+from palate.diffusion.schedule import VariancePreserving
 from palate.objectives.pairs import cpo, dpo
 from palate.objectives.samples import kto, sft
 from palate.spaces import latent
@@ -154,7 +154,7 @@ def test_objectives_of_pairs_refuse_single_pictures():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_snr_gamma_weighs_the_errors_themselves(prediction_type):
     policy, batch = moved_policy(), batch_of()
-    policy.schedule = Schedule(policy.schedule.alphas_cumprod, prediction_type)
+    policy.schedule = VariancePreserving(policy.schedule.alphas_cumprod, prediction_type)
     times = draw(policy.schedule, batch.latents[:3], Conditioning({"x": torch.zeros(3, 1)}), batch.seeds).t
     weight = policy.schedule.min_snr_weight(times, 2.0)
     assert len(set(weight.tolist())) == 3

@@ -12,9 +12,11 @@ from tiny_training import TinyPolicy
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.base.seeds import normal
 from palate.data.prompts import Prompt
-from palate.diffusion.denoising import Conditioning, normal
+from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import join
+from palate.diffusion.steps import ddim
 from palate.objectives.pairs import dpo
 from palate.objectives.samples import sft
 from palate.objectives.trajectories import ddpo_is, ddpo_sf
@@ -90,7 +92,7 @@ def step_for(policy, objective, online):
         return trajectory_step(
             policy,
             OBJECTIVES[objective],
-            eta=online.sample_eta,
+            rule=ddim(online.sample_eta),
             guidance_scale=online.trained_scale,
             kl_weight=online.kl_weight,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from palate.diffusion.batches import PairBatch
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.schedule import Schedule
+from palate.diffusion.schedule import VariancePreserving
 from palate.objectives.pairs import dpo
 from palate.spaces import latent
 from palate.training.loop import train
@@ -30,7 +30,7 @@ class TinyPolicy:
             self.trainable_module = nn.Conv2d(2, 2, 3, padding=1)
         self.frozen = copy.deepcopy(self.trainable_module).requires_grad_(False)
         betas = torch.linspace(1e-4, 2e-2, 100, dtype=torch.float64)
-        self.schedule = Schedule((1 - betas).cumprod(0), "epsilon")
+        self.schedule = VariancePreserving((1 - betas).cumprod(0), "epsilon", steps_offset=1)
         self.reference_calls = 0
 
     def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
