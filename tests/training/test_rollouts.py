@@ -106,7 +106,8 @@ def test_the_window_and_the_fraction_of_steps():
     for row in range(8):
         steps = [step for picture, step in source.plan if picture == row]
         assert len(set(steps)) == 2
-    assert batch.s.tolist() == [source.path.s[source.path.t.index(t)] for t in batch.t.tolist()]
+    after = dict(zip(source.path.t.tolist(), source.path.s.tolist(), strict=True))
+    assert batch.s.tolist() == [after[t] for t in batch.t.tolist()]
 
 
 def test_every_inner_epoch_holds_every_step_of_every_picture():
