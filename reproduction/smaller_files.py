@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
+from palate.data.images import to_tensor
 from palate.evaluation.manifest import read_manifest
 from palate.judges.jpeg import jpeg_compressibility
-from palate.judges.pictures import to_tensor
 from palate.names.judges import find_judges
 
 JUDGES = ("jpeg_compressibility", "mini-clip")

@@ -1,13 +1,15 @@
-"""Pictures: bytes to RGB, and the crop, flip and resize that both pictures of a pair share."""
+"""Pictures: bytes to RGB, to tensors and back, and the crop, flip and resize that both pictures of a pair share."""
 
 from __future__ import annotations
 
 import io
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -53,6 +55,28 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
+    """Pictures of one size as float32 ``(b, 3, h, w)`` in [0, 1]."""
+    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+
+
+def encoded(images: Float[Tensor, "b 3 h w"], form: str, **options: Any) -> list[bytes]:
+    """Pictures rounded to 8 bits a sample, as files of PIL's format ``form`` with its ``options``."""
+    files = []
+    for picture in to_pictures(images):
+        buffer = io.BytesIO()
+        picture.save(buffer, format=form, **options)
+        files.append(buffer.getvalue())
+    return files
+
+
+def to_pictures(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """The inverse of :func:`to_tensor`, rounding to 8 bits a sample."""
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
 
 
 def check_resolution(resolution: int) -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.data.images import to_tensor
 from palate.judges.kinds import KINDS, checked_options, find_place, module_of
-from palate.judges.pictures import to_tensor
 from palate.judges.stream import score_stream
 
 __all__ = ["KINDS", "Judge", "check_judge", "load_judge", "score"]

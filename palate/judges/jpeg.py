@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.judges.pictures import encoded
+from palate.data.images import encoded
 
 
 def jpeg_incompressibility(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:

@@ -1,18 +1,12 @@
-"""The one path on which pictures reach a judge: float tensors in [0, 1], whether they come from disk or from a model."""
+"""How pictures, float tensors in [0, 1], become what a CLIP model reads."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,28 +14,6 @@ from palate.base.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
-    """Pictures of one size as float32 ``(b, 3, h, w)`` in [0, 1]."""
-    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
-
-
-def encoded(images: Float[Tensor, "b 3 h w"], form: str, **options: Any) -> list[bytes]:
-    """Pictures rounded to 8 bits a sample, as files of PIL's format ``form`` with its ``options``."""
-    files = []
-    for picture in to_pictures(images):
-        buffer = io.BytesIO()
-        picture.save(buffer, format=form, **options)
-        files.append(buffer.getvalue())
-    return files
-
-
-def to_pictures(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
-    """The inverse of :func:`to_tensor`, rounding to 8 bits a sample."""
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.data.images import encoded
 from palate.judges.http import ask
-from palate.judges.pictures import encoded
 
 
 @dataclass(frozen=True)

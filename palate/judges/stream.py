@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError
-from palate.data.images import decode
-from palate.judges.pictures import to_tensor
+from palate.data.images import decode, to_tensor
 
 HELD = 4
 """Pictures of odd sizes wait for others of their size, so many batches of them at most."""

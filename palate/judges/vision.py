@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError, nearest
+from palate.data.images import encoded, to_pictures
 from palate.judges.http import ask
-from palate.judges.pictures import encoded, to_pictures
 from palate.judges.weights import DTYPES, quietly, reading, refuse_incomplete
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.data.images import to_tensor
 from palate.data.prompts import Prompt
-from palate.judges.pictures import to_tensor
 from palate.online.bundle import RewardBundle
 
 WINDOW = 3

@@ -222,8 +222,7 @@ def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress:
     Raises:
         UserError: a picture that the judge gives no finite score.
     """
-    from palate.data.images import decode
-    from palate.judges.pictures import to_tensor
+    from palate.data.images import decode, to_tensor
     from palate.judges.stream import score_stream
 
     where: list[str] = []

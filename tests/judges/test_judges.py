@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palate.base.errors import UserError
+from palate.data.images import to_tensor
 from palate.judges import load_judge, score
 from palate.judges.aesthetic import load_head
 from palate.judges.clip import load_clip
 from palate.judges.jpeg import jpeg_compressibility, jpeg_incompressibility
-from palate.judges.pictures import Preprocess, to_tensor
+from palate.judges.pictures import Preprocess
 
 WIDTH = 16
 HEADS = Path(__file__).resolve().parents[3] / "shared" / "data" / "aesthetic"

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from palate.base.errors import UserError
+from palate.data.images import to_tensor
 from palate.judges import load_judge, score
 from palate.judges.aesthetic import find_head, load_head
-from palate.judges.pictures import CLIP_MEAN, CLIP_STD, Preprocess, to_tensor
+from palate.judges.pictures import CLIP_MEAN, CLIP_STD, Preprocess
 from palate.judges.weights import affine, read_weights
 
 HEADS = Path(__file__).resolve().parents[3] / "shared" / "data" / "aesthetic"

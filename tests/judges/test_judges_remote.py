@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from palate.base.errors import UserError
+from palate.data.images import encoded, to_tensor
 from palate.judges import load_judge, score
 from palate.judges.http import ask
-from palate.judges.pictures import encoded, to_tensor
 from palate.judges.remote import Identity
 from palate.judges.server import serve_judge
 from palate.names.judges import find_judges
