@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.data.images import to_pictures
 from palate.data.prompts import Prompt
 from palate.judges.reward import Reward, RewardError
 
@@ -267,8 +267,7 @@ class RewardBundle:
         if self.folder is not None:
             path = Path(self.folder) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', who)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = (pending.images[where].nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
-            Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path)
+            to_pictures(pending.images[where : where + 1].nan_to_num())[0].save(path)
             saved = f", saved as {path}"
         text = f"{who} {problem}: {which} (prompt {pending.prompts[where].text!r}{saved})"
         raise RewardError(" ".join(text.split())) from cause

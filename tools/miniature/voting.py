@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from palate.base.files import write_atomically
+from palate.data.images import to_tensor
 from palate.miniature.captions import ATTRIBUTES, caption, scene_of
 from tools.miniature import scenes
 from tools.miniature.base_model import SEED, say
@@ -52,10 +53,6 @@ def sample(
         if start % 640 == 0:
             say(f"sampled {len(images)}/{len(texts)}")
     return images
-
-
-def to_tensor(images: list[Image.Image]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 255
 
 
 def candidates(work: Path, folder: Path, name: str, texts: list[str], seed: int, **options: Any) -> Tensor:
