@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.data.images import to_tensor
-from palate.judges.kinds import KINDS, checked_options, find_place, module_of
+from palate.judges.kinds import KINDS, find_place, module_of, options_of
 from palate.judges.stream import score_stream
 
 __all__ = ["KINDS", "Judge", "check_judge", "load_judge", "score"]
@@ -31,33 +31,36 @@ class Judge(Protocol):
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]: ...
 
 
-def check_judge(kind: str, where: str | Path | None = None, **options: Any) -> Path | str | None:
+def check_judge(kind: str, where: str | Path | None = None, **options: object) -> Path | str | None:
     """Refuse what :func:`load_judge` would refuse for want of a file, without reading weights.
 
     Returns:
         The folder (of a hub id: fetched by now), URL or nothing that the judge is made from.
     """
-    made = checked_options(kind, options)
-    place = find_place(kind, where)
-    module_of(kind).check(kind, place, **made)
-    return place
+    return _prepare(kind, where, options)[0]
 
 
-def load_judge(kind: str, where: str | Path | None = None, *, device: str | torch.device = "cpu", **options: Any) -> Judge:
+def load_judge(kind: str, where: str | Path | None = None, *, device: str | torch.device = "cpu", **options: object) -> Judge:
     """Load a judge of one of the :data:`KINDS`.
 
     Args:
         kind: such as ``pickscore``; docs/judges.md lists them.
         where: folder on disk, hub id, or URL where the kind allows one; the published weights unless given.
         device: of its weights.
-        options: keywords of the ``load`` function of its module, such as ``dtype="bfloat16"``.
+        options: fields of the ``Options`` of its module, such as ``dtype="bfloat16"``.
 
     Raises:
         UserError: an unknown kind or option, and a folder in which something is missing.
     """
-    made = checked_options(kind, options)
-    place = find_place(kind, where)
-    return module_of(kind).load(kind, place, device, **made)
+    return _prepare(kind, where, options)[1](device)
+
+
+def _prepare(
+    kind: str, where: str | Path | None, given: Mapping[str, object]
+) -> tuple[Path | str | None, Callable[[str | torch.device], Judge]]:
+    """What a judge is made from, found to be complete, and what makes it on a device."""
+    options, place = options_of(kind, given), find_place(kind, where)
+    return place, module_of(kind).prepare(kind, place, options)
 
 
 def score(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str], batch_size: int = 32) -> Float[Tensor, " n"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError
-from palate.judges.clip import Clip, check_clip, checked_dtype, load_clip
+from palate.judges.clip import Clip, check_clip, load_clip
 from palate.judges.pictures import Preprocess
-from palate.judges.weights import affine, read_weights, reading
+from palate.judges.weights import Options, affine, read_weights, reading
 
 OWN = {
     "aesthetic": ("aesthetic_head.safetensors", "aesthetic_head.pth", "sac+logos+ava1-l14-linearMSE.pth"),
@@ -79,14 +79,14 @@ class AestheticJudge:
         return self.clip.embed_images(pixels) @ self.weight + self.bias
 
 
-def check(kind: str, place: Path, *, dtype: str = "float32") -> None:
-    checked_dtype(dtype)
-    check_clip(place, kind)
-    find_head(kind, place)
-
-
-def load(kind: str, place: Path, device: str | torch.device = "cpu", *, dtype: str = "float32") -> AestheticJudge:
+def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.device], AestheticJudge]:
     """From a CLIP folder, with its own head or the published one."""
-    clip = load_clip(place, kind, device, checked_dtype(dtype))
-    preprocess = Preprocess.load(place, clip.model.config.vision_config.image_size)
-    return AestheticJudge(clip, preprocess, *load_head(find_head(kind, place)))
+    check_clip(place, kind)
+    head = find_head(kind, place)
+
+    def load(device: str | torch.device) -> AestheticJudge:
+        clip = load_clip(place, kind, device, options.dtype)
+        preprocess = Preprocess.load(place, clip.model.config.vision_config.image_size)
+        return AestheticJudge(clip, preprocess, *load_head(head))
+
+    return load

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,8 +15,10 @@ from torch import Tensor
 from palate.base.errors import UserError
 from palate.base.hub import is_hub_id, snapshot
 from palate.judges.bertscore import BertScore
-from palate.judges.clip import checked_dtype
-from palate.judges.vision import Endpoint, LocalVision, VisionModel, find_model
+from palate.judges.vision import Endpoint, LocalVision, VisionModel, VisionOptions, find_model
+
+if TYPE_CHECKING:
+    from palate.judges import Judge
 
 SHOWS = 'Does this figure show "{prompt}"? Please answer Yes or No.'
 DESCRIBE = "Answer concisely: what is going on in this image?"
@@ -92,64 +95,43 @@ def read_questions(path: Path) -> Questions:
     return found
 
 
-def check(
-    kind: str,
-    place: Path | str,
-    *,
-    model: str = "",
-    questions: str = "",
-    bert: str = BERT,
-    layer: int = BERT_LAYER,
-    dtype: str = "bfloat16",
-    batch_size: int = 4,
-    max_tokens: int = 128,
-    concurrency: int = 4,
-    timeout: float = 120.0,
-    retries: int = 4,
-) -> None:
-    checked_dtype(dtype)
-    if min(layer, batch_size, max_tokens, concurrency) < 1 or timeout <= 0 or retries < 0:
-        raise UserError(f"judge {kind}: layer, batch_size, max_tokens, concurrency and timeout must be positive")
-    if kind == "vlm_strict":
-        if not questions:
-            raise UserError("judge vlm_strict needs ?questions=FILE.jsonl with prompt, questions and answers")
-        read_questions(Path(questions).expanduser())
-    if isinstance(place, str):
-        find_model(place, model)
-    elif not (place / "config.json").is_file():
-        raise UserError(f"{place} has no config.json; expected the folder of an image-text model of transformers")
-    if kind == "vlm_bertscore":
-        _bert_folder(bert)
+@dataclass(frozen=True, kw_only=True)
+class Options(VisionOptions):
+    """Of the vision model, and of what reads its answers."""
+
+    questions: str = ""
+    """File of ``vlm_strict``, as :func:`read_questions` reads it."""
+    bert: str = BERT
+    """Folder or hub id of the text encoder of ``vlm_bertscore``."""
+    layer: int = BERT_LAYER
+    """Of that encoder, whose states are compared."""
 
 
-def load(
-    kind: str,
-    place: Path | str,
-    device: str | torch.device = "cpu",
-    *,
-    model: str = "",
-    questions: str = "",
-    bert: str = BERT,
-    layer: int = BERT_LAYER,
-    dtype: str = "bfloat16",
-    batch_size: int = 4,
-    max_tokens: int = 128,
-    concurrency: int = 4,
-    timeout: float = 120.0,
-    retries: int = 4,
-) -> Any:
+def prepare(kind: str, place: Path | str, options: Options) -> Callable[[str | torch.device], Judge]:
     """Around a folder in transformers' layout, or an endpoint's URL (ending in ``/v1`` as a rule) with its ``model``."""
-    vision: VisionModel
-    if isinstance(place, str):
-        name = find_model(place, model)
-        vision = Endpoint(place, name, timeout=timeout, retries=retries, concurrency=concurrency, max_tokens=max_tokens)
-    else:
-        vision = LocalVision.load(place, device, dtype, batch_size=batch_size, max_tokens=max_tokens)
+    counts = (options.layer, options.batch_size, options.max_tokens, options.concurrency)
+    if min(counts) < 1 or options.timeout <= 0 or options.retries < 0:
+        raise UserError(f"judge {kind}: layer, batch_size, max_tokens, concurrency and timeout must be positive")
+    if kind == "vlm_strict" and not options.questions:
+        raise UserError("judge vlm_strict needs ?questions=FILE.jsonl with prompt, questions and answers")
+    questions = read_questions(Path(options.questions).expanduser()) if kind == "vlm_strict" else {}
+    see = _vision(place, options)
     if kind == "vqascore":
-        return VqaScore(vision)
+        return lambda device: VqaScore(see(device))
     if kind == "vlm_strict":
-        return AnswerScore(vision, read_questions(Path(questions).expanduser()))
-    return DescriptionScore(vision, BertScore.load(_bert_folder(bert), device, layer))
+        return lambda device: AnswerScore(see(device), questions)
+    bert = _bert_folder(options.bert)
+    return lambda device: DescriptionScore(see(device), BertScore.load(bert, device, options.layer))
+
+
+def _vision(place: Path | str, options: VisionOptions) -> Callable[[str | torch.device], VisionModel]:
+    """What loads the model of a folder, or asks that of an endpoint, once it is known to be there."""
+    if isinstance(place, str):
+        endpoint = Endpoint(place, find_model(place, options.model), options)
+        return lambda _: endpoint
+    if not (place / "config.json").is_file():
+        raise UserError(f"{place} has no config.json; expected the folder of an image-text model of transformers")
+    return lambda device: LocalVision.load(place, device, options)
 
 
 def _bert_folder(name: str) -> Path:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from palate.base.errors import UserError, nearest
 from palate.judges.kinds import tokenizer_folder
 from palate.judges.pictures import Preprocess
-from palate.judges.weights import DTYPES, quietly, reading, refuse_incomplete
+from palate.judges.weights import DTYPES, Options, quietly, reading, refuse_incomplete
 
 KINDS = ("clipscore", "pickscore", "hpsv2", "hpsv2.1")
 REMEMBERED = 10_000
@@ -110,6 +110,10 @@ def check_clip(folder: Path, kind: str) -> Path:
             raise UserError(
                 f"{folder} has no {' or '.join(names)}; expected a CLIP model saved by transformers (save_pretrained)"
             )
+    return clip_tokenizer(kind, folder)
+
+
+def clip_tokenizer(kind: str, folder: Path) -> Path:
     return tokenizer_folder(kind, folder, "vocab.json", "merges.txt")
 
 
@@ -140,19 +144,12 @@ class ClipJudge:
         return self.scale * (self.clip.embed_images(pixels) * self.clip.embed_texts(prompts)).sum(dim=-1)
 
 
-def check(kind: str, place: Path, *, dtype: str = "float32") -> None:
-    checked_dtype(dtype)
+def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.device], ClipJudge]:
+    """From a folder that ``save_pretrained`` of transformers wrote."""
     check_clip(place, kind)
 
+    def load(device: str | torch.device) -> ClipJudge:
+        clip = load_clip(place, kind, device, options.dtype)
+        return ClipJudge(kind, clip, Preprocess.load(place, clip.model.config.vision_config.image_size))
 
-def load(kind: str, place: Path, device: str | torch.device = "cpu", *, dtype: str = "float32") -> ClipJudge:
-    """From a folder that ``save_pretrained`` of transformers wrote."""
-    clip = load_clip(place, kind, device, checked_dtype(dtype))
-    return ClipJudge(kind, clip, Preprocess.load(place, clip.model.config.vision_config.image_size))
-
-
-def checked_dtype(dtype: str) -> str:
-    """``float32`` gives the published scores; the others are faster on devices that have them, and coarser."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}")
-    return dtype
+    return load

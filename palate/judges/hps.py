@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from palate.base.errors import UserError
-from palate.judges.clip import Clip, ClipJudge, check_clip, checked_dtype, load_clip, load_tokenizer, shared_clip
-from palate.judges.kinds import KINDS, tokenizer_folder
+from palate.judges.clip import Clip, ClipJudge, check_clip, clip_tokenizer, load_clip, load_tokenizer, shared_clip
+from palate.judges.kinds import KINDS
 from palate.judges.pictures import Preprocess
-from palate.judges.weights import DTYPES, made_of, read_weights
+from palate.judges.weights import DTYPES, Options, made_of, read_weights
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig
 
 # ViT-H/14, what both checkpoints are.
 TEXT = {
@@ -90,37 +95,38 @@ def checkpoint(kind: str, folder: Path) -> Path | None:
     )
 
 
-def check(kind: str, place: Path, *, dtype: str = "float32") -> None:
-    checked_dtype(dtype)
-    if checkpoint(kind, place) is None:
-        check_clip(place, kind)
-    else:
-        tokenizer_folder(kind, place, "vocab.json", "merges.txt")
-
-
-def load(kind: str, place: Path, device: str | torch.device = "cpu", *, dtype: str = "float32") -> ClipJudge:
+def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.device], ClipJudge]:
     """From a folder with the published checkpoint and a tokenizer, or one in transformers' layout."""
-    checked_dtype(dtype)
-    file = checkpoint(kind, place)
-    clip = load_clip(place, kind, device, dtype) if file is None else _load_published(kind, place, file, device, dtype)
-    size = clip.model.config.vision_config.image_size
-    return ClipJudge(kind, clip, Preprocess(size, (size, size), whole=True))
+    file, dtype = checkpoint(kind, place), options.dtype
+    words = clip_tokenizer(kind, place) if file is not None else check_clip(place, kind)
+
+    def load(device: str | torch.device) -> ClipJudge:
+        clip = load_clip(place, kind, device, dtype) if file is None else _load_published(file, words, device, dtype)
+        size = clip.model.config.vision_config.image_size
+        return ClipJudge(kind, clip, Preprocess(size, (size, size), whole=True))
+
+    return load
 
 
-def _load_published(kind: str, folder: Path, file: Path, device: str | torch.device, dtype: str) -> Clip:
+def _load_published(file: Path, words: Path, device: str | torch.device, dtype: str) -> Clip:
     def make() -> Clip:
-        from transformers import CLIPConfig, CLIPModel
+        from transformers import CLIPModel
 
-        words = load_tokenizer(tokenizer_folder(kind, folder, "vocab.json", "merges.txt"))
+        tokenizer = load_tokenizer(words)
         state = from_open_clip(read_weights(file))
-        if (folder / "config.json").is_file():
-            config = CLIPConfig.from_pretrained(folder, local_files_only=True)
-        else:
-            patches = state.get("vision_model.embeddings.patch_embedding.weight", torch.empty(0))
-            if patches.shape != (VISION["hidden_size"], 3, VISION["patch_size"], VISION["patch_size"]):
-                raise UserError(f"{file} is no ViT-H/14; expected the published file, or the model's config.json beside it")
-            config = CLIPConfig(text_config=TEXT | ENDS, vision_config=VISION, projection_dim=1024)
-        model = made_of(CLIPModel, config, state, file, DTYPES[dtype])
-        return Clip(model.to(device), words)
+        model = made_of(CLIPModel, _config(file, state), state, file, DTYPES[dtype])
+        return Clip(model.to(device), tokenizer)
 
     return shared_clip(make, file.resolve(), device, dtype)
+
+
+def _config(file: Path, state: dict[str, Tensor]) -> CLIPConfig:
+    """What ``config.json`` beside the checkpoint says; ViT-H/14 without it."""
+    from transformers import CLIPConfig
+
+    if (file.parent / "config.json").is_file():
+        return CLIPConfig.from_pretrained(file.parent, local_files_only=True)
+    patches = state.get("vision_model.embeddings.patch_embedding.weight", torch.empty(0))
+    if patches.shape != (VISION["hidden_size"], 3, VISION["patch_size"], VISION["patch_size"]):
+        raise UserError(f"{file} is no ViT-H/14; expected the published file, or the model's config.json beside it")
+    return CLIPConfig(text_config=TEXT | ENDS, vision_config=VISION, projection_dim=1024)

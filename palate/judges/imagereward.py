@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError
-from palate.judges.clip import checked_dtype
 from palate.judges.kinds import KINDS, tokenizer_folder
 from palate.judges.pictures import Preprocess
-from palate.judges.weights import DTYPES, affine, made_of, read_weights, reading
+from palate.judges.weights import DTYPES, Options, affine, made_of, read_weights, reading
+
+if TYPE_CHECKING:
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, PreTrainedTokenizerBase
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw reward over the training set
 MAX_LENGTH = 35  # BERT tokens, "to keep the same as BLIP" in training
@@ -40,7 +42,13 @@ class ImageRewardJudge:
     """
 
     def __init__(
-        self, vision: Any, text: Any, tokenizer: Any, weight: Float[Tensor, " d"], bias: Float[Tensor, ""], size: int = 224
+        self,
+        vision: BlipVisionModel,
+        text: BlipTextModel,
+        tokenizer: PreTrainedTokenizerBase,
+        weight: Float[Tensor, " d"],
+        bias: Float[Tensor, ""],
+        size: int = 224,
     ):
         self.vision, self.text, self.tokenizer = vision, text, tokenizer
         self.weight, self.bias = weight.to(vision.device), bias.to(vision.device)
@@ -78,46 +86,63 @@ def vision_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def check(kind: str, place: Path, *, dtype: str = "float32") -> None:
-    checked_dtype(dtype)
+def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.device], ImageRewardJudge]:
+    """From a folder with ``ImageReward.pt``, the tokenizer of bert-base-uncased and, if not BERT base, ``med_config.json``."""
     (name, _) = KINDS[kind].files
     if not (place / name).is_file():
         raise UserError(
             f"{place} has no {name} (1.8 GB); run 'hf download {KINDS[kind].hub} {name} med_config.json --local-dir {place}'"
         )
-    tokenizer_folder(kind, place, "vocab.txt")
-
-
-def load(kind: str, place: Path, device: str | torch.device = "cpu", *, dtype: str = "float32") -> ImageRewardJudge:
-    """From a folder with ``ImageReward.pt``, the tokenizer of bert-base-uncased and, if not BERT base, ``med_config.json``."""
-    from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
-    check(kind, place, dtype=dtype)
-    file, kept = place / KINDS[kind].files[0], DTYPES[dtype]
     words = tokenizer_folder(kind, place, "vocab.txt")
+    return lambda device: _load(place / name, words, device, DTYPES[options.dtype])
+
+
+def _load(file: Path, words: Path, device: str | torch.device, dtype: torch.dtype) -> ImageRewardJudge:
+    from transformers import BertTokenizer, BlipTextModel, BlipVisionModel
+
     tokenizer = reading(words, lambda: BertTokenizer.from_pretrained(words, local_files_only=True))
-    parts = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}}
+    seen, read, head = _parts(file)
+    as_seen = _vision_config(seen)
+    as_read = _text_config(read, as_seen.hidden_size, file.parent / "med_config.json")
+    vision = made_of(BlipVisionModel, as_seen, vision_weights(seen), file, dtype).to(device)
+    text = made_of(BlipTextModel, as_read, read, file, dtype, add_pooling_layer=False).to(device)
+    return ImageRewardJudge(vision, text, tokenizer, *affine(head, file), size=as_seen.image_size)
+
+
+def _parts(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of vision transformer, text tower and head."""
+    parts: dict[str, dict[str, Tensor]] = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}}
     for name, value in read_weights(file).items():  # its vision_proj, text_proj and decoder are of BLIP's other tasks
         for prefix, part in parts.items():
             if name.startswith(prefix) and not name.endswith("position_ids"):
                 part[name.removeprefix(prefix)] = value
-    seen, read, head = parts.values()
     if missing := [prefix for prefix, part in parts.items() if not part]:
         raise UserError(f"{file} has no weights {missing[0]}*; expected the published ImageReward.pt")
-    patches, width = seen["patch_embed.proj.weight"], seen["cls_token"].shape[-1]
-    side = round((seen["pos_embed"].shape[1] - 1) ** 0.5) * patches.shape[-1]
-    vision_config = BlipVisionConfig(
+    seen, read, head = parts.values()
+    return seen, read, head
+
+
+def _vision_config(seen: dict[str, Tensor]) -> BlipVisionConfig:
+    from transformers import BlipVisionConfig
+
+    patch, width = seen["patch_embed.proj.weight"].shape[-1], seen["cls_token"].shape[-1]
+    return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=seen["blocks.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=sum(name.endswith("attn.qkv.weight") for name in seen),
         num_attention_heads=width // HEAD_WIDTH,
-        image_size=side,
-        patch_size=patches.shape[-1],
+        image_size=round((seen["pos_embed"].shape[1] - 1) ** 0.5) * patch,
+        patch_size=patch,
         layer_norm_eps=1e-6,
     )
-    med = place / "med_config.json"
+
+
+def _text_config(read: dict[str, Tensor], width: int, med: Path) -> BlipTextConfig:
+    """Of a text tower that attends to states of ``width``; ``med`` tells what its weights do not."""
+    from transformers import BlipTextConfig
+
     bert = json.loads(med.read_text(encoding="utf-8")) if med.is_file() else {}
-    text_config = BlipTextConfig(
+    return BlipTextConfig(
         vocab_size=read["embeddings.word_embeddings.weight"].shape[0],
         hidden_size=read["embeddings.word_embeddings.weight"].shape[1],
         intermediate_size=read["encoder.layer.0.intermediate.dense.weight"].shape[0],
@@ -130,6 +155,3 @@ def load(kind: str, place: Path, device: str | torch.device = "cpu", *, dtype: s
         bos_token_id=None,
         sep_token_id=None,
     )
-    vision = made_of(BlipVisionModel, vision_config, vision_weights(seen), file, kept).to(device)
-    text = made_of(BlipTextModel, text_config, read, file, kept, add_pooling_layer=False).to(device)
-    return ImageRewardJudge(vision, text, tokenizer, *affine(head, file), size=side)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from palate.data.images import encoded
+
+if TYPE_CHECKING:
+    from palate.judges import Judge
 
 
 def jpeg_incompressibility(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
@@ -22,9 +26,11 @@ def jpeg_compressibility(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str
     return -jpeg_incompressibility(images, prompts)
 
 
-def check(kind: str, place: None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """There are none."""
+
+
+def prepare(kind: str, place: None, options: Options) -> Callable[[str | torch.device], Judge]:
     """Nothing can be missing."""
-
-
-def load(kind: str, place: None, device: Any = "cpu") -> Callable[..., Tensor]:
-    return jpeg_compressibility if kind == "jpeg_compressibility" else jpeg_incompressibility
+    return lambda _: jpeg_compressibility if kind == "jpeg_compressibility" else jpeg_incompressibility

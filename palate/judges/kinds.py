@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from palate.base.errors import UserError, nearest
 from palate.base.hub import is_hub_id, snapshot
@@ -21,7 +22,8 @@ L14 = "openai/clip-vit-large-patch14"
 class Kind:
     """A kind of judge.
 
-    Its module has ``check(kind, place)``, which reads no weights, and ``load(kind, place, device, *, options) -> Judge``.
+    Its module has ``Options``, a dataclass of keywords, and ``prepare(kind, place, options)``, which refuses what is missing
+    without reading weights and returns what reads them: a function of a device that gives the judge.
     """
 
     module: str
@@ -68,13 +70,14 @@ def kind_of(name: str) -> Kind:
     return KINDS[name]
 
 
-def module_of(kind: str) -> Any:
+def module_of(kind: str) -> ModuleType:
     return importlib.import_module(f"palate.judges.{kind_of(kind).module}")
 
 
-def checked_options(kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a judge, complete and typed; unknown ones are refused."""
-    return keywords(module_of(kind).load, options, f"judge {kind}")
+def options_of(kind: str, given: Mapping[str, object]) -> object:
+    """The options of a judge, complete and typed, as the record that its module names; unknown ones are refused."""
+    record = module_of(kind).Options
+    return record(**keywords(record, given, f"judge {kind}"))
 
 
 def find_place(kind: str, where: str | Path | None) -> Path | str | None:

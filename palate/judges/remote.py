@@ -30,6 +30,19 @@ class Identity:
     role: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a served judge is asked."""
+
+    batch_size: int = 8
+    """Pictures a request."""
+    concurrency: int = 2
+    """Requests at a time."""
+    timeout: float = 120.0
+    """Seconds."""
+    retries: int = 4
+
+
 class RemoteJudge:
     """Scores by ``POST URL/score`` with ``{"images": [PNG in base64], "prompts": [...]}``, answered by ``{"scores": [...]}``.
 
@@ -39,23 +52,23 @@ class RemoteJudge:
     expected: Identity | None = None
     """Who must answer; anybody unless set."""
 
-    def __init__(self, url: str, *, batch_size: int, concurrency: int, timeout: float, retries: int):
-        self.url, self.batch_size, self.concurrency = url.rstrip("/"), batch_size, concurrency
-        self.patience = {"timeout": timeout, "retries": retries}
+    def __init__(self, url: str, options: Options):
+        self.url, self.options = url.rstrip("/"), options
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         if len(images) != len(prompts):
             raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")
         files = encoded(images, "PNG")
-        parts = [slice(i, i + self.batch_size) for i in range(0, len(files), self.batch_size)]
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        size = self.options.batch_size
+        parts = [slice(i, i + size) for i in range(0, len(files), size)]
+        with ThreadPoolExecutor(self.options.concurrency) as pool:
             scores = pool.map(lambda part: self._ask(files[part], list(prompts[part])), parts)
             found = [score for part in scores for score in part]
         return torch.tensor(found, dtype=torch.float32, device=images.device)
 
     def _ask(self, files: list[bytes], prompts: list[str]) -> list[float]:
         content = {"images": [base64.b64encode(file).decode() for file in files], "prompts": prompts}
-        answer = ask(f"{self.url}/score", content, **self.patience)
+        answer = ask(f"{self.url}/score", content, timeout=self.options.timeout, retries=self.options.retries)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         usable = isinstance(scores, list) and all(s is None or _number(s) for s in scores)
         if not usable or len(scores) != len(files):
@@ -80,12 +93,15 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check(
-    kind: str, place: str, *, batch_size: int = 8, concurrency: int = 2, timeout: float = 120.0, retries: int = 4
-) -> None:
-    """Refuses numbers that make no sense. Whether the server is there is asked by :func:`identity`."""
-    if batch_size < 1 or concurrency < 1 or timeout <= 0 or retries < 0:
+def prepare(kind: str, place: str, options: Options) -> Callable[[str | torch.device], RemoteJudge]:
+    """Behind a URL such as ``http://127.0.0.1:8300``; whether the server is there is asked by :func:`identity`.
+
+    Raises:
+        UserError: numbers that make no sense.
+    """
+    if min(options.batch_size, options.concurrency) < 1 or options.timeout <= 0 or options.retries < 0:
         raise UserError(f"judge {kind}:{place}: batch_size, concurrency and timeout must be positive, retries not negative")
+    return lambda _: RemoteJudge(place, options)
 
 
 def identity(place: str, *, timeout: float = 10.0, retries: int = 2) -> Identity:
@@ -103,17 +119,3 @@ def identity(place: str, *, timeout: float = 10.0, retries: int = 2) -> Identity
             "and role as texts if it tells them); start one: palate serve-judge NAME"
         )
     return Identity(**told)
-
-
-def load(
-    kind: str,
-    place: str,
-    device: Any = "cpu",
-    *,
-    batch_size: int = 8,
-    concurrency: int = 2,
-    timeout: float = 120.0,
-    retries: int = 4,
-) -> RemoteJudge:
-    """Behind a URL such as ``http://127.0.0.1:8300``."""
-    return RemoteJudge(place, batch_size=batch_size, concurrency=concurrency, timeout=timeout, retries=retries)

@@ -6,8 +6,9 @@ import base64
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,31 @@ from torch import Tensor
 from palate.base.errors import UserError, nearest
 from palate.data.images import encoded, to_pictures
 from palate.judges.http import ask
-from palate.judges.weights import DTYPES, quietly, reading, refuse_incomplete
+from palate.judges.weights import DTYPES, Options, quietly, reading, refuse_incomplete
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+Said = TypeVar("Said", str, float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionOptions(Options):
+    """How a vision model is run or asked."""
+
+    model: str = ""
+    """Name at an endpoint; its only one unless given."""
+    dtype: str = "bfloat16"
+    """Of a model on this machine."""
+    batch_size: int = 4
+    """Pictures seen at once on this machine."""
+    max_tokens: int = 128
+    """Of an answer."""
+    concurrency: int = 4
+    """Requests to an endpoint at a time."""
+    timeout: float = 120.0
+    """Seconds that an endpoint may take."""
+    retries: int = 4
 
 
 @runtime_checkable
@@ -33,39 +58,38 @@ class VisionModel(Protocol):
 class LocalVision:
     """Any of transformers' image-text models whose processor has a chat template, such as Qwen2.5-VL or SmolVLM."""
 
-    def __init__(self, model: Any, processor: Any, *, batch_size: int, max_tokens: int):
-        self.model, self.processor = model.eval().requires_grad_(False), processor
-        self.batch_size, self.max_tokens = batch_size, max_tokens
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, options: VisionOptions):
+        self.model, self.processor, self.options = model.eval().requires_grad_(False), processor, options
         self.processor.tokenizer.padding_side = "left"  # so that the last position of every row is its last token
         self.yes_token = processor.tokenizer.encode("Yes", add_special_tokens=False)[0]
 
     @classmethod
-    def load(cls, folder: Path, device: Any, dtype: str, *, batch_size: int, max_tokens: int) -> LocalVision:
+    def load(cls, folder: Path, device: str | torch.device, options: VisionOptions) -> LocalVision:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         with quietly():
             model, found = reading(
                 folder,
                 lambda: AutoModelForImageTextToText.from_pretrained(
-                    folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
+                    folder, dtype=DTYPES[options.dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
                 ),
             )
             processor = reading(folder, lambda: AutoProcessor.from_pretrained(folder, local_files_only=True))
         refuse_incomplete(folder, found)
         if not getattr(processor, "chat_template", None):
             raise UserError(f"{folder} has no chat template, so it is unknown how to ask it; take a model that has one")
-        return cls(model.to(device), processor, batch_size=batch_size, max_tokens=max_tokens)
+        return cls(model.to(device), processor, options)
 
     def answer(self, images: Float[Tensor, "b 3 h w"], questions: Sequence[str]) -> list[str]:
-        def of(inputs: Any) -> list[str]:
-            written = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
+        def of(inputs: BatchFeature) -> list[str]:
+            written = self.model.generate(**inputs, max_new_tokens=self.options.max_tokens, do_sample=False)
             new = written if self.model.config.is_encoder_decoder else written[:, inputs["input_ids"].shape[1] :]
             return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
         return self._in_batches(images, questions, of)
 
     def yes(self, images: Float[Tensor, "b 3 h w"], questions: Sequence[str]) -> Float[Tensor, " b"]:
-        def of(inputs: Any) -> list[float]:
+        def of(inputs: BatchFeature) -> list[float]:
             found = self.model.generate(
                 **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
             )
@@ -73,11 +97,10 @@ class LocalVision:
 
         return torch.tensor(self._in_batches(images, questions, of), dtype=torch.float32)
 
-    @torch.no_grad()
-    def _in_batches(self, images: Tensor, questions: Sequence[str], work: Callable[[Any], list[Any]]) -> list[Any]:
-        found: list[Any] = []
-        for start in range(0, len(questions), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+    def _in_batches(self, images: Tensor, questions: Sequence[str], work: Callable[[BatchFeature], list[Said]]) -> list[Said]:
+        found: list[Said] = []
+        for start in range(0, len(questions), self.options.batch_size):
+            rows = slice(start, start + self.options.batch_size)
             talks = [
                 [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
                 for picture, question in zip(to_pictures(images[rows]), questions[rows], strict=True)
@@ -100,9 +123,8 @@ class Endpoint:
     Pictures go as JPEG of quality 95 in base64. The key is what the environment variable ``PALATE_API_KEY`` holds.
     """
 
-    def __init__(self, url: str, model: str, *, timeout: float, retries: int, concurrency: int, max_tokens: int):
-        self.url, self.model, self.max_tokens, self.concurrency = url.rstrip("/"), model, max_tokens, concurrency
-        self.patience = {"timeout": timeout, "retries": retries}
+    def __init__(self, url: str, model: str, options: VisionOptions):
+        self.url, self.model, self.options = url.rstrip("/"), model, options
 
     def answer(self, images: Float[Tensor, "b 3 h w"], questions: Sequence[str]) -> list[str]:
         def text(choice: dict[str, Any]) -> str:
@@ -111,7 +133,7 @@ class Endpoint:
                 raise TypeError
             return content.strip()
 
-        return self._each(images, questions, text, max_tokens=self.max_tokens)
+        return self._each(images, questions, text, max_tokens=self.options.max_tokens)
 
     def yes(self, images: Float[Tensor, "b 3 h w"], questions: Sequence[str]) -> Float[Tensor, " b"]:
         def share(choice: dict[str, Any]) -> float:
@@ -124,12 +146,14 @@ class Endpoint:
         found = self._each(images, questions, share, max_tokens=1, logprobs=True, top_logprobs=20)
         return torch.tensor(found, dtype=torch.float32)
 
-    def _each(self, images: Tensor, questions: Sequence[str], read: Callable[[dict[str, Any]], Any], **asked: Any) -> list[Any]:
-        def one(file: bytes, question: str) -> Any:
+    def _each(
+        self, images: Tensor, questions: Sequence[str], read: Callable[[dict[str, Any]], Said], **asked: int
+    ) -> list[Said]:
+        def one(file: bytes, question: str) -> Said:
             picture = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(file).decode()}"}}
             talk = [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
             content = {"model": self.model, "messages": talk, "temperature": 0, **asked}
-            answer = ask(f"{self.url}/chat/completions", content, **self.patience)
+            answer = ask(f"{self.url}/chat/completions", content, timeout=self.options.timeout, retries=self.options.retries)
             try:
                 return read(answer["choices"][0])
             except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
@@ -137,7 +161,7 @@ class Endpoint:
                     f"{self.url} answers {str(answer)[:120]}; expected choices with a message, as OpenAI's endpoint gives them"
                 ) from None
 
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with ThreadPoolExecutor(self.options.concurrency) as pool:
             return list(pool.map(one, encoded(images, "JPEG", quality=95), questions))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +13,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, nearest
 from palate.base.hub import first_line
 
 Made = TypeVar("Made")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of a judge whose weights are read from a folder."""
+
+    dtype: str = "float32"
+    """``float32`` gives the published scores; the others are faster on devices that have them, and coarser."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype is {self.dtype!r}{nearest(self.dtype, DTYPES)}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from palate.base.errors import UserError
-from palate.judges import load_judge
+from palate.judges import check_judge, load_judge
 from palate.judges.alignment import AnswerScore, DescriptionScore, read_questions
 from palate.judges.bertscore import BertScore
-from palate.judges.vision import LocalVision
+from palate.judges.vision import LocalVision, VisionOptions
 from palate.names.judges import find_judges
 
 WORDS = ["a", "red", "blue", "house", "tower", "tree", "and", "the", "image", "contains", "Yes", "No", "is", "this"]
@@ -165,7 +165,7 @@ def test_vqascore_is_the_probability_of_yes(llava_dir):
 
 
 def test_descriptions_and_answers_of_a_local_model(llava_dir, bert_dir, tmp_path):
-    vision = LocalVision.load(llava_dir, "cpu", "float32", batch_size=2, max_tokens=5)
+    vision = LocalVision.load(llava_dir, "cpu", VisionOptions(dtype="float32", batch_size=2, max_tokens=5))
     x = torch.rand(3, 3, 20, 24, generator=torch.Generator().manual_seed(0))
     said = vision.answer(x, ["is this a house"] * 3)
     assert said == [vision.answer(x[i : i + 1], ["is this a house"])[0] for i in range(3)]
@@ -300,3 +300,22 @@ def test_mistakes_are_named(endpoint, tmp_path):
         find_judges([f"vqascore:{tmp_path}"])
     with pytest.raises(UserError, match="does not answer"):
         find_judges(["vqascore:http://127.0.0.1:9/v1"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("vqascore", {"layer": 0}, "judge vqascore: layer, batch_size, max_tokens, concurrency and timeout must be positive"),
+        ("vqascore", {"retries": -1}, "must be positive"),
+        ("vqascore", {"dtype": "float8"}, "dtype is 'float8'"),
+        ("vlm_strict", {}, "needs .questions="),
+        ("vlm_strict", {"questions": "nowhere.jsonl"}, "nowhere.jsonl cannot be read"),
+        ("vlm_bertscore", {"bert": "./nowhere"}, "no folder ./nowhere; expected that of a text encoder"),
+        ("remote", {"batch_size": 0}, "batch_size, concurrency and timeout must be positive, retries not negative"),
+        ("vqascore", {"layers": 2}, "has no option 'layers' .did you mean 'layer'"),
+    ],
+)
+def test_what_is_refused_before_weights_are_read_is_refused_by_loading_too(endpoint, kind, options, message):
+    for begin in (check_judge, load_judge):
+        with pytest.raises(UserError, match=message):
+            begin(kind, endpoint[0], **options)
