@@ -11,9 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from palate.base.errors import UserError
 from palate.data.images import to_tensor
 from palate.judges.kinds import KINDS, find_place, module_of, options_of
+from palate.judges.pictures import one_each
 from palate.judges.stream import score_stream
 
 __all__ = ["KINDS", "Judge", "check_judge", "load_judge", "score"]
@@ -68,8 +68,7 @@ def score(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str], b
 
     A score that is not finite is NaN.
     """
-    if len(images) != len(prompts):
-        raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")
+    one_each(images, prompts)
     stream = score_stream(
         judge,
         ((lambda image=image: to_tensor([image]), prompt) for image, prompt in zip(images, prompts, strict=True)),

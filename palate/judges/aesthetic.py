@@ -86,7 +86,6 @@ def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.d
 
     def load(device: str | torch.device) -> AestheticJudge:
         clip = load_clip(place, kind, device, options.dtype)
-        preprocess = Preprocess.load(place, clip.model.config.vision_config.image_size)
-        return AestheticJudge(clip, preprocess, *load_head(head))
+        return AestheticJudge(clip, Preprocess.load(place, clip.image_size), *load_head(head))
 
     return load

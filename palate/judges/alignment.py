@@ -15,6 +15,7 @@ from torch import Tensor
 from palate.base.errors import UserError
 from palate.base.hub import is_hub_id, snapshot
 from palate.judges.bertscore import BertScore
+from palate.judges.pictures import one_each
 from palate.judges.vision import Endpoint, LocalVision, VisionModel, VisionOptions, find_model
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class VqaScore:
         self.vision = vision
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        _same_number(images, prompts)
+        one_each(images, prompts)
         return self.vision.yes(images, [SHOWS.format(prompt=p) for p in prompts]).to(images.device)
 
 
@@ -48,7 +49,7 @@ class DescriptionScore:
         self.vision, self.bert = vision, bert
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        _same_number(images, prompts)
+        one_each(images, prompts)
         said = self.vision.answer(images, [DESCRIBE] * len(prompts))
         return self.bert.recall(said, [CONTAINS.format(prompt=p) for p in prompts]).to(images.device)
 
@@ -60,7 +61,7 @@ class AnswerScore:
         self.vision, self.questions = vision, questions
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        _same_number(images, prompts)
+        one_each(images, prompts)
         if unknown := [p for p in prompts if p not in self.questions]:
             raise UserError(f"there are no questions about the prompt {unknown[0]!r}; add it to the file of questions")
         rows = [(i, q, a) for i, p in enumerate(prompts) for q, a in zip(*self.questions[p], strict=True)]
@@ -143,8 +144,3 @@ def _bert_folder(name: str) -> Path:
     short = f"models/{name.split('/')[-1]}"
     how = f"Without a network, run 'hf download {name} --local-dir {short}' where there is one, copy it here, add ?bert={short}"
     return snapshot(name, ("*.json", "*.txt", "*.safetensors", "pytorch_model.bin"), otherwise=how)
-
-
-def _same_number(images: Tensor, prompts: Sequence[str]) -> None:
-    if len(images) != len(prompts):
-        raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from palate.base.errors import UserError
-from palate.judges.weights import quietly, reading, refuse_incomplete
+from palate.judges.weights import model_in, reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class BertScore:
@@ -23,7 +26,7 @@ class BertScore:
     but may be matched.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, layers: int):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: int):
         if not 1 <= layers <= len(model.encoder.layer):
             raise UserError(f"layer is {layers}; the text encoder has {len(model.encoder.layer)}")
         model.encoder.layer = model.encoder.layer[:layers]
@@ -32,18 +35,12 @@ class BertScore:
         self.max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
     @classmethod
-    def load(cls, folder: Path, device: Any, layers: int) -> BertScore:
+    def load(cls, folder: Path, device: str | torch.device, layers: int) -> BertScore:
         from transformers import AutoModel, AutoTokenizer
 
-        with quietly():
-            # A .bin of the published encoder is read by torch.load with weights_only=True.
-            model, found = reading(
-                folder,
-                lambda: AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True),
-            )
-            tokenizer = reading(folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
-        # A pooler, which is not read here, may be missing.
-        refuse_incomplete(folder, {k: [n for n in v if "pooler" not in str(n)] for k, v in found.items() if k != "error_msgs"})
+        # A pooler is not read here. A .bin of the published encoder is read by torch.load with weights_only=True.
+        model = model_in(AutoModel.from_pretrained, folder, torch.float32, spare="pooler")
+        tokenizer = reading(folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
         return cls(model.to(device), tokenizer, layers)
 
     @torch.no_grad()

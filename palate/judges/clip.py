@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 from palate.base.errors import UserError, nearest
 from palate.judges.kinds import tokenizer_folder
-from palate.judges.pictures import Preprocess
-from palate.judges.weights import DTYPES, Options, quietly, reading, refuse_incomplete
+from palate.judges.pictures import Preprocess, one_each
+from palate.judges.weights import DTYPES, Options, model_in, reading
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
 
 KINDS = ("clipscore", "pickscore", "hpsv2", "hpsv2.1")
 REMEMBERED = 10_000
@@ -29,7 +32,7 @@ class Clip:
     A prompt is embedded once, however many pictures are judged by it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any):
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         # An unset limit of a tokenizer is a huge number; the text tower has a position for each token it can read.
         self.max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
@@ -38,6 +41,11 @@ class Clip:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the pictures it reads."""
+        return self.model.config.vision_config.image_size
 
     def embed_images(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
         """L2-normalised, float32; differentiable. Without a pass through the text half."""
@@ -84,20 +92,13 @@ def load_clip(folder: Path, kind: str, device: str | torch.device = "cpu", dtype
     def make() -> Clip:
         from transformers import CLIPModel
 
-        with quietly():
-            model, found = reading(
-                folder,
-                lambda: CLIPModel.from_pretrained(
-                    folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
-                ),
-            )
-        refuse_incomplete(folder, found)
+        model = model_in(CLIPModel.from_pretrained, folder, DTYPES[dtype], use_safetensors=True)
         return Clip(model.to(device), load_tokenizer(words))
 
     return shared_clip(make, folder.resolve(), device, dtype)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     return reading(folder, lambda: CLIPTokenizer.from_pretrained(folder, local_files_only=True))
@@ -139,8 +140,7 @@ class ClipJudge:
 
     def score_pixels(self, pixels: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """As a call, of pictures that are already preprocessed."""
-        if len(pixels) != len(prompts):
-            raise UserError(f"{len(pixels)} pictures came with {len(prompts)} prompts; give one prompt per picture")
+        one_each(pixels, prompts)
         return self.scale * (self.clip.embed_images(pixels) * self.clip.embed_texts(prompts)).sum(dim=-1)
 
 
@@ -150,6 +150,6 @@ def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.d
 
     def load(device: str | torch.device) -> ClipJudge:
         clip = load_clip(place, kind, device, options.dtype)
-        return ClipJudge(kind, clip, Preprocess.load(place, clip.model.config.vision_config.image_size))
+        return ClipJudge(kind, clip, Preprocess.load(place, clip.image_size))
 
     return load

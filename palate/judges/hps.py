@@ -102,8 +102,7 @@ def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.d
 
     def load(device: str | torch.device) -> ClipJudge:
         clip = load_clip(place, kind, device, dtype) if file is None else _load_published(file, words, device, dtype)
-        size = clip.model.config.vision_config.image_size
-        return ClipJudge(kind, clip, Preprocess(size, (size, size), whole=True))
+        return ClipJudge(kind, clip, Preprocess(clip.image_size, (clip.image_size,) * 2, whole=True))
 
     return load
 
@@ -114,7 +113,7 @@ def _load_published(file: Path, words: Path, device: str | torch.device, dtype: 
 
         tokenizer = load_tokenizer(words)
         state = from_open_clip(read_weights(file))
-        model = made_of(CLIPModel, _config(file, state), state, file, DTYPES[dtype])
+        model = made_of(CLIPModel.from_pretrained, _config(file, state), state, file, DTYPES[dtype])
         return Clip(model.to(device), tokenizer)
 
     return shared_clip(make, file.resolve(), device, dtype)

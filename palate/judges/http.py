@@ -26,11 +26,11 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to another host."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: object) -> None:
         return None
 
 
-def ask(url: str, content: Any = None, *, timeout: float = 120.0, retries: int = 4, pause: float = 1.0) -> Any:
+def ask(url: str, content: object = None, *, timeout: float = 120.0, retries: int = 4, pause: float = 1.0) -> Any:
     """The JSON answer to a POST of ``content`` (to a GET without it).
 
     A server that is down, slow or overloaded is asked ``retries`` times more, after ``pause`` seconds, then twice as long each

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.judges.kinds import KINDS, tokenizer_folder
-from palate.judges.pictures import Preprocess
+from palate.judges.pictures import Preprocess, one_each
 from palate.judges.weights import DTYPES, Options, affine, made_of, read_weights, reading
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ class ImageRewardJudge:
 
     def score_pixels(self, pixels: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """As a call, of pictures that are already preprocessed."""
-        if len(pixels) != len(prompts):
-            raise UserError(f"{len(pixels)} pictures came with {len(prompts)} prompts; give one prompt per picture")
+        one_each(pixels, prompts)
         seen = self.vision(pixel_values=pixels.to(self.vision.device, self.vision.dtype)).last_hidden_state
         words = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
         # The layers that attend to the picture exist in a "decoder" only, but the text is read as an encoder reads: both ways.
@@ -104,8 +103,8 @@ def _load(file: Path, words: Path, device: str | torch.device, dtype: torch.dtyp
     seen, read, head = _parts(file)
     as_seen = _vision_config(seen)
     as_read = _text_config(read, as_seen.hidden_size, file.parent / "med_config.json")
-    vision = made_of(BlipVisionModel, as_seen, vision_weights(seen), file, dtype).to(device)
-    text = made_of(BlipTextModel, as_read, read, file, dtype, add_pooling_layer=False).to(device)
+    vision = made_of(BlipVisionModel.from_pretrained, as_seen, vision_weights(seen), file, dtype).to(device)
+    text = made_of(BlipTextModel.from_pretrained, as_read, read, file, dtype, add_pooling_layer=False).to(device)
     return ImageRewardJudge(vision, text, tokenizer, *affine(head, file), size=as_seen.image_size)
 
 

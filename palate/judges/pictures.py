@@ -1,8 +1,9 @@
-"""How pictures, float tensors in [0, 1], become what a CLIP model reads."""
+"""Pictures as judges are given them, float tensors in [0, 1], and how they become what a CLIP model reads."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from palate.base.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def one_each(pictures: Sized, prompts: Sized) -> None:
+    """Refuses pictures and prompts of different number."""
+    if len(pictures) != len(prompts):
+        raise UserError(f"{len(pictures)} pictures came with {len(prompts)} prompts; give one prompt per picture")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +15,7 @@ from torch import Tensor
 from palate.base.errors import UserError
 from palate.data.images import encoded
 from palate.judges.http import ask
+from palate.judges.pictures import one_each
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class RemoteJudge:
         self.url, self.options = url.rstrip("/"), options
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        if len(images) != len(prompts):
-            raise UserError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt per picture")
+        one_each(images, prompts)
         files = encoded(images, "PNG")
         size = self.options.batch_size
         parts = [slice(i, i + size) for i in range(0, len(files), size)]
@@ -79,7 +78,7 @@ class RemoteJudge:
         self._check_who(answer)
         return [math.nan if score is None else float(score) for score in scores]
 
-    def _check_who(self, answer: Mapping[str, Any]) -> None:
+    def _check_who(self, answer: Mapping[str, object]) -> None:
         """A server may be ended and another judge served at its address between two requests."""
         wanted, told = self.expected, answer.get("fingerprint")
         if wanted is not None and wanted.fingerprint and told and told != wanted.fingerprint:

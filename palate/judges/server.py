@@ -13,9 +13,12 @@ import json
 import math
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import NoReturn
+
+from PIL import Image
 
 from palate.base.errors import UserError
 from palate.data.images import decode
@@ -68,7 +71,7 @@ def serve_judge(
         def do_POST(self) -> None:
             self._answer(lambda: self._scores() if self.path == "/score" else _no_page(self.path))
 
-        def _scores(self) -> dict[str, Any]:
+        def _scores(self) -> dict[str, object]:
             images, prompts = _read(self._body())
             with busy:
                 scores = score(judge, images, prompts, batch_size)
@@ -84,7 +87,7 @@ def serve_judge(
                 raise _RefusedError(413, f"at most {MAX_BODY >> 20} MB a request")
             return self.rfile.read(int(length))
 
-        def _answer(self, work: Any) -> None:
+        def _answer(self, work: Callable[[], Mapping[str, object]]) -> None:
             try:
                 self._allow()
                 status, content = 200, work()
@@ -113,7 +116,7 @@ def serve_judge(
             if host in LOOPBACK and asked not in LOOPBACK:  # a web page that calls itself by our address
                 raise _RefusedError(403, "ask for 127.0.0.1")
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_: object) -> None:
             """Requests are not worth a line each."""
 
     try:
@@ -124,11 +127,11 @@ def serve_judge(
     return server
 
 
-def _no_page(path: str) -> dict[str, Any]:
+def _no_page(path: str) -> NoReturn:
     raise _RefusedError(404, f"no page {path}; GET /judge or POST /score")
 
 
-def _read(body: bytes) -> tuple[list[Any], list[str]]:
+def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.data.images import decode, to_tensor
+
+if TYPE_CHECKING:
+    from palate.judges import Judge
 
 HELD = 4
 """Pictures of odd sizes wait for others of their size, so many batches of them at most."""
@@ -32,8 +35,17 @@ class BadPicture:
         return self.reason
 
 
+@runtime_checkable
+class _InTwoSteps(Protocol):
+    """A judge that lets threads prepare what it reads; see :class:`palate.judges.Judge`."""
+
+    preprocess: Callable[[Tensor], Tensor]
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
 def score_files(
-    judge: Any, items: Iterable[tuple[str | Path, str]], *, batch_size: int = 32, workers: int = 4
+    judge: Judge, items: Iterable[tuple[str | Path, str]], *, batch_size: int = 32, workers: int = 4
 ) -> Iterator[tuple[int, float | BadPicture]]:
     """Scores of picture files with a prompt each, as ``(index of the item, score or what is wrong)``.
 
@@ -60,7 +72,7 @@ def score_files(
 
 
 def score_stream(
-    judge: Any, items: Iterable[tuple[Callable[[], Tensor], str]], *, batch_size: int, workers: int
+    judge: Judge, items: Iterable[tuple[Callable[[], Tensor], str]], *, batch_size: int, workers: int
 ) -> Iterator[tuple[int, float | BadPicture]]:
     """As :func:`score_files`, of functions that return a picture ``(1, 3, h, w)`` in [0, 1] or raise ``ValueError``."""
     if batch_size < 1 or workers < 1:
@@ -69,10 +81,9 @@ def score_stream(
 
 
 def _scores(
-    judge: Any, items: Iterable[tuple[Callable[[], Tensor], str]], batch_size: int, workers: int
+    judge: Judge, items: Iterable[tuple[Callable[[], Tensor], str]], batch_size: int, workers: int
 ) -> Iterator[tuple[int, float | BadPicture]]:
-    preprocess = getattr(judge, "preprocess", None)
-    call = judge if preprocess is None else judge.score_pixels
+    preprocess, call = (judge.preprocess, judge.score_pixels) if isinstance(judge, _InTwoSteps) else (None, judge)
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor, str]]] = {}  # by size
 
     def batch(size: tuple[int, ...]) -> Iterator[tuple[int, float | BadPicture]]:

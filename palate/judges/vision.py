@@ -17,7 +17,7 @@ from torch import Tensor
 from palate.base.errors import UserError, nearest
 from palate.data.images import encoded, to_pictures
 from palate.judges.http import ask
-from palate.judges.weights import DTYPES, Options, quietly, reading, refuse_incomplete
+from palate.judges.weights import DTYPES, Options, model_in, reading
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
@@ -67,15 +67,8 @@ class LocalVision:
     def load(cls, folder: Path, device: str | torch.device, options: VisionOptions) -> LocalVision:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        with quietly():
-            model, found = reading(
-                folder,
-                lambda: AutoModelForImageTextToText.from_pretrained(
-                    folder, dtype=DTYPES[options.dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
-                ),
-            )
-            processor = reading(folder, lambda: AutoProcessor.from_pretrained(folder, local_files_only=True))
-        refuse_incomplete(folder, found)
+        model = model_in(AutoModelForImageTextToText.from_pretrained, folder, DTYPES[options.dtype], use_safetensors=True)
+        processor = reading(folder, lambda: AutoProcessor.from_pretrained(folder, local_files_only=True))
         if not getattr(processor, "chat_template", None):
             raise UserError(f"{folder} has no chat template, so it is unknown how to ask it; take a model that has one")
         return cls(model.to(device), processor, options)

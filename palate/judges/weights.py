@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,11 @@ from torch import Tensor
 from palate.base.errors import UserError, nearest
 from palate.base.hub import first_line
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 Made = TypeVar("Made")
+Model = TypeVar("Model", bound=torch.nn.Module)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,23 +66,42 @@ def reading(path: Path, read: Callable[[], Made]) -> Made:
         raise UserError(f"{path} cannot be read ({first_line(error)}); download it again") from error
 
 
-def made_of(kind: Any, config: Any, state: dict[str, Tensor], where: Path, dtype: torch.dtype, **given: Any) -> Any:
-    """A frozen transformers model of exactly these weights; no weight is missing, none is left over."""
-    with quietly():
-        model, found = reading(
-            where,
-            lambda: kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **given),
-        )
-    refuse_incomplete(where, found)
+def made_of(
+    load: Callable[..., Model],
+    config: PretrainedConfig,
+    state: dict[str, Tensor],
+    where: Path,
+    dtype: torch.dtype,
+    **given: bool,
+) -> Model:
+    """A frozen transformers model of exactly these weights; no weight is missing, none is left over.
+
+    load: the ``from_pretrained`` of its class, as in :func:`model_in`; given: more keywords of it.
+    """
+    model, found = _loaded(where, load, None, config=config, state_dict=state, dtype=dtype, **given)
+    _refuse_incomplete(where, found)
     if found["unexpected_keys"]:
         raise UserError(f"{where} holds weights that the model has no place for, the first is {min(found['unexpected_keys'])}")
     return model.eval().requires_grad_(False)
 
 
-def refuse_incomplete(where: Path, found: dict[str, Any]) -> None:
+def model_in(load: Callable[..., Model], folder: Path, dtype: torch.dtype, *, spare: str = "", **given: bool) -> Model:
+    """The model of a folder in transformers' layout; no weight is missing but those with ``spare`` in their names."""
+    model, found = _loaded(folder, load, folder, dtype=dtype, local_files_only=True, **given)
+    _refuse_incomplete(folder, found, spare)
+    return model
+
+
+def _loaded(where: Path, load: Callable[..., Model], *what: object, **how: object) -> tuple[Model, dict[str, Collection[str]]]:
+    """The model, and the names of weights by what is wrong with them."""
+    with quietly():
+        return cast(Any, reading(where, lambda: load(*what, output_loading_info=True, **how)))
+
+
+def _refuse_incomplete(where: Path, found: Mapping[str, Collection[str]], spare: str = "") -> None:
     """transformers fills what is missing with random numbers; a judge must not."""
     for what in ("missing_keys", "mismatched_keys"):
-        if names := sorted(str(n) for n in found[what]):
+        if names := sorted(str(n) for n in found[what] if not spare or spare not in str(n)):
             raise UserError(
                 f"{where} does not fit the model: {len(names)} weights {what.removesuffix('_keys')}, the first is {names[0]}"
             )
