@@ -102,7 +102,7 @@ def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.d
 
     def load(device: str | torch.device) -> ClipJudge:
         clip = load_clip(place, kind, device, dtype) if file is None else _load_published(file, words, device, dtype)
-        return ClipJudge(kind, clip, Preprocess(clip.image_size, (clip.image_size,) * 2, whole=True))
+        return ClipJudge(kind, clip, Preprocess(clip.image_size, (clip.image_size, clip.image_size), whole=True))
 
     return load
 

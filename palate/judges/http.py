@@ -39,46 +39,63 @@ def ask(url: str, content: object = None, *, timeout: float = 120.0, retries: in
     Raises:
         UserError: no answer, a refusal, or an answer that is not JSON.
     """
-    body = None if content is None else json.dumps(content).encode()
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    if os.environ.get(KEY):
-        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    # A proxy is for the world outside.
-    handlers = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
-    opener = urllib.request.build_opener(_NoRedirect, *handlers)
-    why = ""
-    for attempt in range(retries + 1):
-        wait = min(pause * 2**attempt, LONGEST_PAUSE)
-        try:
-            with opener.open(urllib.request.Request(url, data=body, headers=headers), timeout=timeout) as answer:
-                text = answer.read(MAX_ANSWER + 1)
-                if answer.length and len(text) <= MAX_ANSWER:
-                    raise http.client.IncompleteRead(text, answer.length)
-            break
-        except urllib.error.HTTPError as error:
-            why = f"status {error.code}: {_said(error)}"
-            if error.code in (401, 403):
-                raise UserError(f"{url} refuses the request ({why}); set {KEY} to its key") from error
-            if error.code not in AGAIN:
-                raise UserError(f"{url} refuses the request ({why})") from error
-            wait = max(wait, _asked_to_wait(error))
-        # A cut connection comes as http.client's own errors, a slow one as TimeoutError, both outside URLError at times.
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = getattr(error, "reason", error)
-            slow = isinstance(reason, TimeoutError | socket.timeout)
-            why = f"no answer within {timeout:g} s" if slow else first_line(error)
-        except ValueError as error:
-            raise UserError(f"{url} is no usable URL ({error}); expected one such as http://127.0.0.1:8300") from error
-        if attempt < retries:
-            time.sleep(wait)
-    else:
-        raise UserError(f"{url} does not answer after {retries + 1} tries ({why}); is its server running?")
+    text = _patiently(url, None if content is None else json.dumps(content).encode(), timeout, retries, pause)
     if len(text) > MAX_ANSWER:
         raise UserError(f"{url} answers with more than {MAX_ANSWER >> 20} MB; is it the right address?")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"{url} answers no JSON but {text[:80]!r}; is it the right address?") from None
+
+
+class _LaterError(Exception):
+    """No answer, but another try may bring one, after so many seconds at the least."""
+
+    def __init__(self, why: str, wait: float = 0.0):
+        super().__init__(why)
+        self.wait = wait
+
+
+def _patiently(url: str, body: bytes | None, timeout: float, retries: int, pause: float) -> bytes:
+    why = ""
+    for attempt in range(retries + 1):
+        try:
+            return _once(url, body, timeout)
+        except _LaterError as error:
+            why = str(error)
+            if attempt < retries:
+                time.sleep(max(min(pause * 2**attempt, LONGEST_PAUSE), error.wait))
+    raise UserError(f"{url} does not answer after {retries + 1} tries ({why}); is its server running?")
+
+
+def _once(url: str, body: bytes | None, timeout: float) -> bytes:
+    """What the server answers, cut behind :data:`MAX_ANSWER`."""
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if os.environ.get(KEY):
+        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+    # A proxy is for the world outside.
+    handlers = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
+    opener = urllib.request.build_opener(_NoRedirect, *handlers)
+    try:
+        with opener.open(urllib.request.Request(url, data=body, headers=headers), timeout=timeout) as answer:
+            text = answer.read(MAX_ANSWER + 1)
+            if answer.length and len(text) <= MAX_ANSWER:
+                raise http.client.IncompleteRead(text, answer.length)
+            return text
+    except urllib.error.HTTPError as error:
+        why = f"status {error.code}: {_said(error)}"
+        if error.code in (401, 403):
+            raise UserError(f"{url} refuses the request ({why}); set {KEY} to its key") from error
+        if error.code not in AGAIN:
+            raise UserError(f"{url} refuses the request ({why})") from error
+        raise _LaterError(why, _asked_to_wait(error)) from error
+    # A cut connection comes as http.client's own errors, a slow one as TimeoutError, both outside URLError at times.
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", error)
+        slow = isinstance(reason, TimeoutError | socket.timeout)
+        raise _LaterError(f"no answer within {timeout:g} s" if slow else first_line(error)) from error
+    except ValueError as error:
+        raise UserError(f"{url} is no usable URL ({error}); expected one such as http://127.0.0.1:8300") from error
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -69,8 +69,7 @@ class RemoteJudge:
         content = {"images": [base64.b64encode(file).decode() for file in files], "prompts": prompts}
         answer = ask(f"{self.url}/score", content, timeout=self.options.timeout, retries=self.options.retries)
         scores = answer.get("scores") if isinstance(answer, dict) else None
-        usable = isinstance(scores, list) and all(s is None or _number(s) for s in scores)
-        if not usable or len(scores) != len(files):
+        if not isinstance(scores, list) or len(scores) != len(files) or not all(s is None or _number(s) for s in scores):
             raise UserError(
                 f"{self.url}/score answers {str(answer)[:120]}; expected {{'scores': [{len(files)} numbers]}}. "
                 "Is it a judge that palate serve-judge serves?"

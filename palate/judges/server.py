@@ -57,74 +57,85 @@ def serve_judge(
         raise UserError(
             f"host {host} can be reached from outside: set PALATE_API_KEY to a token here and where it is asked from"
         )
-    busy = threading.Lock()
-    told = {name: value for name, value in asdict(who).items() if value}
-    mark = {"fingerprint": who.fingerprint} if who.fingerprint else {}
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        timeout = PATIENCE
-
-        def do_GET(self) -> None:
-            self._answer(lambda: told if self.path == "/judge" else _no_page(self.path))
-
-        def do_POST(self) -> None:
-            self._answer(lambda: self._scores() if self.path == "/score" else _no_page(self.path))
-
-        def _scores(self) -> dict[str, object]:
-            images, prompts = _read(self._body())
-            with busy:
-                scores = score(judge, images, prompts, batch_size)
-            return {"scores": [s if math.isfinite(s) else None for s in scores.tolist()], **mark}
-
-        def _body(self) -> bytes:
-            if self.headers.get_content_type() != "application/json":  # what a foreign web page may not send unasked
-                raise _RefusedError(415, "send application/json")
-            length = self.headers.get("Content-Length", "")
-            if not length.isdigit():
-                raise _RefusedError(411, "Content-Length is missing")
-            if int(length) > MAX_BODY:
-                raise _RefusedError(413, f"at most {MAX_BODY >> 20} MB a request")
-            return self.rfile.read(int(length))
-
-        def _answer(self, work: Callable[[], Mapping[str, object]]) -> None:
-            try:
-                self._allow()
-                status, content = 200, work()
-            except _RefusedError as error:
-                status, content = error.status, {"error": str(error)}
-                self.close_connection = True  # its body may not have been read
-            except UserError as error:
-                status, content = 400, {"error": str(error)}
-            except OSError:
-                raise
-            except Exception as error:  # a foreign judge may raise anything; the next request is another matter
-                print(f"{who.judge}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                status, content = 500, {"error": f"the judge failed: {type(error).__name__}"}
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def _allow(self) -> None:
-            sent = self.headers.get("Authorization", "")
-            if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
-                raise _RefusedError(401, "wrong or missing token")
-            asked = self.headers.get("Host", "").rpartition(":")[0].strip("[]") or self.headers.get("Host", "")
-            if host in LOOPBACK and asked not in LOOPBACK:  # a web page that calls itself by our address
-                raise _RefusedError(403, "ask for 127.0.0.1")
-
-        def log_message(self, *_: object) -> None:
-            """Requests are not worth a line each."""
-
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        return _Server(judge, who, host, port, token, batch_size)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve at {host}:{port} ({error}); give another --port") from error
-    server.daemon_threads = True
-    return server
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, judge: Judge, who: Identity, host: str, port: int, token: str | None, batch_size: int):
+        super().__init__((host, port), _Handler)
+        self.judge, self.who, self.host, self.token, self.batch_size = judge, who, host, token, batch_size
+        self.busy = threading.Lock()
+
+    def identity(self) -> dict[str, object]:
+        return {name: value for name, value in asdict(self.who).items() if value}
+
+    def scores(self, images: list[Image.Image], prompts: list[str]) -> dict[str, object]:
+        with self.busy:
+            scores = score(self.judge, images, prompts, self.batch_size)
+        mark = {"fingerprint": self.who.fingerprint} if self.who.fingerprint else {}
+        return {"scores": [s if math.isfinite(s) else None for s in scores.tolist()], **mark}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    timeout = PATIENCE
+
+    def do_GET(self) -> None:
+        self._answer(lambda: self.server.identity() if self.path == "/judge" else _no_page(self.path))
+
+    def do_POST(self) -> None:
+        self._answer(lambda: self.server.scores(*_read(self._body())) if self.path == "/score" else _no_page(self.path))
+
+    def _body(self) -> bytes:
+        if self.headers.get_content_type() != "application/json":  # what a foreign web page may not send unasked
+            raise _RefusedError(415, "send application/json")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit():
+            raise _RefusedError(411, "Content-Length is missing")
+        if int(length) > MAX_BODY:
+            raise _RefusedError(413, f"at most {MAX_BODY >> 20} MB a request")
+        return self.rfile.read(int(length))
+
+    def _answer(self, work: Callable[[], Mapping[str, object]]) -> None:
+        try:
+            self._allow()
+            status, content = 200, work()
+        except _RefusedError as error:
+            status, content = error.status, {"error": str(error)}
+            self.close_connection = True  # its body may not have been read
+        except UserError as error:
+            status, content = 400, {"error": str(error)}
+        except OSError:
+            raise
+        except Exception as error:  # a foreign judge may raise anything; the next request is another matter
+            print(f"{self.server.who.judge}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            status, content = 500, {"error": f"the judge failed: {type(error).__name__}"}
+        self._send(status, content)
+
+    def _send(self, status: int, content: Mapping[str, object]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _allow(self) -> None:
+        sent, token = self.headers.get("Authorization", ""), self.server.token
+        if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+            raise _RefusedError(401, "wrong or missing token")
+        asked = self.headers.get("Host", "").rpartition(":")[0].strip("[]") or self.headers.get("Host", "")
+        if self.server.host in LOOPBACK and asked not in LOOPBACK:  # a web page that calls itself by our address
+            raise _RefusedError(403, "ask for 127.0.0.1")
+
+    def log_message(self, *_: object) -> None:
+        """Requests are not worth a line each."""
 
 
 def _no_page(path: str) -> NoReturn:
@@ -136,9 +147,8 @@ def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
         content = json.loads(body)
     except (ValueError, RecursionError):
         raise _RefusedError(400, "the body is not JSON") from None
-    images, prompts = (content.get(key) for key in ("images", "prompts")) if isinstance(content, dict) else (None, None)
-    lists = isinstance(images, list) and isinstance(prompts, list) and len(images) == len(prompts)
-    if not lists or not all(isinstance(part, str) for part in [*images, *prompts]):
+    images, prompts = _texts(content, "images"), _texts(content, "prompts")
+    if images is None or prompts is None or len(images) != len(prompts):
         raise _RefusedError(400, "expected {'images': [base64 pictures], 'prompts': [as many texts]}")
     if len(images) > MAX_PICTURES:
         raise _RefusedError(413, f"at most {MAX_PICTURES} pictures a request")
@@ -149,3 +159,9 @@ def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
         except (ValueError, binascii.Error) as error:
             raise _RefusedError(400, f"picture {index} {error}") from None
     return pictures, prompts
+
+
+def _texts(content: object, key: str) -> list[str] | None:
+    """The list of texts below a key, if there is one."""
+    found = content.get(key) if isinstance(content, dict) else None
+    return found if isinstance(found, list) and all(isinstance(part, str) for part in found) else None
