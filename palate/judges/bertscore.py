@@ -43,7 +43,6 @@ class BertScore:
         tokenizer = reading(folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
         return cls(model.to(device), tokenizer, layers)
 
-    @torch.no_grad()
     def recall(self, candidates: Sequence[str], references: Sequence[str]) -> Float[Tensor, " b"]:
         """``(b,)`` float32; 0 where the candidate or the reference says nothing."""
         said, said_there, said_words = self._embed(candidates)

@@ -53,9 +53,9 @@ class Clip:
         features = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
         return F.normalize(features.float(), dim=-1)
 
-    @torch.no_grad()
+    @torch.no_grad()  # what is remembered outlives the graph of a call
     def embed_texts(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """L2-normalised, float32, cut at the tokenizer's limit (77 tokens in the published models)."""
+        """L2-normalised, float32, cut at the tokenizer's limit (77 tokens in the published models); without gradient."""
         found = {prompt: self._known[prompt] for prompt in prompts if prompt in self._known}
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         for start in range(0, len(new), 64):

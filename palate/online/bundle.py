@@ -107,7 +107,7 @@ class RewardBundle:
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images came with {len(prompts)} prompts")
-        pending = Pending(self, images.detach().float(), prompts)
+        pending = Pending(self, images.detach().float(), prompts)  # nobody waits for a gradient: what made them may go
         if self._worker is None:
             # A daemon, so that a reward that hangs does not keep the program from ending.
             self._worker = threading.Thread(target=self._work, name="rewards", daemon=True)
@@ -208,7 +208,7 @@ class RewardBundle:
         who = f"reward {name}"
         for attempt in range(self.retries + 1):
             try:
-                answer = _within(self.timeout, reward, pending.images, pending.prompts)
+                answer = self._ask(reward, pending.images, pending.prompts)
                 break
             except _TooLongError as error:
                 if attempt == self.retries:
@@ -242,13 +242,20 @@ class RewardBundle:
             self._fail(who, f"returned {found[row].item()}", pending, row)
         return found, info
 
+    def _ask(self, reward: Reward, images: Tensor, prompts: list[Prompt]) -> object:
+        def ask() -> object:
+            with torch.no_grad():  # inside: each thread has its own mode
+                return reward(images, list(prompts))
+
+        return ask() if self.timeout is None else _within(self.timeout, ask)
+
     def _culprit(self, reward: Reward, pending: Pending) -> int | None:
         """The image on which a reward raises, found by halving; None if it does not raise on a single one."""
         low, high = 0, len(pending.prompts)
         while True:
             middle = max((low + high) // 2, low + 1)
             try:
-                _within(self.timeout, reward, pending.images[low:middle], pending.prompts[low:middle])
+                self._ask(reward, pending.images[low:middle], pending.prompts[low:middle])
             except Exception:
                 if middle - low == 1:
                     return low
@@ -304,16 +311,9 @@ class _TooLongError(Exception):
     """Not ``TimeoutError``, which a reward's own connection may raise."""
 
 
-def _within(timeout: int | float | None, reward: Reward, images: Tensor, prompts: list[Prompt]) -> Any:
-    """Call a reward without gradients; raise :class:`_TooLongError` if it takes longer than ``timeout`` seconds."""
-
-    @torch.no_grad()
-    def call() -> Any:
-        return reward(images, list(prompts))
-
-    if timeout is None:
-        return call()
-    answer: list[Any] = []
+def _within(timeout: int | float, call: Callable[[], object]) -> object:
+    """What a call returns; raise :class:`_TooLongError` if it takes longer than ``timeout`` seconds."""
+    answer: list[object] = []
     errors: list[BaseException] = []
 
     def run() -> None:

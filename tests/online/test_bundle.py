@@ -14,6 +14,7 @@ from palate.base.errors import UserError
 from palate.data.prompts import Prompt
 from palate.judges import load_judge
 from palate.judges.reward import RewardError, from_function, from_judge
+from palate.miniature import world
 from palate.online import bundle
 from palate.online.bundle import RewardBundle
 
@@ -147,17 +148,52 @@ def test_runs_beside_the_caller_in_order():
     assert not worker.is_alive()
 
 
-def test_without_gradients_and_with_all_processes():
+def test_rewards_are_asked_without_gradients_in_whatever_thread():
     def differentiable(images, prompts):
         assert not torch.is_grad_enabled()
+        assert not images.requires_grad
         return brightness(images, prompts)
 
-    # Another process that saw the same scores: the mean stays, and the number of images doubles.
-    made = RewardBundle({"d": differentiable, "r": redness}, gather=lambda scores: torch.cat([scores, scores]))
-    found = made.submit(images().requires_grad_(), PROMPTS).result()
+    for timeout in (None, 20):  # with a limit each call has a thread of its own
+        found = RewardBundle({"d": differentiable}, timeout=timeout).submit(images().requires_grad_(), PROMPTS).result()
+        assert not found.total.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_what_a_reward_reads_of_its_own_gradient_stays_there():
+    """A reward may want gradients inside, of a guidance say: those it enables itself."""
+
+    def inner(images, prompts):
+        with torch.enable_grad():
+            x = images.clone().requires_grad_()
+            brightness(x, prompts).sum().backward()
+            return x.grad.sum(dim=(1, 2, 3)) + 0 * brightness(x, prompts)
+
+    found = RewardBundle({"i": inner}).submit(images(), PROMPTS).result()
+    torch.testing.assert_close(found.total, torch.ones(4))
     assert not found.total.requires_grad
+
+
+def test_with_all_processes():
+    # Another process that saw the same scores: the mean stays, and the number of images doubles.
+    made = RewardBundle({"d": brightness, "r": redness}, gather=lambda scores: torch.cat([scores, scores]))
+    found = made.submit(images(), PROMPTS).result()
     assert made.state_dict()["d"][0] == 8
     assert found.total.shape == (4,)
+
+
+def test_a_reward_lets_gradients_through_where_its_caller_wants_them():
+    judge = load_judge("clipscore", world.checkpoint("mini-clip"))
+    texts = ["a red house", "a tree"]
+    prompts = [Prompt(text) for text in texts]
+    for reward in (from_judge(judge), from_function(lambda images, prompts, metadata: judge(images, prompts))):
+        x = (0.2 + 0.6 * torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+        reward(x, prompts).sum().backward()
+        assert all(float(gradient.abs().max()) > 0 for gradient in x.grad)
+        step = 0.001 * x.grad / x.grad.abs().max()
+        with torch.no_grad():
+            rise = judge(x + step, texts) - judge(x - step, texts)
+        torch.testing.assert_close(rise, 2 * (x.grad * step).sum(dim=(1, 2, 3)), rtol=0.05, atol=1e-3)
 
 
 # Failures -------------------------------------------------------------------------------------------------------------------
