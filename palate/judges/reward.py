@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ class Reward(Protocol):
     Whoever calls it checks the answer; see :func:`palate.online.bundle.RewardBundle`.
     """
 
-    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Any: ...
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> object: ...
 
 
 class RewardError(UserError):
@@ -33,13 +33,13 @@ class RewardError(UserError):
 def from_judge(judge: Judge) -> Reward:
     """A judge as a reward: it reads the text of the prompts, not what their list tells of them."""
 
-    def reward(images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Any:
+    def reward(images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> object:
         return judge(images, [prompt.text for prompt in prompts])
 
     return reward
 
 
-def from_function(function: Callable[..., Any], *, name: str = "", device: str | torch.device = "cpu") -> Reward:
+def from_function(function: Callable[..., object], *, name: str = "", device: str | torch.device = "cpu") -> Reward:
     """A function ``fn(images, prompts, metadata) -> scores`` or ``(scores, info)``, as ddpo-pytorch, TRL and flow_grpo call it.
 
     ``images`` is a float32 tensor ``(b, 3, h, w)`` in [0, 1], ``prompts`` a tuple of b texts, ``metadata`` a tuple of b
@@ -55,7 +55,7 @@ def from_function(function: Callable[..., Any], *, name: str = "", device: str |
     called = name or getattr(function, "__qualname__", repr(function))
     if not _takes(function, 3):
         if _takes(function, 2):
-            return from_judge(function)
+            return from_judge(cast(Judge, function))
         if _takes(function, 0):
             made = function()
         elif "device" in inspect.signature(function).parameters and _takes(function, 0, device=device):
@@ -72,13 +72,13 @@ def from_function(function: Callable[..., Any], *, name: str = "", device: str |
             )
         function = made
 
-    def reward(images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> Any:
+    def reward(images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> object:
         return function(images.clone(), tuple(p.text for p in prompts), tuple(dict(p.metadata) for p in prompts))
 
     return reward
 
 
-def _takes(function: Callable[..., Any], count: int, **named: Any) -> bool:
+def _takes(function: Callable[..., object], count: int, **named: object) -> bool:
     """Whether ``count`` positional arguments (and those named) are enough and not too many."""
     try:
         inspect.signature(function).bind(*range(count), **named)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Rewards:
     """The weighted sum that is trained on."""
     raw: dict[str, Float[Tensor, " b"]]
     """Every reward by name as it came, without weight."""
-    info: dict[str, list[Any]]
+    info: dict[str, list[object]]
     """What else functions returned: by name, one entry a batch; absent for rewards that return scores only."""
 
 
@@ -44,7 +44,7 @@ class Pending:
     def __init__(self, bundle: RewardBundle, images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]):
         self.bundle, self.images, self.prompts = bundle, images, list(prompts)
         self.done = threading.Event()
-        self.answers: dict[str, tuple[Tensor, Any]] = {}
+        self.answers: dict[str, tuple[Tensor, object]] = {}
         self.error: BaseException | None = None
         self.rewards: Rewards | None = None
 
@@ -196,20 +196,20 @@ class RewardBundle:
                 if not finite.all():
                     self._fail("the model", "made a picture that is not finite", pending, int(finite.int().argmin()))
                 for name, reward in self.rewards.items():
-                    pending.answers[name] = self._score(name, reward, pending)
+                    who = f"reward {name}"
+                    pending.answers[name] = self._checked(who, self._tried(who, reward, pending), pending)
             except BaseException as error:
                 pending.error = error
             finally:
                 pending.images = torch.empty(0, 3, 1, 1)  # memory for the batches to come
                 pending.done.set()
 
-    def _score(self, name: str, reward: Reward, pending: Pending) -> tuple[Tensor, Any]:
-        """Checked scores ``(b,)`` of one reward, and what came with them."""
-        who = f"reward {name}"
-        for attempt in range(self.retries + 1):
+    def _tried(self, who: str, reward: Reward, pending: Pending) -> object:
+        """What a reward answers, asked again and again if need be."""
+        attempt = 0
+        while True:
             try:
-                answer = self._ask(reward, pending.images, pending.prompts)
-                break
+                return self._ask(reward, pending.images, pending.prompts)
             except _TooLongError as error:
                 if attempt == self.retries:
                     self._fail(who, str(error), pending, None, error)
@@ -224,7 +224,13 @@ class RewardBundle:
                     problem = f"raised {type(error).__name__}: {error}"
                     self._fail(who, problem, pending, self._culprit(reward, pending), error)
             time.sleep(PAUSE * 2**attempt)
-        scores, info = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+            attempt += 1
+
+    def _checked(self, who: str, answer: object, pending: Pending) -> tuple[Tensor, object]:
+        """Scores ``(b,)`` on the CPU, float32, and what came with them."""
+        scores, info = answer, None
+        if isinstance(answer, tuple) and len(cast(tuple[object, ...], answer)) == 2:
+            scores, info = cast(tuple[object, object], answer)
         if scores is None:
             self._fail(who, "returned nothing", pending)
         try:
@@ -267,7 +273,7 @@ class RewardBundle:
 
     def _fail(
         self, who: str, problem: str, pending: Pending, row: int | None = None, cause: BaseException | None = None
-    ) -> None:
+    ) -> NoReturn:
         b, where = len(pending.prompts), row or 0
         which = f"image {where} of {b}" if row is not None or b == 1 else f"images 0 to {b - 1}, of which the first"
         saved = ""

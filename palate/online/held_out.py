@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -61,6 +61,15 @@ def parted(
     wobble = np.sqrt(np.square(np.diff(means)).mean() / window)  # the difference of two averages: 2 / window variances
     fell = change.mean() < -threshold * max(paired, wobble)
     return bool(fell and rose[last].mean() > rose[best].mean())
+
+
+class HeldOutState(TypedDict):
+    """What was found so far."""
+
+    trained: list[float]
+    scores: dict[str, list[list[float]]]
+    """By name, of each evaluation those of all pictures."""
+    prompts: NotRequired[list[str]]
 
 
 class HeldOut:
@@ -121,12 +130,12 @@ class HeldOut:
             f"{THRESHOLD:g} standard errors; stop here and take the best checkpoint, or bound the KL divergence"
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> HeldOutState:
         """What was found so far, so that a resumed run knows its best and its peak."""
-        scores = {name: scores.tolist() for name, scores in self.scores.items()}
+        scores = {name: scores.numpy().tolist() for name, scores in self.scores.items()}
         return {"trained": list(self.trained), "scores": scores, "prompts": self._texts()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: HeldOutState) -> None:
         n = len(self.prompts)
         others = state.get("prompts", self._texts()) != self._texts() or set(state["scores"]) != set(self.scores)
         if others or any(len(row) != n for rows in state["scores"].values() for row in rows):
