@@ -92,6 +92,7 @@ def test_recall_is_the_authors(bert_dir):
     assert max(expected) - min(expected) > 0.05
     assert score.recall(said, meant).tolist() == pytest.approx(expected, abs=1e-5)
     assert score.recall(["a house"], ["a house"]).item() == pytest.approx(1)
+    assert not score.recall(["a house"], ["a house"]).requires_grad  # frozen, whoever asks
 
 
 def test_recall_of_nothing_is_nothing(bert_dir):
