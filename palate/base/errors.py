@@ -16,3 +16,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f" ({hint}choose from {', '.join(known)})"
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of a library's message; of an error without one, its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

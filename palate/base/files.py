@@ -11,8 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from palate.base.errors import UserError
-from palate.base.hub import first_line
+from palate.base.errors import UserError, first_line
 
 
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, first_line
 
 
 def is_hub_id(name: str) -> bool:
@@ -104,11 +104,6 @@ def push(folder: str | Path, repo: str, files: Sequence[str], *, message: str) -
             f"palate export {folder} --push_to_hub {repo}"
         ) from error
     return str(url)
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of a library's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _settle() -> None:

@@ -12,8 +12,7 @@ import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
-from palate.base.errors import UserError
-from palate.base.hub import first_line
+from palate.base.errors import UserError, first_line
 
 KEY = "PALATE_API_KEY"
 """Environment variable with the key or token that is sent; no other variable is ever read, whatever a recipe says."""

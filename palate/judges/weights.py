@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.base.errors import UserError, nearest
-from palate.base.hub import first_line
+from palate.base.errors import UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palate.base.errors import UserError
-from palate.base.hub import fetch, first_line
+from palate.base.errors import UserError, first_line
+from palate.base.hub import fetch
 
 if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser

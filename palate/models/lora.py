@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, first_line
 from palate.base.files import replacing
-from palate.base.hub import first_line
 from palate.models.denoiser import Denoiser
 
 LORA = ".lora_"

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from palate.base.errors import UserError
-from palate.base.hub import first_line
+from palate.base.errors import UserError, first_line
 
 
 class OtherPipeline:

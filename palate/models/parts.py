@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from palate.base.errors import UserError
-from palate.base.hub import first_line
+from palate.base.errors import UserError, first_line
 from palate.diffusion.denoising import Conditioning
 
 

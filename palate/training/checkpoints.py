@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, first_line
 
 MAY_DIFFER = frozenset(
     {
@@ -97,7 +97,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         kept = latest(output_dir)
         raise UserError(
-            f"checkpoint of step {step} cannot be written to {output_dir} ({_line(error)}): free some space"
+            f"checkpoint of step {step} cannot be written to {output_dir} ({first_line(error)}): free some space"
             + (f" and resume from {kept.name}" if kept else "")
         ) from error
     if total_limit is not None:
@@ -120,7 +120,7 @@ def load(path: str | Path) -> Checkpoint:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         recipe = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({_line(error)}): resume from an earlier one") from error
+        raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): resume from an earlier one") from error
     return Checkpoint(path, weights, state, recipe)
 
 
@@ -163,7 +163,3 @@ def _all(output_dir: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
     return [path for _, path in sorted(found) if path.is_dir()]
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from palate.training.options import TrainOptions
@@ -44,9 +44,9 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
     except (ImportError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise UserError(
-            f"optimizer adamw_8bit needs bitsandbytes ({line[0]}): pip install 'palate[8bit]', or use adamw or adafactor"
+            f"optimizer adamw_8bit needs bitsandbytes ({first_line(error)}): pip install 'palate[8bit]', "
+            "or use adamw or adafactor"
         ) from error
     return AdamW8bit
 
