@@ -13,6 +13,7 @@ from typing import Any
 
 from palate.base import hub
 from palate.base.errors import UserError, nearest
+from palate.base.jsonl import decode
 from palate.data import shards, votes
 from palate.data.values import BadValueError, Home
 
@@ -358,9 +359,9 @@ def _json_rows(path: Path) -> Iterator[Any]:
             if not line:
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield BadValueError("(whole line)", f"is not JSON ({error})")
+                row = decode(line)
+            except ValueError as error:
+                yield BadValueError("(whole line)", f"is {error}")
             else:
                 yield row if isinstance(row, dict) else BadValueError("(whole line)", "is not a JSON object")
 

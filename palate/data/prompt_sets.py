@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import urllib.request
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 from palate.base.errors import UserError, nearest
 from palate.base.files import write_atomically
+from palate.base.jsonl import decode, lines
 from palate.data.prompts import Prompt
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -107,7 +107,7 @@ def _drawbench(path: Path) -> list[Prompt]:
 
 
 def _geneval(path: Path) -> list[Prompt]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    rows = [decode(line) for _, line in lines(path.read_text(encoding="utf-8"))]
     return [
         Prompt(row["prompt"], metadata={"category": row["tag"], **{k: v for k, v in row.items() if k != "prompt"}})
         for row in rows
@@ -120,7 +120,7 @@ def _listed(path: Path) -> list[Prompt]:
 
 def _texts(path: Path) -> list[str]:
     """A JSON list of texts, or of objects with ``prompt``."""
-    rows: list[Any] = json.loads(path.read_text(encoding="utf-8"))
+    rows: list[Any] = decode(path.read_text(encoding="utf-8"))
     return [str(row["prompt"] if isinstance(row, dict) else row).strip() for row in rows]
 
 

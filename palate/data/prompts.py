@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from palate.base.errors import UserError, nearest
+from palate.base.jsonl import Object, decode, lines
 
 LISTS = {
     "animals": "animals.txt",
@@ -55,31 +55,30 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected a file of prompts") from None
-    # Not splitlines(): it also breaks at characters that may stand inside a prompt.
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
+    told = lines(text)
+    if not told:
         raise UserError(f"{path} has no prompts: write one a line")
-    if path.suffix == ".jsonl" or _is_object(lines[0][1]):
-        return [_prompt(path, number, line) for number, line in lines]
+    if path.suffix == ".jsonl" or _object(told[0][1]) is not None:
+        return [_prompt(path, number, line) for number, line in told]
     if path.suffix == ".json":
         raise UserError(f"{path} is JSON, but not one object a line: convert it to JSONL with 'prompt', or to plain text")
     if path.suffix in (".tsv", ".csv", ".parquet"):
         raise UserError(f"{path} is a table: write its column of prompts to a text file, one prompt a line")
-    return [Prompt(line) for _, line in lines]
+    return [Prompt(line) for _, line in told]
 
 
-def _is_object(line: str) -> bool:
+def _object(line: str) -> Object | None:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+        found = decode(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _prompt(path: Path, number: int, line: str) -> Prompt:
     where = f"{path}, line {number}"
-    if not _is_object(line):
+    if (row := _object(line)) is None:
         raise UserError(f'{where}: not a JSON object; expected one such as {{"prompt": "a red boat"}} a line')
-    row = json.loads(line)
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         columns = ", ".join(sorted(row)) or "none"

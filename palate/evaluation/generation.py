@@ -17,15 +17,14 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
+from palate.base.jsonl import read_object, write_object
 from palate.data.prompts import Prompt
 from palate.evaluation.manifest import (
     MANIFEST,
     SETTINGS,
     Picture,
     append_manifest,
-    read_json,
     read_manifest,
-    write_json,
     write_settings,
 )
 
@@ -144,10 +143,10 @@ def generate(
     folder, shard = Path(folder), shard or Shard()
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
-    before = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    before = read_object(folder / SETTINGS, optional=True)
     done = begun(folder, pictures, {**dict.fromkeys(before), **settings}, model or {})
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MODEL, model or {})
+    write_object(folder / MODEL, model or {})
     if not (folder / SETTINGS).is_file():
         write_settings(folder, settings)
     wanted = [p for p in pictures[shard.number :: shard.of] if p.file not in done or not (folder / p.file).is_file()]
@@ -178,7 +177,7 @@ def begun(folder: str | Path, pictures: Sequence[Picture], settings: Mapping[str
         raise UserError(f"{folder} is a file; name a folder")
     for name, given in ((SETTINGS, settings), (MODEL, model)):
         if (folder / name).is_file():
-            before = read_json(folder / name)
+            before = read_object(folder / name)
             wanted = {**before, **given} if name == MODEL else given
             differ = [k for k in wanted if k != "versions" and before.get(k) != given.get(k)]
             if differ:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
+from palate.base.jsonl import append_lines, dump_line, read_lines, read_object, short, write_object
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
 VERSIONS = "versions"  # in the settings: may differ between folders that are compared, which is told
@@ -71,7 +70,7 @@ def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Pictu
     pictures: list[Picture] = []
     files: dict[str, int] = {}
     keys: dict[tuple[str, int, int], int] = {}
-    for number, row in _lines(path):
+    for number, row in read_lines(path, may_be_cut=True):
         picture = _picture(f"{path}, line {number}", row)
         for what, value, known in (("file", picture.file, files), ("prompt, seed and index", picture.key, keys)):
             if value in known:
@@ -91,7 +90,7 @@ def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Pictu
 
 def write_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
     """Write the whole manifest at once, atomically."""
-    write_atomically(Path(folder) / MANIFEST, "".join(_dumps(picture.line()) for picture in pictures).encode())
+    write_atomically(Path(folder) / MANIFEST, "".join(dump_line(picture.line()) for picture in pictures).encode())
 
 
 def append_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
@@ -101,27 +100,11 @@ def append_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """``settings.json``: what must agree between two folders that are compared; empty where there is none."""
-    path = Path(folder) / SETTINGS
-    return read_json(path) if path.is_file() else {}
+    return read_object(Path(folder) / SETTINGS, optional=True)
 
 
 def write_settings(folder: str | Path, settings: Mapping[str, Any]) -> None:
-    write_json(Path(folder) / SETTINGS, settings)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); write it again, or delete it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds {type(found).__name__}; expected one JSON object")
-    return found
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_object(Path(folder) / SETTINGS, settings)
 
 
 # Scores --------------------------------------------------------------------------------------------------------------------
@@ -159,7 +142,7 @@ def read_scores(path: str | Path) -> ScoreFile:
         UserError: no such file, a missing header, or a line that is no score.
     """
     path = Path(path)
-    lines = _lines(path)
+    lines = read_lines(path, may_be_cut=True)
     header = next(lines, (1, {}))[1]
     if not all(isinstance(header.get(name), str) for name in ("judge", "kind", "fingerprint", "role")):
         raise UserError(f"{path}: its first line must be an object with judge, kind, fingerprint, role; score again")
@@ -169,7 +152,7 @@ def read_scores(path: str | Path) -> ScoreFile:
         file, score = row.get("file"), row.get("score")
         known = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
         if not isinstance(file, str) or not (known or (score is None and "error" in row)):
-            raise UserError(f'{path}, line {number}: expected {{"file": ..., "score": number}}, found {_short(row)}')
+            raise UserError(f'{path}, line {number}: expected {{"file": ..., "score": number}}, found {short(row)}')
         scores.pop(file, None)
         bad.pop(file, None)
         if isinstance(score, int | float):
@@ -235,18 +218,18 @@ def differences(sides: Sequence[Side], allowed: bool) -> list[str]:
                 count = sum(k not in other.pictures for k in holder.pictures)
                 found.append(
                     f"{count} of {len(holder.pictures)} pictures in {holder.folder} have no partner in {other.folder}, "
-                    f"such as prompt {_short(key[0])}, seed {key[1]}, index {key[2]}"
+                    f"such as prompt {short(key[0])}, seed {key[1]}, index {key[2]}"
                 )
         away = next((k for k in a.pictures if k in b.pictures and a.pictures[k].negative != b.pictures[k].negative), None)
         if away is not None:
-            found.append(f"the negative prompts of {_short(away[0])} differ in {a.folder} and {b.folder}")
+            found.append(f"the negative prompts of {short(away[0])} differ in {a.folder} and {b.folder}")
         away = next((k for k in a.pictures if k in b.pictures and a.pictures[k].init_image != b.pictures[k].init_image), None)
         if away is not None:
-            found.append(f"{_short(away[0])} was edited from different pictures in {a.folder} and {b.folder}")
+            found.append(f"{short(away[0])} was edited from different pictures in {a.folder} and {b.folder}")
         for name in sorted((set(a.settings) | set(b.settings)) - {VERSIONS}):
             left, right = a.settings.get(name), b.settings.get(name)
             if left != right:
-                found.append(f"{name} is {_short(left)} in {a.folder} and {_short(right)} in {b.folder}")
+                found.append(f"{name} is {short(left)} in {a.folder} and {short(right)} in {b.folder}")
     if found and not allowed:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise UserError(
@@ -259,67 +242,11 @@ def differences(sides: Sequence[Side], allowed: bool) -> list[str]:
     return notes
 
 
-# Lines ---------------------------------------------------------------------------------------------------------------------
-
-
-def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add JSON lines in one write, after removing what a killed process may have left of a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as stream:
-        _mend(stream)
-        stream.write("".join(map(_dumps, rows)).encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _mend(stream: Any) -> None:
-    end = stream.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    stream.seek(end - 1)
-    if stream.read(1) == b"\n":
-        return
-    stream.seek(0)
-    content = stream.read()
-    last = content.rpartition(b"\n")[2]
-    try:
-        json.loads(last)
-    except ValueError:
-        stream.truncate(len(content) - len(last))
-        return
-    stream.write(b"\n")  # written by hand, without the end of its last line
-
-
-def _dumps(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); expected JSON objects in UTF-8, one a line") from error
-    # Not splitlines(): it also breaks at characters that may stand inside a prompt.
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                return  # without an end: cut short
-            raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, found {_short(row)}")
-        yield number, row
-
-
 def _picture(where: str, row: dict[str, Any]) -> Picture:
     def needed(name: str, kind: type, otherwise: Any = None) -> Any:
         value = row.get(name, otherwise)
         if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-            raise UserError(f"{where}: {name} must be {'text' if kind is str else 'a whole number'}, found {_short(value)}")
+            raise UserError(f"{where}: {name} must be {'text' if kind is str else 'a whole number'}, found {short(value)}")
         return value
 
     file, prompt = needed("file", str), needed("prompt", str)
@@ -330,9 +257,9 @@ def _picture(where: str, row: dict[str, Any]) -> Picture:
             raise UserError(f"{where}: {path!r} leads outside the folder; paths must be relative and stay inside")
     negative, metadata = row.get("negative"), row.get("metadata", {})
     if negative is not None and not isinstance(negative, str):
-        raise UserError(f"{where}: negative must be text, found {_short(negative)}")
+        raise UserError(f"{where}: negative must be text, found {short(negative)}")
     if not isinstance(metadata, dict):
-        raise UserError(f"{where}: metadata must be an object, found {_short(metadata)}")
+        raise UserError(f"{where}: metadata must be an object, found {short(metadata)}")
     return Picture(
         file=file,
         prompt=prompt,
@@ -343,8 +270,3 @@ def _picture(where: str, row: dict[str, Any]) -> Picture:
         metadata=metadata,
         init_image=init_image,
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.base.hub import is_hub_id, snapshot
+from palate.base.jsonl import read_lines
 from palate.judges.bertscore import BertScore
 from palate.judges.pictures import one_each
 from palate.judges.vision import Endpoint, LocalVision, VisionModel, VisionOptions, find_model
@@ -75,20 +75,13 @@ class AnswerScore:
 
 def read_questions(path: Path) -> Questions:
     """From JSONL, ``{"prompt": ..., "questions": [...], "answers": [...]}`` a line; raises ``UserError`` with the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); expected JSONL with prompt, questions, answers") from error
     found = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, row in read_lines(path, expected="JSONL with prompt, questions, answers"):
         try:
-            row = json.loads(line)
             prompt, questions, answers = (row[key] for key in ("prompt", "questions", "answers"))
             if not questions or len(questions) != len(answers) or not all(isinstance(t, str) for t in [*questions, *answers]):
                 raise ValueError("as many answers as questions are needed, at least one, all texts")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: {error}; expected prompt, questions, answers") from error
         found[str(prompt)] = (tuple(questions), tuple(answers))
     if not found:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
+from palate.base.jsonl import Object, read_lines
 
 
 class RunLog:
@@ -86,24 +87,16 @@ class Window:
         return means
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
+def read_log(path: str | Path) -> list[Object]:
     """The lines of a ``log.jsonl``, in order. A last line cut short by a crash is left out.
 
     Raises:
-        UserError: the file is missing, or another line than the last is not JSON.
+        UserError: the file is missing, or another line is no JSON object.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no log at {path}: expected the log.jsonl of a run")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is not JSON: {line[:60]!r}") from error
-    return records
+    return [record for _, record in read_lines(path, may_be_cut=True)]
 
 
 def truncate(path: Path, step: int) -> None:
