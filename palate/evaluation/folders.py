@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from palate.base.errors import UserError, nearest
-from palate.base.files import write_atomically
+from palate.base.jsonl import Object, read_object, short, write_object
 from palate.base.options import parse
 from palate.evaluation.compare import LABELS, Comparison, Group, Ranking, Versus, rank, versus
 from palate.evaluation.diversity import Diversity, diversity, thumbnails
@@ -21,6 +20,7 @@ from palate.evaluation.manifest import Picture, ScoreFile, Side, differences, re
 from palate.evaluation.statistics import Average, MeanDifference, WinRate
 from palate.judges.kinds import KINDS
 
+MEND = "mend it, or delete it to do without what it tells"
 GROUPS = 40  # a field of the metadata with more values than these is no category
 
 
@@ -145,30 +145,35 @@ def rewards_of(side: Side) -> dict[str, Sequence[str]]:
 
     With each stand the names of the judges that were behind its addresses, as the run noted them.
     """
-    named = [Path(text) for text in _texts(_json(side.folder / "model.json")) if text]
+    named = [Path(text) for text in _texts(read_object(side.folder / "model.json", optional=True)) if text]
     models = [place for path in named for place in (path, path.parent)]
     for place in (side.folder, *side.folder.resolve().parents[:2], *models):
         path = place / "recipe.yaml"
         if path.is_file():
             found = parse(path.read_text(encoding="utf-8"), str(path))
             # best/ has the recipe of the run around it, and nothing else of it.
-            notes = {name: told for home in (place.parent, place) for name, told in _serves(home / "run.json").items()}
+            notes = {name: told for home in (place.parent, place) for name, told in _serves(home).items()}
             return {name: notes.get(name, ()) for name in rewards_in(found)} if isinstance(found, dict) else {}
     return {}
 
 
-def _serves(run: Path) -> dict[str, list[str]]:
-    """The judges behind the addresses of rewards, of ``run.json``."""
-    told = _json(run)
-    found = told.get("serves") if isinstance(told, dict) else None
-    return {name: _texts(names) for name, names in found.items()} if isinstance(found, dict) else {}
+def _serves(home: Path) -> dict[str, list[str]]:
+    """The judges behind the addresses of rewards, as the run in that folder noted them."""
+    return {name: _texts(names) for name, names in read_run(home).get("serves", {}).items()}
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        return {}
+def read_run(folder: Path) -> Object:
+    """``run.json``, what a run noted of itself; empty where there is none, as beside pictures that no run drew.
+
+    Raises:
+        UserError: it is damaged. It is never taken for a missing one: it tells which judges were behind served rewards.
+    """
+    path = folder / "run.json"
+    run = read_object(path, optional=True, otherwise=MEND)
+    for name in ("serves", "chosen", "versions"):
+        if not isinstance(run.get(name, {}), dict):
+            raise UserError(f"{path}: {name} is {short(run[name])}, expected an object; {MEND}")
+    return run
 
 
 def _texts(value: Any) -> list[str]:
@@ -207,8 +212,7 @@ def write_result(path: str | Path, result: Result, extra: Mapping[str, Any] | No
     """Write ``comparison.json`` or ``metrics.json``, atomically."""
     path = Path(path)
     folders = [Path(os.path.relpath(folder, path.parent)).as_posix() for folder in result.folders]
-    text = json.dumps({**result.to_dict(), "folders": folders, **(extra or {})}, indent=2, ensure_ascii=False)
-    write_atomically(path, (text + "\n").encode())
+    write_object(path, {**result.to_dict(), "folders": folders, **(extra or {})})
 
 
 def read_result(path: str | Path) -> tuple[Result, dict[str, Any]]:
@@ -218,15 +222,15 @@ def read_result(path: str | Path) -> tuple[Result, dict[str, Any]]:
         UserError: the file is missing, damaged or older than this version.
     """
     path = Path(path)
+    told = read_object(path, otherwise="compare again")
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
         ours = {f.name for f in (*fields(Versus), *fields(Result))} | {"others"}
         extra = {name: told[name] for name in told if name not in ours}
         pairs = [_versus(part) for part in (told, *told["others"])]
         folders = [str(path.parent / folder) for folder in told["folders"]]
         rest = {f.name: told[f.name] for f in fields(Result) if f.name not in ("versus", "rankings", "folders")}
         result = Result(versus=pairs, rankings=[Ranking(**r) for r in told["rankings"]], folders=folders, **rest)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no comparison that this version wrote ({error!r}); compare again") from error
     return result, extra
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -19,11 +18,12 @@ from PIL import Image
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
+from palate.base.jsonl import read_lines
 from palate.base.options import parse
 from palate.data.images import decode
 from palate.evaluation.charts import _bar, _curves, _distance, _number
 from palate.evaluation.compare import Comparison, Group, Ranking, Versus, by_weight, percent
-from palate.evaluation.folders import Result, read_result
+from palate.evaluation.folders import Result, read_result, read_run
 
 STYLE = """
 :root{--paper:#faf9f6;--card:#fff;--ink:#23211d;--soft:#6a665d;--line:#e3e0d8;--good:#1f7a5a;--bad:#b3442f;--even:#8a7430;
@@ -212,7 +212,7 @@ def chapter_of(folder: str | Path) -> Chapter:
             f"{folder} holds no comparison.json, metrics.json or log.jsonl; name the folder of a run or a comparison"
         )
     result, extra = read_result(found) if found else (None, {})
-    run = _read_json(folder / "run.json")
+    run = read_run(folder)
     recipe = folder / "recipe.yaml"
     settings = parse(recipe.read_text(encoding="utf-8"), str(recipe)) if recipe.is_file() else {}
     labels, pictures, edited, title = ["before", "after"], [], [], folder.resolve().name
@@ -228,24 +228,11 @@ def chapter_of(folder: str | Path) -> Chapter:
         pictures=pictures,
         labels=labels,
         edited=edited,
-        curves=read_lines(log) if log.is_file() else [],
+        curves=[row for _, row in read_lines(log, may_be_cut=True)] if log.is_file() else [],
         settings=settings if isinstance(settings, dict) else {},
         versions=run.get("versions") or {},
         command=run.get("command") or extra.get("command"),
     )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; lines that are none, such as one cut short, are left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def write_report(path: str | Path, chapters: Sequence[Chapter]) -> None:
@@ -263,14 +250,6 @@ def write_report(path: str | Path, chapters: Sequence[Chapter]) -> None:
         chapters="".join(_chapter(c, f"result-{i}") for i, c in enumerate(chapters, start=1)),
     )
     write_atomically(path, page.encode())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); mend it, or delete it") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _open(folders: Sequence[str], names: Sequence[str]) -> list[Image.Image]:

@@ -12,10 +12,11 @@ from safetensors import safe_open
 
 from palate.base.files import write_atomically
 from palate.base.hub import is_hub_id
+from palate.base.jsonl import read_object
 from palate.base.options import dumps
 from palate.data.selection import same_prompt
 from palate.evaluation.compare import percent
-from palate.evaluation.folders import read_result
+from palate.evaluation.folders import read_result, read_run
 from palate.evaluation.manifest import read_manifest
 from palate.models.kohya import KOHYA_FILE
 from palate.models.lora import LORA_FILE
@@ -37,7 +38,7 @@ def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
     full = recipe.policy.train_method == "full"
     base = recipe.model.pretrained_model_name_or_path
     shown = base if is_hub_id(base) else Path(base).name
-    about = _run(out)
+    about = read_run(out)
     method = recipe.objective["name"]
     parts = recipe.space if isinstance(recipe.space, list) else [recipe.space]
     space = " + ".join(part["name"] for part in parts)
@@ -99,13 +100,6 @@ def _lora(out: Path, recipe: Recipe) -> str:
     return f"a LoRA of {rank}, continued from another"
 
 
-def _run(out: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # the card tells what is known
-        return {}
-
-
 def _comparison(out: Path) -> list[str]:
     lines = ["## Against the base model", ""]
     if not (out / "metrics.json").is_file():
@@ -137,7 +131,7 @@ def _chosen_on(out: Path) -> list[str]:
     """Of the best weights of a run: whether they were chosen on prompts that they were then compared on."""
     if not (out / "found.json").is_file():
         return []
-    chosen = {same_prompt(text) for text in json.loads((out / "found.json").read_text(encoding="utf-8")).get("prompts", [])}
+    chosen = {same_prompt(text) for text in read_object(out / "found.json").get("prompts", [])}
     compared = {same_prompt(picture.prompt) for picture in read_manifest(out / "evaluation" / "tuned", check_files=False)}
     if not (both := len(chosen & compared)):
         return []

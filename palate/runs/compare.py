@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
 from palate.base.machine import tell, versions
+from palate.evaluation.folders import read_run
 from palate.names.judges import NamedJudge, find_judges, score_folders
 from palate.names.prompts import find_prompts
 from palate.runs.card import write_card
@@ -27,6 +28,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     """Compare base and tuned model of a finished run again, in its folder."""
     recipe = at_home(recipe)
     out = Path(recipe.training.output_dir)
+    read_run(out)  # damaged, it is told now and not after the drawing
     if recipe.evaluation.evaluation_prompts is None:
         raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
     evaluation_prompts(recipe)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.hub import check_push, push
+from palate.base.jsonl import read_object
 from palate.base.machine import is_main, tell, versions
 from palate.evaluation.accuracy import accuracy
+from palate.evaluation.folders import read_run
 from palate.models.families import cut_warning
 from palate.runs import recipe as recipes
 from palate.runs.assembly import AUTO, resolve_objective, resolve_space
@@ -177,6 +179,7 @@ def _check_output(recipe: Recipe, out: Path) -> None:
         path = found if wanted == "latest" else Path(wanted)
         if path is None:
             raise UserError(f"{out} holds no checkpoint to resume from; leave out --resume_from_checkpoint to begin anew")
+        read_run(out)  # the page and the card tell of it in the end
         # Without its weights, which are read where they are needed.
         checkpoints.check_recipe(checkpoints.Checkpoint(path, {}, {}, _saved_recipe(path)), recipe.as_dict())
     elif found is not None:
@@ -190,10 +193,7 @@ def _check_output(recipe: Recipe, out: Path) -> None:
 def _saved_recipe(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"there is no checkpoint at {path}; expected a folder such as checkpoint-500, or latest")
-    try:
-        return json.loads((path / "recipe.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({error}); resume from an earlier one") from error
+    return read_object(path / "recipe.json", otherwise=f"checkpoint {path} is damaged: resume from an earlier one")
 
 
 def _train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,37 @@ def test_the_judge_behind_an_address_may_be_one_that_trained(tmp_path):
         assert found.versus[0].comparisons[0].contaminated is dirty, name
         assert any("judged nothing here" in note for note in found.notes) is not dirty
         assert any("as its server said" in note for note in found.notes) is bool(serves)
+
+
+@pytest.mark.parametrize("damage", ['{"serves": {"remote:', "[]", '{"serves": ["pickscore"]}', "\xff"])
+def test_a_damaged_note_of_a_run_is_told(tmp_path, capsys, damage):
+    """It says whose taste served rewards had: taken for a missing one, a trained-on judge would pass as untouched."""
+    sides = [picture_folder(tmp_path / "run/evaluation" / s, s, i) for i, s in enumerate(("base", "tuned"))]
+    (tmp_path / "run/recipe.yaml").write_text("online: {train_prompts: animals, rewards: ['remote:http://127.0.0.1:1']}")
+    (tmp_path / "run/log.jsonl").write_text("")
+    (tmp_path / "run/run.json").write_bytes(damage.encode("latin-1"))
+    for words in (("compare", *sides, "--output_dir", tmp_path / "out"), ("report", tmp_path / "run")):
+        code, _, errors = told(capsys, *words)
+        assert code == 2
+        assert re.search(r"run\.json.*; mend it, or delete it", errors), errors
+    (tmp_path / "run/run.json").unlink()  # a missing one is none
+    assert told(capsys, "compare", *sides, "--output_dir", tmp_path / "out", "--draws", 200)[0] == 0
+
+
+def test_a_damaged_note_of_what_drew_the_pictures_is_told(tmp_path):
+    a, b = picture_folder(tmp_path / "a", "one", 0), picture_folder(tmp_path / "b", "two", 1)
+    (b / "model.json").write_text('{"loras": ["run/py')
+    with pytest.raises(UserError, match=r"model\.json cannot be read.*write it again"):
+        compare_folders([a, b], draws=200)
+
+
+def test_a_damaged_line_of_a_log_is_told_and_one_cut_short_left_out(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+    assert told(capsys, "report", tmp_path, "--output", tmp_path / "page.html")[0] == 0
+    assert "loss from 1 to 0.5" in (tmp_path / "page.html").read_text()
+    log.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo\n{"step": 3, "loss": 0.5}\n')
+    assert "log.jsonl, line 2: not JSON" in told(capsys, "report", tmp_path, "--output", tmp_path / "page.html")[2]
 
 
 def test_rewards_of_the_run_are_contaminated(tmp_path):
