@@ -25,152 +25,11 @@ from palate.evaluation.charts import _bar, _curves, _distance, _number
 from palate.evaluation.compare import Comparison, Group, Ranking, Versus, by_weight, percent
 from palate.evaluation.folders import Result, read_result, read_run
 
-STYLE = """
-:root{--paper:#faf9f6;--card:#fff;--ink:#23211d;--soft:#6a665d;--line:#e3e0d8;--good:#1f7a5a;--bad:#b3442f;--even:#8a7430;
---raw:#b9b4a8;--wash:#eef4f0}
-@media (prefers-color-scheme:dark){:root{--paper:#171614;--card:#201f1c;--ink:#eceae4;--soft:#a39e93;--line:#38352f;
---good:#5cc59b;--bad:#ee8a72;--even:#d8bd68;--raw:#5d594f;--wash:#1d2824}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:40px 24px 72px}
-h2{font-size:21px;line-height:1.3;margin:56px 0 6px;letter-spacing:-.01em}
-p{margin:0 0 12px;max-width:72ch}
-.kicker{color:var(--soft);font-size:15px;margin-bottom:20px}
-.soft{color:var(--soft)}
-.hero{display:flex;gap:28px;align-items:center;flex-wrap:wrap}
-.figure{font-size:84px;line-height:1;font-weight:650;letter-spacing:-.04em;white-space:nowrap}
-.figure small{font-size:.5em;font-weight:500;letter-spacing:0}
-h1{flex:1 1 320px;font-size:25px;line-height:1.35;font-weight:550;margin:0;letter-spacing:-.01em;text-wrap:pretty}
-.good{--tone:var(--good)}.bad{--tone:var(--bad)}.even{--tone:var(--even)}
-.figure,.num strong{color:var(--tone)}
-table+p{margin-top:16px}
-table{width:100%;border-collapse:collapse;margin-top:16px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:12px 16px 12px 0;border-bottom:1px solid var(--line);vertical-align:middle}
-thead th{font-size:13px;font-weight:500;color:var(--soft);padding-bottom:8px}
-tbody th{font-weight:600;min-width:120px;overflow-wrap:anywhere}
-td:last-child,th:last-child{padding-right:0}
-.tag{display:inline-block;font-size:12px;font-weight:500;line-height:1.4;padding:1px 8px;border-radius:9px;margin-top:3px;
-border:1px solid var(--line);color:var(--soft);white-space:nowrap}
-.tag.held{border-color:var(--good);color:var(--good)}
-.tag.dirty{border-color:var(--even);color:var(--even)}
-.bar{display:block;width:220px;max-width:100%;height:auto}
-.track{fill:var(--line)}.half{stroke:var(--soft);stroke-dasharray:2 2}.span{opacity:.32}
-.span,.dot{fill:var(--tone)}
-.num{white-space:nowrap}.num strong{font-size:18px}
-.tools{display:flex;gap:8px;flex-wrap:wrap;margin:16px 0 0}
-.tools[hidden]{display:none}
-button{font:inherit;font-size:14px;color:var(--ink);background:var(--card);border:1px solid var(--line);border-radius:8px;
-padding:7px 14px;cursor:pointer}
-button:hover{border-color:var(--soft)}
-button[aria-pressed=true]{background:var(--ink);color:var(--paper);border-color:var(--ink)}
-:focus-visible{outline:2px solid var(--good);outline-offset:2px}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:28px 24px;margin-top:20px}
-.pair{margin:0;min-width:0}
-.views{display:grid;grid-template-columns:1fr 1fr;gap:3px;border-radius:8px;overflow:hidden}
-.view{position:relative;margin:0;background:var(--line)}
-.view img{display:block;width:100%;height:auto}
-.view span{position:absolute;left:8px;bottom:8px;font-size:12px;line-height:1;padding:4px 7px;border-radius:6px;
-background:rgba(20,19,17,.72);color:#fff}
-.pair figcaption{font-size:14px;line-height:1.45;margin-top:8px;color:var(--soft);overflow-wrap:anywhere}
-.views.many{grid-template-columns:repeat(auto-fill,minmax(130px,1fr))}
-.stacked .views,.slid .views{grid-template-columns:1fr;position:relative}
-.stacked .views{cursor:pointer}
-.stacked .view,.slid .view{grid-area:1/1}
-.stacked .view{visibility:hidden}.stacked .view.on{visibility:visible}
-.slid .view:first-of-type{z-index:1;clip-path:inset(0 calc(100% - var(--cut,50%)) 0 0)}
-.slid .view:not(:first-of-type) span{left:auto;right:8px}
-.slide{position:absolute;z-index:3;inset:0;width:100%;height:100%;margin:0;opacity:0;cursor:ew-resize;touch-action:pan-y}
-.slid .views::after{content:"";position:absolute;z-index:2;top:0;bottom:0;
-left:calc(var(--cut,50%) - 1px);width:2px;background:#fff;
-box-shadow:0 0 4px rgba(0,0,0,.5);pointer-events:none}
-.slid .views:focus-within{outline:2px solid var(--good);outline-offset:2px}
-.flags{list-style:none;padding:0}
-.flags li{border-left:3px solid var(--bad);background:var(--card);border-radius:0 8px 8px 0;padding:8px 14px}
-.contents{width:auto}.contents td .bar{width:180px}.contents a,.contents a:visited{color:inherit}
-article+article{margin-top:72px;padding-top:40px;border-top:1px solid var(--line)}
-.groups td:first-child{width:40%}
-.small .bar{width:160px}
-.chart .key{display:inline-block;width:24px;height:4px;vertical-align:middle;margin:0 5px 0 0}
-.chart figcaption.keys{justify-content:flex-start;flex-wrap:wrap;gap:4px 16px;font-weight:400}
-.wide{max-width:620px}
-.smooth.trained{stroke:var(--even)}
-.scroll{overflow-x:auto}
-.dotm{fill:var(--good)}.dotm.trained{fill:var(--even)}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:24px;margin-top:16px}
-.chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px 10px;min-width:0}
-.origin{display:flex;align-items:center;gap:8px;margin-top:6px}
-.chart figcaption{display:flex;justify-content:space-between;gap:12px;font-size:14px;font-weight:600;
-overflow-wrap:anywhere}
-.chart figcaption span{font-weight:400;color:var(--soft);font-variant-numeric:tabular-nums;white-space:nowrap}
-.chart figcaption.keys span{white-space:normal}
-.chart svg{display:block;width:100%;height:auto;margin-top:6px}
-.chart text{font-size:11px;fill:var(--soft);font-family:inherit}
-.raw{fill:none;stroke:var(--raw);stroke-width:1}.smooth{fill:none;stroke:var(--good);stroke-width:2;stroke-linejoin:round}
-.axis{stroke:var(--line)}
-ul{padding-left:20px;margin:8px 0;max-width:72ch}
-li{margin-bottom:6px}
-pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;overflow-x:auto;font-size:13px;
-line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere}
-dl{display:grid;grid-template-columns:minmax(120px,max-content) minmax(0,1fr);gap:4px 20px;font-size:14px;margin:12px 0}
-dt{color:var(--soft);overflow-wrap:anywhere}
-dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
-.making{display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));gap:8px 48px}
-h3{font-size:15px;margin:16px 0 0}
-details{margin-top:20px}
-summary{cursor:pointer;color:var(--soft);font-size:14px}
-@media (max-width:700px){
-main{padding:24px 16px 56px}
-.figure{font-size:64px}h1{font-size:21px;flex-basis:100%}.hero{gap:14px}h2{margin-top:44px}
-thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-table,tbody,tr,th,td{display:block}
-tbody tr{border-bottom:1px solid var(--line);padding:14px 0}
-tbody th,td{border:0;padding:3px 0}
-td[data-name]::before{content:attr(data-name) ": ";color:var(--soft);font-size:13px}
-.bar{width:100%}
-dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}
-}
-@media print{.tools{display:none}.pair,.chart{break-inside:avoid}}
-"""
+PAGE = files("palate.evaluation") / "page"
+STYLE = "\n" + PAGE.joinpath("report.css").read_text(encoding="utf-8")
 
 # Without it the pictures stand side by side; with it they can also lie on each other and flip, or be slid over one another.
-SCRIPT = """
-(function(){
-[].forEach.call(document.querySelectorAll('.compared'),function(part){
-var pairs=part.querySelector('.pairs'),tools=part.querySelector('.tools');
-if(!pairs||!tools)return;
-tools.hidden=false;
-var buttons={side:tools.querySelector('.side'),slid:tools.querySelector('.over'),stacked:tools.querySelector('.stack')};
-var all=tools.querySelector('.all');
-var views=[].slice.call(pairs.querySelectorAll('.views'));
-function sides(v){return [].slice.call(v.querySelectorAll('.view'))}
-function turn(v,n){var s=sides(v);v.dataset.on=String((n+s.length)%s.length);
-s.forEach(function(x,i){x.classList.toggle('on',i===+v.dataset.on)});
-v.setAttribute('aria-label','Shown: '+s[+v.dataset.on].querySelector('span').textContent+'. Press for the next')}
-function show(mode){
-['slid','stacked'].forEach(function(m){pairs.classList.toggle(m,m===mode)});
-Object.keys(buttons).forEach(function(m){if(buttons[m])buttons[m].setAttribute('aria-pressed',String(m===mode))});
-all.hidden=mode!=='stacked';
-views.forEach(function(v){
-var old=v.querySelector('.slide');if(old)v.removeChild(old);
-['tabindex','role','aria-label'].forEach(function(a){v.removeAttribute(a)});
-if(mode==='stacked'){v.tabIndex=0;v.setAttribute('role','button');turn(v,sides(v).length-1)}
-if(mode==='slid'){var r=document.createElement('input');r.type='range';r.className='slide';r.min=0;r.max=100;r.value=50;
-r.setAttribute('aria-label','How much of the first picture is shown, in percent');
-r.oninput=function(){v.style.setProperty('--cut',r.value+'%')};r.oninput();v.appendChild(r)}
-});}
-buttons.side.onclick=function(){show('side')};
-if(buttons.slid)buttons.slid.onclick=function(){show('slid')};
-buttons.stacked.onclick=function(){show('stacked')};
-all.onclick=function(){var n=+views[0].dataset.on+1;views.forEach(function(v){turn(v,n)})};
-views.forEach(function(v){
-v.onclick=function(){if(pairs.classList.contains('stacked'))turn(v,+v.dataset.on+1)};
-v.onkeydown=function(e){if(!pairs.classList.contains('stacked'))return;
-var by={' ':1,Enter:1,ArrowRight:1,ArrowLeft:-1}[e.key];if(by){e.preventDefault();turn(v,+v.dataset.on+by)}};
-});
-});
-})();
-"""
+SCRIPT = "\n" + PAGE.joinpath("report.js").read_text(encoding="utf-8")
 
 SHOWN, LONGEST = 48, 512  # pairs of pictures on a page, and pixels of a picture's longest side: a page stays small
 
@@ -240,7 +99,7 @@ def write_report(path: str | Path, chapters: Sequence[Chapter]) -> None:
     if not chapters:
         raise UserError("there is nothing to report; name the folder of a run or of a comparison")
     title = chapters[0].title if len(chapters) == 1 else f"{len(chapters)} results"
-    page = Template(files("palate.evaluation").joinpath("report.html").read_text(encoding="utf-8")).substitute(
+    page = Template(PAGE.joinpath("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         style=STYLE,
         style_hash=_sha256(STYLE),
