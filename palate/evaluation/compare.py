@@ -229,6 +229,11 @@ class Ranking:
     """``shares[i][j]``: how often i was preferred to j, ties as half; None where they never met."""
     comparisons: int
 
+    @property
+    def order(self) -> list[int]:
+        """The models by their number, the strongest first."""
+        return sorted(range(len(self.models)), key=lambda i: -self.elo[i])
+
 
 def rank(judge: str, models: Sequence[str], wins: np.ndarray, *, contaminated: bool = False, seed: int = 0) -> Ranking:
     """Rank by ``wins``: ``(m, m)``, or ``(prompts, m, m)`` so that intervals are over prompts (:func:`bradley_terry`)."""

@@ -49,7 +49,7 @@ def _versus(v: Versus) -> str:
 
 
 def _ranking(r: Ranking) -> str:
-    order = sorted(range(len(r.models)), key=lambda i: -r.elo[i])
+    order = r.order
     head = (f"{r.judge}{' *' if r.contaminated else ''}", "strength", "interval", *(f"beats {r.models[j]}" for j in order))
     rows = [
         (r.models[i], f"{r.elo[i]:.0f}", f"{r.low[i]:.0f}-{r.high[i]:.0f}", *(_share(r.shares[i][j]) for j in order))
