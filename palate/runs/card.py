@@ -8,11 +8,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from safetensors import safe_open
 
 from palate.base.files import write_atomically
 from palate.base.hub import is_hub_id
-from palate.base.jsonl import read_object
+from palate.base.jsonl import Object, read_object
 from palate.base.options import dumps
 from palate.data.selection import same_prompt
 from palate.evaluation.compare import percent
@@ -38,56 +39,62 @@ def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
     full = recipe.policy.train_method == "full"
     base = recipe.model.pretrained_model_name_or_path
     shown = base if is_hub_id(base) else Path(base).name
-    about = read_run(out)
-    method = recipe.objective["name"]
     parts = recipe.space if isinstance(recipe.space, list) else [recipe.space]
-    space = " + ".join(part["name"] for part in parts)
-    front: dict[str, Any] = {
+    prompts = recipe.evaluation.validation_prompts
+    text = _template().render(
+        front=_front(recipe, family),
+        name=out.resolve().name,
+        shown=shown,
+        taste="preferences" if recipe.online.train_prompts is None else "rewards",
+        method=recipe.objective["name"],
+        space=" + ".join(part["name"] for part in parts),
+        weights="all weights of the U-Net" if full else _lora(out, recipe),
+        **_comparison(out),
+        full=full,
+        pipeline="StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline",
+        base=base if is_hub_id(base) else f"path/to/{shown}",
+        lora_file=LORA_FILE,
+        kohya_file=KOHYA_FILE,
+        prompt=json.dumps(prompts[0] if prompts else "a cat in the rain", ensure_ascii=False),
+        sampling=recipe.evaluation,
+        facts=_facts(recipe, read_run(out)),
+        recipe=_public(recipe),
+    )
+    path = out / CARD
+    write_atomically(path, text.encode())
+    return path
+
+
+def _template() -> Template:
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    found.filters |= {"bare": _bare, "percent": percent, "yaml": lambda content: dumps(content).rstrip()}
+    return found.get_template("card.md.jinja")
+
+
+def _front(recipe: Recipe, family: str) -> dict[str, object]:
+    """What hubs read and sort by."""
+    full = recipe.policy.train_method == "full"
+    base, data = recipe.model.pretrained_model_name_or_path, recipe.data.train_data
+    front: dict[str, object] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": [
             *("text-to-image", "diffusers", "stable-diffusion-xl" if family == "sdxl" else "stable-diffusion"),
             *(() if full else ("lora",)),
-            *("preference-alignment", method, "palate"),
+            *("preference-alignment", recipe.objective["name"], "palate"),
         ],
     }
     if is_hub_id(base):
-        front["base_model"] = base
-        front["base_model_relation"] = "finetune" if full else "adapter"
-    data = recipe.data.train_data
+        front |= {"base_model": base, "base_model_relation": "finetune" if full else "adapter"}
     if recipe.online.train_prompts is None and is_hub_id(data):
         front["datasets"] = [data]
-    name = out.resolve().name
-    weights = "all weights of the U-Net" if full else _lora(out, recipe)
-    taste = "preferences" if recipe.online.train_prompts is None else "rewards"
-    lines = [
-        "---",
-        dumps(front).rstrip(),
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"{shown}, aligned with {taste} by {method} in {space} space: {weights}, made with Palate.",
-        "",
-        *_comparison(out),
-        *_usage(base, shown, family, full, recipe),
-        "## Training",
-        "",
-        *_facts(recipe, about),
-        "",
-        "<details><summary>The whole recipe</summary>",
-        "",
-        "```yaml",
-        dumps(_public(recipe)).rstrip(),
-        "```",
-        "",
-        "</details>",
-        "",
-        "The licence of the base model applies to these weights too.",
-    ]
-    path = out / CARD
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
-    return path
+    return front
 
 
 def _lora(out: Path, recipe: Recipe) -> str:
@@ -100,31 +107,14 @@ def _lora(out: Path, recipe: Recipe) -> str:
     return f"a LoRA of {rank}, continued from another"
 
 
-def _comparison(out: Path) -> list[str]:
-    lines = ["## Against the base model", ""]
+def _comparison(out: Path) -> dict[str, object]:
+    """Base beside tuned; ``compared`` is None where they have not been."""
     if not (out / "metrics.json").is_file():
-        return [*lines, "Not compared yet.", ""]
+        return {"compared": None}
     result, _ = read_result(out / "metrics.json")
     versus = result.versus[0]
-    lines += [
-        _bare(versus.headline),
-        "",
-        f"Same prompts and seeds for both: {result.pictures} pictures of {result.prompts} prompts. A tie counts half.",
-        "",
-        "| judge | part in training | win rate | 95 % interval | won / tied / lost | mean before | mean after |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for c in versus.comparisons:
-        w, part = c.win_rate, "its taste was trained on" if c.contaminated else c.kind
-        lines.append(
-            f"| {_bare(c.judge)} | {part} | {percent(w.rate)} % | {percent(w.low)}-{percent(w.high)} % | "
-            f"{w.wins} / {w.ties} / {w.losses} | {c.mean_base:.4g} | {c.mean_tuned:.4g} |"
-        )
     flags = [*versus.flags, *_chosen_on(out)]
-    lines += ["", *(f"Warning: {flag}" for flag in flags), *([""] if flags else [])]
-    if (out / "before_after.png").is_file():
-        lines += ["![the same prompts and seeds before and after](before_after.png)", ""]
-    return lines
+    return {"compared": result, "versus": versus, "flags": flags, "picture": (out / "before_after.png").is_file()}
 
 
 def _chosen_on(out: Path) -> list[str]:
@@ -138,39 +128,11 @@ def _chosen_on(out: Path) -> list[str]:
     return [f"these weights were chosen among those of the run on {len(chosen)} prompts, of which {both} are compared on here"]
 
 
-def _usage(base: str, shown: str, family: str, full: bool, recipe: Recipe) -> list[str]:
-    pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
-    name = base if is_hub_id(base) else f"path/to/{shown}"
-    prompts = recipe.evaluation.validation_prompts
-    prompt = prompts[0] if prompts else "a cat in the rain"
-    lines = ["## Use", "", "```python", "import torch", f"from diffusers import {pipeline}"]
-    if full:
-        lines += [
-            "from diffusers import UNet2DConditionModel",
-            "",
-            'unet = UNet2DConditionModel.from_pretrained("path/to/this/folder", subfolder="unet", torch_dtype=torch.float16)',
-            f'pipe = {pipeline}.from_pretrained("{name}", unet=unet, torch_dtype=torch.float16).to("cuda")',
-        ]
-    else:
-        lines += [
-            "",
-            f'pipe = {pipeline}.from_pretrained("{name}", torch_dtype=torch.float16).to("cuda")',
-            f'pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}")',
-        ]
-    sampling = (
-        f"num_inference_steps={recipe.evaluation.num_inference_steps}, guidance_scale={recipe.evaluation.guidance_scale:g}"
-    )
-    lines += [f"image = pipe({json.dumps(prompt, ensure_ascii=False)}, {sampling}).images[0]", "```", ""]
-    if not full:
-        lines += [f"For ComfyUI and A1111: put `{KOHYA_FILE}` into their LoRA folder and use it at strength 1.", ""]
-    return lines
-
-
-def _facts(recipe: Recipe, about: dict[str, Any]) -> list[str]:
+def _facts(recipe: Recipe, about: Object) -> dict[str, object]:
     training = recipe.training
     chosen = {name: f"auto, which chose {number:g}" for name, number in about.get("chosen", {}).items()}
     hyper = ", ".join(f"{key} {chosen.get(key, value)}" for key, value in recipe.objective.items() if key != "name")
-    rows = {
+    return {
         "objective": recipe.objective["name"] + (f" ({hyper})" if hyper else ""),
         **_evidence(recipe, about),
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler}, {training.lr_warmup_steps} steps of warm-up",
@@ -179,10 +141,9 @@ def _facts(recipe: Recipe, about: dict[str, Any]) -> list[str]:
         "seeds": f"training {training.seed}, evaluation {recipe.evaluation.evaluation_seed}",
         "versions": ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items()) or None,
     }
-    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value is not None)]
 
 
-def _evidence(recipe: Recipe, about: dict[str, Any]) -> dict[str, Any]:
+def _evidence(recipe: Recipe, about: Object) -> dict[str, object]:
     """What was learned from, and how much of it: pairs, single pictures, or pictures that the model drew itself."""
     training, online = recipe.training, recipe.online
     objective, evidence = resolve_objective(recipe.objective)
@@ -222,7 +183,7 @@ def _bare(text: str) -> str:
     return re.sub(r"(^|[\s:])(?:~|\.\.?)?/(?=\S)(?:[^\s:/]+/)*", r"\1", text)
 
 
-def _public(recipe: Recipe) -> dict[str, Any]:
+def _public(recipe: Recipe) -> Object:
     """The recipe without folders of this machine: of a path its last name stays."""
 
     def bare(value: Any) -> Any:
