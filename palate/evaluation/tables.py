@@ -34,7 +34,7 @@ def _versus(v: Versus) -> str:
     ]
     if v.macro is not None:
         rows.append((f"mean of {v.macro.judges}", f"{percent(v.macro.rate)} %", _interval(v.macro), "", "", "", "", ""))
-    lines = [f"{v.model} against {v.base}: {v.headline}", "", *_columns([head, *rows])]
+    lines = [f"{v.model} against {v.base}: {v.headline}", "", *columns([head, *rows], right=True)]
     if any(c.contaminated for c in v.comparisons):
         lines.append("* training followed this judge: its verdict shows that training worked, not that pictures got better")
     first = v.comparisons[0] if v.comparisons else None
@@ -43,7 +43,7 @@ def _versus(v: Versus) -> str:
             (f"{g.field}: {g.value}", f"{percent(g.win_rate.rate)} %", _interval(g.win_rate), f"{g.win_rate.prompts} prompts")
             for g in first.groups
         ]
-        lines += ["", *_columns([(f"{first.judge}, by", "win rate", "interval", ""), *parts])]
+        lines += ["", *columns([(f"{first.judge}, by", "win rate", "interval", ""), *parts], right=True)]
     lines += ["", v.diversity.sentence(), *(f"warning: {flag}" for flag in v.flags)]
     return "\n".join(lines)
 
@@ -55,7 +55,7 @@ def _ranking(r: Ranking) -> str:
         (r.models[i], f"{r.elo[i]:.0f}", f"{r.low[i]:.0f}-{r.high[i]:.0f}", *(_share(r.shares[i][j]) for j in order))
         for i in order
     ]
-    return "\n".join(_columns([head, *rows]))
+    return "\n".join(columns([head, *rows], right=True))
 
 
 def _share(share: float | None) -> str:
@@ -66,10 +66,10 @@ def _interval(w: WinRate | Average) -> str:
     return f"{percent(w.low)}-{percent(w.high)} %"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """The lines of a table whose columns are aligned to the left; with ``right`` all but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(t.rjust(w) if right and i else t.ljust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
     ]

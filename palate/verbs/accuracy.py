@@ -20,6 +20,8 @@ def main(words: list[str]) -> int:
     if words[0].startswith("--"):
         raise UserError(f"palate accuracy expects a set of pairs first: {USAGE}")
     options = checked(AccuracyOptions, overrides(words[1:]), "palate accuracy")
+    from palate.evaluation.tables import columns
+
     found, about = measure(words[0], options, progress=sys.stderr.isatty())
     for row in about["bad_rows"]:
         print(f"skipped {row}", file=sys.stderr)
@@ -28,9 +30,7 @@ def main(words: list[str]) -> int:
         rate = one.accuracy
         interval = f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %"
         rows.append((one.name, f"{100 * rate.rate:.1f} %", interval, str(rate.ties)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(columns(rows)))
     pairs = about["pairs"] - about["ties"]
     print(f"{pairs} pairs of {about['prompts']} prompts ({about['ties']} ties left out); see {options.output}")
     return 0

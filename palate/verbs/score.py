@@ -34,6 +34,7 @@ def main(words: list[str]) -> int:
     from palate.evaluation.manifest import read_manifest
     from palate.evaluation.scoring import score_folder
     from palate.evaluation.statistics import mean_difference
+    from palate.evaluation.tables import columns
     from palate.names.judges import find_judges
 
     judges = find_judges(options.judges)
@@ -71,7 +72,5 @@ def main(words: list[str]) -> int:
         prompts = len({p.task for p in here})
         interval = f"{mean.low:.4g} to {mean.high:.4g}" if prompts > 1 else "-"
         rows.append((name, f"{mean.difference:.4g}", interval, str(len(here)), str(prompts), str(len(bad))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(columns(rows)))
     return 0
