@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 
-Object = dict[str, Any]
+JsonObject = dict[str, Any]
 """A JSON object; what its values are is checked by whoever reads them."""
 
 
@@ -33,7 +33,7 @@ def lines(text: str) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-def read_object(path: str | Path, *, optional: bool = False, otherwise: str = "write it again, or delete it") -> Object:
+def read_object(path: str | Path, *, optional: bool = False, otherwise: str = "write it again, or delete it") -> JsonObject:
     """A file that holds one JSON object; with ``optional``, an empty one where there is no file.
 
     Raises:
@@ -58,7 +58,7 @@ def write_object(path: str | Path, content: Mapping[str, Any]) -> None:
 
 def read_lines(
     path: str | Path, *, may_be_cut: bool = False, expected: str = "JSON objects in UTF-8, one a line"
-) -> Iterator[tuple[int, Object]]:
+) -> Iterator[tuple[int, JsonObject]]:
     """The objects of a JSONL file with the numbers of their lines; blank lines are skipped.
 
     Args:

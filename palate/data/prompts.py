@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from palate.base.errors import UserError, nearest
-from palate.base.jsonl import Object, decode, lines
+from palate.base.jsonl import JsonObject, decode, lines
 
 LISTS = {
     "animals": "animals.txt",
@@ -67,7 +67,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return [Prompt(line) for _, line in told]
 
 
-def _object(line: str) -> Object | None:
+def _object(line: str) -> JsonObject | None:
     try:
         found = decode(line)
     except ValueError:

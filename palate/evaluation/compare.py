@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -192,6 +192,14 @@ class Versus:
     flags: list[str]
 
 
+class Parts(TypedDict, total=False):
+    """What :func:`compare` is told of judges and prompts."""
+
+    kinds: Mapping[str, str]
+    contaminated: Collection[str]
+    groups: Mapping[str, Sequence[str | None]]
+
+
 def versus(
     base: str,
     model: str,
@@ -201,16 +209,18 @@ def versus(
     *,
     unseen: bool = False,
     who: str = "the aligned model",
-    **settings: Any,
+    draws: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    **parts: Unpack[Parts],
 ) -> Versus:
-    """:func:`compare` with its headline, macro average and flags; ``settings`` are those of :func:`compare`."""
-    found = compare(scores, prompts, **settings)
+    """:func:`compare` with its headline, macro average and flags."""
+    found = compare(scores, prompts, draws=draws, seed=seed, confidence=confidence, **parts)
     fair = [c.judge for c in found if not c.contaminated]
     macro = None
     if len(fair) > 1:
-        sides = (_columns([scores[judge][side] for judge in fair], len(prompts)) for side in (0, 1))
-        drawn = {name: settings[name] for name in ("draws", "seed", "confidence") if name in settings}
-        macro = paired(*sides, prompts, **drawn)[2]
+        before, after = (_columns([scores[judge][side] for judge in fair], len(prompts)) for side in (0, 1))
+        macro = paired(before, after, prompts, draws=draws, seed=seed, confidence=confidence)[2]
     sentence = headline(found, unseen=unseen, who=who)
     return Versus(base, model, sentence, found, macro, variety, [*warnings(found), *variety.flags()])
 

@@ -7,12 +7,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from palate.base.errors import UserError, nearest
-from palate.base.jsonl import Object, read_object, short, write_object
+from palate.base.jsonl import JsonObject, read_object, short, write_object
 from palate.base.options import parse
 from palate.evaluation.compare import LABELS, Comparison, Group, Ranking, Versus, rank, versus
 from palate.evaluation.diversity import Diversity, diversity, thumbnails
@@ -22,6 +22,14 @@ from palate.judges.kinds import KINDS
 
 MEND = "mend it, or delete it to do without what it tells"
 GROUPS = 40  # a field of the metadata with more values than these is no category
+
+
+class Shown(TypedDict):
+    """One prompt, and the file of each side."""
+
+    prompt: str
+    files: list[str]
+    init_image: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,12 @@ class Result:
     pictures: int
     versus: list[Versus]
     rankings: list[Ranking]
-    settings: dict[str, Any]
+    settings: Mapping[str, object]
     notes: list[str]
-    shown: list[dict[str, Any]] = field(default_factory=list)
-    """A few pairs for the report: prompt, and the file of each side."""
+    shown: list[Shown] = field(default_factory=list)
+    """A few pairs for the report."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON: the first model against the base at the top, other models under ``others``."""
         told = asdict(self)
         first, *others = told.pop("versus")
@@ -162,7 +170,7 @@ def _serves(home: Path) -> dict[str, list[str]]:
     return {name: _texts(names) for name, names in read_run(home).get("serves", {}).items()}
 
 
-def read_run(folder: Path) -> Object:
+def read_run(folder: Path) -> JsonObject:
     """``run.json``, what a run noted of itself; empty where there is none, as beside pictures that no run drew.
 
     Raises:
@@ -176,14 +184,14 @@ def read_run(folder: Path) -> Object:
     return run
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [text for part in inner for text in _texts(part)]
 
 
-def rewards_in(recipe: Mapping[str, Any]) -> list[str]:
+def rewards_in(recipe: Mapping[str, object]) -> list[str]:
     """The names of the rewards that a recipe trains on; none where it trains on pairs."""
     online = recipe.get("online") or {}
     if not isinstance(online, dict) or not online.get("train_prompts"):
@@ -208,14 +216,14 @@ def _tastes(name: str) -> set[str]:
     return found
 
 
-def write_result(path: str | Path, result: Result, extra: Mapping[str, Any] | None = None) -> None:
+def write_result(path: str | Path, result: Result, extra: Mapping[str, object] | None = None) -> None:
     """Write ``comparison.json`` or ``metrics.json``, atomically."""
     path = Path(path)
     folders = [Path(os.path.relpath(folder, path.parent)).as_posix() for folder in result.folders]
     write_object(path, {**result.to_dict(), "folders": folders, **(extra or {})})
 
 
-def read_result(path: str | Path) -> tuple[Result, dict[str, Any]]:
+def read_result(path: str | Path) -> tuple[Result, JsonObject]:
     """What :func:`write_result` wrote: the result, its folders as they are reached from here, and what else stands there.
 
     Raises:
@@ -235,7 +243,7 @@ def read_result(path: str | Path) -> tuple[Result, dict[str, Any]]:
     return result, extra
 
 
-def _versus(told: dict[str, Any]) -> Versus:
+def _versus(told: JsonObject) -> Versus:
     return Versus(
         base=told["base"],
         model=told["model"],
@@ -247,8 +255,8 @@ def _versus(told: dict[str, Any]) -> Versus:
     )
 
 
-def _comparison(told: dict[str, Any]) -> Comparison:
-    def inner(part: dict[str, Any]) -> dict[str, Any]:
+def _comparison(told: JsonObject) -> Comparison:
+    def inner(part: JsonObject) -> JsonObject:
         return {**part, "win_rate": WinRate(**part["win_rate"]), "difference": MeanDifference(**part["difference"])}
 
     return Comparison(**{**inner(told), "groups": tuple(Group(**inner(g)) for g in told["groups"])})
@@ -338,13 +346,14 @@ def _wins(columns: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     return wins
 
 
-def _shown(sides: Sequence[Side], keys: Sequence[tuple[str, int, int]], limit: int) -> list[dict[str, Any]]:
+def _shown(sides: Sequence[Side], keys: Sequence[tuple[str, int, int]], limit: int) -> list[Shown]:
     """The first picture of evenly spaced prompts: chosen without looking at a score."""
     first = list({sides[0].pictures[key].task: key for key in reversed(keys)}.values())[::-1]
     picked = np.unique(np.linspace(0, len(first) - 1, min(limit, len(first))).astype(int))
     found = []
     for key in (first[i] for i in picked):
-        shown = {"prompt": key[0], "files": [s.pictures[key].file for s in sides]}
-        init_image = sides[0].pictures[key].init_image
-        found.append(shown if init_image is None else {**shown, "init_image": init_image})
+        shown = Shown(prompt=key[0], files=[s.pictures[key].file for s in sides])
+        if (init_image := sides[0].pictures[key].init_image) is not None:
+            shown["init_image"] = init_image
+        found.append(shown)
     return found

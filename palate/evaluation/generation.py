@@ -111,7 +111,7 @@ def drawing(
     return draw
 
 
-def settings(denoiser: Any, *, seed: int, versions: Mapping[str, str], **sampling: Any) -> dict[str, Any]:
+def settings(denoiser: Any, *, seed: int, versions: Mapping[str, str], **sampling: object) -> dict[str, object]:
     """What must agree between two folders that are compared."""
     sampler = str(denoiser.scheduler_config.get("_class_name", "unknown"))
     return {**sampling, "sampler": sampler, "seed": seed, "versions": dict(versions)}
@@ -122,8 +122,8 @@ def generate(
     pictures: Sequence[Picture],
     folder: str | Path,
     *,
-    settings: Mapping[str, Any],
-    model: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object],
+    model: Mapping[str, object] | None = None,
     batch_size: int = 8,
     shard: Shard | None = None,
     progress: bool = False,
@@ -164,7 +164,9 @@ def generate(
     return len(wanted)
 
 
-def begun(folder: str | Path, pictures: Sequence[Picture], settings: Mapping[str, Any], model: Mapping[str, Any]) -> set[str]:
+def begun(
+    folder: str | Path, pictures: Sequence[Picture], settings: Mapping[str, object], model: Mapping[str, object]
+) -> set[str]:
     """The files that the folder's manifest names already, of a folder that may be gone on with; reads no pictures.
 
     settings: those that are known by now; of the others nothing is said. None is a setting that the folder must not have.

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Generic, TypeVar
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 
-Key = Any
+Key = TypeVar("Key", bound=Hashable)
 """What tells a picture from others: its file, or the digest of its bytes."""
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labelled(Generic[Key]):
     """Two pictures of a prompt, and how probably the first is the better one; 0.5 is a tie."""
 
     prompt: str
     first: Key
     second: Key
     label: float
-    source: Any = None
+    source: int | None = None
+    """Its number in the set it comes from."""
 
     @property
     def winner(self) -> Key | None:
@@ -82,7 +84,7 @@ def label_of(margins: Sequence[float], *, temperature: float | None = None, thre
 
 def pairs_of(
     candidates: Mapping[str, Mapping[Key, Sequence[float]]], decide: Callable[[Sequence[float]], float], *, which: str = "all"
-) -> tuple[list[Labelled], int]:
+) -> tuple[list[Labelled[Key]], int]:
     """Pairs of candidates, and on how many the judges disagree.
 
     Args:
@@ -112,7 +114,7 @@ def disagree(margins: Sequence[float]) -> bool:
     return min(margins) < 0 < max(margins)
 
 
-def absolute_winners(pairs: Sequence[Labelled]) -> list[Labelled]:
+def absolute_winners(pairs: Sequence[Labelled[Key]]) -> list[Labelled[Key]]:
     """The pairs that hold the absolute winner of their prompt: the one picture that wins all its pairs, without a tie.
 
     Noise-Conditioned Perception (arXiv 2406.17636) trains on such pairs. A prompt on which two pictures are unbeaten, or none
@@ -127,8 +129,8 @@ def absolute_winners(pairs: Sequence[Labelled]) -> list[Labelled]:
 
 
 def finish(
-    pairs: Sequence[Labelled], counts: LabelCounts, *, absolute_winner: bool, keep_ties: bool
-) -> tuple[list[Labelled], LabelCounts]:
+    pairs: Sequence[Labelled[Key]], counts: LabelCounts, *, absolute_winner: bool, keep_ties: bool
+) -> tuple[list[Labelled[Key]], LabelCounts]:
     """Apply the filters, and count what they left out.
 
     Raises:
@@ -145,7 +147,7 @@ def finish(
 
 def write_pairs(
     path: str | Path,
-    rows: Iterable[tuple[str, bytes, bytes, float, Mapping[str, Any]]],
+    rows: Iterable[tuple[str, bytes, bytes, float, Mapping[str, object]]],
     columns: Mapping[str, type] = MappingProxyType({}),
 ) -> None:
     """Write pairs in Pick-a-Pic v2's columns, whole or not at all; memory does not grow with their number.
@@ -193,10 +195,10 @@ def write_pairs(
     write_atomically(path, write)
 
 
-def kind_of(value: Any) -> type:
+def kind_of(value: object) -> type:
     """The type of column that a plain value fits."""
     kind = type(value)
-    return kind if kind in (bool, float) or (kind is int and abs(value) < 1 << 63) else str
+    return kind if kind in (bool, float) or (kind is int and isinstance(value, int) and abs(value) < 1 << 63) else str
 
 
 def common(kinds: Collection[type]) -> type:
@@ -204,13 +206,13 @@ def common(kinds: Collection[type]) -> type:
     return next(iter(kinds)) if len(kinds) == 1 else float if set(kinds) == {int, float} else str
 
 
-def _as(kind: type, value: Any) -> Any:
+def _as(kind: type, value: object) -> object:
     if value is None:
         return None
     return str(value).encode(errors="replace").decode() if kind is str else kind(value)
 
 
-def _batches(rows: Iterable[Any], size: int) -> Iterable[list[Any]]:
+def _batches(rows: Iterable[Row], size: int) -> Iterable[list[Row]]:
     stream = iter(rows)
     while part := list(itertools.islice(stream, size)):
         yield part

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
-from palate.base.jsonl import append_lines, dump_line, read_lines, read_object, short, write_object
+from palate.base.jsonl import JsonObject, append_lines, dump_line, read_lines, read_object, short, write_object
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
+Value = TypeVar("Value")
 VERSIONS = "versions"  # in the settings: may differ between folders that are compared, which is told
 
 
@@ -30,7 +31,7 @@ class Picture:
     """Which of the prompt's pictures, from 0."""
     model: str
     negative: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
     init_image: str | None = None
     """What it was edited from: path relative to the folder, with ``/``."""
 
@@ -44,8 +45,8 @@ class Picture:
         """What pairs the pictures of two models: prompt, seed, index."""
         return self.prompt, self.seed, self.index
 
-    def line(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"file": self.file, "prompt": self.prompt, "seed": self.seed, "index": self.index}
+    def line(self) -> JsonObject:
+        found: JsonObject = {"file": self.file, "prompt": self.prompt, "seed": self.seed, "index": self.index}
         found["model"] = self.model
         if self.negative is not None:
             found["negative"] = self.negative
@@ -68,14 +69,12 @@ def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Pictu
     if not path.is_file():
         raise UserError(f"{folder} has no {MANIFEST}; expected a folder that palate generate wrote, or a manifest by hand")
     pictures: list[Picture] = []
-    files: dict[str, int] = {}
-    keys: dict[tuple[str, int, int], int] = {}
+    known: dict[object, int] = {}
     for number, row in read_lines(path, may_be_cut=True):
         picture = _picture(f"{path}, line {number}", row)
-        for what, value, known in (("file", picture.file, files), ("prompt, seed and index", picture.key, keys)):
-            if value in known:
-                raise UserError(f"{path}, line {number}: the same {what} as line {known[value]} ({value!r}); remove one")
-            known[value] = number  # type: ignore[index]
+        for what, value in (("file", picture.file), ("prompt, seed and index", picture.key)):
+            if (before := known.setdefault(value, number)) != number:
+                raise UserError(f"{path}, line {number}: the same {what} as line {before} ({value!r}); remove one")
         pictures.append(picture)
     if not pictures:
         raise UserError(f"{path} names no pictures; expected one JSON object a line with file, prompt, seed, index, model")
@@ -98,12 +97,12 @@ def append_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
     append_lines(Path(folder) / MANIFEST, [picture.line() for picture in pictures])
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
+def read_settings(folder: str | Path) -> JsonObject:
     """``settings.json``: what must agree between two folders that are compared; empty where there is none."""
     return read_object(Path(folder) / SETTINGS, optional=True)
 
 
-def write_settings(folder: str | Path, settings: Mapping[str, Any]) -> None:
+def write_settings(folder: str | Path, settings: Mapping[str, object]) -> None:
     write_object(Path(folder) / SETTINGS, settings)
 
 
@@ -191,7 +190,7 @@ class Side:
     name: str
     folder: Path
     pictures: Mapping[tuple[str, int, int], Picture]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     scores: Mapping[str, ScoreFile]
 
 
@@ -242,8 +241,8 @@ def differences(sides: Sequence[Side], allowed: bool) -> list[str]:
     return notes
 
 
-def _picture(where: str, row: dict[str, Any]) -> Picture:
-    def needed(name: str, kind: type, otherwise: Any = None) -> Any:
+def _picture(where: str, row: JsonObject) -> Picture:
+    def needed(name: str, kind: type[Value], otherwise: object = None) -> Value:
         value = row.get(name, otherwise)
         if not isinstance(value, kind) or isinstance(value, bool) or value == "":
             raise UserError(f"{where}: {name} must be {'text' if kind is str else 'a whole number'}, found {short(value)}")

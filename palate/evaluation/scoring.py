@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.evaluation.manifest import Picture, ScoreFile, append_scores, read_scores, score_path
+from palate.judges import Judge
 from palate.judges.stream import score_files
 
 KEPT_EVERY = 64  # scores between two writes
 
 
 def score_folder(
-    judge: Any,
+    judge: Judge,
     header: ScoreFile,
     folder: str | Path,
     pictures: Sequence[Picture],
@@ -30,7 +30,6 @@ def score_folder(
     A picture that cannot be read is noted with its reason and tried again by the next call.
 
     Args:
-        judge: a :class:`palate.judges.Judge`.
         header: the judge's name, kind, fingerprint and role.
 
     Raises:

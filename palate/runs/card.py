@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from palate.base.files import write_atomically
 from palate.base.hub import is_hub_id
-from palate.base.jsonl import Object, read_object
+from palate.base.jsonl import JsonObject, read_object
 from palate.base.options import dumps
 from palate.data.selection import same_prompt
 from palate.evaluation.compare import percent
@@ -128,7 +128,7 @@ def _chosen_on(out: Path) -> list[str]:
     return [f"these weights were chosen among those of the run on {len(chosen)} prompts, of which {both} are compared on here"]
 
 
-def _facts(recipe: Recipe, about: Object) -> dict[str, object]:
+def _facts(recipe: Recipe, about: JsonObject) -> dict[str, object]:
     training = recipe.training
     chosen = {name: f"auto, which chose {number:g}" for name, number in about.get("chosen", {}).items()}
     hyper = ", ".join(f"{key} {chosen.get(key, value)}" for key, value in recipe.objective.items() if key != "name")
@@ -143,7 +143,7 @@ def _facts(recipe: Recipe, about: Object) -> dict[str, object]:
     }
 
 
-def _evidence(recipe: Recipe, about: Object) -> dict[str, object]:
+def _evidence(recipe: Recipe, about: JsonObject) -> dict[str, object]:
     """What was learned from, and how much of it: pairs, single pictures, or pictures that the model drew itself."""
     training, online = recipe.training, recipe.online
     objective, evidence = resolve_objective(recipe.objective)
@@ -183,7 +183,7 @@ def _bare(text: str) -> str:
     return re.sub(r"(^|[\s:])(?:~|\.\.?)?/(?=\S)(?:[^\s:/]+/)*", r"\1", text)
 
 
-def _public(recipe: Recipe) -> Object:
+def _public(recipe: Recipe) -> JsonObject:
     """The recipe without folders of this machine: of a path its last name stays."""
 
     def bare(value: Any) -> Any:

@@ -137,7 +137,7 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
     counts = LabelCounts(len(candidates), single, 0, 0, disagreements, 0, 0)
     kept, counts = finish(pairs, counts, absolute_winner=options.absolute_winner, keep_ties=options.ties == "keep")
 
-    def rows() -> Iterator[tuple[str, bytes, bytes, float, Mapping[str, Any]]]:
+    def rows() -> Iterator[tuple[str, bytes, bytes, float, Mapping[str, object]]]:
         for pair in kept:
             (folder_0, file_0), (folder_1, file_1) = pair.first, pair.second
             more = {"model_0": about[pair.first].model, "model_1": about[pair.second].model}
@@ -187,7 +187,7 @@ def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> La
     return counts
 
 
-def _told(pair: PreferencePair, judges: Collection[str]) -> dict[str, Any]:
+def _told(pair: PreferencePair, judges: Collection[str]) -> dict[str, object]:
     """What is written of a pair besides its label; a vote's own columns only while it counts."""
     told = {name: value for name, value in pair.more.items() if not (judges and OF_THE_VOTE.fullmatch(name))}
     told = {"weight": pair.weight, "source": pair.source, **told}

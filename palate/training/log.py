@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
-from palate.base.jsonl import Object, read_lines
+from palate.base.jsonl import JsonObject, read_lines
 
 
 class RunLog:
@@ -87,7 +87,7 @@ class Window:
         return means
 
 
-def read_log(path: str | Path) -> list[Object]:
+def read_log(path: str | Path) -> list[JsonObject]:
     """The lines of a ``log.jsonl``, in order. A last line cut short by a crash is left out.
 
     Raises:
