@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from palate.base.errors import UserError, nearest
 
@@ -20,6 +20,31 @@ LABELS = {"first": 1.0, "second": 0.0, "tie": 0.5, "bad": 0.5}
 """What a choice says of the first picture; ``skip`` says nothing."""
 COLUMNS = ("prompt", "image_0", "image_1", "label", "weight", "rater", "model_0", "model_1")
 PRIOR = 5.0  # a rater counts as if five of their votes had agreed as often as everybody's
+
+
+class Vote(TypedDict):
+    """A row of :data:`VALID`."""
+
+    id: str
+    rater: str
+    name: str
+    picture_0: int
+    picture_1: int
+    image_0: str
+    image_1: str
+    prompt: str
+    seed: int | None
+    model_0: str
+    model_1: str
+    metadata: str
+    question: str
+    choice: str
+    seconds: float | None
+    created: str
+    swapped: int
+    repeat: int
+    mode: str
+
 
 VALID = """
 SELECT votes.id, raters.public AS rater, raters.name, a.id AS picture_0, b.id AS picture_1, a.file AS image_0,

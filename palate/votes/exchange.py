@@ -8,15 +8,15 @@ import io
 import itertools
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from palate.base.errors import UserError, nearest
 from palate.base.files import write_atomically
 from palate.data.pairs import PreferencePair, read_pairs
-from palate.data.votes import LABELS, QUESTIONS, VALID, open_votes
+from palate.data.votes import LABELS, QUESTIONS, VALID, Vote, open_votes
 from palate.votes.store import NAME, Lock, Store
 
 IMPORTED = "imported"
@@ -62,9 +62,10 @@ def export_votes(folder: str | Path, options: ExportOptions) -> str:
         raise UserError(f"--output {output} ends in {output.suffix or 'nothing'!r}; expected {', '.join(kinds)}")
     connection = open_votes(folder / NAME)
     try:
-        votes = [dict(v) for v in connection.execute(VALID) if v["question"] == options.question and not v["repeat"]]
+        told = [cast(Vote, dict(row)) for row in connection.execute(VALID)]
     finally:
         connection.close()
+    votes = [v for v in told if v["question"] == options.question and not v["repeat"]]
     if not votes:
         raise UserError(f"{folder / NAME} holds no votes on the question {options.question!r}; collect some with palate vote")
     for name in {v[side] for v in votes for side in ("image_0", "image_1")}:
@@ -101,7 +102,7 @@ def import_votes(folder: str | Path, options: ImportOptions) -> str:
     return f"added {added} votes to {folder / NAME}" + (f"; {known} were there already" if known else "")
 
 
-def _add(store: Store, folder: Path, pairs: Any, question: str) -> tuple[int, int]:
+def _add(store: Store, folder: Path, pairs: Iterable[PreferencePair], question: str) -> tuple[int, int]:
     numbers = {_digest((folder / p.file).read_bytes()): p for p in store.pictures() if (folder / p.file).is_file()}
     by_prompt = {(digest, p.prompt): p.id for digest, p in numbers.items()}
 
@@ -143,7 +144,7 @@ def _add(store: Store, folder: Path, pairs: Any, question: str) -> tuple[int, in
     return added, known
 
 
-def _parquet(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
+def _parquet(votes: list[Vote], folder: Path, output: Path) -> bytes:
     """Pick-a-Pic v2's columns, with ``rater``; a row group holds 64 votes, as pictures are large."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -158,7 +159,7 @@ def _parquet(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
     }
     schema = pa.schema([(name, kind) for kind, names in kinds.items() for name in names])
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, object]]:
         for number, vote in enumerate(votes):
             label = LABELS[vote["choice"]]
             data = [(folder / vote[side]).read_bytes() for side in ("image_0", "image_1")]
@@ -189,11 +190,11 @@ def _parquet(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
     return sink.getvalue()
 
 
-def _jsonl(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
+def _jsonl(votes: list[Vote], folder: Path, output: Path) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _named(votes, folder, output)).encode()
 
 
-def _csv(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
+def _csv(votes: list[Vote], folder: Path, output: Path) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
@@ -201,7 +202,7 @@ def _csv(votes: list[dict[str, Any]], folder: Path, output: Path) -> bytes:
     return text.getvalue().encode()
 
 
-def _named(votes: list[dict[str, Any]], folder: Path, output: Path) -> Iterator[dict[str, Any]]:
+def _named(votes: list[Vote], folder: Path, output: Path) -> Iterator[dict[str, object]]:
     here, base = folder.resolve(), output.parent.resolve()
     if not here.is_relative_to(base):
         raise UserError(

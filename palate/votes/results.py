@@ -5,32 +5,110 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
-from palate.data.votes import LABELS, QUESTIONS
+from palate.data.votes import LABELS, QUESTIONS, Vote
 from palate.evaluation.statistics import krippendorff_alpha
 
 DRAWS = 2000  # of the bootstrap of a category, of which there may be many
-Vote = Mapping[str, Any]
+Pair = tuple[int, int]
 
 
-def results(votes: Sequence[Vote], *, mode: str, raters_per_pair: int) -> dict[str, Any]:
+class Counted(Vote):
+    """A vote that counts, with what it says of the first picture of which pair."""
+
+    label: float
+    pair: Pair
+
+
+class Rate(TypedDict):
+    """A :class:`palate.evaluation.statistics.WinRate`."""
+
+    rate: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    prompts: int
+    n: int
+
+
+class Category(Rate):
+    name: str
+
+
+class Majority(TypedDict):
+    """Of pairs: what most of their raters say, and on how many of those with several all say the same."""
+
+    a: int
+    ties: int
+    b: int
+    unanimous: int
+    shared: int
+
+
+class Comparison(TypedDict):
+    """Two models; rates are those of ``b``, which comes second by name."""
+
+    a: str
+    b: str
+    win_rate: Rate
+    majority: Majority
+    categories: list[Category]
+
+
+class Strength(TypedDict):
+    model: str
+    elo: float
+    low: float
+    high: float
+
+
+class Question(TypedDict):
+    votes: int
+    choices: dict[str, int]
+    alpha: float | None
+    comparisons: list[Comparison]
+    strengths: list[Strength]
+
+
+class Rater(TypedDict):
+    """``agreement`` with others, ``same`` of ``repeated`` with themselves, ``left``: how often the left one was preferred."""
+
+    rater: str
+    name: str
+    votes: int
+    agreement: float | None
+    same: int
+    repeated: int
+    seconds: float | None
+    left: float | None
+
+
+class Results(TypedDict):
+    mode: str
+    votes: int
+    raters_per_pair: int
+    judged: int
+    questions: dict[str, Question]
+    raters: list[Rater]
+
+
+def results(votes: Sequence[Vote], *, mode: str, raters_per_pair: int) -> Results:
     """Plain values for the owner's page, from rows of ``palate.data.votes.VALID`` in any order.
 
     Per question: win rates of each two models over votes (ties as half; clusters are prompts), the majorities of pairs, and
     Bradley-Terry strengths; Krippendorff's alpha (nominal) over pairs with two raters or more. Planned repeats count for
     nothing but ``consistency``.
     """
-    fresh = [dict(v) for v in votes if not v["repeat"]]
-    for vote in fresh:
-        vote["label"] = LABELS[vote["choice"]]
-        vote["pair"] = (vote["picture_0"], vote["picture_1"])
+    fresh = [Counted(**v, label=LABELS[v["choice"]], pair=_pair(v)) for v in votes if not v["repeat"]]
     asked = [q for q in QUESTIONS if any(v["question"] == q for v in fresh)]
     return {
         "mode": mode,
@@ -42,7 +120,11 @@ def results(votes: Sequence[Vote], *, mode: str, raters_per_pair: int) -> dict[s
     }
 
 
-def _question(votes: list[dict[str, Any]]) -> dict[str, Any]:
+def _pair(vote: Vote) -> Pair:
+    return vote["picture_0"], vote["picture_1"]
+
+
+def _question(votes: list[Counted]) -> Question:
     across = [v for v in votes if v["model_0"] != v["model_1"]]
     models = sorted({v[side] for v in across for side in ("model_0", "model_1")})
     return {
@@ -58,10 +140,9 @@ def _question(votes: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _comparison(a: str, b: str, votes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates are those of ``b``, which comes second by name."""
-    by_pair: dict[Any, list[float]] = defaultdict(list)
-    categories: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def _comparison(a: str, b: str, votes: list[Counted]) -> Comparison:
+    by_pair: dict[Pair, list[float]] = defaultdict(list)
+    categories: dict[str, list[Counted]] = defaultdict(list)
     for vote in votes:
         by_pair[vote["pair"]].append(_for(b, vote))
         if category := json.loads(vote["metadata"]).get("category"):
@@ -82,22 +163,22 @@ def _comparison(a: str, b: str, votes: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _rate(a: str, b: str, votes: list[dict[str, Any]], draws: int = 10_000) -> dict[str, Any]:
+def _rate(a: str, b: str, votes: list[Counted], draws: int = 10_000) -> Rate:
     """The win rate of ``b`` over ``a``, as ``palate compare`` counts it."""
     from palate.evaluation.compare import count_votes
 
-    return asdict(count_votes([a, b], _shares(votes), draws=draws).pairs[0][2])
+    return Rate(**asdict(count_votes([a, b], _shares(votes), draws=draws).pairs[0][2]))
 
 
-def _shares(votes: list[dict[str, Any]]) -> list[tuple[str, str, str, float]]:
+def _shares(votes: list[Counted]) -> list[tuple[str, str, str, float]]:
     return [(v["prompt"], v["model_0"], v["model_1"], v["label"]) for v in votes]
 
 
-def _for(model: str, vote: Mapping[str, Any]) -> float:
+def _for(model: str, vote: Counted) -> float:
     return vote["label"] if vote["model_0"] == model else 1 - vote["label"]
 
 
-def _strengths(votes: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
+def _strengths(votes: list[Counted], models: list[str]) -> list[Strength]:
     """Of three models or more, on the scale of chess, strongest first; with their intervals over prompts."""
     from palate.evaluation.compare import count_votes
 
@@ -105,10 +186,10 @@ def _strengths(votes: list[dict[str, Any]], models: list[str]) -> list[dict[str,
     if ranking is None:
         return []
     rows = zip(ranking.models, ranking.elo, ranking.low, ranking.high, strict=True)
-    return sorted(({"model": m, "elo": e, "low": low, "high": high} for m, e, low, high in rows), key=lambda row: -row["elo"])
+    return sorted((Strength(model=m, elo=e, low=low, high=high) for m, e, low, high in rows), key=lambda row: -row["elo"])
 
 
-def _alpha(votes: list[dict[str, Any]]) -> float | None:
+def _alpha(votes: list[Counted]) -> float | None:
     """None where no pair has two raters, or all say the same."""
     raters = {rater: i for i, rater in enumerate(dict.fromkeys(v["rater"] for v in votes))}
     units = {pair: i for i, pair in enumerate(dict.fromkeys(v["pair"] for v in votes))}
@@ -121,12 +202,12 @@ def _alpha(votes: list[dict[str, Any]]) -> float | None:
     return None if math.isnan(alpha) else alpha
 
 
-def _raters(fresh: list[dict[str, Any]], repeats: list[Vote]) -> list[dict[str, Any]]:
-    by_unit: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+def _raters(fresh: list[Counted], repeats: list[Vote]) -> list[Rater]:
+    by_unit: dict[tuple[Pair, str], list[Counted]] = defaultdict(list)
     for vote in fresh:
         by_unit[vote["pair"], vote["question"]].append(vote)
     first = {(v["rater"], v["pair"], v["question"]): v["label"] for v in fresh}
-    found = []
+    found: list[Rater] = []
     for rater in dict.fromkeys(v["rater"] for v in fresh):
         own = [v for v in fresh if v["rater"] == rater]
         others = [
@@ -138,7 +219,7 @@ def _raters(fresh: list[dict[str, Any]], repeats: list[Vote]) -> list[dict[str, 
         again = [
             first[key] == LABELS[v["choice"]]
             for v in repeats
-            if (key := (v["rater"], (v["picture_0"], v["picture_1"]), v["question"])) in first and v["rater"] == rater
+            if (key := (v["rater"], _pair(v), v["question"])) in first and v["rater"] == rater
         ]
         seconds = [v["seconds"] for v in own if v["seconds"] is not None]
         found.append(
@@ -156,7 +237,7 @@ def _raters(fresh: list[dict[str, Any]], repeats: list[Vote]) -> list[dict[str, 
     return sorted(found, key=lambda row: -row["votes"])
 
 
-def _left(votes: list[dict[str, Any]]) -> float | None:
+def _left(votes: list[Counted]) -> float | None:
     """How often the left picture was preferred: far from a half, somebody did not look."""
     sides = [(v["choice"] == "first") != bool(v["swapped"]) for v in votes if v["choice"] in ("first", "second")]
     return sum(sides) / len(sides) if sides else None

@@ -6,15 +6,17 @@ import asyncio
 import errno
 import hmac
 import json
+import math
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from palate.base.errors import UserError
+from palate.base.jsonl import JsonObject
 from palate.votes.results import results
 from palate.votes.store import DiskError, Lock
 from palate.votes.study import RefusedError, Study, VoteOptions
@@ -79,7 +81,7 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
     mark = study.key("cookie")[:8]  # cookies know hosts but not ports: two pages on one machine must not share them
     access_cookie, rater_cookie = f"palate-access-{mark}", f"palate-rater-{mark}"
     votes, joins, reads = Bucket(5.0, 40), Bucket(5.0, 300), Bucket(50.0, 300)
-    remembered: dict[str, Any] = {}
+    remembered = _Remembered()
     counting = asyncio.Lock()
 
     def role(request: Request) -> str | None:
@@ -171,13 +173,13 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
         if role(request) != "owner":
             raise RefusedError(403, "results are for the owner: open the link that 'palate vote' printed")
         async with counting:
-            if (began := time.monotonic()) >= remembered.get("until", began):
+            if (began := time.monotonic()) >= remembered.until:
                 state = await run_in_threadpool(study.store.rows, "SELECT count(*), sum(undone) FROM votes")
-                if (now := (*state[0], len(study.gone))) != remembered.get("state"):
-                    remembered.update(told=await run_in_threadpool(_told, study), state=now)
+                if (now := (*state[0], len(study.gone))) != remembered.state:
+                    remembered.told, remembered.state = await run_in_threadpool(_told, study), now
                 # Of many thousand votes the intervals take seconds, in which raters would wait.
-                remembered["until"] = time.monotonic() + max(2.0, 10 * (time.monotonic() - began))
-            return JSONResponse(remembered["told"])
+                remembered.until = time.monotonic() + max(2.0, 10 * (time.monotonic() - began))
+            return JSONResponse(remembered.told)
 
     routes = [
         Route("/", page),
@@ -287,12 +289,21 @@ def _own_address(host: str) -> str:
             return socket.gethostname()
 
 
-def _told(study: Study) -> dict[str, Any]:
+def _told(study: Study) -> dict[str, object]:
     """Of this study's pairs alone: others, imported or of another mode, answer other questions."""
     pairs, votes = set(study.pairs), study.store.valid_votes()
     here = [vote for vote in votes if (vote["picture_0"], vote["picture_1"]) in pairs]
     told = results(here, mode=study.mode, raters_per_pair=study.raters_per_pair)
-    return told | {"pairs": len(pairs), "gone": len(study.gone), "elsewhere": len(votes) - len(here)}
+    return {**told, "pairs": len(pairs), "gone": len(study.gone), "elsewhere": len(votes) - len(here)}
+
+
+@dataclass
+class _Remembered:
+    """The results as they were counted last, and when to look again."""
+
+    told: dict[str, object] = field(default_factory=dict)
+    state: tuple[object, ...] = ()
+    until: float = -math.inf
 
 
 class _TooManyError(Exception):
@@ -332,7 +343,7 @@ def _check_origin(request: Request, form: str) -> None:
         raise RefusedError(403, "this page is out of date; reload it")
 
 
-async def _body(request: Request, kinds: dict[str, type]) -> dict[str, Any]:
+async def _body(request: Request, kinds: dict[str, type]) -> JsonObject:
     """A JSON object with exactly these members; ``seconds`` may be missing."""
     data = b""
     async for part in request.stream():

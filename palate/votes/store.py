@@ -9,14 +9,14 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from palate.base.errors import UserError
-from palate.data.votes import APPLICATION, VALID, VERSION, check_version
+from palate.data.votes import APPLICATION, VALID, VERSION, Vote, check_version
 
 NAME = "votes.db"
 TABLES = """
@@ -56,7 +56,7 @@ class Picture(NamedTuple):
     seed: int | None
     number: int
     model: str
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, object]
 
 
 class Store:
@@ -91,7 +91,7 @@ class Store:
                 self._connection.execute(f"PRAGMA application_id = {APPLICATION}")
                 self._connection.execute(f"PRAGMA user_version = {VERSION}")
 
-    def _setting(self, name: str, make: Any) -> str:
+    def _setting(self, name: str, make: Callable[[], str]) -> str:
         with self.writing():
             found = self._connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
             if found is None:
@@ -130,7 +130,7 @@ class Store:
     # Writing --------------------------------------------------------------------------------------------------------------
 
     def add_picture(
-        self, file: str, prompt: str, *, seed: int | None, number: int, model: str, metadata: Mapping[str, Any]
+        self, file: str, prompt: str, *, seed: int | None, number: int, model: str, metadata: Mapping[str, object]
     ) -> int:
         """The picture's number. Raises ``UserError`` if the file was voted on under another prompt."""
         with self.writing():
@@ -184,7 +184,7 @@ class Store:
 
     # Reading --------------------------------------------------------------------------------------------------------------
 
-    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+    def rows(self, query: str, *values: str | int) -> list[sqlite3.Row]:
         with self._lock:
             return self._connection.execute(query, values).fetchall()
 
@@ -192,9 +192,9 @@ class Store:
         found = self.rows("SELECT id, file, prompt, seed, number, model, metadata FROM pictures ORDER BY id")
         return [Picture(*row[:6], json.loads(row["metadata"])) for row in found]
 
-    def valid_votes(self) -> list[dict[str, Any]]:
+    def valid_votes(self) -> list[Vote]:
         """All votes that say something, repeats among them, as they came; see ``palate.data.votes.VALID``."""
-        return [dict(row) for row in self.rows(VALID)]
+        return [cast(Vote, dict(row)) for row in self.rows(VALID)]
 
 
 class Lock:

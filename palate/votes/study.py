@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import NotRequired, TypedDict
 
 from palate.base.errors import UserError, nearest
 from palate.data.votes import LABELS, QUESTIONS
@@ -95,6 +96,38 @@ class _Showing:
     votes: dict[str, tuple[str, str]]  # question -> choice, name of the vote
 
 
+class Shown(TypedDict):
+    """A pair as a rater's page shows it: opaque names of the pictures, and the questions answered so far."""
+
+    id: str
+    left: str
+    right: str
+    prompt: str
+    answered: list[str]
+
+
+class Last(TypedDict):
+    """The vote that undo would take back."""
+
+    vote: str
+    question: str
+    showing: Shown
+
+
+class State(TypedDict):
+    """All that a rater's page needs."""
+
+    rater: str
+    mode: str
+    questions: list[str]
+    done: int
+    left: int
+    open: list[Shown]
+    soon: list[str]
+    last: Last | None
+    closed: NotRequired[str]
+
+
 class Study:
     """Opens the folder's votes, or begins them. Methods may be called from any thread.
 
@@ -157,16 +190,14 @@ class Study:
         """Who shows this token."""
         return self._tokens.get(_hash(token))
 
-    def state(self, rater: str) -> dict[str, Any]:
+    def state(self, rater: str) -> State:
         """All that a rater's page needs: their pairs, how far they are, and what undo would take back."""
         with self._lock, self._whole():
             self._here(rater)
             self._deal(rater)
             return self._state(rater)
 
-    def vote(
-        self, rater: str, *, name: str, showing: str, question: str, choice: str, seconds: float | None = None
-    ) -> dict[str, Any]:
+    def vote(self, rater: str, *, name: str, showing: str, question: str, choice: str, seconds: float | None = None) -> State:
         """Keep an answer; what comes again under the same ``name`` counts once. The new state, when the vote is on disk."""
         if not NAME.fullmatch(name) or question not in QUESTIONS or choice not in CHOICES:
             raise RefusedError(400, "not a vote: expected a name, a question and a choice that this page knows")
@@ -182,7 +213,7 @@ class Study:
             self._deal(rater)
             return self._state(rater)
 
-    def undo(self, rater: str, name: str) -> dict[str, Any]:
+    def undo(self, rater: str, name: str) -> State:
         """Take a vote back; the pair is before the rater again. Twice is once.
 
         A skipped pair whose place others have taken stays skipped: its name is then in ``closed``, and ``last`` lies before it.
@@ -342,9 +373,9 @@ class Study:
         else:
             self._open[shown.rater].pop(shown.id, None)
 
-    def _state(self, rater: str) -> dict[str, Any]:
+    def _state(self, rater: str) -> State:
         done = self._done[rater]
-        last = None
+        last: Last | None = None
         for name in reversed(done):
             showing, question = self._votes[name]
             if not self._closed(self._showings[showing]):
@@ -362,7 +393,7 @@ class Study:
             "last": last,
         }
 
-    def _told(self, shown: _Showing) -> dict[str, Any]:
+    def _told(self, shown: _Showing) -> Shown:
         first, second = (self._opaque[p] for p in shown.pictures)
         return {
             "id": shown.id,
@@ -444,7 +475,7 @@ class _Whole:
     def __enter__(self) -> None:
         self._writing.__enter__()
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, RefusedError):  # raised before anything was changed
             self._writing.__exit__(None, None, None)
             return
@@ -496,7 +527,7 @@ def _listed(sides: Sequence[Side]) -> list[Listed]:
 
 
 def _across_models(listed: Sequence[Listed]) -> list[tuple[int, int]]:
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[str, int, int], list[int]] = {}
     for i, p in enumerate(listed):
         groups.setdefault((p.prompt, p.seed, p.index), []).append(i)
     return [(a, b) for rows in groups.values() for a, b in combinations(rows, 2) if listed[a].model != listed[b].model]
