@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import itertools
@@ -16,8 +17,8 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, TypeVar
 
 import yaml
 
@@ -134,6 +135,83 @@ def section(kind: type, value: Any, where: str) -> Any:
             raise UserError(f"{where}: unknown option {name!r}{nearest(str(name), known)}")
         made[name] = typed(hints[name], given, name)
     return kind(**made)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option admits, said beside its type: ``Annotated[float, Range(above=0, below=1, ...)]``.
+
+    ``expected`` says them in the message; what is not a number (NaN) is never admitted.
+    """
+
+    at_least: int | float | None = None
+    above: int | float | None = None
+    at_most: int | float | None = None
+    below: int | float | None = None
+    expected: str = ""
+
+    def refusal(self, value: Any) -> str:
+        """What follows "NAME is" in the message about ``value``; empty if it is admitted."""
+        admitted = (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+        return "" if admitted else f"{value}; expected {self.expected}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The texts that an option admits, or each text of a list of them: ``Annotated[str, OneOf("drop", "keep")]``."""
+
+    choices: tuple[str, ...]
+
+    def __init__(self, *choices: str) -> None:
+        object.__setattr__(self, "choices", choices)
+
+    def refusal(self, value: Any) -> str:
+        """As :meth:`Range.refusal`."""
+        texts = value if isinstance(value, tuple) else (value,)
+        return next((f"{text!r}{nearest(str(text), self.choices)}" for text in texts if text not in self.choices), "")
+
+
+def at_least(least: int) -> Range:
+    return Range(at_least=least, expected=f"at least {least}")
+
+
+Count = Annotated[int, at_least(1)]
+NOT_NEGATIVE = Range(at_least=0, below=math.inf, expected="0 or more")
+POSITIVE = Range(above=0, below=math.inf, expected="a positive number")
+
+
+@functools.cache
+def ranges(kind: type) -> dict[str, Range | OneOf]:
+    """Option -> what it admits, of those options of a dataclass that say it in their annotation."""
+    found: dict[str, Range | OneOf] = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        for said in _said(hint):
+            if isinstance(said, Range | OneOf):
+                found[name] = said
+    return found
+
+
+def _said(hint: Any) -> Iterable[Any]:
+    """What an annotation holds besides types, and the types of which it is the union."""
+    inner = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
+    return itertools.chain(getattr(hint, "__metadata__", ()), *map(_said, inner))
+
+
+def check_ranges(options: Any) -> None:
+    """Check every option of a dataclass that says its range or choices; None is always admitted. For ``__post_init__``.
+
+    Raises:
+        UserError: the first that lies outside.
+    """
+    for name, admitted in ranges(type(options)).items():
+        value = getattr(options, name)
+        if value is not None and (refusal := admitted.refusal(value)):
+            raise UserError(f"{name} is {refusal}")
 
 
 WORDS = {

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError
+from palate.base.options import NOT_NEGATIVE, Count, OneOf, Range, check_ranges
 from palate.diffusion.schedule import SPACINGS
 
 ADVANTAGES = ("tracker", "group", "round")
 WEIGHTINGS = ("softmax", "percentile", "streaming_percentile", "threshold")
+ABOVE_0 = Range(above=0, expected="a positive number")  # or infinity: no limit
 
 
 @dataclass(frozen=True)
@@ -23,90 +26,74 @@ class OnlineOptions:
     gives weights."""
     held_out_rewards: tuple[str, ...] = ()
     """Never trained on: measured during training, they choose the ``best/`` weights and raise the alarm."""
-    held_out_pictures: int = 32
+    held_out_pictures: Count = 32
     """Pictures on which held-out rewards are measured, every ``eval_steps``, always from the same noise: of the evaluation
     prompts that the comparison leaves over, then of the train prompts."""
-    reward_timeout: float | None = None
+    reward_timeout: Annotated[float, ABOVE_0] | None = None
     """Seconds that one call of a reward may take, trained on or held out."""
-    reward_retries: int = 0
+    reward_retries: Annotated[int, NOT_NEGATIVE] = 0
     """How often a call that failed is repeated."""
-    rounds: int = 10
+    rounds: Count = 10
     """Times that pictures are drawn and learned from; ``max_train_steps`` may end training earlier."""
-    samples_per_round: int = 256
+    samples_per_round: Count = 256
     """Pictures drawn in a round, by all processes together."""
-    sample_batch_size: int = 8
+    sample_batch_size: Count = 8
     """Pictures drawn at once by a process."""
-    group_size: int = 1
+    group_size: Count = 1
     """Pictures of one prompt in a round; divides ``samples_per_round``."""
-    sample_num_steps: int = 50
+    sample_num_steps: Count = 50
     """Steps of DDIM."""
-    sample_eta: float = 1.0
+    sample_eta: Annotated[float, NOT_NEGATIVE] = 1.0
     """Noise of each step: 1 as much as DDPM, 0 none (and no likelihood)."""
-    sample_guidance_scale: float = 5.0
+    sample_guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
     """Of classifier-free guidance; 1 for none, at half the cost."""
     guidance_in_training: bool = True
     """Whether the guided prediction is trained, as in the paper, or that of the prompt alone, at half the cost."""
-    timestep_spacing: str | None = None
+    timestep_spacing: Annotated[str, OneOf(*SPACINGS)] | None = None
     """``leading``, ``trailing`` or ``linspace``; the model's own unless given."""
-    updates_per_round: int = 4
+    updates_per_round: Count = 4
     """Updates in which everything of a round is seen once; divides it."""
-    inner_epochs: int = 1
+    inner_epochs: Count = 1
     """Times that a round is learned from."""
-    window_start: int = 0
+    window_start: Annotated[int, NOT_NEGATIVE] = 0
     """First step of sampling that is trained, counted from 0."""
-    window_size: int | None = None
+    window_size: Count | None = None
     """Steps from there on that are trained; all unless given."""
-    timestep_fraction: float = 1.0
+    timestep_fraction: Annotated[float, Range(above=0, at_most=1, expected="more than 0 and at most 1")] = 1.0
     """Share of those steps that is trained, drawn for each picture anew."""
-    advantage: str = "tracker"
+    advantage: Annotated[str, OneOf(*ADVANTAGES)] = "tracker"
     """``tracker``: against the prompt's latest rewards; ``group``: against the other pictures of the prompt in this round;
     ``round``: against all pictures of the round."""
-    tracker_buffer_size: int = 32
+    tracker_buffer_size: Count = 32
     """Rewards that the tracker keeps of a prompt."""
-    tracker_min_count: int = 16
+    tracker_min_count: Count = 16
     """A prompt with fewer is measured against the round."""
     global_std: bool = False
     """Divide advantages by the standard deviation of the whole round."""
-    adv_clip: float = 5.0
+    adv_clip: Annotated[float, ABOVE_0] = 5.0
     """Advantages are cut off there."""
-    kl_weight: float = 0.0
+    kl_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of each step's exact KL divergence from the model before training; costs a pass of it."""
-    kl_samples: int = 8
+    kl_samples: Annotated[int, NOT_NEGATIVE] = 8
     """Pictures of a round on whose way the KL divergence is measured; 0 for none."""
-    kl_budget: float | None = None
+    kl_budget: Annotated[float, ABOVE_0] | None = None
     """Training ends once the KL divergence of a picture's whole way exceeds this, in nats per latent element."""
-    weighting: str = "softmax"
+    weighting: Annotated[str, OneOf(*WEIGHTINGS)] = "softmax"
     """For objectives of single pictures: ``softmax`` of the rewards, or only the best: ``percentile`` of the round,
     ``streaming_percentile`` of all rounds so far, ``threshold``."""
-    temperature: float = 5.0
+    temperature: Annotated[float, ABOVE_0] = 5.0
     """Of the softmax, in units of the reward."""
     standardise_rewards: bool = False
     """Bring rewards to mean 0 and standard deviation 1 before the softmax."""
     per_prompt: bool = False
     """Softmax or percentile over the pictures of each prompt instead of the round."""
-    percentile: float = 90.0
+    percentile: Annotated[float, Range(at_least=0, below=100, expected="0 or more and below 100")] = 90.0
     """Share of the pictures, in percent, that is left out."""
     threshold: float | None = None
     """Least reward that is kept under ``weighting: threshold``."""
 
     def __post_init__(self) -> None:
-        for name, known in (("advantage", ADVANTAGES), ("weighting", WEIGHTINGS), ("timestep_spacing", SPACINGS)):
-            if (value := getattr(self, name)) is not None and value not in known:
-                raise UserError(f"{name} is {value!r}{nearest(value, known)}")
-        counts = ("rounds", "samples_per_round", "sample_batch_size", "group_size", "sample_num_steps", "updates_per_round")
-        for name in (*counts, "held_out_pictures", "inner_epochs", "window_size", "tracker_buffer_size", "tracker_min_count"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; expected at least 1")
-        for name in ("window_start", "kl_samples", "reward_retries", "sample_eta", "sample_guidance_scale", "kl_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("adv_clip", "temperature", "reward_timeout", "kl_budget"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} is {value}; expected a positive number")
-        if not 0 < self.timestep_fraction <= 1:
-            raise UserError(f"timestep_fraction is {self.timestep_fraction}; expected more than 0 and at most 1")
-        if not 0 <= self.percentile < 100:
-            raise UserError(f"percentile is {self.percentile}; expected 0 or more and below 100")
+        check_ranges(self)
         if self.weighting == "threshold" and self.threshold is None:
             raise UserError("weighting is threshold, but no threshold is given: name the least reward to keep")
         if self.samples_per_round % self.group_size:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError
 from palate.base.files import write_atomically
+from palate.base.options import Count, OneOf, check_ranges
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.statistics import WinRate
 from palate.miniature import world
@@ -30,10 +31,10 @@ class AccuracyOptions:
     """Folders of finished runs, whose implicit reward is measured against their base model."""
     lora: tuple[str, ...] = ()
     """With ``--model`` a pipeline folder or hub id: what it was tuned by, each as a file with ``:scale`` if not 1."""
-    space: tuple[str, ...] = ("run",)
+    space: Annotated[tuple[str, ...], OneOf(*SPACES, "run")] = ("run",)
     """Where implicit rewards are measured: ``latent``, ``perceptual``, both as ``'[latent, perceptual]'``, or ``run``: that
     of the run's own recipe."""
-    timesteps: int = 10
+    timesteps: Count = 10
     """Times, each with noise of its own, over which an implicit reward is averaged; 10 in the paper."""
     seed: int = 0
     """Of times and noise."""
@@ -41,9 +42,9 @@ class AccuracyOptions:
     """Side of the pictures in pixels for implicit rewards; the run's, or the model's own."""
     max_bad_rows: int = 0
     """So many unusable rows are listed and skipped."""
-    max_pairs: int | None = None
+    max_pairs: Count | None = None
     """Read no more pairs than this."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Pairs measured at once."""
     cache_dir: str = "~/.cache/palate"
     """Encoded pictures and prompts are kept here."""
@@ -51,12 +52,7 @@ class AccuracyOptions:
     """The file to write."""
 
     def __post_init__(self) -> None:
-        for name in ("timesteps", "batch_size", "max_pairs"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; expected at least 1")
-        for name in self.space:
-            if name not in (*SPACES, "run"):
-                raise UserError(f"space is {name!r}{nearest(name, (*SPACES, 'run'))}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError
 from palate.base.hub import check_push, is_hub_id, push
+from palate.base.options import Count, OneOf, Range, check_ranges
 from palate.runs.card import CARD, PUBLIC
 from palate.runs.models import NamedModel, find_model
 from palate.runs.recipe import Recipe
@@ -24,26 +25,27 @@ FORMATS = {
     "lora-from-full": "a folder with the LoRA nearest to a full training, in both layouts",
 }
 DTYPES = ("fp32", "fp16", "bf16")
+ENERGY = Range(above=0, at_most=1, expected="a share above 0 and up to 1, such as 0.95")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """What is written, and where."""
 
-    format: str | None = None
+    format: Annotated[str, OneOf(*FORMATS)] | None = None
     """``kohya`` (a .safetensors file for ComfyUI and A1111), ``diffusers`` (a folder for ``load_lora_weights``),
     ``merged-unet``, ``pipeline`` (whole folders, a LoRA merged), or ``lora-from-full`` (of a run that trained all weights)."""
     output: str | None = None
     """The file or folder to write; it must not be there yet."""
     pretrained_model_name_or_path: str | None = None
     """Of a LoRA or U-Net by itself: the model it was trained on. A run knows its own."""
-    dtype: str = "fp32"
+    dtype: Annotated[str, OneOf(*DTYPES)] = "fp32"
     """Of the written weights: ``fp32``, ``fp16`` or ``bf16``."""
-    rank: int | None = None
+    rank: Count | None = None
     """Of ``lora-from-full``: of every layer; 64 unless this or energy is given."""
-    energy: float | None = None
+    energy: Annotated[float, ENERGY] | None = None
     """Of ``lora-from-full``: the least rank, layer by layer, that holds this share of the squared change, such as 0.95."""
-    lora_layers: str = "all"
+    lora_layers: Annotated[str, OneOf("attention", "all")] = "all"
     """Of ``lora-from-full``: ``attention``, or ``all``, also the feed-forward and convolution layers."""
 
     push_to_hub: str | None = None
@@ -56,15 +58,9 @@ class ExportOptions:
         if self.format is None or self.output is None:
             missing = "format" if self.format is None else "output"
             raise UserError(f"palate export needs --{missing}; 'palate export --help' explains it")
-        for name, known in (("format", FORMATS), ("dtype", DTYPES), ("lora_layers", ("attention", "all"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} is {getattr(self, name)!r}{nearest(getattr(self, name), known)}")
+        check_ranges(self)
         if (self.rank is not None or self.energy is not None) and self.format != "lora-from-full":
             raise UserError(f"rank and energy are of lora-from-full; a LoRA keeps its own in {self.format}")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"rank is {self.rank}; expected at least 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UserError(f"energy is {self.energy}; expected a share above 0 and up to 1, such as 0.95")
         if self.format == "kohya" and not self.output.endswith(".safetensors"):
             raise UserError(f"output is {self.output!r}; a kohya LoRA is one file: expected a name that ends in .safetensors")
 

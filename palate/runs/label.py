@@ -11,11 +11,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tqdm import tqdm
 
 from palate.base.errors import UserError, nearest
+from palate.base.options import POSITIVE, OneOf, check_ranges
 from palate.evaluation.labelling import (
     LabelCounts,
     Labelled,
@@ -49,13 +50,13 @@ class LabelOptions:
     """Names of judges; of several the majority decides. Without any, pairs keep their labels and are only filtered."""
     soft: bool = False
     """Write the probability sigmoid(margin / temperature) instead of the winner."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """Of soft labels, in the judge's units: PickScore's model card has 1."""
     threshold: float | dict[str, str] = 0.0
     """Margins up to this are ties, in the judge's units; of several judges ``{judge: number}``, 0 for those not named."""
-    ties: str = "drop"
+    ties: Annotated[str, OneOf("drop", "keep")] = "drop"
     """``drop``, or ``keep`` as a label of one half."""
-    pairs: str = "all"
+    pairs: Annotated[str, OneOf("all", "extremes")] = "all"
     """Of candidates: ``all`` pairs of a prompt, or its ``extremes``, the best against the worst."""
     absolute_winner: bool = False
     """Keep only pairs that hold the one picture of their prompt that wins all its pairs, as the NCP paper does."""
@@ -65,11 +66,7 @@ class LabelOptions:
     """Pictures judged at once."""
 
     def __post_init__(self) -> None:
-        for name, known in (("ties", ("drop", "keep")), ("pairs", ("all", "extremes"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} is {getattr(self, name)!r}{nearest(getattr(self, name), known)}")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}; expected a positive number")
+        check_ranges(self)
         if not isinstance(self.threshold, Mapping) and self.threshold and len(self.judges) > 1:
             each = ", ".join(f"{judge}: {self.threshold:g}" for judge in self.judges)
             raise UserError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import checked, help_lines, overrides
+from palate.base.options import NOT_NEGATIVE, Count, Range, check_ranges, checked, help_lines, overrides
 
 USAGE = "palate generate MODEL --prompts P --output_dir DIR [--option value ...]"
 
@@ -26,19 +26,19 @@ class GenerateOptions:
     """LoRA files or folders, each with a scale if not 1: ``'[style.safetensors:0.8, out/run]'``."""
     refiner: str | None = None
     """Folder or hub id of SDXL's refiner, which finishes the pictures."""
-    refiner_start: float = 0.8
+    refiner_start: Annotated[float, Range(above=0, below=1, expected="a number between 0 and 1")] = 0.8
     """Share of the denoising that is done when the refiner takes over."""
     model_name: str | None = None
     """What the manifest calls the model; its folder's name and its LoRAs unless given."""
-    images_per_prompt: int = 1
+    images_per_prompt: Count = 1
     """Pictures of each prompt, from different noise."""
-    num_prompts: int | None = None
+    num_prompts: Count | None = None
     """Only the first of them; all unless given."""
     seed: int = 0
     """With the prompt and the picture's number it decides the noise, the same for every model."""
-    num_inference_steps: int = 25
+    num_inference_steps: Count = 25
     """Steps of the model's own sampler."""
-    guidance_scale: float = 5.0
+    guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
     """Of classifier-free guidance."""
     init_image: str | None = None
     """A picture that is edited instead of drawing from noise alone, of all prompts that name none: a line of a JSONL file may
@@ -49,7 +49,7 @@ class GenerateOptions:
     """What no picture should show; a prompt's own ``negative`` goes before it."""
     resolution: int | None = None
     """Side in pixels, a multiple of 8; that of the run, or the model's own, unless given."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Pictures drawn at once."""
     mixed_precision: str = "no"
     """``no``, ``fp16`` or ``bf16``."""
@@ -61,13 +61,7 @@ class GenerateOptions:
     """``i/n``: the share of this process of n, i from 0; under ``torchrun`` or ``accelerate launch`` their own."""
 
     def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "num_prompts", "num_inference_steps", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; expected at least 1")
-        if not 0 < self.refiner_start < 1:
-            raise UserError(f"refiner_start is {self.refiner_start}; expected a number between 0 and 1")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale is {self.guidance_scale}; expected 0 or more")
+        check_ranges(self)
         if self.strength is not None:
             from palate.models.parts import check_strength
 

@@ -11,10 +11,11 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError
 from palate.base.files import write_atomically
+from palate.base.options import OneOf, check_ranges
 from palate.data.pairs import PreferencePair, read_pairs
 from palate.data.votes import LABELS, QUESTIONS, VALID, Vote, open_votes
 from palate.votes.store import NAME, Lock, Store
@@ -30,11 +31,11 @@ class ExportOptions:
 
     output: str
     """``.parquet`` with Pick-a-Pic's columns and the pictures inside; ``.jsonl`` or ``.csv`` name the pictures' files."""
-    question: str = "overall"
+    question: Annotated[str, OneOf(*QUESTIONS)] = "overall"
     """``overall``, ``appeal`` or ``following``."""
 
     def __post_init__(self) -> None:
-        _check_question(self.question)
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class ImportOptions:
 
     input: str
     """Parquet, JSONL or CSV; pictures that the folder lacks are copied into it."""
-    question: str = "overall"
+    question: Annotated[str, OneOf(*QUESTIONS)] = "overall"
     """What was asked: ``overall``, ``appeal`` or ``following``."""
 
     def __post_init__(self) -> None:
-        _check_question(self.question)
+        check_ranges(self)
 
 
 def export_votes(folder: str | Path, options: ExportOptions) -> str:
@@ -219,11 +220,6 @@ def _named(votes: list[Vote], folder: Path, output: Path) -> Iterator[dict[str, 
             **{name: vote[name] for name in ("rater", "question", "choice", "model_0", "model_1", "seed")},
             "created_at": vote["created"],
         }
-
-
-def _check_question(question: str) -> None:
-    if question not in QUESTIONS:
-        raise UserError(f"question is {question!r}{nearest(question, QUESTIONS)}")
 
 
 def _digest(data: bytes) -> str:

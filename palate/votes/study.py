@@ -18,9 +18,10 @@ from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from types import TracebackType
-from typing import NotRequired, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError
+from palate.base.options import Count, OneOf, Range, check_ranges
 from palate.data.votes import LABELS, QUESTIONS
 from palate.evaluation.manifest import Picture as Listed
 from palate.evaluation.manifest import Side, differences, read_manifest, read_settings
@@ -48,14 +49,14 @@ class RefusedError(Exception):
 class VoteOptions:
     """What is asked of whom, and where."""
 
-    mode: str | None = None
+    mode: Annotated[str, OneOf(*MODES)] | None = None
     """``compare`` (two models on the same prompt and seed) or ``collect`` (any two pictures of a prompt); compare unless given,
     where the folder has two models."""
-    questions: tuple[str, ...] = ()
+    questions: Annotated[tuple[str, ...], OneOf(*QUESTIONS)] = ()
     """A list of ``overall``, ``appeal`` (the prompt is hidden), ``following``; all in compare, overall in collect."""
-    raters: int | None = None
+    raters: Count | None = None
     """So many people judge each pair; 5 in compare, 1 in collect unless given."""
-    repeats: float = 0.05
+    repeats: Annotated[float, Range(at_least=0, at_most=0.5, expected="a share from 0 to 0.5")] = 0.05
     """Share of a rater's pairs that come again with sides changed, to measure consistency; 0 for none."""
     chain: bool = False
     """In collect: the better picture is challenged again by another of its prompt, as in Pick-a-Pic."""
@@ -64,21 +65,11 @@ class VoteOptions:
 
     host: str = "127.0.0.1"
     """Address to listen on; anything but this machine alone, such as ``0.0.0.0``, needs the link that is printed."""
-    port: int = 8421
+    port: Annotated[int, Range(at_least=0, below=65536, expected="a number from 1 to 65535, or 0 for any")] = 8421
     """If it is taken, the next free one."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise UserError(f"port is {self.port}; expected a number from 1 to 65535, or 0 for any")
-        if self.mode is not None and self.mode not in MODES:
-            raise UserError(f"mode is {self.mode!r}{nearest(self.mode, MODES)}")
-        for question in self.questions:
-            if question not in QUESTIONS:
-                raise UserError(f"questions names {question!r}{nearest(question, QUESTIONS)}")
-        if self.raters is not None and self.raters < 1:
-            raise UserError(f"raters is {self.raters}; expected 1 or more")
-        if not 0 <= self.repeats <= 0.5:
-            raise UserError(f"repeats is {self.repeats}; expected a share from 0 to 0.5")
+        check_ranges(self)
         if self.chain and self.mode == "compare":
             raise UserError(
                 "chain is for collecting pairs; in compare every pair is one prompt and seed: leave one of them out"

@@ -348,7 +348,7 @@ def test_folders_that_share_nothing_are_not_compared(tmp_path):
     [
         ({"mode": "colect"}, "did you mean 'collect'"),
         ({"questions": ("apeal",)}, "did you mean 'appeal'"),
-        ({"raters": 0}, "expected 1 or more"),
+        ({"raters": 0}, "expected at least 1"),
         ({"repeats": 0.9}, "expected a share"),
         ({"port": 70000}, "expected a number"),
         ({"chain": True, "mode": "compare"}, "chain is for collecting"),
