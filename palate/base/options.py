@@ -320,9 +320,11 @@ def indented(text: str) -> list[str]:
 
 
 def _field_docs(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass; Python itself drops them."""
+    """The strings below the fields of a dataclass and of those it builds on; Python itself drops them."""
+    found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, kind.__bases__):
+        found |= _field_docs(base)
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    found = {}
     for before, after in itertools.pairwise(body):
         if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]

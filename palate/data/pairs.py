@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError
 from palate.data import formats, selection, values
 from palate.data.formats import DamagedError, File, Place
+from palate.data.options import Reading
 from palate.data.values import BadValueError
 
 # After the row that is one too many, how far to look for others to tell about.
@@ -83,28 +84,6 @@ class Counts:
     bad: list[BadRow] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """How a source is read; see :func:`read`."""
-
-    ties: str = "drop"
-    max_bad_rows: int = 0
-    max_train_samples: int | None = None
-    absolute_winners: bool = False
-    deduplicate: bool = False
-    max_pairs_per_prompt: int | None = None
-    keep_columns: bool = False
-
-    def __post_init__(self) -> None:
-        if self.ties not in ("drop", "keep"):
-            raise UserError(f"ties is {self.ties!r}{nearest(self.ties, ('drop', 'keep'))}")
-        if self.max_bad_rows < 0:
-            raise UserError(f"max_bad_rows is {self.max_bad_rows}, but it must be 0 or more")
-        for name in ("max_train_samples", "max_pairs_per_prompt"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}, but it must be 1 or more (leave it out for all)")
-
-
 class Reader:
     """The pairs or pictures of a source as an iterable that may be iterated again; made by :func:`read`.
 
@@ -113,10 +92,10 @@ class Reader:
     iteration and is complete when that has ended.
     """
 
-    def __init__(
-        self, source: str, places: list[Place], wishes: Wishes, mapping: Mapping[str, str], voting: Mapping[str, str]
-    ) -> None:
-        self.source, self.places, self.wishes, self.mapping, self.voting = source, places, wishes, mapping, voting
+    def __init__(self, source: str, places: list[Place], reading: Reading, *, keep_columns: bool = False) -> None:
+        self.source, self.places, self.reading, self.keep_columns = source, places, reading, keep_columns
+        self.mapping = formats.own_names(reading.columns)
+        self.voting = {"question": reading.vote_question, "weights": reading.vote_weights}
         self.counts = Counts()
         self._opened: dict[Place, File | DamagedError] = {}
         for place in places:
@@ -147,7 +126,7 @@ class Reader:
             elif file.single != self.single:
                 raise UserError(f"{place.path} holds single pictures, unlike the files before it: name them one at a time")
             else:
-                found = formats.rows(file, everything=self.wishes.keep_columns)
+                found = formats.rows(file, everything=self.keep_columns)
                 yield from ((file, number, row) for number, row in enumerate(found, start=1))
 
     def __iter__(self) -> Iterator[Any]:
@@ -156,16 +135,16 @@ class Reader:
     @functools.cached_property
     def _winners(self) -> set[bytes]:
         """The absolute winners of the whole source: found by reading it once more, without decoding pictures."""
-        everything = Wishes(ties="keep", max_bad_rows=sys.maxsize)
-        reader = Reader(self.source, self.places, everything, self.mapping, self.voting)
+        names = {name: getattr(self.reading, name) for name in ("columns", "vote_question", "vote_weights")}
+        reader = Reader(self.source, self.places, Reading(ties="keep", max_bad_rows=sys.maxsize, **names))
         pairs = tqdm(reader._iterate(look=False), desc="finding absolute winners", unit=" pairs", disable=None)
         return selection.absolute_winners((pair.prompt, pair.pictures, pair.label) for pair in pairs)
 
     def _iterate(self, *, look: bool) -> Iterator[Any]:
         """With ``look`` every picture is decoded, and one that cannot be makes its row a bad one."""
-        wishes = self.wishes
-        winners = self._winners if wishes.absolute_winners else None
-        chosen = selection.Selection(winners, wishes.deduplicate, wishes.max_pairs_per_prompt)
+        reading = self.reading
+        winners = self._winners if reading.absolute_winners else None
+        chosen = selection.Selection(winners, reading.deduplicate, reading.max_pairs_per_prompt)
         self.counts = counts = Counts(left_out=chosen.left_out)
         rows = self._rows()
         for file, number, row in rows:
@@ -175,12 +154,12 @@ class Reader:
                 counts.pairs += 1
                 counts.ties_kept += item.label == 0.5
                 yield item
-                if counts.pairs == wishes.max_train_samples:
+                if counts.pairs == reading.max_train_samples:
                     return
-            if len(counts.bad) > wishes.max_bad_rows:
+            if len(counts.bad) > reading.max_bad_rows:
                 for later in itertools.islice(rows, LOOKAHEAD):
                     self._read(*later, look)
-                    if len(counts.bad) >= wishes.max_bad_rows + LISTED:
+                    if len(counts.bad) >= reading.max_bad_rows + LISTED:
                         break
                 raise self._too_many_bad_rows()
         if not counts.pairs:
@@ -217,7 +196,7 @@ class Reader:
             "weight": weight,
             "source": f"{file.path.name}, row {number}",
             "rater": "" if rater is None else str(rater),
-            "more": formats.others(file, row) if self.wishes.keep_columns else {},
+            "more": formats.others(file, row) if self.keep_columns else {},
         }
         picture = functools.partial(values.picture, home=file.home, look=look)
         if "images" in layout:
@@ -241,7 +220,7 @@ class Reader:
 
     def _keeps(self, label: float) -> bool:
         """Whether a label is kept; counts the ties that are not."""
-        dropped = label == 0.5 and self.wishes.ties != "keep"
+        dropped = label == 0.5 and self.reading.ties != "keep"
         self.counts.ties_dropped += dropped
         return not dropped
 
@@ -249,7 +228,7 @@ class Reader:
         bad = self.counts.bad
         listed = "; ".join(str(row) for row in bad[:LISTED])
         return UserError(
-            f"at least {len(bad)} bad rows in {self.source}, but max_bad_rows is {self.wishes.max_bad_rows}: {listed}"
+            f"at least {len(bad)} bad rows in {self.source}, but max_bad_rows is {self.reading.max_bad_rows}: {listed}"
             f"{'; ...' if len(bad) > LISTED else ''}. Repair them, or set max_bad_rows to skip that many"
         )
 
@@ -265,20 +244,7 @@ class Reader:
         return UserError(f"{self.source} is empty: no preference pairs ({met}{first}). Check that it is the file you meant")
 
 
-def read(
-    source: str | Path,
-    *,
-    ties: str = "drop",
-    max_bad_rows: int = 0,
-    max_train_samples: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    vote_question: str = "overall",
-    vote_weights: str = "equal",
-    absolute_winners: bool = False,
-    deduplicate: bool = False,
-    max_pairs_per_prompt: int | None = None,
-    keep_columns: bool = False,
-) -> Reader:
+def read(source: str | Path, reading: Reading | None = None, *, keep_columns: bool = False) -> Reader:
     """A streaming reader of pairs or single pictures; formats are recognised by content and columns.
 
     ``source`` is a parquet, JSONL, JSON, CSV or tar file; a folder or glob of parquet or tar files (all of them, by name); a
@@ -310,28 +276,31 @@ def read(
     Raises ``UserError`` at once for a source that is missing, empty or lacks a column; while iterating for too many bad
     rows, and at the end if there was nothing.
     """
-    wishes = Wishes(ties, max_bad_rows, max_train_samples, absolute_winners, deduplicate, max_pairs_per_prompt, keep_columns)
-    voting = {"question": vote_question, "weights": vote_weights}
-    mapping = formats.own_names(columns or {})
-    reader = Reader(str(source), formats.find(source), wishes, mapping, voting)
-    if vote_weights != "equal" and not any(isinstance(f, File) and f.format == "votes" for f in reader._opened.values()):
-        raise UserError(f"vote_weights is {vote_weights!r}, but {source} holds no votes of palate vote: leave it out")
-    if absolute_winners and reader.single:
+    reading = reading or Reading()
+    reader = Reader(str(source), formats.find(source), reading, keep_columns=keep_columns)
+    weights = reading.vote_weights
+    if weights != "equal" and not any(isinstance(f, File) and f.format == "votes" for f in reader._opened.values()):
+        raise UserError(f"vote_weights is {weights!r}, but {source} holds no votes of palate vote: leave it out")
+    if reading.absolute_winners and reader.single:
         raise UserError(f"{source} holds single pictures, which win over no other: leave out absolute_winners")
     return reader
 
 
-def read_pairs(source: str | Path, **wishes: Any) -> Reader:
-    """:func:`read`, of ``PreferencePair`` alone. Raises ``UserError`` for single pictures."""
-    reader = read(source, **wishes)
+def read_pairs(source: str | Path, *, keep_columns: bool = False, **reading: Any) -> Reader:
+    """:func:`read`, of ``PreferencePair`` alone; ``reading``: options of :class:`Reading`.
+
+    Raises:
+        UserError: also for single pictures.
+    """
+    reader = read(source, Reading(**reading), keep_columns=keep_columns)
     if reader.single:
         raise UserError(f"{source} holds single pictures, not pairs: expected two pictures a row, and which is the better one")
     return reader
 
 
-def read_likes(source: str | Path, **wishes: Any) -> Reader:
+def read_likes(source: str | Path, *, keep_columns: bool = False, **reading: Any) -> Reader:
     """:func:`read`, of ``LikedPicture`` alone. Raises ``UserError`` for pairs."""
-    reader = read(source, **wishes)
+    reader = read(source, Reading(**reading), keep_columns=keep_columns)
     if not reader.single:
         raise UserError(f"{source} holds pairs, not single pictures: expected a prompt and one picture a row; use read_pairs")
     return reader

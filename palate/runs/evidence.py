@@ -19,18 +19,7 @@ def reader_of(recipe: Recipe) -> Any:
     from palate.data.pairs import read
 
     options = recipe.data
-    reader = read(
-        world.find_pairs(options.train_data),
-        ties=options.ties,
-        max_bad_rows=options.max_bad_rows,
-        max_train_samples=options.max_train_samples,
-        absolute_winners=options.absolute_winners,
-        deduplicate=options.deduplicate,
-        max_pairs_per_prompt=options.max_pairs_per_prompt,
-        columns=options.columns or None,
-        vote_question=options.vote_question,
-        vote_weights=options.vote_weights,
-    )
+    reader = read(world.find_pairs(options.train_data), options)
     if reader.single and resolve_objective(recipe.objective)[1] == "pairs":
         raise UserError(
             f"objective {recipe.objective['name']} compares two pictures, but {options.train_data} holds single ones: use kto "
@@ -50,7 +39,7 @@ def validation_reader(recipe: Recipe) -> Any:
     reader = read_pairs(
         world.find_pairs(options.validation_data),
         max_bad_rows=options.max_bad_rows,
-        columns=options.columns or None,
+        columns=options.columns,
         vote_question=options.vote_question,
     )
     next(iter(reader))

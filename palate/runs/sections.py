@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, at_least, check_ranges
-from palate.data.votes import QUESTIONS, WEIGHTS
+from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges
+from palate.data.options import Reading
 
 
 @dataclass(frozen=True)
@@ -23,32 +23,20 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which pairs or pictures it learns from."""
+class _Source:
+    """The first options of the data section: fields of a dataclass come in the order of its bases, the last one first."""
 
     train_data: str = "miniature-pairs"
     """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub such as owner/name, the ``votes.db`` of
     ``palate vote``, ``miniature-pairs`` or ``miniature-sdxl-pairs``."""
     resolution: int | None = None
     """Side of the pictures in pixels, a multiple of 8; the model's own unless given."""
-    ties: Annotated[str, OneOf("drop", "keep")] = "drop"
-    """``drop``, or ``keep`` as a label of one half."""
-    max_bad_rows: Annotated[int, at_least(0)] = 0
-    """So many unusable rows are listed and skipped; one more stops the run before training."""
-    max_train_samples: Count | None = None
-    """Read no more pairs than this."""
-    absolute_winners: bool = False
-    """Keep the pairs whose better picture won all its comparisons under that prompt, as Noise-Conditioned Perception does."""
-    deduplicate: bool = False
-    """Of several pairs of the same two pictures under a prompt, keep the first."""
-    max_pairs_per_prompt: Count | None = None
-    """Keep the first so many pairs of a prompt; all unless given."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Our column names to those of the file, such as ``{prompt: text}``."""
-    vote_question: Annotated[str, OneOf(*QUESTIONS)] = "overall"
-    """Of ``votes.db``: the votes on ``overall``, ``appeal`` or ``following``."""
-    vote_weights: Annotated[str, OneOf(*WEIGHTS)] = "equal"
-    """Of ``votes.db``: ``equal``, or ``agreement`` to weigh a vote by how far its rater agrees with others beyond chance."""
+
+
+@dataclass(frozen=True)
+class DataOptions(Reading, _Source):
+    """Which pairs or pictures it learns from, and how they are read."""
+
     center_crop: bool = True
     """Crop the middle square; false for a place drawn once per pair."""
     random_flip: bool = False

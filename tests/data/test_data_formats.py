@@ -20,6 +20,7 @@ from palate.base import hub
 from palate.base.errors import UserError
 from palate.data import shards
 from palate.data.formats import find
+from palate.data.options import Reading
 from palate.data.pairs import LikedPicture, PreferencePair, read, read_likes, read_pairs
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "preferences"
@@ -291,7 +292,7 @@ def test_likes(tmp_path):
     with pytest.raises(UserError, match="single pictures, not pairs"):
         read_pairs(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match="absolute_winners"):
-        read(tmp_path / "x.jsonl", absolute_winners=True)
+        read(tmp_path / "x.jsonl", Reading(absolute_winners=True))
     bad = read_likes(
         jsonl(tmp_path / "y.jsonl", [rows[0], {**rows[0], "liked": 2}, {**rows[0], "image": "../a.png"}]), max_bad_rows=2
     )
@@ -520,7 +521,7 @@ def test_the_examples_of_the_docs_are_read(tmp_path, kind, number):
         for name in (f"{i}.jpg", f"{i}.png", f"images/{i}.png"):
             (tmp_path / name).write_bytes(picture(i))
     (tmp_path / f"x.{kind}").write_text(content)
-    reader = read(tmp_path / f"x.{kind}", ties="keep")
+    reader = read(tmp_path / f"x.{kind}", Reading(ties="keep"))
     assert len(list(reader)) >= reader.counts.rows == len(content.splitlines()) - (kind == "csv")
 
 
