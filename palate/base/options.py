@@ -183,6 +183,7 @@ def at_least(least: int) -> Range:
 Count = Annotated[int, at_least(1)]
 NOT_NEGATIVE = Range(at_least=0, below=math.inf, expected="0 or more")
 POSITIVE = Range(above=0, below=math.inf, expected="a positive number")
+FRACTION = Range(above=0, below=1, expected="a number between 0 and 1")
 
 
 @functools.cache

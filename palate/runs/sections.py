@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges
+from palate.base.options import FRACTION, NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges
 from palate.data.options import Reading
 
 
@@ -96,7 +96,7 @@ class EvaluationOptions:
     """Of classifier-free guidance."""
     refiner: str | None = None
     """Folder or hub id of SDXL's refiner, which finishes the pictures of both models; none unless given."""
-    refiner_start: Annotated[float, Range(above=0, below=1, expected="a number between 0 and 1")] = 0.8
+    refiner_start: Annotated[float, FRACTION] = 0.8
     """Share of the denoising that is done when the refiner takes over."""
     evaluation_seed: Annotated[int, NOT_NEGATIVE] = 1234
     """Picture i is drawn from noise of this seed + i, by both models."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import NOT_NEGATIVE, Count, Range, check_ranges, checked, help_lines, overrides
+from palate.base.options import FRACTION, NOT_NEGATIVE, Count, check_ranges, checked, help_lines, overrides
 
 USAGE = "palate generate MODEL --prompts P --output_dir DIR [--option value ...]"
 
@@ -26,7 +26,7 @@ class GenerateOptions:
     """LoRA files or folders, each with a scale if not 1: ``'[style.safetensors:0.8, out/run]'``."""
     refiner: str | None = None
     """Folder or hub id of SDXL's refiner, which finishes the pictures."""
-    refiner_start: Annotated[float, Range(above=0, below=1, expected="a number between 0 and 1")] = 0.8
+    refiner_start: Annotated[float, FRACTION] = 0.8
     """Share of the denoising that is done when the refiner takes over."""
     model_name: str | None = None
     """What the manifest calls the model; its folder's name and its LoRAs unless given."""
