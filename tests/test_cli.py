@@ -136,3 +136,20 @@ def test_interrupted_before_training(capsys, monkeypatch):
     assert main(["train", "miniature-dpo"]) == 130
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("stopped: the same command begins again")
+
+
+@pytest.mark.parametrize(
+    "verb", ["generate", "label", "accuracy", "score", "compare", "report", "export", "vote", "serve-judge"]
+)
+def test_help_is_given_wherever_it_is_asked_for(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    asked_alone = capsys.readouterr().out
+    assert asked_alone.startswith(f"palate {verb} ")
+    assert main([verb, "FOLDER", "--help"]) == 0
+    assert capsys.readouterr().out == asked_alone
+
+
+@pytest.mark.parametrize("verb", ["generate", "label", "accuracy", "score", "export", "vote", "serve-judge", "train"])
+def test_what_comes_before_the_options_is_asked_for(verb, capsys):
+    assert main([verb, "--output", "x"]) == 2
+    assert f"palate {verb} expects " in capsys.readouterr().err

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from palate.base.errors import UserError
-from palate.base.options import checked, help_lines, overrides
+from palate.verbs import carry_out
+
+if TYPE_CHECKING:
+    from palate.runs.accuracy import AccuracyOptions
 
 USAGE = "palate accuracy PAIRS --judges '[pickscore]' --model RUN [--option value ...]"
 
 
 def main(words: list[str]) -> int:
-    from palate.runs.accuracy import AccuracyOptions, measure
+    from palate.runs.accuracy import AccuracyOptions
 
-    if not words or "-h" in words or "--help" in words:
-        print("\n".join([USAGE, "", "PAIRS is a set of labelled pairs, as palate train reads it.", ""]))
-        print("\n".join(help_lines(AccuracyOptions)))
-        return 0
-    if words[0].startswith("--"):
-        raise UserError(f"palate accuracy expects a set of pairs first: {USAGE}")
-    options = checked(AccuracyOptions, overrides(words[1:]), "palate accuracy")
+    about = ("PAIRS is a set of labelled pairs, as palate train reads it.", "")
+    return carry_out(words, AccuracyOptions, _measure, usage=USAGE, about=about, first="a set of pairs")
+
+
+def _measure(first: list[str], options: AccuracyOptions) -> None:
     from palate.evaluation.tables import columns
+    from palate.runs.accuracy import measure
 
-    found, about = measure(words[0], options, progress=sys.stderr.isatty())
+    found, about = measure(first[0], options, progress=sys.stderr.isatty())
     for row in about["bad_rows"]:
         print(f"skipped {row}", file=sys.stderr)
     rows = [("who", "accuracy", "95 % interval", "own ties")]
@@ -33,4 +35,3 @@ def main(words: list[str]) -> int:
     print("\n".join(columns(rows)))
     pairs = about["pairs"] - about["ties"]
     print(f"{pairs} pairs of {about['prompts']} prompts ({about['ties']} ties left out); see {options.output}")
-    return 0

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palate.base.errors import UserError
-from palate.base.options import checked, help_lines, overrides
+from palate.verbs import carry_out
+
+USAGE = "palate compare BASE OTHER [OTHER ...] [--option value ...]: folders with manifest.jsonl and scores/"
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,10 @@ class Options:
 
 
 def main(words: list[str]) -> int:
-    folders = [word for i, word in enumerate(words) if not any(w.startswith("--") for w in words[: i + 1])]
-    if not folders or words[0] in ("-h", "--help"):
-        print("palate compare BASE OTHER [OTHER ...] [--option value ...]: folders with manifest.jsonl and scores/\n")
-        print("\n".join(help_lines(Options)))
-        return 0
-    options = checked(Options, overrides(words[len(folders) :]), "palate compare")
+    return carry_out(words, Options, _compare, usage=USAGE, several=True)
+
+
+def _compare(folders: list[str], options: Options) -> None:
     if len(folders) < 2:
         raise UserError(f"palate compare needs two folders or more: the base first; only {folders[0]} was given")
     if options.draws < 100:
@@ -68,4 +68,3 @@ def main(words: list[str]) -> int:
     write_report(out / "report.html", [chapter_of(out)])
     print(table(result))
     print(f"\nwrote {out / 'comparison.json'} and {out / 'report.html'}")
-    return 0

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import FRACTION, NOT_NEGATIVE, Count, check_ranges, checked, help_lines, overrides
+from palate.base.options import FRACTION, NOT_NEGATIVE, Count, check_ranges
+from palate.verbs import carry_out
 
 USAGE = "palate generate MODEL --prompts P --output_dir DIR [--option value ...]"
 
@@ -73,13 +74,11 @@ class GenerateOptions:
 
 
 def main(words: list[str]) -> int:
-    if not words or "-h" in words or "--help" in words:
-        print("\n".join([USAGE, "", "MODEL is a pipeline folder, a hub id, mini-sd, or the folder of a finished run.", ""]))
-        print("\n".join(help_lines(GenerateOptions)))
-        return 0
-    if words[0].startswith("--"):
-        raise UserError(f"palate generate expects a model first: {USAGE}")
-    options = checked(GenerateOptions, overrides(words[1:]), "palate generate")
+    about = ("MODEL is a pipeline folder, a hub id, mini-sd, or the folder of a finished run.", "")
+    return carry_out(words, GenerateOptions, _generate, usage=USAGE, about=about, first="a model")
+
+
+def _generate(first: list[str], options: GenerateOptions) -> None:
     from palate.base.machine import versions
     from palate.evaluation import editing
     from palate.evaluation.generation import Shard, begun, drawing, generate, plan, settings
@@ -88,7 +87,7 @@ def main(words: list[str]) -> int:
     from palate.runs.models import find_model
 
     model = find_model(
-        words[0],
+        first[0],
         loras=options.lora,
         refiner=options.refiner,
         refiner_start=options.refiner_start,
@@ -144,4 +143,3 @@ def main(words: list[str]) -> int:
         raise KeyboardInterrupt("the same command draws what is missing") from None
     mine = len(pictures[shard.number :: shard.of])
     print(f"drew {drawn} of {mine} pictures of {model.label}, {mine - drawn} were there; see {options.output_dir}")
-    return 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palate.base.options import checked, help_lines, overrides
+from palate.verbs import carry_out
+
+USAGE = "palate report FOLDER [FOLDER ...] [--option value ...]: of palate train or palate compare"
 
 
 @dataclass(frozen=True)
@@ -15,13 +17,10 @@ class Options:
 
 
 def main(words: list[str]) -> int:
-    folders = [word for i, word in enumerate(words) if not any(w.startswith("--") for w in words[: i + 1])]
-    if not folders or words[0] in ("-h", "--help"):
-        print("palate report FOLDER [FOLDER ...] [--option value ...]: of palate train or palate compare\n")
-        print("\n".join(help_lines(Options)))
-        return 0
-    options = checked(Options, overrides(words[len(folders) :]), "palate report")
+    return carry_out(words, Options, _report, usage=USAGE, several=True)
 
+
+def _report(folders: list[str], options: Options) -> None:
     from palate.evaluation.report import chapter_of, write_report
 
     chapters = [chapter_of(folder) for folder in folders]
@@ -30,4 +29,3 @@ def main(words: list[str]) -> int:
     path = Path(options.output).expanduser() if options.output else beside / "report.html"
     write_report(path, chapters)
     print(f"wrote {path}")
-    return 0

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from palate.base.errors import UserError
-from palate.base.options import checked, help_lines, overrides
+from palate.verbs import carry_out
 
 USAGE = "palate score DIR --judges '[pickscore, aesthetic]' [--option value ...]"
 
@@ -25,12 +25,11 @@ class ScoreOptions:
 
 
 def main(words: list[str]) -> int:
-    if not words or "-h" in words or "--help" in words:
-        print("\n".join([USAGE, "", "DIR is a picture folder, as palate generate writes it.", "", *help_lines(ScoreOptions)]))
-        return 0
-    if words[0].startswith("--"):
-        raise UserError(f"palate score expects a picture folder first: {USAGE}")
-    folder, options = words[0], checked(ScoreOptions, overrides(words[1:]), "palate score")
+    about = ("DIR is a picture folder, as palate generate writes it.", "")
+    return carry_out(words, ScoreOptions, _score, usage=USAGE, about=about, first="a picture folder")
+
+
+def _score(first: list[str], options: ScoreOptions) -> None:
     from palate.evaluation.manifest import read_manifest
     from palate.evaluation.scoring import score_folder
     from palate.evaluation.statistics import mean_difference
@@ -40,6 +39,7 @@ def main(words: list[str]) -> int:
     judges = find_judges(options.judges)
     if not judges:
         raise UserError("palate score needs at least one judge, such as --judges '[jpeg_compressibility]'")
+    folder = first[0]
     pictures = read_manifest(folder, check_files=False)  # missing ones are told of as all bad pictures are
 
     import torch
@@ -73,4 +73,3 @@ def main(words: list[str]) -> int:
         interval = f"{mean.low:.4g} to {mean.high:.4g}" if prompts > 1 else "-"
         rows.append((name, f"{mean.difference:.4g}", interval, str(len(here)), str(prompts), str(len(bad))))
     print("\n".join(columns(rows)))
-    return 0

@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass
 
 from palate.base.errors import UserError
-from palate.base.options import checked, help_lines, overrides
+from palate.verbs import asks_help, carry_out
+
+USAGE = "palate serve-judge NAME [--option value ...]"
 
 
 @dataclass(frozen=True)
@@ -25,20 +27,16 @@ class ServeOptions:
 
 
 def main(words: list[str]) -> int:
-    if not words or words[0].startswith("-"):
-        lines = [
-            "palate serve-judge NAME [--option value ...]",
-            "",
-            "NAME as in recipes: pickscore:FOLDER, my_module:function.",
-        ]
-        if not {"-h", "--help"} & set(words):
-            raise UserError("palate serve-judge expects the name of a judge, such as: palate serve-judge pickscore:FOLDER")
-        print("\n".join([*lines, *help_lines(ServeOptions)]))
-        return 0
-    options = checked(ServeOptions, overrides(words[1:]), "palate serve-judge")
+    if not words or (words[0].startswith("-") and not asks_help(words)):
+        raise UserError("palate serve-judge expects the name of a judge, such as: palate serve-judge pickscore:FOLDER")
+    about = ("NAME as in recipes: pickscore:FOLDER, my_module:function.",)
+    return carry_out(words, ServeOptions, _serve, usage=USAGE, about=about)
+
+
+def _serve(first: list[str], options: ServeOptions) -> None:
     from palate.names.judges import find_judges
 
-    named = find_judges(words[:1])[words[0]]
+    named = find_judges(first)[first[0]]
     import torch
 
     from palate.judges.http import KEY
@@ -58,4 +56,3 @@ def main(words: list[str]) -> int:
             server.serve_forever()
         except KeyboardInterrupt:
             print("ended", file=sys.stderr)
-    return 0

@@ -6,10 +6,11 @@ import shlex
 
 from palate.base.errors import UserError
 from palate.base.options import overrides
+from palate.verbs import asks_help
 
 
 def main(words: list[str]) -> int:
-    if not words or "-h" in words or "--help" in words:
+    if asks_help(words):
         from palate.runs.recipe import options_help
 
         print(options_help())

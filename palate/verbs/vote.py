@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from palate.base.errors import UserError, nearest
 from palate.base.options import checked, help_lines, overrides
+from palate.verbs import asks_help
 
 USAGE = "palate vote DIR [--option value ...] | palate vote export DIR --output FILE | palate vote import DIR --input FILE"
 
 
 def main(words: list[str]) -> int:
-    if not words or "-h" in words or "--help" in words:
+    if asks_help(words):
         print(_help())
         return 0
     if words[0] in ("export", "import"):
