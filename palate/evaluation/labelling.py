@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from palate.base.errors import UserError
-from palate.base.files import write_atomically
 
 Key = TypeVar("Key", bound=Hashable)
 """What tells a picture from others: its file, or the digest of its bytes."""
@@ -145,56 +142,6 @@ def finish(
     return written, counts
 
 
-def write_pairs(
-    path: str | Path,
-    rows: Iterable[tuple[str, bytes, bytes, float, Mapping[str, object]]],
-    columns: Mapping[str, type] = MappingProxyType({}),
-) -> None:
-    """Write pairs in Pick-a-Pic v2's columns, whole or not at all; memory does not grow with their number.
-
-    Args:
-        path: of the parquet file.
-        rows: prompt, both encoded pictures, probability that the first is the better one, and by name what else is told.
-        columns: what else is written, as ``bool``, ``int``, ``float`` or ``str``: ``{"model_0": str}``.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    types = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
-    schema = pa.schema(
-        [
-            ("caption", pa.string()),
-            *((name, pa.binary()) for name in ("jpg_0", "jpg_1")),
-            *((name, pa.float64()) for name in ("label_0", "label_1")),
-            ("has_label", pa.bool_()),
-            *((name, types[kind]) for name, kind in columns.items()),
-        ]
-    )
-
-    def write(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for part in _batches(rows, 64):
-                writer.write_batch(
-                    pa.RecordBatch.from_pylist(
-                        [
-                            {
-                                "caption": prompt,
-                                "jpg_0": first,
-                                "jpg_1": second,
-                                "label_0": label,
-                                "label_1": 1 - label,
-                                "has_label": True,
-                                **{name: _as(kind, more.get(name)) for name, kind in columns.items()},
-                            }
-                            for prompt, first, second, label, more in part
-                        ],
-                        schema,
-                    )
-                )
-
-    write_atomically(path, write)
-
-
 def kind_of(value: object) -> type:
     """The type of column that a plain value fits."""
     kind = type(value)
@@ -204,15 +151,3 @@ def kind_of(value: object) -> type:
 def common(kinds: Collection[type]) -> type:
     """The type of column that values of all these kinds fit."""
     return next(iter(kinds)) if len(kinds) == 1 else float if set(kinds) == {int, float} else str
-
-
-def _as(kind: type, value: object) -> object:
-    if value is None:
-        return None
-    return str(value).encode(errors="replace").decode() if kind is str else kind(value)
-
-
-def _batches(rows: Iterable[Row], size: int) -> Iterable[list[Row]]:
-    stream = iter(rows)
-    while part := list(itertools.islice(stream, size)):
-        yield part

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError, nearest
 from palate.base.options import POSITIVE, OneOf, check_ranges
+from palate.data import pickapic
 from palate.evaluation.labelling import (
     LabelCounts,
     Labelled,
@@ -26,7 +27,6 @@ from palate.evaluation.labelling import (
     kind_of,
     label_of,
     pairs_of,
-    write_pairs,
 )
 from palate.evaluation.manifest import Picture, read_manifest
 from palate.evaluation.scoring import score_folder
@@ -134,15 +134,22 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
     counts = LabelCounts(len(candidates), single, 0, 0, disagreements, 0, 0)
     kept, counts = finish(pairs, counts, absolute_winner=options.absolute_winner, keep_ties=options.ties == "keep")
 
-    def rows() -> Iterator[tuple[str, bytes, bytes, float, Mapping[str, object]]]:
+    def rows() -> Iterator[Mapping[str, pickapic.Value]]:
         for pair in kept:
             (folder_0, file_0), (folder_1, file_1) = pair.first, pair.second
-            more = {"model_0": about[pair.first].model, "model_1": about[pair.second].model}
-            more |= {"image_0_uid": f"{folder_0.name}/{file_0}", "image_1_uid": f"{folder_1.name}/{file_1}"}
-            more["rater"] = _rater(judges)
-            yield about[pair.first].prompt, (folder_0 / file_0).read_bytes(), (folder_1 / file_1).read_bytes(), pair.label, more
+            yield pickapic.row(
+                about[pair.first].prompt,
+                (folder_0 / file_0).read_bytes(),
+                (folder_1 / file_1).read_bytes(),
+                pair.label,
+                uids=(f"{folder_0.name}/{file_0}", f"{folder_1.name}/{file_1}"),
+                model_0=about[pair.first].model,
+                model_1=about[pair.second].model,
+                rater=_rater(judges),
+            )
 
-    write_pairs(output, rows(), dict.fromkeys(("model_0", "model_1", "image_0_uid", "image_1_uid", "rater"), str))
+    told = dict.fromkeys(("model_0", "model_1", "image_0_uid", "image_1_uid", "rater"), str)
+    pickapic.write(output, rows(), {**pickapic.COLUMNS, **told})
     return counts
 
 
@@ -179,8 +186,12 @@ def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> La
     kept, counts = finish(labelled, counts, absolute_winner=options.absolute_winner, keep_ties=options.ties == "keep")
     labels = {pair.source: pair.label for pair in kept}
     # The set is read once more, so that its pictures need not stay in memory.
-    rows = ((p.prompt, p.image_0, p.image_1, labels[i], _told(p, judges)) for i, p in enumerate(reader) if i in labels)
-    write_pairs(output, rows, {name: common(found) for name, found in kinds.items()})
+    rows = (
+        {**pickapic.row(p.prompt, p.image_0, p.image_1, labels[i]), **_told(p, judges)}
+        for i, p in enumerate(reader)
+        if i in labels
+    )
+    pickapic.write(output, rows, {**pickapic.COLUMNS, **{name: common(found) for name, found in kinds.items()}})
     return counts
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import itertools
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
@@ -16,6 +15,7 @@ from typing import Annotated, cast
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.options import OneOf, check_ranges
+from palate.data import pickapic
 from palate.data.pairs import PreferencePair, read_pairs
 from palate.data.votes import LABELS, QUESTIONS, VALID, Vote, open_votes
 from palate.votes.store import NAME, Lock, Store
@@ -23,6 +23,7 @@ from palate.votes.store import NAME, Lock, Store
 IMPORTED = "imported"
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 COLUMNS = ("prompt", "image_0", "image_1", "label", "rater", "question", "choice", "model_0", "model_1", "seed", "created_at")
+PICKAPIC = {name: kind for name, kind in pickapic.TYPES.items() if name != "num_example_per_prompt"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def export_votes(folder: str | Path, options: ExportOptions) -> str:
     kept = [v for v in votes if all((folder / v[side]).is_file() for side in ("image_0", "image_1"))]
     if not kept:
         raise UserError(f"none of the pictures that were voted on is left in {folder}")
-    write_atomically(output, kinds[output.suffix](kept, folder, output))
+    kinds[output.suffix](kept, folder, output)
     lost = len(votes) - len(kept)
     return f"wrote {len(kept)} votes to {output}" + (f"; {lost} were left out, their pictures are gone" if lost else "")
 
@@ -145,62 +146,40 @@ def _add(store: Store, folder: Path, pairs: Iterable[PreferencePair], question: 
     return added, known
 
 
-def _parquet(votes: list[Vote], folder: Path, output: Path) -> bytes:
-    """Pick-a-Pic v2's columns, with ``rater``; a row group holds 64 votes, as pictures are large."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _parquet(votes: list[Vote], folder: Path, output: Path) -> None:
     raters = {rater: i for i, rater in enumerate(dict.fromkeys(v["rater"] for v in votes))}
-    kinds = {
-        pa.string(): ("caption", "best_image_uid", "image_0_uid", "image_1_uid", "model_0", "model_1", "created_at", "rater"),
-        pa.binary(): ("jpg_0", "jpg_1"),
-        pa.float64(): ("label_0", "label_1"),
-        pa.bool_(): ("has_label", "are_different"),
-        pa.int64(): ("ranking_id", "user_id"),
-    }
-    schema = pa.schema([(name, kind) for kind, names in kinds.items() for name in names])
 
-    def rows() -> Iterator[dict[str, object]]:
+    def rows() -> Iterator[Mapping[str, pickapic.Value]]:
         for number, vote in enumerate(votes):
-            label = LABELS[vote["choice"]]
-            data = [(folder / vote[side]).read_bytes() for side in ("image_0", "image_1")]
-            uids = [_digest(d)[:32] for d in data]
-            yield {
-                "caption": vote["prompt"],
-                "jpg_0": data[0],
-                "jpg_1": data[1],
-                "label_0": label,
-                "label_1": 1 - label,
-                "has_label": True,
-                "are_different": data[0] != data[1],
-                "best_image_uid": {1.0: uids[0], 0.0: uids[1]}.get(label, "tie"),
-                "image_0_uid": uids[0],
-                "image_1_uid": uids[1],
-                "model_0": vote["model_0"],
-                "model_1": vote["model_1"],
-                "ranking_id": number,
-                "user_id": raters[vote["rater"]],
-                "created_at": vote["created"],
-                "rater": vote["rater"],
-            }
+            image_0, image_1 = ((folder / vote[side]).read_bytes() for side in ("image_0", "image_1"))
+            yield pickapic.row(
+                vote["prompt"],
+                image_0,
+                image_1,
+                LABELS[vote["choice"]],
+                uids=(_digest(image_0)[:32], _digest(image_1)[:32]),
+                model_0=vote["model_0"],
+                model_1=vote["model_1"],
+                ranking_id=number,
+                user_id=raters[vote["rater"]],
+                created_at=vote["created"],
+                rater=vote["rater"],
+            )
 
-    sink, made = io.BytesIO(), rows()
-    with pq.ParquetWriter(sink, schema) as writer:
-        while part := list(itertools.islice(made, 64)):
-            writer.write_table(pa.Table.from_pylist(part, schema=schema))
-    return sink.getvalue()
+    pickapic.write(output, rows(), PICKAPIC)
 
 
-def _jsonl(votes: list[Vote], folder: Path, output: Path) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _named(votes, folder, output)).encode()
+def _jsonl(votes: list[Vote], folder: Path, output: Path) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _named(votes, folder, output)]
+    write_atomically(output, "".join(lines).encode())
 
 
-def _csv(votes: list[Vote], folder: Path, output: Path) -> bytes:
+def _csv(votes: list[Vote], folder: Path, output: Path) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(_named(votes, folder, output))
-    return text.getvalue().encode()
+    write_atomically(output, text.getvalue().encode())
 
 
 def _named(votes: list[Vote], folder: Path, output: Path) -> Iterator[dict[str, object]]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palate.base.errors import UserError
+from palate.data import pickapic
 from palate.data.pairs import read_pairs
 from palate.evaluation.labelling import (
     LabelCounts,
@@ -20,7 +21,6 @@ from palate.evaluation.labelling import (
     kind_of,
     label_of,
     pairs_of,
-    write_pairs,
 )
 
 MARGINS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5)
@@ -80,7 +80,8 @@ def test_ties_are_dropped_or_kept_and_counted():
 
 def test_written_pairs_are_read(tmp_path, pairs_dir):
     images = [(pairs_dir / f"0-{side}.png").read_bytes() for side in ("chosen", "rejected")]
-    write_pairs(tmp_path / "sub/p.parquet", [("a boat", *images, 0.25, {"model_0": "m", "unasked": 1})] * 70, {"model_0": str})
+    rows = [pickapic.row("a boat", *images, 0.25, model_0="m", unasked=1)] * 70
+    pickapic.write(tmp_path / "sub/p.parquet", rows, {**pickapic.COLUMNS, "model_0": str})
     found = list(read_pairs(tmp_path / "sub/p.parquet"))
     assert len(found) == 70
     assert (found[0].prompt, found[0].image_0, found[0].image_1, found[0].label) == ("a boat", *images, 0.25)
@@ -99,8 +100,9 @@ def test_types_of_columns(tmp_path, pairs_dir):
     columns = {name: common({kind_of(v) for v in column}) for name, column in values.items()}
     assert columns == {"whole": int, "real": float, "truth": bool, "text": str, "mixed": str, "big": str}
     image = (pairs_dir / "0-chosen.png").read_bytes()
-    rows = [("a", image, image, 1.0, {name: column[i] for name, column in values.items()}) for i in range(2)]
-    write_pairs(tmp_path / "p.parquet", [*rows, ("a", image, image, 1.0, {})], columns)
+    rows = [pickapic.row("a", image, image, 1.0, **{name: column[i] for name, column in values.items()}) for i in range(2)]
+    rows.append(pickapic.row("a", image, image, 1.0))
+    pickapic.write(tmp_path / "p.parquet", rows, {**pickapic.COLUMNS, **columns})
     found = pq.read_table(tmp_path / "p.parquet", columns=list(values)).to_pylist()
     assert found[1] == {"whole": 2, "real": 0.5, "truth": False, "text": "b?", "mixed": "x", "big": str(1 << 64)}
     assert set(found[2].values()) == {None}

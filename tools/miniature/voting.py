@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from palate.base.files import write_atomically
+from palate.data import pickapic
 from palate.data.images import to_tensor
 from palate.miniature.captions import ATTRIBUTES, caption, scene_of
 from tools.miniature import scenes
@@ -22,6 +23,8 @@ from tools.miniature.raters import crowd, load_eye
 
 PAIRS, XL_PAIRS, UNSEEN = 2400, 1000, 400
 STEPS, GUIDANCE = 14, 4.0
+LAST = "num_example_per_prompt"
+COLUMNS = (*sorted(pickapic.TYPES.keys() - {"created_at", "rater", LAST}), LAST)
 
 
 def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
@@ -81,16 +84,13 @@ def jpeg(pixels: Tensor) -> bytes:
 
 def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, seed: int, model: str) -> dict[str, float]:
     """One vote of one rater on every pair, in Pick-a-Pic v2's columns. Returns what the card states."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     eye, people = load_eye(eye_folder), crowd()
     asked = [scene_of(t) for t in texts]
     looks, follow = (
         np.stack(columns, 1)
         for columns in zip(*([x.numpy() for x in eye.look(both[:, k].float() / 255, asked)[:2]] for k in range(2)), strict=True)
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, pickapic.Value]] = []
     everyone = np.zeros((len(people), len(texts)))
     for index, text in enumerate(texts):
         rng = np.random.default_rng([seed, index])
@@ -101,26 +101,20 @@ def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, se
         label = float(everyone[chosen, index])
         ids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(3)]
         rows.append(
-            {
-                "are_different": True,
-                "best_image_uid": ids[0] if label == 1 else ids[1] if label == 0 else "tie",
-                "caption": text,
-                "has_label": True,
-                "image_0_uid": ids[0],
-                "image_1_uid": ids[1],
-                "jpg_0": jpeg(both[index, 0]),
-                "jpg_1": jpeg(both[index, 1]),
-                "label_0": label,
-                "label_1": 1 - label,
-                "model_0": model,
-                "model_1": model,
-                "ranking_id": index,
-                "user_id": chosen,
-                "num_example_per_prompt": 1,
-            }
+            pickapic.row(
+                text,
+                jpeg(both[index, 0]),
+                jpeg(both[index, 1]),
+                label,
+                uids=(ids[0], ids[1]),
+                model_0=model,
+                model_1=model,
+                ranking_id=index,
+                user_id=chosen,
+                num_example_per_prompt=1,
+            )
         )
-    how = {"compression": "zstd", "row_group_size": 256}
-    write_atomically(path, functools.partial(pq.write_table, pa.Table.from_pylist(rows), **how))
+    pickapic.write(path, rows, {name: pickapic.TYPES[name] for name in COLUMNS}, group=256, compression="zstd")
     agree = np.mean([np.mean(a == b) for i, a in enumerate(everyone) for b in everyone[i + 1 :]])
     decided = [(a != 0.5) & (b != 0.5) for i, a in enumerate(everyone) for b in everyone[i + 1 :]]
     among = [
