@@ -24,7 +24,8 @@ class Reading:
     max_train_samples: Count | None = None
     """Read no more pairs than this."""
     absolute_winners: bool = False
-    """Keep the pairs whose better picture won all its comparisons under that prompt, as Noise-Conditioned Perception does."""
+    """Keep the pairs whose better picture won all its comparisons under that prompt, as Noise-Conditioned Perception does;
+    ``palate label`` wants it to be the only such picture."""
     deduplicate: bool = False
     """Of several pairs of the same two pictures under a prompt, keep the first."""
     max_pairs_per_prompt: Count | None = None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+Picture = TypeVar("Picture", bound=Hashable)
 
 
 def same_prompt(prompt: str) -> str:
@@ -13,19 +16,27 @@ def same_prompt(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFC", prompt).split()).casefold()
 
 
-def absolute_winners(votes: Iterable[tuple[str, Sequence[bytes], float]]) -> set[bytes]:
-    """Pictures that won every comparison they took part in, ties included, as :func:`mark` names them under their prompt.
+def unbeaten(results: Iterable[tuple[Picture, Picture, float]]) -> set[Picture]:
+    """Those that won every comparison they took part in; a tie is no win.
 
-    ``votes`` are prompt, two pictures, and the probability that the first is the better one. Noise-Conditioned Perception
-    (arXiv 2406.17636, section 6) trains on pairs whose winner is such a picture: in a chain x1 < x2 < x3 the pushes on x2
-    partly cancel. About 150 bytes a picture are held in memory.
+    results: two pictures, and the probability that the first is the better one.
     """
-    unbeaten: dict[bytes, bool] = {}
-    for prompt, (first, second), label in votes:
+    found: dict[Picture, bool] = {}
+    for first, second, label in results:
         for picture, won in ((first, label > 0.5), (second, label < 0.5)):
-            key = mark(prompt, picture)
-            unbeaten[key] = unbeaten.get(key, True) and won
-    return {key for key, kept in unbeaten.items() if kept}
+            found[picture] = found.get(picture, True) and won
+    return {picture for picture, kept in found.items() if kept}
+
+
+def absolute_winners(votes: Iterable[tuple[str, Sequence[bytes], float]]) -> set[bytes]:
+    """The :func:`unbeaten` pictures of every prompt, as :func:`mark` names them under it.
+
+    A prompt may have several, of comparisons that never met; its only one is the sole winner that ``palate label`` asks for
+    (:func:`palate.evaluation.labelling.sole_winners`). ``votes`` are prompt, two pictures, and the probability that the first
+    is the better one. Noise-Conditioned Perception (arXiv 2406.17636, section 6) trains on pairs whose winner is such a
+    picture: in a chain x1 < x2 < x3 the pushes on x2 partly cancel. About 150 bytes a picture are held in memory.
+    """
+    return unbeaten((mark(prompt, first), mark(prompt, second), label) for prompt, (first, second), label in votes)
 
 
 def mark(prompt: str, *pictures: bytes) -> bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from palate.base.errors import UserError
+from palate.data.selection import unbeaten
 
 Key = TypeVar("Key", bound=Hashable)
 """What tells a picture from others: its file, or the digest of its bytes."""
@@ -43,7 +45,7 @@ class LabelCounts:
     disagreements: int
     """Pairs on which not all judges say the same."""
     filtered: int
-    """Pairs left out for want of an absolute winner in them."""
+    """Pairs left out for want of the sole winner of their prompt in them."""
     written: int
     changed: int | None = None
     """Of an existing set: labels that no longer point the same way."""
@@ -111,18 +113,16 @@ def disagree(margins: Sequence[float]) -> bool:
     return min(margins) < 0 < max(margins)
 
 
-def absolute_winners(pairs: Sequence[Labelled[Key]]) -> list[Labelled[Key]]:
-    """The pairs that hold the absolute winner of their prompt: the one picture that wins all its pairs, without a tie.
+def sole_winners(pairs: Sequence[Labelled[Key]]) -> list[Labelled[Key]]:
+    """The pairs won by the sole winner of their prompt: the one picture that wins all its pairs, without a tie.
 
-    Noise-Conditioned Perception (arXiv 2406.17636) trains on such pairs. A prompt on which two pictures are unbeaten, or none
-    is, has no absolute winner.
+    Stricter than the absolute winners of training (:func:`palate.data.selection.absolute_winners`), which are all unbeaten
+    pictures: a prompt with two, of pairs that never met, has no sole winner. Where all pictures of a prompt meet, as those of
+    picture folders do, it is the same.
     """
-    unbeaten: dict[str, set[Key]] = {}
-    for pair in pairs:
-        unbeaten.setdefault(pair.prompt, set()).update((pair.first, pair.second))
-    for pair in pairs:
-        unbeaten[pair.prompt] -= {pair.first, pair.second} - {pair.winner}
-    return [p for p in pairs if len(unbeaten[p.prompt]) == 1 and p.winner in unbeaten[p.prompt]]
+    winners = unbeaten(((pair.prompt, pair.first), (pair.prompt, pair.second), pair.label) for pair in pairs)
+    of_prompt = Counter(prompt for prompt, _ in winners)
+    return [p for p in pairs if of_prompt[p.prompt] == 1 and (p.prompt, p.winner) in winners]
 
 
 def finish(
@@ -133,7 +133,7 @@ def finish(
     Raises:
         UserError: nothing is left.
     """
-    kept = absolute_winners(pairs) if absolute_winner else list(pairs)
+    kept = sole_winners(pairs) if absolute_winner else list(pairs)
     written = [pair for pair in kept if keep_ties or pair.label != 0.5]
     ties = sum(pair.label == 0.5 for pair in pairs)
     counts = replace(counts, pairs=len(pairs), ties=ties, filtered=len(pairs) - len(kept), written=len(written))

@@ -59,7 +59,8 @@ class LabelOptions:
     pairs: Annotated[str, OneOf("all", "extremes")] = "all"
     """Of candidates: ``all`` pairs of a prompt, or its ``extremes``, the best against the worst."""
     absolute_winner: bool = False
-    """Keep only pairs that hold the one picture of their prompt that wins all its pairs, as the NCP paper does."""
+    """Keep only pairs that hold the one picture of their prompt that wins all its pairs; ``absolute_winners`` of training, as
+    in the NCP paper, takes every picture that wins all its own."""
     max_bad_rows: int = 0
     """Of an existing set: so many unusable rows are listed and skipped."""
     batch_size: int = 32

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from palate.base.errors import UserError
 from palate.data import pickapic
 from palate.data.pairs import read_pairs
+from palate.data.selection import absolute_winners, mark
 from palate.evaluation.labelling import (
     LabelCounts,
     Labelled,
-    absolute_winners,
     common,
     finish,
     kind_of,
     label_of,
     pairs_of,
+    sole_winners,
 )
 
 MARGINS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5)
@@ -56,17 +57,27 @@ def test_pairs_of_candidates():
     assert pairs_of({"a": {"x": [1.0, 0.0], "y": [0.0, 1.0]}}, label_of) == ([Labelled("a", "x", "y", 0.5)], 1)
 
 
-def test_absolute_winners():
+def test_sole_winners():
     def pair(first, second, label, prompt="p"):
         return Labelled(prompt, first, second, label)
 
     beats_all = [pair("x", "y", 1.0), pair("z", "x", 0.0), pair("y", "z", 1.0)]
-    assert absolute_winners(beats_all) == beats_all[:2]
-    assert absolute_winners([pair("x", "y", 1.0), pair("y", "z", 1.0), pair("z", "x", 1.0)]) == []  # a circle
-    assert absolute_winners([pair("x", "y", 1.0), pair("x", "z", 0.5)]) == []  # a tie
-    assert absolute_winners([pair("x", "y", 1.0), pair("u", "v", 1.0)]) == []  # two that never met
+    assert sole_winners(beats_all) == beats_all[:2]
+    assert sole_winners([pair("x", "y", 1.0), pair("y", "z", 1.0), pair("z", "x", 1.0)]) == []  # a circle
+    assert sole_winners([pair("x", "y", 1.0), pair("x", "z", 0.5)]) == []  # a tie
+    assert sole_winners([pair("x", "y", 1.0), pair("u", "v", 1.0)]) == []  # two that never met
     apart = [pair("x", "y", 1.0), pair("x", "y", 0.0, "q")]
-    assert absolute_winners(apart) == apart
+    assert sole_winners(apart) == apart
+
+
+def test_a_sole_winner_is_an_absolute_winner_without_another():
+    votes = [("p", (b"A", b"B"), 1.0), ("p", (b"C", b"D"), 0.0)]  # two comparisons that never met
+    pairs = [Labelled(prompt, *pictures, label) for prompt, pictures, label in votes]
+    assert absolute_winners(votes) == {mark("p", b"A"), mark("p", b"D")}
+    assert sole_winners(pairs) == []
+    decided = ("p", (b"A", b"D"), 1.0)
+    assert absolute_winners([*votes, decided]) == {mark("p", b"A")}
+    assert sole_winners([*pairs, Labelled("p", b"A", b"D", 1.0)])[0].winner == b"A"
 
 
 def test_ties_are_dropped_or_kept_and_counted():
