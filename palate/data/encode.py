@@ -70,7 +70,7 @@ def encode(
     bar = tqdm(items, desc="encoding", unit=" items", disable=not progress)
     for item in bar:
         digests = [hashlib.sha256(image).hexdigest() for image in item.pictures]
-        position = (0.5, 0.5) if center_crop else crop_position("random", _item_seed(seed, digests))
+        position = (0.5, 0.5) if center_crop else crop_position(_item_seed(seed, digests))
         keys = []
         for image, digest in zip(item.pictures, digests, strict=True):
             variants = []

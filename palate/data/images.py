@@ -86,12 +86,8 @@ def check_resolution(resolution: int) -> None:
         raise UserError(f"resolution is {resolution}, but it must be a positive multiple of 8: try {below} or {below + 8}")
 
 
-def crop_position(crop: str, seed: int) -> tuple[float, float]:
-    """Where the square lies along the longer side: 0 = left or top, 1 = right or bottom; ``(horizontal, vertical)``."""
-    if crop == "center":
-        return 0.5, 0.5
-    if crop != "random":
-        raise UserError(f"crop is {crop!r}, but it must be 'center' or 'random'")
+def crop_position(seed: int) -> tuple[float, float]:
+    """Where a square drawn from ``seed`` lies along the longer side: 0 = left or top, 1 = right or bottom; (across, down)."""
     draw = random.Random(seed)
     return draw.random(), draw.random()
 
@@ -126,18 +122,3 @@ def _largest_square(size: tuple[int, int], position: tuple[float, float]) -> tup
     """Left, top and side."""
     side = min(size)
     return position[0] * (size[0] - side), position[1] * (size[1] - side), side
-
-
-def prepare_pair(
-    image_0: bytes, image_1: bytes, resolution: int, *, crop: str = "center", flip: bool = False, seed: int = 0
-) -> tuple[Float32[Tensor, "3 r r"], Float32[Tensor, "3 r r"]]:
-    """Both pictures of a pair under one and the same transform, values in [-1, 1].
-
-    Each is cropped to its largest square at the same relative position (``crop`` "center", or "random" from ``seed``),
-    resized to ``resolution`` (a multiple of 8), and mirrored if ``flip``. Were the transforms drawn per picture, the pair
-    would also differ by what nobody voted on. Raises ``UserError``; ``ValueError`` if a picture does not decode.
-    """
-    check_resolution(resolution)
-    position = crop_position(crop, seed)
-    first, second = (square(decode(image), resolution, position, flip=flip) for image in (image_0, image_1))
-    return first, second

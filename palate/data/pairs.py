@@ -296,11 +296,3 @@ def read_pairs(source: str | Path, *, keep_columns: bool = False, **reading: Any
     if reader.single:
         raise UserError(f"{source} holds single pictures, not pairs: expected two pictures a row, and which is the better one")
     return reader
-
-
-def read_likes(source: str | Path, *, keep_columns: bool = False, **reading: Any) -> Reader:
-    """:func:`read`, of ``LikedPicture`` alone. Raises ``UserError`` for pairs."""
-    reader = read(source, Reading(**reading), keep_columns=keep_columns)
-    if not reader.single:
-        raise UserError(f"{source} holds pairs, not single pictures: expected a prompt and one picture a row; use read_pairs")
-    return reader

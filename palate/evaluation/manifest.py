@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from palate.base.errors import UserError
-from palate.base.files import write_atomically
-from palate.base.jsonl import JsonObject, append_lines, dump_line, read_lines, read_object, short, write_object
+from palate.base.jsonl import JsonObject, append_lines, read_lines, read_object, short, write_object
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
 Value = TypeVar("Value")
@@ -85,11 +84,6 @@ def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Pictu
             "generate them again, or remove their lines"
         )
     return pictures
-
-
-def write_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
-    """Write the whole manifest at once, atomically."""
-    write_atomically(Path(folder) / MANIFEST, "".join(dump_line(picture.line()) for picture in pictures).encode())
 
 
 def append_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:

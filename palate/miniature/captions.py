@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -55,11 +54,6 @@ class Scene:
     def labels(self) -> list[int]:
         """The index of each attribute's value, in the order of :data:`ATTRIBUTES`."""
         return [values.index(getattr(self, name)) for name, values in ATTRIBUTES.items()]
-
-
-def all_scenes() -> list[Scene]:
-    """Every combination of attributes, in a fixed order."""
-    return [Scene(*values) for values in product(*ATTRIBUTES.values())]
 
 
 _GROUND_PHRASES = {

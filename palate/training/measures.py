@@ -13,7 +13,7 @@ from palate.base.errors import UserError
 from palate.base.seeds import mix
 from palate.diffusion.batches import PairBatch
 from palate.diffusion.denoising import Fit, Pair
-from palate.objectives import margin
+from palate.objectives.pairs import margin
 from palate.spaces import Space
 from palate.training.fits import PLAIN, Draws, MeasuredPolicy, TrainablePolicy, halves, measured_fits, noise_batch
 from palate.training.source import PairSource

@@ -14,7 +14,7 @@ from palate.base.errors import UserError
 from palate.data.cache import TensorCache
 from palate.data.encode import encode, encode_pairs
 from palate.data.encoded import EncodedPair, EncodedPairs, EncodedPictures
-from palate.data.images import decode, prepare_pair, square
+from palate.data.images import decode, square
 from palate.data.pairs import LikedPicture, PreferencePair
 
 
@@ -219,7 +219,21 @@ def test_random_crops_differ_between_seeds(tmp_path):
     assert not torch.equal(found[1], found[2])
 
 
-def test_encoders_see_what_prepare_pair_gives(tmp_path):
+def test_a_drawn_square_is_the_same_of_both_pictures_of_a_pair(tmp_path):
+    def ramp(width: int, height: int) -> bytes:
+        array = np.zeros((height, width, 3), dtype=np.uint8)
+        array[..., 0] = np.linspace(0, 255, width)[None]
+        stream = BytesIO()
+        Image.fromarray(array).save(stream, "PNG")
+        return stream.getvalue()
+
+    # One scene at two sizes and 3 : 1: squares at the same place show the same part, up to resampling.
+    pair = PreferencePair("a", ramp(192, 64), ramp(96, 32), 1.0)
+    winner, loser = Encoders().encode([pair], tmp_path, center_crop=False).batch([0], torch.tensor([0])).latents
+    assert (winner - loser).abs().max() < 0.06
+
+
+def test_encoders_see_the_squares(tmp_path):
     seen = []
 
     def remember(pixels):
@@ -227,7 +241,7 @@ def test_encoders_see_what_prepare_pair_gives(tmp_path):
         return pixels
 
     Encoders().encode(PAIRS[:1], tmp_path, encode_images=remember)
-    assert torch.equal(seen[0], torch.stack(prepare_pair(P[0], P[1], 16)))
+    assert torch.equal(seen[0], torch.stack([square(decode(data), 16) for data in P[:2]]))
 
 
 def test_dtype_of_what_is_kept(tmp_path):

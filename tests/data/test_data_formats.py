@@ -21,7 +21,7 @@ from palate.base.errors import UserError
 from palate.data import shards
 from palate.data.formats import find
 from palate.data.options import Reading
-from palate.data.pairs import LikedPicture, PreferencePair, read, read_likes, read_pairs
+from palate.data.pairs import LikedPicture, PreferencePair, read, read_pairs
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "preferences"
 
@@ -287,28 +287,23 @@ def test_pickapic_without_labels_but_uids(tmp_path):
 
 def test_likes(tmp_path):
     rows = [{"prompt": "x", "image": "a.png", "liked": True}, {"prompt": "y", "image": "b.jpg", "liked": 0, "weight": 3}]
-    reader = read_likes(jsonl(folder(tmp_path) / "x.jsonl", rows))
+    reader = read(jsonl(folder(tmp_path) / "x.jsonl", rows))
     assert list(reader) == [LikedPicture("x", A, 1.0, 1.0, "x.jsonl, row 1"), LikedPicture("y", B, 0.0, 3.0, "x.jsonl, row 2")]
     with pytest.raises(UserError, match="single pictures, not pairs"):
         read_pairs(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match="absolute_winners"):
         read(tmp_path / "x.jsonl", Reading(absolute_winners=True))
-    bad = read_likes(
-        jsonl(tmp_path / "y.jsonl", [rows[0], {**rows[0], "liked": 2}, {**rows[0], "image": "../a.png"}]), max_bad_rows=2
+    bad = read(
+        jsonl(tmp_path / "y.jsonl", [rows[0], {**rows[0], "liked": 2}, {**rows[0], "image": "../a.png"}]),
+        Reading(max_bad_rows=2),
     )
     assert len(list(bad)) == 1
     assert [row.column for row in bad.counts.bad] == ["liked", "image"]
 
 
-def test_pairs_are_no_likes(tmp_path):
-    path = jsonl(folder(tmp_path) / "x.jsonl", [{"prompt": "x", "chosen": "a.png", "rejected": "b.jpg"}])
-    with pytest.raises(UserError, match="pairs, not single pictures"):
-        read_likes(path)
-
-
 def test_imagefolder_with_text(tmp_path):
     jsonl(folder(tmp_path) / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}])
-    assert list(read_likes(tmp_path)) == [LikedPicture("x", A, 1.0, 1.0, "metadata.jsonl, row 1")]
+    assert list(read(tmp_path)) == [LikedPicture("x", A, 1.0, 1.0, "metadata.jsonl, row 1")]
 
 
 def test_an_imagefolder_of_several_splits(tmp_path):
@@ -316,10 +311,10 @@ def test_an_imagefolder_of_several_splits(tmp_path):
         (tmp_path / split).mkdir()
         jsonl(folder(tmp_path / split) / "metadata.jsonl", [{"file_name": "a.png", "text": split}])
     with pytest.raises(UserError, match=r"name one of them: .*test, .*train"):
-        read_likes(tmp_path)
-    assert [item.prompt for item in read_likes(tmp_path / "train")] == ["train"]
+        read(tmp_path)
+    assert [item.prompt for item in read(tmp_path / "train")] == ["train"]
     shutil.rmtree(tmp_path / "test")
-    assert [item.prompt for item in read_likes(tmp_path)] == ["train"]
+    assert [item.prompt for item in read(tmp_path)] == ["train"]
 
 
 def test_pictures_with_a_text_beside_each(tmp_path):
@@ -328,7 +323,7 @@ def test_pictures_with_a_text_beside_each(tmp_path):
     (tmp_path / "sub" / "a.txt").write_text("a boat\n")
     (tmp_path / "sub" / "b.txt").write_bytes(b"caf\xe9")
     (tmp_path / "notes.txt").write_text("belongs to no picture")
-    reader = read_likes(tmp_path, max_bad_rows=1)
+    reader = read(tmp_path, Reading(max_bad_rows=1))
     assert [(item.prompt, item.image) for item in reader] == [("a boat", A)]
     assert "b.txt" in str(reader.counts.bad[0])
 
@@ -462,8 +457,8 @@ def test_an_imagefolder_of_the_hub_with_splits(hub_cache):
     hub_cache(
         {f"{split}/{name}": data for split, row in rows.items() for name, data in (("metadata.jsonl", row), ("a.png", A))}
     )
-    assert [item.prompt for item in read_likes("owner/votes")] == ["train"]
-    assert [item.prompt for item in read_likes("owner/votes:test")] == ["test"]
+    assert [item.prompt for item in read("owner/votes")] == ["train"]
+    assert [item.prompt for item in read("owner/votes:test")] == ["test"]
     with pytest.raises(UserError, match="no files of a split 'validation'"):
         find("owner/votes:validation")
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from palate.evaluation import scoring
-from palate.evaluation.manifest import Picture, read_all_scores, write_manifest
+from palate.evaluation.manifest import Picture, append_manifest, read_all_scores
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def folder(palate, tmp_path):
     for i in range(6):
         Image.fromarray(rng.integers(0, 2 + 40 * i, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:200])
-    write_manifest(tmp_path, [Picture(f"{i}.png", f"prompt {i % 3}", i, i // 3, "m") for i in range(6)])
+    append_manifest(tmp_path, [Picture(f"{i}.png", f"prompt {i % 3}", i, i // 3, "m") for i in range(6)])
     return tmp_path
 
 

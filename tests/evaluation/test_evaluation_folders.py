@@ -13,7 +13,7 @@ from PIL import Image
 from palate.base.errors import UserError
 from palate.cli import main
 from palate.evaluation.folders import compare_folders, read_result, rewards_in
-from palate.evaluation.manifest import Picture, ScoreFile, append_scores, score_path, write_manifest, write_settings
+from palate.evaluation.manifest import Picture, ScoreFile, append_manifest, append_scores, score_path, write_settings
 
 PROMPTS = 12
 
@@ -31,7 +31,7 @@ def picture_folder(
             Image.fromarray(own.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / file)
             metadata = {"category": "Animals" if p % 2 else "Food", "id": str(p)}
             pictures.append(Picture(file, f"prompt <{p}>", 100 + index, index, model, metadata=metadata))
-    write_manifest(folder, pictures)
+    append_manifest(folder, pictures)
     write_settings(folder, {"guidance_scale": 5.0, "versions": {"torch": "2"}, **settings})
     for judge, role in judges:
         noise = rng.normal(size=len(pictures)) + shift * (1 + 0.1 * own.normal(size=len(pictures)))

@@ -33,7 +33,7 @@ A = {"file": "a.png", "prompt": "a red boat", "seed": 7, "index": 0, "model": "b
 def test_written_and_appended_is_read(folder):
     first = Picture("a.png", "a red boat", 7, 0, "base", negative="blur", metadata={"category": "ships"})
     second = Picture("b.png", "a red boat", 8, 1, "base")
-    manifest.write_manifest(folder, [first])
+    manifest.append_manifest(folder, [first])
     manifest.append_manifest(folder, [second])
     assert manifest.read_manifest(folder) == [first, second]
     assert [p.key for p in manifest.read_manifest(folder)] == [("a red boat", 7, 0), ("a red boat", 8, 1)]

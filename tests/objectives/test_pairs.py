@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palate import objectives
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Fit, Pair
 from palate.objectives import pairs
@@ -30,7 +29,7 @@ policy, reference = of(0.10, 0.20), of(0.12, 0.19)
 
 
 def test_margin():
-    assert objectives.margin(policy, reference).item() == pytest.approx(0.03, rel=1e-12)
+    assert pairs.margin(policy, reference).item() == pytest.approx(0.03, rel=1e-12)
 
 
 def test_dpo_golden():
@@ -57,7 +56,7 @@ def test_a_policy_that_is_its_reference_costs_ln_2(w: float, l: float, p: float)
 
 @given(a=errors, b=errors, c=errors, d=errors, p=st.floats(0, 1))
 def test_swapping_winner_and_loser(a: float, b: float, c: float, d: float, p: float):
-    assert objectives.margin(of(a, b), of(c, d)).item() == -objectives.margin(of(b, a), of(d, c)).item()
+    assert pairs.margin(of(a, b), of(c, d)).item() == -pairs.margin(of(b, a), of(d, c)).item()
     # So does swapping the label; the cloning term of CPO follows the winner.
     torch.testing.assert_close(
         pairs.dpo(of(a, b), of(c, d), label(p), beta=10.0), pairs.dpo(of(b, a), of(d, c), label(1 - p), beta=10.0)

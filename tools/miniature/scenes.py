@@ -1,6 +1,6 @@
 """A procedural world of small landscapes: what the miniature models see, and the truth its judges are measured against.
 
-A scene is six attributes; its caption names all of them. A flaw (blur, noise, a wrong colour, ...) spoils a picture
+A scene is seven attributes; its caption names all of them. A flaw (blur, noise, a wrong colour, ...) spoils a picture
 *without the caption saying so*, so a model trained on the captions learns good and bad pictures alike, as web-scale
 models do, and preference alignment has something to mend.
 """
