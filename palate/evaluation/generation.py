@@ -85,7 +85,7 @@ def plan(
 
 def drawing(
     denoiser: Any,
-    unet: Any = None,
+    network: Any = None,
     refiner: Any = None,
     start: Callable[[list[Picture]], Tensor] | None = None,
     **sampling: Any,
@@ -101,7 +101,7 @@ def drawing(
             [p.prompt for p in pictures],
             [p.seed for p in pictures],
             negatives=[p.negative for p in pictures],
-            unet=unet,
+            network=network,
             refiner=refiner,
             batch_size=len(pictures),
             **edited,

@@ -21,13 +21,15 @@ class Denoiser(Protocol):
     name: str
     family: str
     schedule: Schedule
-    unet: nn.Module
+    network: nn.Module
+    part: str
+    """``unet`` or ``transformer``: the network's folder in a pipeline and in a run of all weights, and how LoRA names begin."""
     lora_targets: dict[str, tuple[str, ...]]
     vae_scale_factor: int
     default_resolution: int
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Prompts to what the U-Net attends to, one row each."""
+        """Prompts to what the network attends to, one row each."""
         ...
 
     def unconditional(self) -> Conditioning:
@@ -46,14 +48,14 @@ class Denoiser(Protocol):
         """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32; UserError if they are not finite."""
         ...
 
-    def predict(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Output of ``unet`` (the model's own or a twin of it) at latents ``xt (b, c, h, w)`` and times ``t (b,)``."""
+    def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Output of ``network`` (the model's own or a twin of it) at latents ``xt (b, c, h, w)`` and times ``t (b,)``."""
         ...
 
     def features(
-        self, unet: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
+        self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
     ) -> list[Tensor]:
-        """Features of the encoder half of ``unet``, float32."""
+        """Features of the encoder half of ``network``, float32."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
@@ -72,7 +74,7 @@ class Denoiser(Protocol):
         """Encode prompts now for :meth:`generate` later, when the text encoders may have left memory."""
         ...
 
-    def pipeline(self, unet: nn.Module | None = None) -> Any:
+    def pipeline(self, network: nn.Module | None = None) -> Any:
         """A diffusers pipeline around these weights."""
         ...
 
@@ -82,7 +84,7 @@ class Denoiser(Protocol):
         seeds: list[int],
         *,
         negatives: Sequence[str | None] | None = None,
-        unet: nn.Module | None = None,
+        network: nn.Module | None = None,
         refiner: Refiner | None = None,
         init: Tensor | None = None,
         strength: float = 1.0,

@@ -81,16 +81,16 @@ def _with_one_alpha(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
 
 
 def save_kohya(
-    denoiser: Denoiser, unet: nn.Module, path: str | Path, *, dtype: torch.dtype = torch.float32, about: Mapping[str, str]
+    denoiser: Denoiser, network: nn.Module, path: str | Path, *, dtype: torch.dtype = torch.float32, about: Mapping[str, str]
 ) -> Path:
-    """Write the LoRA of ``unet`` as kohya's scripts do, for ComfyUI, A1111 and their kin; returns the path.
+    """Write the LoRA of ``network`` as kohya's scripts do, for ComfyUI, A1111 and their kin; returns the path.
 
     Args:
         dtype: of the file.
         about: what else its metadata tells, such as ``ss_seed``. Names and strength of the network are added.
     """
-    path, layers = Path(path), _with_one_alpha(lora_layers(unet))
-    blocks = int(unet.config.layers_per_block)  # type: ignore[union-attr, arg-type]
+    path, layers = Path(path), _with_one_alpha(lora_layers(network))
+    blocks = int(network.config.layers_per_block)  # type: ignore[union-attr, arg-type]
     tensors = {}
     for module, layer in layers.items():
         name = kohya_name(module, denoiser.family, blocks)
@@ -110,7 +110,7 @@ def save_kohya(
 def _kohya_metadata(denoiser: Denoiser, layers: Mapping[str, LoraLayer]) -> dict[str, str]:
     """``ss_*`` names as kohya's scripts write them, ``modelspec.*`` as the specification has them (Stability-AI/ModelSpec)."""
     velocity = denoiser.schedule.prediction_type == "v_prediction"
-    second = denoiser.family == "sd" and int(denoiser.unet.config.cross_attention_dim) == 1024  # type: ignore[union-attr, arg-type]
+    second = denoiser.family == "sd" and int(denoiser.network.config.cross_attention_dim) == 1024  # type: ignore[union-attr, arg-type]
     if denoiser.family == "sdxl":
         version, architecture = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
     elif second:

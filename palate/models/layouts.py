@@ -32,31 +32,31 @@ def _of_dtype(module: nn.Module, dtype: torch.dtype, only: str = "") -> Iterator
             parameters[name].data = tensor
 
 
-def save_diffusers(denoiser: Denoiser, unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the LoRA of ``unet`` for ``load_lora_weights``; returns the file."""
-    with _of_dtype(unet, dtype, LORA):
-        return save_lora(denoiser, unet, folder)
+def save_diffusers(denoiser: Denoiser, network: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the LoRA of ``network`` for ``load_lora_weights``; returns the file."""
+    with _of_dtype(network, dtype, LORA):
+        return save_lora(denoiser, network, folder)
 
 
-def merge(unet: Any) -> nn.Module:
-    """The LoRA of ``unet`` added to its weights (in place, in their own precision) and taken away."""
-    if lora_layers(unet):
-        unet.fuse_lora()
-        unet.unload_lora()
-    return unet
+def merge(network: Any) -> nn.Module:
+    """The LoRA of ``network`` added to its weights (in place, in their own precision) and taken away."""
+    if lora_layers(network):
+        network.fuse_lora()
+        network.unload_lora()
+    return network
 
 
-def save_unet(unet: Any, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def save_network(network: Any, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a whole U-Net for ``UNet2DConditionModel.from_pretrained``; a LoRA in it is merged. It is changed in place."""
-    return replacing(Path(folder), merge(unet).to(dtype).save_pretrained)  # type: ignore[operator]
+    return replacing(Path(folder), merge(network).to(dtype).save_pretrained)  # type: ignore[operator]
 
 
-def save_pipeline(denoiser: Denoiser, unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write all a pipeline needs, with ``unet`` (a LoRA in it is merged), for ``from_pretrained``; all changed in place.
+def save_pipeline(denoiser: Denoiser, network: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write all a pipeline needs, with ``network`` (a LoRA in it is merged), for ``from_pretrained``; all changed in place.
 
     SDXL's VAE says in its configuration that it must be computed in float32; its stored precision may be half.
     """
-    pipeline = denoiser.pipeline(merge(unet))
+    pipeline = denoiser.pipeline(merge(network))
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(dtype)
@@ -110,8 +110,8 @@ def extract_lora(
     """
     from peft import LoraConfig
 
-    unet: Any = denoiser.unet
-    before, after = dict(unet.named_parameters()), dict(full.named_parameters())
+    network: Any = denoiser.network
+    before, after = dict(network.named_parameters()), dict(full.named_parameters())
     if before.keys() != after.keys() or any(before[n].shape != after[n].shape for n in before):
         raise UserError(f"the tuned U-Net is not shaped like that of {denoiser.name}: name the model it was trained from")
     total = sum(float((after[n].float() - before[n].float()).square().sum()) for n in before)
@@ -119,7 +119,7 @@ def extract_lora(
         raise UserError(f"the tuned U-Net is that of {denoiser.name}: there is no change to extract")
     targets = tuple(denoiser.lora_targets[layers])
     names = [
-        n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and f".{n}".endswith(_suffixes(targets))
+        n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and f".{n}".endswith(_suffixes(targets))
     ]
     found, covered, held = {}, 0.0, 0.0
     for name in tqdm(names, desc="singular values", disable=not progress):
@@ -133,11 +133,11 @@ def extract_lora(
         raise UserError(f"no layer of {layers!r} changed; extract from layers all")
     ranks = {name: layer.down.shape[0] for name, layer in found.items()}
     greatest = max(ranks.values())
-    unet.add_adapter(
+    network.add_adapter(
         LoraConfig(r=greatest, lora_alpha=greatest, target_modules=list(found), rank_pattern=ranks, alpha_pattern=ranks)
     )
     for name, layer in found.items():
-        module = unet.get_submodule(name)
+        module = network.get_submodule(name)
         module.lora_A["default"].weight.data = layer.down
         module.lora_B["default"].weight.data = layer.up
     return Extraction(len(found), (min(ranks.values()), greatest), held / covered, held / total)

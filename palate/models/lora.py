@@ -30,18 +30,18 @@ def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
     Raises:
         UserError: it does not fit the model, or is damaged.
     """
-    unet: Any = denoiser.unet
+    network: Any = denoiser.network
     if path.is_dir():
         try:
-            return type(unet).from_pretrained(str(path)).to(unet.device).eval().requires_grad_(False)
+            return type(network).from_pretrained(str(path)).to(network.device).eval().requires_grad_(False)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path} cannot be put into {denoiser.name}: {first_line(error)}") from error
-    load_lora(denoiser, unet, path)
-    return unet.eval().requires_grad_(False)
+    load_lora(denoiser, network, path)
+    return network.eval().requires_grad_(False)
 
 
-def put_loras(denoiser: Any, unet: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
-    """Put LoRA files of any layout that diffusers reads into ``unet`` (and the text encoders), each at its scale.
+def put_loras(denoiser: Any, network: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
+    """Put LoRA files of any layout that diffusers reads into ``network`` (and the text encoders), each at its scale.
 
     Those that the U-Net has already, as of :func:`tuned`, stay at scale 1.
 
@@ -50,15 +50,15 @@ def put_loras(denoiser: Any, unet: nn.Module, loras: Sequence[tuple[Path, float]
     """
     if not loras:
         return
-    pipeline: Any = denoiser.pipeline(unet)
-    scales = {str(name): 1.0 for name in getattr(unet, "peft_config", {})}
+    pipeline: Any = denoiser.pipeline(network)
+    scales = {str(name): 1.0 for name in getattr(network, "peft_config", {})}
     for number, (path, scale) in enumerate(loras):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
             _load(denoiser, pipeline, path, f"lora{number}")
         scales[f"lora{number}"] = scale
     pipeline.set_adapters(list(scales), list(scales.values()))
-    unet.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
 
 
 def find_lora(path: str | Path) -> Path:
@@ -95,17 +95,17 @@ def tells_alpha(file: Path) -> bool:
         return "lora_adapter_metadata" in (opened.metadata() or {}) or any(n.endswith(".alpha") for n in opened.keys())  # noqa: SIM118
 
 
-def load_lora(denoiser: Denoiser, unet: nn.Module, path: str | Path) -> None:
-    """Put a LoRA, in the layout of diffusers or kohya, into ``unet`` (the denoiser's own or a twin), in float32 as in training.
+def load_lora(denoiser: Denoiser, network: nn.Module, path: str | Path) -> None:
+    """Put a LoRA, in the layout of diffusers or kohya, into ``network`` (the denoiser's own or a twin), in float32 as when trained.
 
     Raises:
         UserError: as :func:`find_lora`, or it does not fit the model.
     """
     file = find_lora(path)
-    _load(denoiser, denoiser.pipeline(unet), file, "default")
+    _load(denoiser, denoiser.pipeline(network), file, "default")
     with safe_open(file, "pt") as opened:
         given = sum(name.endswith(".weight") and "lora" in name for name in opened.keys())  # noqa: SIM118
-    found = [parameter for name, parameter in unet.named_parameters() if LORA in name]
+    found = [parameter for name, parameter in network.named_parameters() if LORA in name]
     if len(found) != given:
         raise UserError(
             f"{file} does not fit {denoiser.name}: {len(found)} of its {given} matrices found their layer; "
@@ -150,14 +150,14 @@ def _put(pipeline: Any, file: Path, adapter: str) -> None:
     pipeline.load_lora_weights(tensors, adapter_name=adapter)
 
 
-def save_lora(denoiser: Denoiser, unet: Any, folder: str | Path) -> Path:
-    """Write the LoRA of ``unet`` in diffusers' layout, with alpha in its metadata; returns the file."""
+def save_lora(denoiser: Denoiser, network: Any, folder: str | Path) -> Path:
+    """Write the LoRA of ``network`` in diffusers' layout, with alpha in its metadata; returns the file."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, metadata = get_peft_model_state_dict(unet), _collate_lora_metadata({"unet": unet})
+    weights, metadata = get_peft_model_state_dict(network), _collate_lora_metadata({denoiser.part: network})
     for told in metadata.values():
         if isinstance(told["target_modules"], list):  # of a set, in an order that is another in every process
             told["target_modules"].sort()
@@ -178,12 +178,12 @@ class LoraLayer:
         return self.scale * self.down.shape[0]
 
 
-def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:
     """The trained LoRA of a U-Net, as it is applied, by the name of the layer."""
     from peft.tuners.lora import LoraLayer as PeftLayer
 
     found = {}
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         if isinstance(module, PeftLayer) and "default" in module.lora_A:
             down, up = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))  # type: ignore[union-attr]
             found[name] = LoraLayer(down, up, float(module.scaling["default"]))

@@ -37,16 +37,16 @@ class OtherPipeline:
         self._pipeline.set_progress_bar_config(disable=True)
         self._takes = set(inspect.signature(self._pipeline.__call__).parameters)
         parts = self._pipeline.components
-        self.unet: nn.Module = parts.get("transformer") or parts["unet"]
+        self.network: nn.Module = parts.get("transformer") or parts["unet"]
         self.scheduler_config = dict(self._pipeline.scheduler.config)
-        side = getattr(self._pipeline, "default_sample_size", None) or self.unet.config.sample_size
+        side = getattr(self._pipeline, "default_sample_size", None) or self.network.config.sample_size
         self.default_resolution = int(side) * int(getattr(self._pipeline, "vae_scale_factor", 1))
 
     def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
         """None: such pipelines warn of prompts that they cut."""
         return 0, 0
 
-    def pipeline(self, unet: nn.Module | None = None) -> Any:
+    def pipeline(self, network: nn.Module | None = None) -> Any:
         """What LoRAs are put into."""
         if not hasattr(self._pipeline, "load_lora_weights"):
             raise UserError(f"{type(self._pipeline).__name__} takes no LoRA; leave out --lora")
@@ -58,7 +58,7 @@ class OtherPipeline:
         seeds: list[int],
         *,
         negatives: Sequence[str | None] | None = None,
-        unet: nn.Module | None = None,
+        network: nn.Module | None = None,
         refiner: None = None,
         num_inference_steps: int,
         guidance_scale: float,

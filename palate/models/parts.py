@@ -274,9 +274,9 @@ def draw_pictures(
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(negatives)} negative prompts")
     texts.add([*prompts, *(n for n in negatives if n is not None)])
     pipeline = make(editing=starts is not None)
-    unet, images = pipeline.unet, []
-    device, dtype, was_training = unet.conv_in.weight.device, unet.conv_in.weight.dtype, unet.training
-    unet.eval()
+    network, images = pipeline.unet, []
+    device, dtype, was_training = network.conv_in.weight.device, network.conv_in.weight.dtype, network.training
+    network.eval()
     try:
         for start in tqdm(range(0, len(prompts), batch_size), desc="generating", disable=not progress, leave=False):
             rows = slice(start, start + batch_size)
@@ -297,7 +297,7 @@ def draw_pictures(
                 latents = refiner.finish(latents, prompts[rows], negatives[rows], generators, **stages)
             images += [_picture(p, prompt) for p, prompt in zip(vae.decode(latents).cpu(), prompts[rows], strict=True)]
     finally:
-        unet.train(was_training)
+        network.train(was_training)
     return images
 
 

@@ -61,25 +61,25 @@ class Policy:
             raise UserError(f"policy kind is {kind!r}; expected 'lora' or 'full'")
         self.denoiser, self.kind = denoiser, kind
         self.rank, self.gradient_checkpointing = rank, gradient_checkpointing
-        unet: Any = denoiser.unet
-        unet.requires_grad_(False)
+        network: Any = denoiser.network
+        network.requires_grad_(False)
         if kind == "full":
             if pretrained_lora is not None:
                 raise UserError("pretrained_lora continues a LoRA; with train_method full there is none: use lora")
-            self.frozen = twin(unet, share=False)
-            unet.float().requires_grad_(True)
+            self.frozen = twin(network, share=False)
+            network.float().requires_grad_(True)
         elif pretrained_lora is not None:
-            load_lora(denoiser, unet, pretrained_lora)
-            self.frozen = twin(unet, share=True).requires_grad_(False)
-            self.rank = unet.peft_config["default"].r
-            for name, parameter in unet.named_parameters():
+            load_lora(denoiser, network, pretrained_lora)
+            self.frozen = twin(network, share=True).requires_grad_(False)
+            self.rank = network.peft_config["default"].r
+            for name, parameter in network.named_parameters():
                 parameter.requires_grad_(LORA in name)
         else:
             from peft import LoraConfig
 
             if rank < 1:
                 raise UserError(f"rank is {rank}; expected at least 1")
-            self.frozen = twin(unet, share=True)
+            self.frozen = twin(network, share=True)
             config = LoraConfig(
                 r=rank,
                 lora_alpha=rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
@@ -88,13 +88,13 @@ class Policy:
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                unet.add_adapter(config)
+                network.add_adapter(config)
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()
         self.frozen.eval()
         if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        unet.train()
+            network.enable_gradient_checkpointing()
+        network.train()
 
     @property
     def schedule(self) -> Any:
@@ -102,14 +102,14 @@ class Policy:
 
     @property
     def trainable_module(self) -> nn.Module:
-        return self.denoiser.unet
+        return self.denoiser.network
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters."""
-        return (p for p in self.denoiser.unet.parameters() if p.requires_grad)
+        return (p for p in self.denoiser.network.parameters() if p.requires_grad)
 
     def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return self.denoiser.predict(self.denoiser.unet, xt, t, cond)
+        return self.denoiser.predict(self.denoiser.network, xt, t, cond)
 
     def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """What the model said before training; never with gradients."""
@@ -122,7 +122,7 @@ class Policy:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trainable tensors by name."""
-        return {n: p.detach() for n, p in self.denoiser.unet.named_parameters() if p.requires_grad}
+        return {n: p.detach() for n, p in self.denoiser.network.named_parameters() if p.requires_grad}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         own = self.state_dict()
@@ -137,36 +137,36 @@ class Policy:
 
     def save(self, folder: str | Path) -> Path:
         """Write the result: ``pytorch_lora_weights.safetensors`` in diffusers' layout with alpha in its metadata, or
-        the full U-Net as ``unet/``. Returns the path written."""
+        the whole network in the folder of its part, such as ``unet/``. Returns the path written."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        unet: Any = self.denoiser.unet
+        network: Any = self.denoiser.network
         if self.kind == "full":
-            return replacing(folder / "unet", unet.save_pretrained)
-        return save_lora(self.denoiser, unet, folder)
+            return replacing(folder / self.denoiser.part, network.save_pretrained)
+        return save_lora(self.denoiser, network, folder)
 
 
 class Finished:
     """A trained U-Net beside the one it came from, as a :class:`Policy` is called, for measuring only.
 
     Args:
-        unet: the tuned one.
+        network: the tuned one.
         base: the one before training: a twin made before any LoRA was put in.
     """
 
-    def __init__(self, denoiser: Denoiser, unet: nn.Module, base: nn.Module):
-        self.denoiser, self._unet, self._base = denoiser, unet.eval(), base.eval()
+    def __init__(self, denoiser: Denoiser, network: nn.Module, base: nn.Module):
+        self.denoiser, self._network, self._base = denoiser, network.eval(), base.eval()
 
     @property
     def schedule(self) -> Any:
         return self.denoiser.schedule
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        return self._unet.parameters()
+        return self._network.parameters()
 
     @torch.no_grad()
     def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return self.denoiser.predict(self._unet, xt, t, cond)
+        return self.denoiser.predict(self._network, xt, t, cond)
 
     @torch.no_grad()
     def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -36,6 +36,7 @@ class StableDiffusion:
     """
 
     family = "sd"
+    part: ClassVar[str] = "unet"
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
 
     def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
@@ -47,8 +48,8 @@ class StableDiffusion:
         self.schedule = from_config(self.scheduler_config)
         self.vae, self.text = Vae(read, dtype), TextEncoder(read)
         self.vae_scale_factor = self.vae.factor
-        self.unet = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)
-        self.default_resolution = int(self.unet.config.sample_size) * self.vae_scale_factor
+        self.network = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)
+        self.default_resolution = int(self.network.config.sample_size) * self.vae_scale_factor
         self._prompts = Remembered(self.encode_prompts, self.unconditional)
 
     def release(self) -> None:
@@ -83,27 +84,27 @@ class StableDiffusion:
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents)
 
-    def predict(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        dtype = unet.conv_in.weight.dtype  # type: ignore[union-attr]
-        return unet(xt.to(dtype), t, cond.tensors["encoder_hidden_states"].to(dtype), return_dict=False)[0]
+    def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
+        return network(xt.to(dtype), t, cond.tensors["encoder_hidden_states"].to(dtype), return_dict=False)[0]
 
     def features(
-        self, unet: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
+        self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
     ) -> list[Tensor]:
         text = cond.tensors["encoder_hidden_states"]
-        return encoder_features(unet, x, t, text, None, layers, gradient_checkpointing=gradient_checkpointing)
+        return encoder_features(network, x, t, text, None, layers, gradient_checkpointing=gradient_checkpointing)
 
-    def pipeline(self, unet: nn.Module | None = None) -> Any:
-        return self._pipeline(unet, *self.text.pair)
+    def pipeline(self, network: nn.Module | None = None) -> Any:
+        return self._pipeline(network, *self.text.pair)
 
-    def _pipeline(self, unet: nn.Module | None, tokenizer: Any, text_encoder: Any, *, editing: bool = False) -> Any:
+    def _pipeline(self, network: nn.Module | None, tokenizer: Any, text_encoder: Any, *, editing: bool = False) -> Any:
         return assemble(
             "StableDiffusionImg2ImgPipeline" if editing else "StableDiffusionPipeline",
             self.scheduler_config,
             vae=self.vae.module,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            unet=self.unet if unet is None else unet,
+            unet=self.network if network is None else network,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -113,11 +114,11 @@ class StableDiffusion:
         self._prompts.add(prompts)
 
     def generate(
-        self, prompts: list[str], seeds: list[int], *, unet: nn.Module | None = None, refiner: Any = None, **drawing: Any
+        self, prompts: list[str], seeds: list[int], *, network: nn.Module | None = None, refiner: Any = None, **drawing: Any
     ) -> list[Image.Image]:
         if refiner is not None:
             raise UserError(f"a refiner finishes pictures of an SDXL model, but {self.name} is of Stable Diffusion 1.x or 2.x")
-        make = partial(self._pipeline, unet, None, None)  # the text encoder may have left memory
+        make = partial(self._pipeline, network, None, None)  # the text encoder may have left memory
         names = {"encoder_hidden_states": "prompt_embeds"}
         return draw_pictures(make, self._prompts, names, self.vae, prompts, seeds, **drawing)
 

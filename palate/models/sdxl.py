@@ -27,6 +27,7 @@ class StableDiffusionXL:
     """
 
     family = "sdxl"
+    part: ClassVar[str] = "unet"
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
 
     def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
@@ -39,8 +40,8 @@ class StableDiffusionXL:
         self.vae = Vae(read, dtype)
         self.texts = TextEncoder(read), TextEncoder(read, "CLIPTextModelWithProjection", "_2")
         self.vae_scale_factor = self.vae.factor
-        self.unet = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)
-        self.default_resolution = int(self.unet.config.sample_size) * self.vae_scale_factor
+        self.network = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)
+        self.default_resolution = int(self.network.config.sample_size) * self.vae_scale_factor
         self.zeros_for_empty_prompt = bool(
             read.config(StableDiffusionXLPipeline, None).get("force_zeros_for_empty_prompt", True)
         )
@@ -91,24 +92,24 @@ class StableDiffusionXL:
             framing = torch.tensor([height, width, 0, 0, height, width], device=x.device).expand(len(x), 6)
         return {"text_embeds": cond.tensors["text_embeds"], "time_ids": framing}
 
-    def predict(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        dtype = unet.conv_in.weight.dtype  # type: ignore[union-attr]
+    def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
         added = self._added(cond, xt)
         added["text_embeds"] = added["text_embeds"].to(dtype)
         text = cond.tensors["encoder_hidden_states"].to(dtype)
-        return unet(xt.to(dtype), t, text, added_cond_kwargs=added, return_dict=False)[0]
+        return network(xt.to(dtype), t, text, added_cond_kwargs=added, return_dict=False)[0]
 
     def features(
-        self, unet: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
+        self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
     ) -> list[Tensor]:
         text, added = cond.tensors["encoder_hidden_states"], self._added(cond, x)
-        return encoder_features(unet, x, t, text, added, layers, gradient_checkpointing=gradient_checkpointing)
+        return encoder_features(network, x, t, text, added, layers, gradient_checkpointing=gradient_checkpointing)
 
-    def pipeline(self, unet: nn.Module | None = None) -> Any:
-        return self._pipeline(unet, *(text.pair for text in self.texts))
+    def pipeline(self, network: nn.Module | None = None) -> Any:
+        return self._pipeline(network, *(text.pair for text in self.texts))
 
     def _pipeline(
-        self, unet: nn.Module | None, first: tuple[Any, Any], second: tuple[Any, Any], *, editing: bool = False
+        self, network: nn.Module | None, first: tuple[Any, Any], second: tuple[Any, Any], *, editing: bool = False
     ) -> Any:
         return assemble(
             "StableDiffusionXLImg2ImgPipeline" if editing else "StableDiffusionXLPipeline",
@@ -118,7 +119,7 @@ class StableDiffusionXL:
             text_encoder_2=second[1],
             tokenizer=first[0],
             tokenizer_2=second[0],
-            unet=self.unet if unet is None else unet,
+            unet=self.network if network is None else network,
             force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
             add_watermarker=False,
         )
@@ -127,9 +128,9 @@ class StableDiffusionXL:
         self._prompts.add(prompts)
 
     def generate(
-        self, prompts: list[str], seeds: list[int], *, unet: nn.Module | None = None, **drawing: Any
+        self, prompts: list[str], seeds: list[int], *, network: nn.Module | None = None, **drawing: Any
     ) -> list[Image.Image]:
-        make = partial(self._pipeline, unet, (None, None), (None, None))  # the text encoders may have left memory
+        make = partial(self._pipeline, network, (None, None), (None, None))  # the text encoders may have left memory
         names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
         return draw_pictures(make, self._prompts, names, self.vae, prompts, seeds, **drawing)
 

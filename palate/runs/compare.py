@@ -41,7 +41,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     from palate.models.policy import twin
 
     denoiser = denoiser_of(recipe)
-    base = twin(denoiser.unet, share=True)
+    base = twin(denoiser.network, share=True)
     if recipe.policy.pretrained_lora is not None:
         load_lora(denoiser, base, recipe.policy.pretrained_lora)
     resolution = recipe.data.resolution or denoiser.default_resolution
@@ -73,12 +73,12 @@ class Samples:
         if prompts:
             denoiser.remember(prompts)
 
-    def _generate(self, unet: Any) -> list[Any]:
+    def _generate(self, network: Any) -> list[Any]:
         prompts = list(self.options.validation_prompts)
         return self.denoiser.generate(
             prompts,
             [self.options.evaluation_seed + i for i in range(len(prompts))],
-            unet=unet,
+            network=network,
             num_inference_steps=self.options.num_inference_steps,
             guidance_scale=self.options.guidance_scale,
             resolution=self.resolution,
@@ -113,9 +113,9 @@ def compare_models(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolut
 
         precision, device = recipe.training.mixed_precision, str(denoiser.device)
         refiner = load_refiner(options.refiner, start=options.refiner_start, mixed_precision=precision, device=device)
-    for side, unet in (("base", base), ("tuned", tuned)):
+    for side, network in (("base", base), ("tuned", tuned)):
         folder = out / "evaluation" / side
-        pictures[side] = _generated(recipe, denoiser, unet, refiner, planned, resolution, folder, side)
+        pictures[side] = _generated(recipe, denoiser, network, refiner, planned, resolution, folder, side)
     del refiner
     denoiser.release()  # room for the judges
     sides = [out / "evaluation" / side for side in pictures]
@@ -145,7 +145,7 @@ def compare_models(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolut
 def _generated(
     recipe: Recipe,
     denoiser: Any,
-    unet: Any,
+    network: Any,
     refiner: Any,
     pictures: list[Picture],
     resolution: int,
@@ -167,7 +167,7 @@ def _generated(
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     generate(
-        drawing(denoiser, unet, refiner, **sampling),
+        drawing(denoiser, network, refiner, **sampling),
         [dataclasses.replace(p, model=side) for p in pictures],
         partial,
         settings=settings(denoiser, seed=options.evaluation_seed, versions=versions(), **sampling),

@@ -113,23 +113,23 @@ def _pushed_run(name: str, repo: str) -> str:
 def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.dtype, *, progress: bool) -> list[str]:
     from palate.models import kohya, layouts
 
-    denoiser, unet, _ = found.load()
+    denoiser, network, _ = found.load()
     about = about_training(found.recipe, out.stem) if found.recipe else {"ss_output_name": out.stem}
     if options.format == "kohya":
-        return [f"wrote {kohya.save_kohya(denoiser, unet, out, dtype=dtype, about=about)}"]
+        return [f"wrote {kohya.save_kohya(denoiser, network, out, dtype=dtype, about=about)}"]
     if options.format == "diffusers":
-        return [f"wrote {layouts.save_diffusers(denoiser, unet, out, dtype=dtype)}"]
+        return [f"wrote {layouts.save_diffusers(denoiser, network, out, dtype=dtype)}"]
     if options.format == "merged-unet":
-        return [f"wrote {layouts.save_unet(unet, out, dtype=dtype)}"]
+        return [f"wrote {layouts.save_network(network, out, dtype=dtype)}"]
     if options.format == "pipeline":
-        return [f"wrote {layouts.save_pipeline(denoiser, unet, out, dtype=dtype)}"]
+        return [f"wrote {layouts.save_pipeline(denoiser, network, out, dtype=dtype)}"]
     rank = 64 if options.rank is None and options.energy is None else options.rank
     extraction = layouts.extract_lora(
-        denoiser, unet, rank=rank, energy=options.energy, layers=options.lora_layers, progress=progress
+        denoiser, network, rank=rank, energy=options.energy, layers=options.lora_layers, progress=progress
     )
     files = (
-        layouts.save_diffusers(denoiser, denoiser.unet, out, dtype=dtype),
-        kohya.save_kohya(denoiser, denoiser.unet, out / kohya.KOHYA_FILE, dtype=dtype, about=about),
+        layouts.save_diffusers(denoiser, denoiser.network, out, dtype=dtype),
+        kohya.save_kohya(denoiser, denoiser.network, out / kohya.KOHYA_FILE, dtype=dtype, about=about),
     )
     return [extraction.sentence(), *(f"wrote {file}" for file in files)]
 

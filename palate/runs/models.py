@@ -88,29 +88,29 @@ class NamedModel:
         quiet_loading()
         source = {"revision": self.revision, "variant": self.variant}
         denoiser = load_drawer(self.base, mixed_precision=mixed_precision, device=device, **source)
-        unet = self._put(denoiser)
+        network = self._put(denoiser)
         if self.refiner is None:
-            return denoiser, unet, None
+            return denoiser, network, None
         from palate.models.families import load_refiner
 
         refiner = load_refiner(self.refiner, start=self.refiner_start, mixed_precision=mixed_precision, device=device)
-        return denoiser, unet, refiner
+        return denoiser, network, refiner
 
     def load_finished(self) -> Finished:
         """The model beside the one it was tuned from, in full precision."""
         from palate.models.policy import Finished, twin
 
         denoiser = load_base(self.base, revision=self.revision, variant=self.variant)
-        base = twin(denoiser.unet, share=True)
+        base = twin(denoiser.network, share=True)
         return Finished(denoiser, self._put(denoiser), base)
 
     def _put(self, denoiser: Any) -> Any:
         """What was trained, and the LoRAs, into the model; the U-Net to use."""
         from palate.models.lora import put_loras, tuned
 
-        unet = denoiser.unet if self.tuned is None else tuned(denoiser, self.tuned)
-        put_loras(denoiser, unet, [(lora.path, lora.scale) for lora in self.loras])
-        return unet
+        network = denoiser.network if self.tuned is None else tuned(denoiser, self.tuned)
+        put_loras(denoiser, network, [(lora.path, lora.scale) for lora in self.loras])
+        return network
 
 
 def find_model(

@@ -121,14 +121,14 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
     known = {"strength": None, **sampling, **edited, "seed": options.seed, "mixed_precision": options.mixed_precision}
     # Whether the folder may be gone on with is mostly known before any weights are read.
     begun(options.output_dir, pictures, known if resolution is None else {**known, "resolution": resolution}, about)
-    denoiser, unet, refiner = model.load(mixed_precision=options.mixed_precision)
+    denoiser, network, refiner = model.load(mixed_precision=options.mixed_precision)
     sampling |= {"resolution": resolution or denoiser.default_resolution, **edited}
     start = editing.starting(files, options.output_dir, sampling["resolution"]) if files else None
     if told := cut_warning(denoiser, (text for p in pictures for text in (p.prompt, p.negative))):
         print(told, file=sys.stderr)
     try:
         drawn = generate(
-            drawing(denoiser, unet, refiner, start, **sampling),
+            drawing(denoiser, network, refiner, start, **sampling),
             pictures,
             options.output_dir,
             settings=settings(

@@ -17,7 +17,7 @@ from torch import nn
 from palate.base.errors import UserError
 from palate.models.families import load_denoiser
 from palate.models.kohya import KOHYA_FILE, kohya_name, save_kohya
-from palate.models.layouts import extract_lora, save_diffusers, save_pipeline, save_unet
+from palate.models.layouts import extract_lora, save_diffusers, save_network, save_pipeline
 from palate.models.lora import find_lora, load_lora, lora_layers, put_loras, tells_alpha
 from palate.models.policy import Policy
 
@@ -185,8 +185,8 @@ def test_a_continued_lora_of_kohya_keeps_its_strength(model_dir, tmp_path):
     disturb(policy.parameters())
     path = save_kohya(first, policy.trainable_module, tmp_path / "k.safetensors", about={})
     second = load_denoiser(str(model_dir))
-    load_lora(second, second.unet, path)
-    ours, theirs = lora_layers(policy.trainable_module), lora_layers(second.unet)
+    load_lora(second, second.network, path)
+    ours, theirs = lora_layers(policy.trainable_module), lora_layers(second.network)
     assert ours.keys() == theirs.keys()
     assert {x.alpha for x in theirs.values()} == {5.0}
     assert all(torch.equal(ours[n].up, theirs[n].up) for n in ours)
@@ -200,7 +200,7 @@ def test_merged_weights_and_whole_pipelines_draw_what_the_lora_does(folder, tmp_
     policy = Policy(denoiser, rank=4, lora_alpha=6.0, lora_layers="all")
     disturb(policy.parameters(), 0.2)
     policy.save(tmp_path)
-    save_unet(copy.deepcopy(policy.trainable_module), tmp_path / "unet", dtype=dtype)
+    save_network(copy.deepcopy(policy.trainable_module), tmp_path / "unet", dtype=dtype)
     save_pipeline(denoiser, policy.trainable_module, tmp_path / "pipe", dtype=dtype)
     assert load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == dtype
     pipe = plain(folder)
@@ -234,12 +234,12 @@ def test_extraction_recovers_a_change_of_low_rank(folder, tmp_path):
     policy.save(tmp_path)
     pipe = plain(folder)
     pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
-    full = save_unet(policy.trainable_module, tmp_path / "unet")
-    found = extract_lora(denoiser, type(denoiser.unet).from_pretrained(full), rank=2)
+    full = save_network(policy.trainable_module, tmp_path / "unet")
+    found = extract_lora(denoiser, type(denoiser.network).from_pretrained(full), rank=2)
     assert found.ranks == (2, 2)
     assert found.of_layers == pytest.approx(1, abs=1e-4)
     assert found.of_all == pytest.approx(1, abs=1e-4)
-    save_diffusers(denoiser, denoiser.unet, tmp_path / "found")
+    save_diffusers(denoiser, denoiser.network, tmp_path / "found")
     again = plain(folder)
     again.load_lora_weights(tmp_path / "found", weight_name="pytorch_lora_weights.safetensors")
     np.testing.assert_allclose(drawn(again), drawn(pipe), atol=1e-3)
@@ -250,36 +250,36 @@ def test_what_extraction_reports_is_the_error_it_makes(model_dir, tmp_path):
     denoiser, changed = load_denoiser(str(model_dir)), load_denoiser(str(model_dir))
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     with torch.no_grad():
-        changed.unet.get_submodule(name).weight.diagonal()[:3] += torch.tensor([3.0, 2.0, 1.0])
-        changed.unet.conv_in.bias[0] += 14**0.5  # as much again where no LoRA reaches
-    found = extract_lora(copy.deepcopy(denoiser), changed.unet, rank=1)
+        changed.network.get_submodule(name).weight.diagonal()[:3] += torch.tensor([3.0, 2.0, 1.0])
+        changed.network.conv_in.bias[0] += 14**0.5  # as much again where no LoRA reaches
+    found = extract_lora(copy.deepcopy(denoiser), changed.network, rank=1)
     assert (found.layers, found.ranks) == (1, (1, 1))
     assert found.of_layers == pytest.approx(9 / 14, abs=1e-5)
     assert found.of_all == pytest.approx(9 / 28, abs=1e-5)
     assert "rank 1 in 1 layers holds 64.29 %" in found.sentence()
-    found = extract_lora(denoiser, changed.unet, energy=0.9)
+    found = extract_lora(denoiser, changed.network, energy=0.9)
     assert found.ranks == (2, 2)
-    assert list(lora_layers(denoiser.unet)) == [name]
-    assert lora_layers(denoiser.unet)[name].scale == 1
+    assert list(lora_layers(denoiser.network)) == [name]
+    assert lora_layers(denoiser.network)[name].scale == 1
 
 
 def test_layers_of_different_rank_keep_their_strength_in_both_layouts(model_dir, tmp_path):
     denoiser, changed = load_denoiser(str(model_dir)), load_denoiser(str(model_dir))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for module in changed.unet.modules():
+        for module in changed.network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.weight += 0.05 * torch.randn(module.weight.shape, generator=g)
-    found = extract_lora(denoiser, changed.unet, energy=0.7)
+    found = extract_lora(denoiser, changed.network, energy=0.7)
     assert found.ranks[0] < found.ranks[1]
     assert 0.7 <= found.of_layers < 1
-    save_diffusers(denoiser, denoiser.unet, tmp_path)
-    path = save_kohya(denoiser, denoiser.unet, tmp_path / KOHYA_FILE, about={})
-    expected = lora_layers(denoiser.unet)
+    save_diffusers(denoiser, denoiser.network, tmp_path)
+    path = save_kohya(denoiser, denoiser.network, tmp_path / KOHYA_FILE, about={})
+    expected = lora_layers(denoiser.network)
     for file in (tmp_path / "pytorch_lora_weights.safetensors", path):
         other = load_denoiser(str(model_dir))
-        load_lora(other, other.unet, file)
-        read = lora_layers(other.unet)
+        load_lora(other, other.network, file)
+        read = lora_layers(other.network)
         assert read.keys() == expected.keys()
         for name, layer in read.items():
             torch.testing.assert_close(change(layer), change(expected[name]))
@@ -296,8 +296,8 @@ def test_a_kohya_file_with_different_alphas_is_read_as_it_says(kohya, model_dir)
         tensors[name] = torch.tensor(1.0)
     save_file(tensors, kohya)
     denoiser = load_denoiser(str(model_dir))
-    load_lora(denoiser, denoiser.unet, kohya)
-    read = {kohya_name(n, "sd", 1): change(x) for n, x in lora_layers(denoiser.unet).items()}
+    load_lora(denoiser, denoiser.network, kohya)
+    read = {kohya_name(n, "sd", 1): change(x) for n, x in lora_layers(denoiser.network).items()}
     for alpha in alphas:
         name = alpha.removesuffix(".alpha")
         expected = float(tensors[alpha]) / 2 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
@@ -307,9 +307,9 @@ def test_a_kohya_file_with_different_alphas_is_read_as_it_says(kohya, model_dir)
 def test_there_must_be_a_change_of_the_same_model(model_dir, sdxl_dir):
     denoiser = load_denoiser(str(model_dir))
     with pytest.raises(UserError, match="there is no change to extract"):
-        extract_lora(denoiser, load_denoiser(str(model_dir)).unet)
+        extract_lora(denoiser, load_denoiser(str(model_dir)).network)
     with pytest.raises(UserError, match="not shaped like that of"):
-        extract_lora(denoiser, load_denoiser(str(sdxl_dir)).unet)
+        extract_lora(denoiser, load_denoiser(str(sdxl_dir)).network)
 
 
 # Bad files ------------------------------------------------------------
@@ -329,8 +329,8 @@ def test_an_alpha_that_is_missing(kohya, model_dir):
     save_file({n: x for n, x in tensors.items() if not n.endswith(".alpha")}, kohya)
     assert not tells_alpha(find_lora(kohya))
     denoiser = load_denoiser(str(model_dir))
-    load_lora(denoiser, denoiser.unet, kohya)
-    assert {x.scale for x in lora_layers(denoiser.unet).values()} == {1.0}
+    load_lora(denoiser, denoiser.network, kohya)
+    assert {x.scale for x in lora_layers(denoiser.network).values()} == {1.0}
     tensors.pop(next(n for n in tensors if n.endswith(".alpha")))
     save_file(tensors, kohya)
     with pytest.raises(UserError, match="the strength of the others is not known"):
@@ -342,7 +342,7 @@ def test_adapters_that_do_not_fit(kohya, model_dir, sdxl_dir, caplog):
         save_file(tensors, kohya)
         denoiser = load_denoiser(str(folder))
         with pytest.raises(UserError) as caught:
-            load_lora(denoiser, denoiser.unet, kohya)
+            load_lora(denoiser, denoiser.network, kohya)
         assert not caplog.text  # the message is all there is to read
         return str(caught.value)
 
@@ -359,4 +359,4 @@ def test_adapters_that_do_not_fit(kohya, model_dir, sdxl_dir, caplog):
     assert "not finite" in refused({**tensors, down: torch.full_like(tensors[down], torch.nan)})
     denoiser = load_denoiser(str(model_dir))
     with pytest.raises(UserError, match="not finite"):  # nor to draw with
-        put_loras(denoiser, denoiser.unet, [(kohya, 0.5)])
+        put_loras(denoiser, denoiser.network, [(kohya, 0.5)])

@@ -44,7 +44,7 @@ def disturb(policy: Policy, size: float = 0.05) -> None:
 def test_a_fresh_policy_is_its_reference_and_stays_beside_it(load, batch):
     for kind in ("lora", "full"):
         base = load()
-        expected = base.predict(base.unet, *batch)
+        expected = base.predict(base.network, *batch)
         policy = Policy(base, kind=kind, rank=4)
         assert torch.equal(policy(*batch), expected)
         assert torch.equal(policy.reference(*batch), expected)
@@ -57,7 +57,7 @@ def test_a_fresh_policy_is_its_reference_and_stays_beside_it(load, batch):
 
 def test_the_reference_of_a_lora_costs_no_memory(load):
     denoiser = load()
-    count = sum(1 for _ in denoiser.unet.parameters())
+    count = sum(1 for _ in denoiser.network.parameters())
     policy = Policy(denoiser, rank=4)
     own = {p.data_ptr() for p in policy.trainable_module.parameters()}
     assert {p.data_ptr() for p in policy.frozen.parameters()} <= own
@@ -106,7 +106,7 @@ def test_saving_again_replaces_and_a_full_disk_keeps_what_was_there(load, tmp_pa
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(policy.denoiser, "save_lora", full)
-        monkeypatch.setattr(policy.denoiser.unet, "save_pretrained", full)
+        monkeypatch.setattr(policy.denoiser.network, "save_pretrained", full)
         with pytest.raises(UserError, match=r"cannot be written.*No space left"):
             policy.save(folder)
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
@@ -136,7 +136,7 @@ def test_a_continued_lora_starts_as_its_own_reference(load, batch, tmp_path, spa
     disturb(first)
     first.save(tmp_path / "first")
     plain = load()
-    expected, base = first(*batch), plain.predict(plain.unet, *batch)
+    expected, base = first(*batch), plain.predict(plain.network, *batch)
     policy = Policy(load(), pretrained_lora=tmp_path / "first")
     assert policy.rank == 4
     assert torch.equal(policy(*batch), expected)
@@ -155,7 +155,7 @@ def test_a_continued_lora_starts_as_its_own_reference(load, batch, tmp_path, spa
     path = policy.save(tmp_path / "second")
     again = load()
     again.pipeline().load_lora_weights(str(path.parent), weight_name=path.name)
-    assert torch.equal(again.predict(again.unet, *batch), policy(*batch))
+    assert torch.equal(again.predict(again.network, *batch), policy(*batch))
     assert not torch.equal(policy(*batch), expected)
     assert not torch.equal(expected, base)
 

@@ -86,9 +86,9 @@ def test_size_and_crop_reach_the_unet_as_by_diffusers(load, plain, batch):
     added = {"text_embeds": cond.tensors["text_embeds"], "time_ids": ids}
     with torch.no_grad():
         expected = plain.unet(x, t, cond.tensors["encoder_hidden_states"], added_cond_kwargs=added).sample
-        assert torch.equal(denoiser.predict(denoiser.unet, x, t, cond), expected)
+        assert torch.equal(denoiser.predict(denoiser.network, x, t, cond), expected)
         unframed = Conditioning({n: v for n, v in cond.tensors.items() if n != "framing"})
-        found = denoiser.predict(denoiser.unet, x, t, unframed)
+        found = denoiser.predict(denoiser.network, x, t, unframed)
     torch.testing.assert_close(found[0], expected[0])  # the first picture is whole, and 64 x 64: what is assumed
     assert (found[1:] - expected[1:]).abs().amax() > 1e-5
 
