@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from palate.base.errors import UserError
-from palate.models.kohya import KOHYA_FILE
-from palate.models.lora import LORA_FILE
+from palate.models.files import KOHYA_FILE, LORA_FILE
 from palate.runs import export, recipe
 
 DOCS = Path(__file__).parents[1] / "docs"

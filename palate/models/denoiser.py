@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.models.refiner import Refiner
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card tells of a family."""
+
+    pipeline: str
+    """Class in diffusers."""
+    network: str
+    """Class in diffusers of what is trained."""
+    tag: str
+    """On model hubs."""
+
+
+@dataclass(frozen=True)
+class Kohya:
+    """How kohya's scripts, and so ComfyUI and A1111, know a model."""
+
+    name: Callable[[str], str]
+    """A layer's name in diffusers -> that in a LoRA file."""
+    version: str
+    """As ``ss_base_model_version``."""
+    architecture: str
+    """As ``modelspec.architecture``."""
+    prediction: str
+    """As ``modelspec.prediction_type``."""
+    implementation: str = "diffusers"
+    """As ``modelspec.implementation``."""
+    second: bool = False
+    """As ``ss_v2``: Stable Diffusion 2.x."""
+
+
+@runtime_checkable
+class Features(Protocol):
+    """The encoder half of a network as a feature extractor, float32 both ways."""
+
+    def __call__(
+        self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
+    ) -> list[Tensor]:
+        """One tensor per layer, finest first, of latents ``x (b, c, h, w)`` at times ``t (b,)``; gradients flow to ``x``."""
+        ...
 
 
 @runtime_checkable
@@ -19,14 +64,31 @@ class Denoiser(Protocol):
     """One family of models behind one set of verbs; everything particular to a family stays in its file."""
 
     name: str
-    family: str
+    device: torch.device
     schedule: Schedule
     network: nn.Module
     part: str
     """``unet`` or ``transformer``: the network's folder in a pipeline and in a run of all weights, and how LoRA names begin."""
+    part_name: str
+    """What people call the network."""
+    card: Card
     lora_targets: dict[str, tuple[str, ...]]
-    vae_scale_factor: int
+    """Layers of the network, by the name a recipe gives them."""
     default_resolution: int
+
+    @property
+    def kohya(self) -> Kohya | None:
+        """None: kohya's scripts have no layout for LoRAs of this family."""
+        ...
+
+    @property
+    def features(self) -> Features | None:
+        """None: this family cannot be trained in the perceptual space."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Of the latents of a picture of so many pixels, without the batch."""
+        ...
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Prompts to what the network attends to, one row each."""
@@ -50,12 +112,6 @@ class Denoiser(Protocol):
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Output of ``network`` (the model's own or a twin of it) at latents ``xt (b, c, h, w)`` and times ``t (b,)``."""
-        ...
-
-    def features(
-        self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
-    ) -> list[Tensor]:
-        """Features of the encoder half of ``network``, float32."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
@@ -109,4 +165,9 @@ class Denoiser(Protocol):
         ...
 
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+def features_of(denoiser: Denoiser) -> Features:
+    """The family's features. Raises UserError if it has none."""
+    found = denoiser.features
+    if found is None:
+        raise UserError(f"{denoiser.name} is of a family without a perceptual space: train it in the latent space")
+    return found

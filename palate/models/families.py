@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +13,34 @@ from palate.base.errors import UserError, first_line
 from palate.base.hub import fetch
 
 if TYPE_CHECKING:
+    import torch
+
     from palate.models.denoiser import Denoiser
+    from palate.models.latent import Latent
     from palate.models.refiner import Refiner
 
 
-FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+@dataclass(frozen=True)
+class Family:
+    """What is known of a family before its file is read, which needs torch."""
+
+    place: str
+    """``module:class``."""
+    called: str
+    """Its models, as people call them."""
+    mark: str = ""
+    """How a name begins that is in its single files, and in those of no family before it."""
+
+    def load(self) -> type[Latent]:
+        """The family's class."""
+        module, _, name = self.place.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family("palate.models.sd:StableDiffusion", "Stable Diffusion 1.x and 2.x"),
+    "StableDiffusionXLPipeline": Family("palate.models.sdxl:StableDiffusionXL", "SDXL", mark="conditioner."),
+}
 """Pipeline class named in ``model_index.json`` -> family."""
 
 
@@ -38,10 +63,7 @@ def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu"
     """
     given = {k: v for k, v in source.items() if v is not None}
     kind = check_model(name, revision=given.get("revision"))
-    from palate.models.sd import StableDiffusion
-    from palate.models.sdxl import StableDiffusionXL
-
-    family = StableDiffusionXL if FAMILIES[kind] == "sdxl" else StableDiffusion
+    family = FAMILIES[kind].load()
     try:
         return family(name, dtype=_dtype(mixed_precision), device=device, **given)
     except (OSError, ValueError) as error:
@@ -84,7 +106,7 @@ def cut_warning(denoiser: Any, texts: Iterable[str | None]) -> str:
     return f"{which} longer than the {limit} tokens that the text encoder reads: {what} not seen" if cut else ""
 
 
-def _dtype(mixed_precision: str) -> Any:
+def _dtype(mixed_precision: str) -> torch.dtype:
     from palate.models.denoiser import DTYPES
 
     if mixed_precision not in DTYPES:
@@ -102,9 +124,10 @@ def check_model(name: str, *, revision: str | None = None) -> str:
     if kind == REFINER:
         raise UserError(f"{name} is a refiner ({kind}), which only finishes pictures: give the base model here")
     if kind not in FAMILIES:
+        called = ", ".join(family.called for family in FAMILIES.values())
         raise UserError(
-            f"{name} is a {kind}; supported pipelines: {', '.join(FAMILIES)} (Stable Diffusion 1.x and 2.x, SDXL, and "
-            "their Turbo kinds); others can only draw, by palate generate"
+            f"{name} is a {kind}; supported pipelines: {', '.join(FAMILIES)} ({called}, and their Turbo kinds); others can "
+            "only draw, by palate generate"
         )
     return kind
 
@@ -149,11 +172,15 @@ def _of_single_file(name: str) -> str:
         names = []  # pickled, or damaged
     if any("lora" in part for part in names):
         return f"{name} is a LoRA, no model: name the model it belongs to, and give the file by --lora or --pretrained_lora"
-    kind = "StableDiffusionXLPipeline" if any(part.startswith("conditioner.") for part in names) else "StableDiffusionPipeline"
+    marked = {kind: family for kind, family in FAMILIES.items() if family.mark}
+    kind = next(iter(FAMILIES))
+    for other, family in marked.items():
+        kind = other if any(part.startswith(family.mark) for part in names) else kind
+    others = ", ".join(f"of {family.called}: {kind}" for kind, family in marked.items())
     return (
         f"{name} is a single file, which tells neither its configuration nor how it predicts; make a pipeline folder of it: "
         f"python -c \"from diffusers import {kind} as P; P.from_single_file({name!r}).save_pretrained('FOLDER')\""
-        f"{'' if names else ' (of SDXL: StableDiffusionXLPipeline)'}; without a network add config=OTHER behind the file, any "
+        f"{'' if names else f' ({others})'}; without a network add config=OTHER behind the file, any "
         "pipeline folder of the same kind; if it predicts v, say so in FOLDER/scheduler/scheduler_config.json: "
         "prediction_type v_prediction"
     )

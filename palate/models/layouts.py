@@ -16,7 +16,8 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.base.files import replacing
 from palate.models.denoiser import Denoiser
-from palate.models.lora import LORA, LoraLayer, lora_layers, save_lora
+from palate.models.lora import LoraLayer, lora_layers, save_lora
+from palate.models.parts import LORA
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def merge(network: Any) -> nn.Module:
 
 
 def save_network(network: Any, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a whole U-Net for ``UNet2DConditionModel.from_pretrained``; a LoRA in it is merged. It is changed in place."""
+    """Write a whole network for its class's ``from_pretrained``; a LoRA in it is merged. It is changed in place."""
     return replacing(Path(folder), merge(network).to(dtype).save_pretrained)  # type: ignore[operator]
 
 
@@ -97,10 +98,10 @@ def extract_lora(
     layers: str = "all",
     progress: bool = False,
 ) -> Extraction:
-    """Put the nearest LoRA to ``full - base`` into the denoiser's own U-Net, by singular values (Eckart-Young).
+    """Put the nearest LoRA to ``full - base`` into the denoiser's own network, by singular values (Eckart-Young).
 
     Args:
-        full: the tuned U-Net.
+        full: the tuned network.
         rank: of every layer, or less where a layer has less.
         energy: instead of a rank, the least one that holds this share of a layer's squared change.
         layers: as of a policy.
@@ -113,10 +114,12 @@ def extract_lora(
     network: Any = denoiser.network
     before, after = dict(network.named_parameters()), dict(full.named_parameters())
     if before.keys() != after.keys() or any(before[n].shape != after[n].shape for n in before):
-        raise UserError(f"the tuned U-Net is not shaped like that of {denoiser.name}: name the model it was trained from")
+        raise UserError(
+            f"the tuned {denoiser.part_name} is not shaped like that of {denoiser.name}: name the model it was trained from"
+        )
     total = sum(float((after[n].float() - before[n].float()).square().sum()) for n in before)
     if not total:
-        raise UserError(f"the tuned U-Net is that of {denoiser.name}: there is no change to extract")
+        raise UserError(f"the tuned {denoiser.part_name} is that of {denoiser.name}: there is no change to extract")
     targets = tuple(denoiser.lora_targets[layers])
     names = [
         n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and f".{n}".endswith(_suffixes(targets))
@@ -128,6 +131,8 @@ def extract_lora(
         covered += squared
         if squared:  # a layer that did not change needs no LoRA
             layer, share = _nearest(change, rank, energy)
+            if not math.isfinite(share):
+                raise UserError(f"the tuned {denoiser.part_name} holds numbers that are not finite; it cannot be used")
             found[name], held = layer, held + share * squared
     if not found:
         raise UserError(f"no layer of {layers!r} changed; extract from layers all")
@@ -158,7 +163,4 @@ def _nearest(change: Tensor, rank: int | None, energy: float | None) -> tuple[Lo
     down, up = root[:, None] * vh[:keep], u[:, :keep] * root
     if change.ndim == 4:
         down, up = down.reshape(keep, *change.shape[1:]), up[..., None, None]
-    share = float(shares[keep - 1])
-    if not math.isfinite(share):
-        raise UserError("the tuned U-Net holds numbers that are not finite; it cannot be used")
-    return LoraLayer(down.contiguous(), up.contiguous(), 1.0), share
+    return LoraLayer(down.contiguous(), up.contiguous(), 1.0), float(shares[keep - 1])

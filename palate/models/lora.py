@@ -16,16 +16,12 @@ from torch import Tensor, nn
 from palate.base.errors import UserError, first_line
 from palate.base.files import replacing
 from palate.models.denoiser import Denoiser
-
-LORA = ".lora_"
-"""In the names of all of a LoRA's parameters, and of no others."""
-
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
+from palate.models.files import LORA_FILE
+from palate.models.parts import LORA
 
 
 def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
-    """The U-Net with what :meth:`Policy.save` wrote; a LoRA is put into the denoiser's own U-Net.
+    """The network with what :meth:`Policy.save` wrote; a LoRA is put into the denoiser's own.
 
     Raises:
         UserError: it does not fit the model, or is damaged.
@@ -43,7 +39,7 @@ def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
 def put_loras(denoiser: Any, network: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
     """Put LoRA files of any layout that diffusers reads into ``network`` (and the text encoders), each at its scale.
 
-    Those that the U-Net has already, as of :func:`tuned`, stay at scale 1.
+    Those that the network has already, as of :func:`tuned`, stay at scale 1.
 
     Raises:
         UserError: a file does not fit the model, or is damaged.
@@ -65,7 +61,7 @@ def find_lora(path: str | Path) -> Path:
     """The file of a LoRA named by itself or by its folder; of its weights only the names are read.
 
     Raises:
-        UserError: it is missing, no safetensors file, holds nothing for a U-Net, or more than its matrices, or not every alpha.
+        UserError: it is missing, no safetensors file, holds no LoRA, or more than its matrices, or not every alpha.
     """
     path = Path(path)
     file = path / LORA_FILE if path.is_dir() else path
@@ -96,7 +92,7 @@ def tells_alpha(file: Path) -> bool:
 
 
 def load_lora(denoiser: Denoiser, network: nn.Module, path: str | Path) -> None:
-    """Put a LoRA, in the layout of diffusers or kohya, into ``network`` (the denoiser's own or a twin), in float32 as when trained.
+    """Put a LoRA in diffusers' or kohya's layout into ``network`` (the denoiser's own or a twin), in float32 as in training.
 
     Raises:
         UserError: as :func:`find_lora`, or it does not fit the model.
@@ -179,7 +175,7 @@ class LoraLayer:
 
 
 def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:
-    """The trained LoRA of a U-Net, as it is applied, by the name of the layer."""
+    """The trained LoRA of a network, as it is applied, by the name of the layer."""
     from peft.tuners.lora import LoraLayer as PeftLayer
 
     found = {}

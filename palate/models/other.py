@@ -16,13 +16,11 @@ from palate.base.errors import UserError, first_line
 class OtherPipeline:
     """A folder or hub id of a pipeline such as SD3, Flux, PixArt or Sana, with what drawing needs of a denoiser.
 
-    Args: as :class:`palate.models.sd.StableDiffusion`.
+    Args: as :class:`palate.models.latent.Latent`.
 
     Raises:
         UserError: no text-to-image pipeline, or parts of it cannot be read.
     """
-
-    family = "other"
 
     def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
         from diffusers import AutoPipelineForText2Image

@@ -16,6 +16,9 @@ from tqdm import tqdm
 from palate.base.errors import UserError, first_line
 from palate.diffusion.denoising import Conditioning
 
+LORA = ".lora_"
+"""In the names of all of a LoRA's parameters, and of no others."""
+
 
 class Source:
     """A pipeline folder or hub id, and the device its parts go to.
@@ -59,12 +62,14 @@ class Vae:
 
     Always float32, for SDXL's own VAE overflows in float16, unless the pipeline runs in float16 and the VAE's configuration
     says ``force_upcast: false``, as that of sdxl-vae-fp16-fix does.
+
+    part_name: what people call the network whose latents are decoded.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype):
+    def __init__(self, source: Source, dtype: torch.dtype, part_name: str):
         from diffusers import AutoencoderKL
 
-        self._source, self._module = source, None
+        self._source, self._module, self._part_name = source, None, part_name
         config = source.config(AutoencoderKL, "vae")
         self._dtype = dtype if dtype == torch.float16 and config.get("force_upcast") is False else torch.float32
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
@@ -106,7 +111,7 @@ class Vae:
         shift, scale = self._normalisation(latents)
         pictures = self.module.decode((latents / scale + shift).to(self._dtype)).sample.float()
         if not pictures.isfinite().all():
-            where = "the VAE" if latents.isfinite().all() else "the U-Net"
+            where = "the VAE" if latents.isfinite().all() else f"the {self._part_name}"
             kind = str(self._dtype).removeprefix("torch.")
             raise UserError(
                 f"{where} of {self._source.name} gave NaN or infinity (the VAE ran in {kind}): use mixed_precision bf16 or no, "
@@ -130,7 +135,7 @@ class TextEncoder:
     """
 
     def __init__(self, source: Source, kind: str = "CLIPTextModel", ending: str = ""):
-        self._source, self._kind, self._ending = source, kind, ending
+        self._source, self._kind, self.ending = source, kind, ending
         self._pair: tuple[Any, Any] | None = None
 
     @property
@@ -139,7 +144,7 @@ class TextEncoder:
         if self._pair is None:
             import transformers
 
-            name, folder = self._source.name, f"tokenizer{self._ending}"
+            name, folder = self._source.name, f"tokenizer{self.ending}"
             try:
                 tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=folder, **self._source.plain)
             except (OSError, ValueError) as error:
@@ -147,7 +152,7 @@ class TextEncoder:
             if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing folder
                 raise UserError(f"the {folder} of {name} has no words; expected vocab.json and merges.txt in {folder}/")
             kind = getattr(transformers, self._kind)
-            encoder = self._source.read(kind, f"text_encoder{self._ending}", dtype=torch.float32)
+            encoder = self._source.read(kind, f"text_encoder{self.ending}", dtype=torch.float32)
             # Of a tokenizer without a limit, model_max_length is a huge number.
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             self._pair = tokenizer, encoder
@@ -232,6 +237,7 @@ def assemble(kind: str, scheduler_config: Mapping[str, Any], **parts: Any) -> An
 @torch.no_grad()
 def draw_pictures(
     make: Callable[..., Any],
+    part: str,
     texts: Remembered,
     names: Mapping[str, str],
     vae: Vae,
@@ -252,6 +258,7 @@ def draw_pictures(
 
     Args:
         make: the pipeline; with ``editing=True`` that from image to image.
+        part: of the pipeline, its network.
         names: of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative.
         refiner: a :class:`palate.models.refiner.Refiner` or None.
 
@@ -274,8 +281,9 @@ def draw_pictures(
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(negatives)} negative prompts")
     texts.add([*prompts, *(n for n in negatives if n is not None)])
     pipeline = make(editing=starts is not None)
-    network, images = pipeline.unet, []
-    device, dtype, was_training = network.conv_in.weight.device, network.conv_in.weight.dtype, network.training
+    network, images = getattr(pipeline, part), []
+    weight = next(x for name, x in network.named_parameters() if LORA not in name)
+    device, dtype, was_training = weight.device, weight.dtype, network.training
     network.eval()
     try:
         for start in tqdm(range(0, len(prompts), batch_size), desc="generating", disable=not progress, leave=False):

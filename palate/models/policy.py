@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from palate.base.errors import UserError
 from palate.base.files import replacing
 from palate.diffusion.denoising import Conditioning
-from palate.models.denoiser import Denoiser
-from palate.models.lora import LORA, load_lora, save_lora
+from palate.models.denoiser import Denoiser, features_of
+from palate.models.lora import load_lora, save_lora
+from palate.models.parts import LORA
 
 
 def twin(module: nn.Module, *, share: bool) -> nn.Module:
@@ -33,7 +34,7 @@ class Policy:
     """A denoiser in training: LoRA on frozen weights, or all weights beside a frozen copy.
 
     Args:
-        denoiser: the model; its U-Net is changed in place.
+        denoiser: the model; its network is changed in place.
         kind: ``lora`` or ``full``.
         rank: of the LoRA matrices.
         lora_layers: ``attention`` (the published recipes), or ``all`` for the linear and convolution layers of all blocks.
@@ -118,7 +119,8 @@ class Policy:
 
     def features(self, x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
         """Features of the frozen model's encoder half; gradients flow to ``x``, never to weights."""
-        return self.denoiser.features(self.frozen, x, t, cond, layers, gradient_checkpointing=self.gradient_checkpointing)
+        features = features_of(self.denoiser)
+        return features(self.frozen, x, t, cond, layers, gradient_checkpointing=self.gradient_checkpointing)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trainable tensors by name."""
@@ -147,7 +149,7 @@ class Policy:
 
 
 class Finished:
-    """A trained U-Net beside the one it came from, as a :class:`Policy` is called, for measuring only.
+    """A trained network beside the one it came from, as a :class:`Policy` is called, for measuring only.
 
     Args:
         network: the tuned one.
@@ -173,4 +175,4 @@ class Finished:
         return self.denoiser.predict(self._base, xt, t, cond)
 
     def features(self, x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
-        return self.denoiser.features(self._base, x, t, cond, layers)
+        return features_of(self.denoiser)(self._base, x, t, cond, layers)

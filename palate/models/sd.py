@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
-import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.schedule import from_config
+from palate.models.denoiser import Card, Kohya
 from palate.models.features import encoder_features
-from palate.models.parts import Remembered, Source, TextEncoder, Vae, assemble, draw_pictures
+from palate.models.latent import Latent
+from palate.models.parts import Source, TextEncoder
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 LORA_TARGETS = {
@@ -26,63 +23,26 @@ LORA_TARGETS = {
 """Layers of a ``UNet2DConditionModel``, by the name a recipe gives them."""
 
 
-class StableDiffusion:
-    """A folder or hub id in the layout of ``StableDiffusionPipeline``. See :class:`palate.models.denoiser.Denoiser`.
+class StableDiffusion(Latent):
+    """A folder or hub id in the layout of ``StableDiffusionPipeline``.
 
-    Args:
-        name: folder or hub id.
-        dtype: of the frozen weights; prompts are always encoded in float32, and pictures as :class:`Vae` says.
-        device: where the U-Net runs.
+    A conditioning holds ``encoder_hidden_states (b, length, c)``. Args: as :class:`palate.models.latent.Latent`.
     """
 
-    family = "sd"
-    part: ClassVar[str] = "unet"
+    part, part_name = "unet", "U-Net"
+    card: ClassVar[Card] = Card("StableDiffusionPipeline", "UNet2DConditionModel", "stable-diffusion")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
+    prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
 
-    def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
-        from diffusers import UNet2DConditionModel
+    def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
+        return (TextEncoder(source),)
 
-        self.name, self.device = name, torch.device(device)
-        read = Source(name, self.device, **source)
-        self.scheduler_config = read.scheduler_config()
-        self.schedule = from_config(self.scheduler_config)
-        self.vae, self.text = Vae(read, dtype), TextEncoder(read)
-        self.vae_scale_factor = self.vae.factor
-        self.network = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)
-        self.default_resolution = int(self.network.config.sample_size) * self.vae_scale_factor
-        self._prompts = Remembered(self.encode_prompts, self.unconditional)
-
-    def release(self) -> None:
-        self.vae.release()
-        self.text.release()
-
-    def fingerprint(self) -> dict[str, str]:
-        return {"vae": self.vae.digest(), "text": self.text.digest()}
-
-    def encoders(self) -> dict[str, Any]:
-        fingerprint = self.fingerprint()
-        return {
-            "encode_images": self.encode_images,
-            "encode_text": lambda prompts: self.encode_prompts(prompts).tensors,
-            "image_fingerprint": fingerprint["vae"],
-            "text_fingerprint": fingerprint["text"],
-        }
-
-    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
-        longer, limit = self.text.longer(list(dict.fromkeys(prompts)))
-        return sum(longer), limit
+    def _pipeline_options(self) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        return Conditioning({"encoder_hidden_states": self.text(prompts).last_hidden_state})
-
-    def unconditional(self) -> Conditioning:
-        return self.encode_prompts([""])
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        return self.vae.encode(images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents)
+        (text,) = self.texts
+        return Conditioning({"encoder_hidden_states": text(prompts).last_hidden_state})
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
@@ -94,35 +54,24 @@ class StableDiffusion:
         text = cond.tensors["encoder_hidden_states"]
         return encoder_features(network, x, t, text, None, layers, gradient_checkpointing=gradient_checkpointing)
 
-    def pipeline(self, network: nn.Module | None = None) -> Any:
-        return self._pipeline(network, *self.text.pair)
+    @property
+    def kohya(self) -> Kohya:
+        """Layers have diffusers' names, with ``_`` for ``.``."""
+        velocity = self.schedule.prediction_type == "v_prediction"
+        second = int(self.network.config.cross_attention_dim) == 1024
+        if second:
+            version, architecture = (
+                ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", "stable-diffusion-v2-512")
+            )
+        else:
+            version, architecture = "sd_v1", "stable-diffusion-v1"
+        return Kohya(kohya_name, version, architecture, "v" if velocity else "epsilon", second=second)
 
-    def _pipeline(self, network: nn.Module | None, tokenizer: Any, text_encoder: Any, *, editing: bool = False) -> Any:
-        return assemble(
-            "StableDiffusionImg2ImgPipeline" if editing else "StableDiffusionPipeline",
-            self.scheduler_config,
-            vae=self.vae.module,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=self.network if network is None else network,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
 
-    def remember(self, prompts: list[str]) -> None:
-        self._prompts.add(prompts)
+def kohya_name(module: str) -> str:
+    """A layer of a U-Net by the name that kohya's LoRAs have for it.
 
-    def generate(
-        self, prompts: list[str], seeds: list[int], *, network: nn.Module | None = None, refiner: Any = None, **drawing: Any
-    ) -> list[Image.Image]:
-        if refiner is not None:
-            raise UserError(f"a refiner finishes pictures of an SDXL model, but {self.name} is of Stable Diffusion 1.x or 2.x")
-        make = partial(self._pipeline, network, None, None)  # the text encoder may have left memory
-        names = {"encoder_hidden_states": "prompt_embeds"}
-        return draw_pictures(make, self._prompts, names, self.vae, prompts, seeds, **drawing)
-
-    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        from diffusers import StableDiffusionPipeline
-
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, **metadata)
+    >>> kohya_name("down_blocks.1.attentions.0.proj_in")
+    'lora_unet_down_blocks_1_attentions_0_proj_in'
+    """
+    return "lora_unet_" + module.replace(".", "_")

@@ -6,67 +6,48 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.schedule import from_config
+from palate.models.denoiser import Card, Kohya
 from palate.models.features import encoder_features
-from palate.models.parts import Remembered, Source, TextEncoder, Vae, assemble, draw_pictures, zeros_like
+from palate.models.latent import Latent
+from palate.models.parts import Source, TextEncoder, zeros_like
 from palate.models.sd import LORA_TARGETS
+from palate.models.sd import kohya_name as as_kohya
 
 
-class StableDiffusionXL:
-    """A folder or hub id in the layout of ``StableDiffusionXLPipeline``. See :class:`palate.models.denoiser.Denoiser`.
+class StableDiffusionXL(Latent):
+    """A folder or hub id in the layout of ``StableDiffusionXLPipeline``.
 
     A conditioning holds ``encoder_hidden_states (b, length, c1 + c2)``, ``text_embeds (b, d)`` and, where pictures have one,
     their ``framing (b, 6)``: original height and width, top and left of the crop, target height and width (section 2.2).
     Without a framing the picture counts as whole and of its own size, as in the pipeline.
 
-    Args: as :class:`palate.models.sd.StableDiffusion`.
+    Args: as :class:`palate.models.latent.Latent`.
     """
 
-    family = "sdxl"
-    part: ClassVar[str] = "unet"
+    part, part_name = "unet", "U-Net"
+    card: ClassVar[Card] = Card("StableDiffusionXLPipeline", "UNet2DConditionModel", "stable-diffusion-xl")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
+    prompt_arguments: ClassVar[dict[str, str]] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "text_embeds": "pooled_prompt_embeds",
+    }
+    refined = True
 
     def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
-        from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+        from diffusers import StableDiffusionXLPipeline
 
-        self.name, self.device = name, torch.device(device)
-        read = Source(name, self.device, **source)
-        self.scheduler_config = read.scheduler_config()
-        self.schedule = from_config(self.scheduler_config)
-        self.vae = Vae(read, dtype)
-        self.texts = TextEncoder(read), TextEncoder(read, "CLIPTextModelWithProjection", "_2")
-        self.vae_scale_factor = self.vae.factor
-        self.network = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)
-        self.default_resolution = int(self.network.config.sample_size) * self.vae_scale_factor
-        self.zeros_for_empty_prompt = bool(
-            read.config(StableDiffusionXLPipeline, None).get("force_zeros_for_empty_prompt", True)
-        )
-        self._prompts = Remembered(self.encode_prompts, self.unconditional)
+        super().__init__(name, dtype=dtype, device=device, **source)
+        config = self._source.config(StableDiffusionXLPipeline, None)
+        self.zeros_for_empty_prompt = bool(config.get("force_zeros_for_empty_prompt", True))
 
-    def release(self) -> None:
-        for part in (self.vae, *self.texts):
-            part.release()
+    def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
+        return TextEncoder(source), TextEncoder(source, "CLIPTextModelWithProjection", "_2")
 
-    def fingerprint(self) -> dict[str, str]:
-        return {"vae": self.vae.digest(), "text": " ".join(text.digest() for text in self.texts)}
-
-    def encoders(self) -> dict[str, Any]:
-        fingerprint = self.fingerprint()
-        return {
-            "encode_images": self.encode_images,
-            "encode_text": lambda prompts: self.encode_prompts(prompts).tensors,
-            "image_fingerprint": fingerprint["vae"],
-            "text_fingerprint": fingerprint["text"],
-        }
-
-    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
-        prompts = list(dict.fromkeys(prompts))
-        (first, a), (second, b) = (text.longer(prompts) for text in self.texts)
-        return sum(x or y for x, y in zip(first, second, strict=True)), min(a, b)
+    def _pipeline_options(self) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Outputs of the last layer but one of both encoders, side by side, and the pooled embedding of the second."""
@@ -79,16 +60,10 @@ class StableDiffusionXL:
         empty = self.encode_prompts([""])
         return zeros_like(empty) if self.zeros_for_empty_prompt else empty
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        return self.vae.encode(images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents)
-
     def _added(self, cond: Conditioning, x: Tensor) -> dict[str, Tensor]:
         framing = cond.tensors.get("framing")
         if framing is None:
-            height, width = (side * self.vae_scale_factor for side in x.shape[-2:])
+            height, width = (side * self.vae.factor for side in x.shape[-2:])
             framing = torch.tensor([height, width, 0, 0, height, width], device=x.device).expand(len(x), 6)
         return {"text_embeds": cond.tensors["text_embeds"], "time_ids": framing}
 
@@ -105,36 +80,61 @@ class StableDiffusionXL:
         text, added = cond.tensors["encoder_hidden_states"], self._added(cond, x)
         return encoder_features(network, x, t, text, added, layers, gradient_checkpointing=gradient_checkpointing)
 
-    def pipeline(self, network: nn.Module | None = None) -> Any:
-        return self._pipeline(network, *(text.pair for text in self.texts))
-
-    def _pipeline(
-        self, network: nn.Module | None, first: tuple[Any, Any], second: tuple[Any, Any], *, editing: bool = False
-    ) -> Any:
-        return assemble(
-            "StableDiffusionXLImg2ImgPipeline" if editing else "StableDiffusionXLPipeline",
-            self.scheduler_config,
-            vae=self.vae.module,
-            text_encoder=first[1],
-            text_encoder_2=second[1],
-            tokenizer=first[0],
-            tokenizer_2=second[0],
-            unet=self.network if network is None else network,
-            force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
-            add_watermarker=False,
+    @property
+    def kohya(self) -> Kohya:
+        """Layers have the names of the original code."""
+        return Kohya(
+            partial(kohya_name, layers_per_block=int(self.network.config.layers_per_block)),
+            version="sdxl_base_v1-0",
+            architecture="stable-diffusion-xl-v1-base",
+            prediction="v" if self.schedule.prediction_type == "v_prediction" else "epsilon",
+            implementation="https://github.com/Stability-AI/generative-models",
         )
 
-    def remember(self, prompts: list[str]) -> None:
-        self._prompts.add(prompts)
 
-    def generate(
-        self, prompts: list[str], seeds: list[int], *, network: nn.Module | None = None, **drawing: Any
-    ) -> list[Image.Image]:
-        make = partial(self._pipeline, network, (None, None), (None, None))  # the text encoders may have left memory
-        names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
-        return draw_pictures(make, self._prompts, names, self.vae, prompts, seeds, **drawing)
+# Names of layers ------------------------------------------------------------------------------------------------------------
 
-    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        from diffusers import StableDiffusionXLPipeline
+OUTER = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 
-        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers, **metadata)
+
+def kohya_name(module: str, layers_per_block: int) -> str:
+    """A layer of diffusers' U-Net by the name that kohya's LoRAs of SDXL have for it: that of the original code.
+
+    There blocks are numbered through. (In diffusers, down block b has ``layers_per_block`` layers and a downsampler, up block
+    b one layer more; ``input_blocks.0`` is ``conv_in``.)
+
+    >>> kohya_name("down_blocks.1.attentions.0.proj_in", 2)
+    'lora_unet_input_blocks_4_1_proj_in'
+    """
+    return as_kohya(_original(module, layers_per_block))
+
+
+def _original(module: str, layers_per_block: int) -> str:
+    if module in OUTER:
+        return OUTER[module]
+    part, *rest = module.split(".")
+    block = 0 if part == "mid_block" else int(rest.pop(0))
+    kind, layer, inner = rest[0], int(rest[1]), ".".join(rest[2:])
+    if kind == "resnets":
+        inner = RESNET[inner]
+    if part == "mid_block":  # resnet, attention, resnet
+        return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{inner}"
+    first = block * (layers_per_block + 1)
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers_per_block + 1}.0.op"
+    if kind == "upsamplers":  # after the resnet and the attention, which the up blocks with an upsampler have in SDXL
+        return f"output_blocks.{first + layers_per_block}.2.{inner}"
+    place = 1 if kind == "attentions" else 0
+    return (
+        f"input_blocks.{first + layer + 1}.{place}.{inner}"
+        if part == "down_blocks"
+        else (f"output_blocks.{first + layer}.{place}.{inner}")
+    )

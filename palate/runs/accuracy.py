@@ -14,7 +14,7 @@ from palate.evaluation.accuracy import accuracy
 from palate.evaluation.statistics import WinRate
 from palate.miniature import world
 from palate.names.judges import find_judges
-from palate.runs.assembly import resolve_space
+from palate.runs.assembly import check_space, resolve_space
 from palate.runs.label import judge_margins
 from palate.runs.models import NamedModel, find_model
 
@@ -109,6 +109,10 @@ def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress
     from palate.training.measures import implicit_margins
 
     policy = model.load_finished()
+    own = model.recipe.space if model.recipe is not None else {"name": "latent"}
+    spaces = [own if name == "run" else {"name": name} for name in options.space]
+    for space in spaces:
+        check_space(space, policy.denoiser)
     of_run = model.recipe.data.resolution if model.recipe is not None else None
     encoded = encode_pairs(
         reader,
@@ -119,12 +123,10 @@ def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress
     )
     policy.denoiser.release()
     found = []
-    for name in options.space:
-        own = model.recipe.space if model.recipe is not None else {"name": "latent"}
-        space = resolve_space(own if name == "run" else {"name": name}, policy)
+    for name, space in zip(options.space, spaces, strict=True):
         margins, labels = implicit_margins(
             policy,
-            space,
+            resolve_space(space, policy),
             encoded,
             seed=options.seed,
             timesteps=options.timesteps,

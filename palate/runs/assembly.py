@@ -6,10 +6,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError, nearest
 from palate.base.options import foreign, keywords, typed
+
+if TYPE_CHECKING:
+    from palate.models.denoiser import Denoiser
 
 
 def _objective(name: str) -> tuple[Callable[..., Any], str]:
@@ -105,6 +108,15 @@ def _any_schedule() -> Any:
     from palate.diffusion.schedule import from_config
 
     return from_config({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2})
+
+
+def check_space(options: dict[str, Any] | list[dict[str, Any]], denoiser: Denoiser) -> None:
+    """Raise ``UserError`` if the space needs features that the model's family has not."""
+    from palate.models.denoiser import features_of
+
+    parts = options if isinstance(options, list) else [options]
+    if any(part["name"] == "perceptual" for part in parts):
+        features_of(denoiser)
 
 
 def resolve_space(options: dict[str, Any] | list[dict[str, Any]], policy: Any) -> Any:

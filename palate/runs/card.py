@@ -6,7 +6,7 @@ import json
 import re
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from safetensors import safe_open
@@ -19,22 +19,23 @@ from palate.data.selection import same_prompt
 from palate.evaluation.compare import percent
 from palate.evaluation.folders import read_result, read_run
 from palate.evaluation.manifest import read_manifest
-from palate.models.kohya import KOHYA_FILE
-from palate.models.lora import LORA_FILE
+from palate.models.files import KOHYA_FILE, LORA_FILE, PARTS
 from palate.online.options import Arithmetic
 from palate.runs.assembly import resolve_objective
 from palate.runs.recipe import Recipe
 
+if TYPE_CHECKING:
+    from palate.models.denoiser import Denoiser
+
 CARD = "README.md"
-PUBLIC = (CARD, LORA_FILE, KOHYA_FILE, "unet/*", "before_after.png")
+PUBLIC = (CARD, LORA_FILE, KOHYA_FILE, *(f"{part}/*" for part in PARTS), "before_after.png")
 """What of a run is for others: no path of this machine stands in these."""
 
 
-def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
+def write_card(out: Path, recipe: Recipe, denoiser: Denoiser) -> Path:
     """Write the card from what the folder of a run holds: weights, ``run.json``, and ``metrics.json`` if models were compared.
 
-    Args:
-        family: ``sd`` or ``sdxl``.
+    denoiser: the model that was trained.
     """
     full = recipe.policy.train_method == "full"
     base = recipe.model.pretrained_model_name_or_path
@@ -42,19 +43,21 @@ def write_card(out: Path, recipe: Recipe, *, family: str) -> Path:
     parts = recipe.space if isinstance(recipe.space, list) else [recipe.space]
     prompts = recipe.evaluation.validation_prompts
     text = _template().render(
-        front=_front(recipe, family),
+        front=_front(recipe, denoiser),
         name=out.resolve().name,
         shown=shown,
         taste="preferences" if recipe.online.train_prompts is None else "rewards",
         method=recipe.objective["name"],
         space=" + ".join(part["name"] for part in parts),
-        weights="all weights of the U-Net" if full else _lora(out, recipe),
+        weights=f"all weights of the {denoiser.part_name}" if full else _lora(out, recipe),
         **_comparison(out),
         full=full,
-        pipeline="StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline",
+        pipeline=denoiser.card.pipeline,
+        network=denoiser.card.network,
+        part=denoiser.part,
         base=base if is_hub_id(base) else f"path/to/{shown}",
         lora_file=LORA_FILE,
-        kohya_file=KOHYA_FILE,
+        kohya_file=KOHYA_FILE if denoiser.kohya is not None else None,
         prompt=json.dumps(prompts[0] if prompts else "a cat in the rain", ensure_ascii=False),
         sampling=recipe.evaluation,
         facts=_facts(recipe, read_run(out)),
@@ -77,7 +80,7 @@ def _template() -> Template:
     return found.get_template("card.md.jinja")
 
 
-def _front(recipe: Recipe, family: str) -> dict[str, object]:
+def _front(recipe: Recipe, denoiser: Denoiser) -> dict[str, object]:
     """What hubs read and sort by."""
     full = recipe.policy.train_method == "full"
     base, data = recipe.model.pretrained_model_name_or_path, recipe.data.train_data
@@ -85,7 +88,7 @@ def _front(recipe: Recipe, family: str) -> dict[str, object]:
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": [
-            *("text-to-image", "diffusers", "stable-diffusion-xl" if family == "sdxl" else "stable-diffusion"),
+            *("text-to-image", "diffusers", denoiser.card.tag),
             *(() if full else ("lora",)),
             *("preference-alignment", recipe.objective["name"], "palate"),
         ],

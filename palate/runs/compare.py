@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from palate.base.errors import UserError
 from palate.base.machine import tell, versions
 from palate.evaluation.folders import read_run
+from palate.models.files import weights_of
 from palate.names.judges import NamedJudge, find_judges, score_folders
 from palate.names.prompts import find_prompts
 from palate.runs.card import write_card
@@ -34,9 +35,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     evaluation_prompts(recipe)
     comparing_judges(recipe)
     check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
-    lora, full = out / "pytorch_lora_weights.safetensors", out / "unet"
-    if not lora.is_file() and not full.is_dir():
-        raise UserError(f"{out} holds neither {lora.name} nor unet/; is the training finished?")
+    weights = weights_of(out)
     from palate.models.lora import load_lora, tuned
     from palate.models.policy import twin
 
@@ -45,8 +44,8 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     if recipe.policy.pretrained_lora is not None:
         load_lora(denoiser, base, recipe.policy.pretrained_lora)
     resolution = recipe.data.resolution or denoiser.default_resolution
-    compare_models(recipe, denoiser, base, tuned(denoiser, lora if lora.is_file() else full), resolution, out, command)
-    write_card(out, recipe, family=denoiser.family)
+    compare_models(recipe, denoiser, base, tuned(denoiser, weights), resolution, out, command)
+    write_card(out, recipe, denoiser)
 
 
 def evaluation_prompts(recipe: Recipe) -> list[Prompt]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from palate.base.errors import UserError
 from palate.base.hub import check_push, is_hub_id, push
 from palate.base.options import Count, OneOf, Range, check_ranges
+from palate.models.files import KOHYA_FILE, network_of
 from palate.runs.card import CARD, PUBLIC
 from palate.runs.models import NamedModel, find_model
 from palate.runs.recipe import Recipe
@@ -129,7 +130,7 @@ def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.
     )
     files = (
         layouts.save_diffusers(denoiser, denoiser.network, out, dtype=dtype),
-        kohya.save_kohya(denoiser, denoiser.network, out / kohya.KOHYA_FILE, dtype=dtype, about=about),
+        kohya.save_kohya(denoiser, denoiser.network, out / KOHYA_FILE, dtype=dtype, about=about),
     )
     return [extraction.sentence(), *(f"wrote {file}" for file in files)]
 
@@ -143,7 +144,7 @@ def _find(name: str, base: str | None) -> NamedModel:
             found = dataclasses.replace(found, base=find_model(base).base)
         return found
     if folder.is_dir() and (folder / "model_index.json").is_file():
-        tuned = folder / "unet"
+        tuned = network_of(folder)
     elif folder.is_dir() and (folder / "config.json").is_file():
         tuned = folder
     else:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from palate.runs.assembly import check_space
 from palate.runs.models import load_base
 from palate.runs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from palate.models.denoiser import Denoiser
 
 
 def policy_of(recipe: Recipe, denoiser: Any) -> Any:
@@ -44,9 +48,10 @@ def at_home(recipe: Recipe) -> Recipe:
     )
 
 
-def denoiser_of(recipe: Recipe) -> Any:
+def denoiser_of(recipe: Recipe) -> Denoiser:
+    """Raises UserError if its family cannot be trained in the recipe's space."""
     options = recipe.model
-    return load_base(
+    denoiser = load_base(
         options.pretrained_model_name_or_path,
         mixed_precision=recipe.training.mixed_precision,
         revision=options.revision,
@@ -54,3 +59,5 @@ def denoiser_of(recipe: Recipe) -> Any:
         # All weights are trained, from their full precision on; the forward pass is autocast all the same.
         full=recipe.policy.train_method == "full",
     )
+    check_space(recipe.space, denoiser)
+    return denoiser

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
 from palate.miniature import world
+from palate.models.files import LORA_FILE, weights_of
 
 if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Finished
     from palate.runs.recipe import Recipe
-
-WEIGHTS = ("pytorch_lora_weights.safetensors", "unet")
-"""What a finished run holds: one of these."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Lora:
         head, colon, tail = text.rpartition(":")
         name, scale = (head, tail) if colon and not Path(text).expanduser().exists() else (text, "1")
         path = Path(name).expanduser()
-        path = path / WEIGHTS[0] if path.is_dir() else path
+        path = path / LORA_FILE if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"lora {text!r}: there is no {path}; expected a .safetensors file or its folder, or PATH:scale")
         try:
@@ -60,7 +58,7 @@ class NamedModel:
     revision: str | None = None
     variant: str | None = None
     tuned: Path | None = None
-    """What a run trained: a LoRA file, or a folder with the whole U-Net."""
+    """What a run trained: a LoRA file, or a folder with the whole network."""
     recipe: Recipe | None = None
     """Of the run."""
     loras: tuple[Lora, ...] = ()
@@ -78,7 +76,7 @@ class NamedModel:
         return {**found, "loras": [{"file": x.path.name, "scale": x.scale, "digest": _digest(x.path)} for x in self.loras]}
 
     def load(self, *, mixed_precision: str = "no") -> tuple[Any, Any, Any]:
-        """The model; its tuned U-Net (its own, with LoRAs in it, unless a run trained all weights); the refiner or None.
+        """The model; its tuned network (its own, with LoRAs in it, unless a run trained all weights); the refiner or None.
 
         A model of a family that is not trained is a :class:`palate.models.other.OtherPipeline`.
         """
@@ -105,7 +103,7 @@ class NamedModel:
         return Finished(denoiser, self._put(denoiser), base)
 
     def _put(self, denoiser: Any) -> Any:
-        """What was trained, and the LoRAs, into the model; the U-Net to use."""
+        """What was trained, and the LoRAs, into the model; the network to use."""
         from palate.models.lora import put_loras, tuned
 
         network = denoiser.network if self.tuned is None else tuned(denoiser, self.tuned)
@@ -136,9 +134,7 @@ def find_model(
         from palate.runs import recipe as recipes
 
         recipe = recipes.load(str(folder / "recipe.yaml"))
-        weights = next((folder / w for w in WEIGHTS if (folder / w).exists()), None)
-        if weights is None:
-            raise UserError(f"{folder} holds neither {WEIGHTS[0]} nor unet/; is the training finished?")
+        weights = weights_of(folder)
         base = recipe.model
         name, revision, variant = base.pretrained_model_name_or_path, base.revision, base.variant
     check_refiner_fits(refiner, name, revision=revision)
@@ -180,7 +176,7 @@ def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None =
     if refiner is None:
         return
     check_refiner(refiner)
-    if FAMILIES[check_model(_base(base), revision=revision)] != "sdxl":
+    if not FAMILIES[check_model(_base(base), revision=revision)].load().refined:
         raise UserError(f"a refiner finishes pictures of an SDXL model, and {base} is none: leave out --refiner")
 
 
@@ -199,7 +195,7 @@ def _base(name: str) -> str:
 
 
 def _lora_label(lora: Lora) -> str:
-    name = lora.path.parent.name if lora.path.name == WEIGHTS[0] else lora.path.stem
+    name = lora.path.parent.name if lora.path.name == LORA_FILE else lora.path.stem
     return name if lora.scale == 1 else f"{name} at {lora.scale:g}"
 
 

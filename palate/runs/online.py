@@ -106,13 +106,12 @@ def assemble(
         space = resolve_space(recipe.space, policy)
         draws = Draws(recipe.training.t_min, recipe.training.t_max, recipe.training.snr_gamma)
         step = make(acting, space, objective, draws)
-    side = resolution // denoiser.vae_scale_factor
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
     rollouts = Rollouts(
         policy,
         found.prompts,
         encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts),
-        (denoiser.network.config.in_channels, side, side),
+        denoiser.latent_shape(resolution, resolution),
         decode=denoiser.decode,
         rewards=_bundle(recipe, found.rewards, denoiser.device),
         options=options,

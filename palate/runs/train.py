@@ -18,6 +18,7 @@ from palate.base.machine import is_main, tell, versions
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.folders import read_run
 from palate.models.families import cut_warning
+from palate.models.files import KOHYA_FILE, WEIGHTS
 from palate.runs import recipe as recipes
 from palate.runs.assembly import AUTO, resolve_objective, resolve_space
 from palate.runs.card import PUBLIC, write_card
@@ -150,8 +151,8 @@ def _finish(recipe: Recipe, denoiser: Any, policy: Any, resolution: int, out: Pa
         return
     written = policy.save(out)
     tell(f"wrote {written}")
-    if recipe.policy.train_method == "lora":
-        from palate.models.kohya import KOHYA_FILE, save_kohya
+    if recipe.policy.train_method == "lora" and denoiser.kohya is not None:
+        from palate.models.kohya import save_kohya
 
         twin = save_kohya(denoiser, policy.trainable_module, out / KOHYA_FILE, about=about_training(recipe, out.resolve().name))
         tell(f"wrote {twin}, the same for ComfyUI and A1111")
@@ -160,7 +161,7 @@ def _finish(recipe: Recipe, denoiser: Any, policy: Any, resolution: int, out: Pa
             compare_models(recipe, denoiser, policy.frozen, policy.trainable_module, resolution, out, command)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the trained weights are in {out}; compare them with: palate evaluate {out}") from None
-    write_card(out, recipe, family=denoiser.family)
+    write_card(out, recipe, denoiser)
     if recipe.training.push_to_hub is not None:
         tell(f"pushed to {push(out, recipe.training.push_to_hub, PUBLIC, message='Align by Palate')}")
 
@@ -186,7 +187,7 @@ def _check_output(recipe: Recipe, out: Path) -> None:
         raise UserError(
             f"{out} already holds a run; continue it with --resume_from_checkpoint latest, or name another --output_dir"
         )
-    elif any((out / name).exists() for name in ("recipe.yaml", "log.jsonl", "pytorch_lora_weights.safetensors", "unet")):
+    elif any((out / name).exists() for name in ("recipe.yaml", "log.jsonl", *WEIGHTS)):
         raise UserError(f"{out} already holds a run, without checkpoints; name another --output_dir, or delete that folder")
 
 

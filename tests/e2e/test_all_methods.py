@@ -40,8 +40,8 @@ class RandomPairs:
 
     def __init__(self, denoiser):
         generator = torch.Generator().manual_seed(3)
-        side = denoiser.default_resolution // denoiser.vae_scale_factor
-        self.latents = torch.randn(2, 4, denoiser.network.config.in_channels, side, side, generator=generator)
+        side = denoiser.default_resolution
+        self.latents = torch.randn(2, 4, *denoiser.latent_shape(side, side), generator=generator)
         text = denoiser.encode_prompts(["a red house", "a blue tower", "a tree", "a yellow sailboat"])
         self.text = {name: rows.detach() for name, rows in text.tensors.items()}
 

@@ -115,6 +115,27 @@ def test_a_refiner_that_cannot_be_used_is_refused_before_training(palate, model_
         assert not Path("out").exists()
 
 
+def test_a_family_without_features_has_no_perceptual_space(palate, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr("palate.models.sd.StableDiffusion.features", None)
+    monkeypatch.setattr("palate.data.encode.encode", never)
+    code, _, error = palate("train", space="{name: perceptual}")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "is of a family without a perceptual space" in error
+
+
+def test_a_family_without_a_layout_of_kohya_has_no_twin(palate, monkeypatch):
+    monkeypatch.setattr("palate.models.sd.StableDiffusion.kohya", None)
+    assert palate("train", max_train_steps=1)[0] == 0
+    assert [path.name for path in Path("out").glob("*.safetensors")] == ["pytorch_lora_weights.safetensors"]
+    assert "ComfyUI" not in Path("out/README.md").read_text()
+    code, _, error = palate("export", "out", format="kohya", output="twin.safetensors")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "no layout for LoRAs of StableDiffusionPipeline" in error
+
+
 def test_stable_diffusion_2_predicts_v_and_draws_as_by_diffusers(palate, sd2_dir):
     from diffusers import StableDiffusionPipeline
 

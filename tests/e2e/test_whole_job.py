@@ -227,7 +227,7 @@ def test_encoders_are_out_of_memory_while_training(palate, monkeypatch):
     update = loop._Run.update
 
     def watching(self, *args):
-        seen.append((self.policy.denoiser.vae.loaded, self.policy.denoiser.text.loaded))
+        seen.append((self.policy.denoiser.vae.loaded, self.policy.denoiser.texts[0].loaded))
         return update(self, *args)
 
     monkeypatch.setattr(loop._Run, "update", watching)

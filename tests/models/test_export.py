@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palate.base.errors import UserError
+from palate.models import sd, sdxl
 from palate.models.families import load_denoiser
-from palate.models.kohya import KOHYA_FILE, kohya_name, save_kohya
+from palate.models.files import KOHYA_FILE
+from palate.models.kohya import save_kohya
 from palate.models.layouts import extract_lora, save_diffusers, save_network, save_pipeline
 from palate.models.lora import find_lora, load_lora, lora_layers, put_loras, tells_alpha
 from palate.models.policy import Policy
@@ -78,11 +80,11 @@ SDXL_NAMES = {
 
 @pytest.mark.parametrize("ours", SDXL_NAMES)
 def test_names_of_sdxl_are_those_of_the_original_code(ours):
-    assert kohya_name(ours, "sdxl", 2) == "lora_unet_" + SDXL_NAMES[ours]
+    assert sdxl.kohya_name(ours, 2) == "lora_unet_" + SDXL_NAMES[ours]
 
 
 def test_names_of_sd_are_those_of_diffusers():
-    name = kohya_name("up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0", "sd", 2)
+    name = sd.kohya_name("up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0")
     assert name == "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_out_0"
 
 
@@ -97,13 +99,11 @@ def test_every_layer_of_the_real_sdxl_finds_its_place():
     config = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "memory.py"))["UNETS"]["SDXL"]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    from palate.models.sd import LORA_TARGETS
-
     names = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    names = [n for n in names if n.endswith(tuple(f".{t}" for t in LORA_TARGETS["all"]))]
+    names = [n for n in names if n.endswith(tuple(f".{t}" for t in sd.LORA_TARGETS["all"]))]
     assert len(names) == 784  # docs/outputs.md
     for ours in names:
-        key = kohya_name(ours, "sdxl", 2)
+        key = sdxl.kohya_name(ours, 2)
         one = torch.zeros(1)
         file = {f"{key}.lora_down.weight": one, f"{key}.lora_up.weight": one, f"{key}.alpha": one}
         (found, *_), _ = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(file, unet.config))
@@ -148,7 +148,7 @@ def test_alphas_and_metadata_of_the_kohya_twin(folder, tmp_path):
     assert {float(tensors[n]) for n in tensors if n.endswith(".alpha")} == {6.0}
     with safe_open(path, "pt") as file:
         told = file.metadata()
-    xl = denoiser.family == "sdxl"
+    xl = denoiser.card.pipeline == "StableDiffusionXLPipeline"
     assert told["ss_base_model_version"] == ("sdxl_base_v1-0" if xl else "sd_v1")
     assert told["modelspec.architecture"] == f"stable-diffusion-{'xl-v1-base' if xl else 'v1'}/lora"
     assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_seed"]) == ("4", "6", "7")
@@ -297,7 +297,7 @@ def test_a_kohya_file_with_different_alphas_is_read_as_it_says(kohya, model_dir)
     save_file(tensors, kohya)
     denoiser = load_denoiser(str(model_dir))
     load_lora(denoiser, denoiser.network, kohya)
-    read = {kohya_name(n, "sd", 1): change(x) for n, x in lora_layers(denoiser.network).items()}
+    read = {sd.kohya_name(n): change(x) for n, x in lora_layers(denoiser.network).items()}
     for alpha in alphas:
         name = alpha.removesuffix(".alpha")
         expected = float(tensors[alpha]) / 2 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]

@@ -15,7 +15,8 @@ from torch import nn
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
 from palate.models.families import load_denoiser
-from palate.models.lora import LORA, tuned
+from palate.models.lora import tuned
+from palate.models.parts import LORA
 from palate.models.policy import Policy
 from palate.spaces import perceptual
 
@@ -310,7 +311,7 @@ def test_encoders_leave_memory_and_come_back(load):
     denoiser = load()
     before = denoiser.encode_prompts(["a red house"]).tensors["encoder_hidden_states"]
     latents = denoiser.encode_images(torch.zeros(1, 3, 64, 64))
-    gone = [weakref.ref(denoiser.vae.module), weakref.ref(denoiser.text.pair[1])]
+    gone = [weakref.ref(denoiser.vae.module), weakref.ref(denoiser.texts[0].pair[1])]
     denoiser.release()
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
@@ -324,7 +325,7 @@ def test_sampling_needs_no_text_encoder_once_prompts_are_remembered(load):
     denoiser.release()
     options = {"num_inference_steps": 2, "guidance_scale": 2.0, "resolution": 64}
     assert len(denoiser.generate(["a red house"], [0], **options)) == 1
-    assert not denoiser.text.loaded
+    assert not denoiser.texts[0].loaded
     with pytest.raises(ValueError, match="2 seeds"):
         denoiser.generate(["a red house"], [0, 1], **options)
 

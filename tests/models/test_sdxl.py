@@ -63,7 +63,7 @@ def test_prompts_are_encoded_as_by_diffusers(load, plain):
     assert torch.equal(found["text_embeds"], pooled)
     assert torch.equal(empty["encoder_hidden_states"], away[:1])
     assert torch.equal(empty["text_embeds"], away_pooled[:1])
-    assert denoiser.family == "sdxl"
+    assert denoiser.latent_shape(64, 128) == (4, 16, 32)
     assert denoiser.default_resolution == 64
     assert denoiser.cut_prompts([*PROMPTS, *PROMPTS]) == (1, 40)
 
@@ -216,7 +216,7 @@ def test_the_vae_is_float32_unless_it_says_that_it_need_not_be(sdxl_dir, tmp_pat
         (fixed, torch.bfloat16, torch.float32),
         (fixed, torch.float32, torch.float32),
     ):
-        vae = Vae(Source(str(folder), "cpu"), dtype)
+        vae = Vae(Source(str(folder), "cpu"), dtype, "U-Net")
         assert vae.module.dtype == expected
         latents = vae.encode(torch.zeros(1, 3, 64, 64))
         assert latents.dtype == vae.decode(latents).dtype == torch.float32
@@ -225,7 +225,7 @@ def test_the_vae_is_float32_unless_it_says_that_it_need_not_be(sdxl_dir, tmp_pat
 def test_latents_are_normalised_by_mean_and_deviation_where_the_vae_has_them(sdxl_dir, tmp_path):
     mean, std = [0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0]
     folder = changed_vae(sdxl_dir, tmp_path / "other", latents_mean=mean, latents_std=std)
-    vae, plain = (Vae(Source(str(f), "cpu"), torch.float32) for f in (folder, sdxl_dir))
+    vae, plain = (Vae(Source(str(f), "cpu"), torch.float32, "U-Net") for f in (folder, sdxl_dir))
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     raw = plain.encode(x) / 0.13025
     expected = torch.stack([(raw[:, i] - mean[i]) / std[i] * 0.13025 for i in range(4)], 1)
