@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
@@ -27,6 +27,12 @@ from palate.evaluation.manifest import (
     read_manifest,
     write_settings,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from palate.models.denoiser import Drawer, Drawing
+    from palate.models.refiner import Refiner
 
 Draw = Callable[[list[Picture]], Sequence[Image.Image]]
 """Some lines of a manifest to be -> their pictures."""
@@ -83,38 +89,56 @@ def plan(
     return found
 
 
-def drawing(
-    denoiser: Any,
-    network: Any = None,
-    refiner: Any = None,
+def drawn_by(
+    denoiser: Drawer,
+    drawing: Drawing,
+    *,
+    network: nn.Module | None = None,
+    refiner: Refiner | None = None,
     start: Callable[[list[Picture]], Tensor] | None = None,
-    **sampling: Any,
+    strength: float = 1.0,
 ) -> Draw:
-    """What :func:`generate` draws with: a :class:`palate.models.denoiser.Denoiser`, its own U-Net or another.
+    """What :func:`generate` draws with: a model, its own network or another.
 
     start: the pixels that pictures are edited from, as :func:`palate.evaluation.editing.starting` makes it.
     """
 
     def draw(pictures: list[Picture]) -> Sequence[Image.Image]:
-        edited = {} if start is None else {"init": start(pictures)}
         return denoiser.generate(
             [p.prompt for p in pictures],
             [p.seed for p in pictures],
+            drawing,
             negatives=[p.negative for p in pictures],
             network=network,
             refiner=refiner,
-            batch_size=len(pictures),
-            **edited,
-            **sampling,
+            init=None if start is None else start(pictures),
+            strength=strength,
         )
 
     return draw
 
 
-def settings(denoiser: Any, *, seed: int, versions: Mapping[str, str], **sampling: object) -> dict[str, object]:
+def settings(
+    denoiser: Drawer,
+    drawing: Drawing,
+    *,
+    seed: int,
+    versions: Mapping[str, str],
+    mixed_precision: str | None = None,
+    strength: float | None = None,
+) -> dict[str, object]:
     """What must agree between two folders that are compared."""
     sampler = str(denoiser.scheduler_config.get("_class_name", "unknown"))
-    return {**sampling, "sampler": sampler, "seed": seed, "versions": dict(versions)}
+    return {
+        **({} if mixed_precision is None else {"mixed_precision": mixed_precision}),
+        "num_inference_steps": drawing.num_inference_steps,
+        "guidance_scale": drawing.guidance_scale,
+        "resolution": drawing.resolution,
+        **({} if strength is None else {"strength": strength}),
+        "sampler": sampler,
+        "seed": seed,
+        "versions": dict(versions),
+    }
 
 
 def generate(

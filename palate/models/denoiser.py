@@ -48,6 +48,18 @@ class Kohya:
     """As ``ss_v2``: Stable Diffusion 2.x."""
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn: the same for all that are compared."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    resolution: int
+    """Side in pixels."""
+    batch_size: int = 8
+    """Pictures drawn at once."""
+
+
 @runtime_checkable
 class Features(Protocol):
     """The encoder half of a network as a feature extractor, float32 both ways."""
@@ -60,13 +72,52 @@ class Features(Protocol):
 
 
 @runtime_checkable
-class Denoiser(Protocol):
-    """One family of models behind one set of verbs; everything particular to a family stays in its file."""
+class Drawer(Protocol):
+    """What drawing needs of a model, whether it is trained here or not."""
 
     name: str
+    network: nn.Module
+    default_resolution: int
+
+    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
+        """How many different prompts are longer than the text encoder reads, and how many tokens that is."""
+        ...
+
+    def pipeline(self, network: nn.Module | None = None) -> Any:
+        """A diffusers pipeline around these weights; LoRAs are put into it."""
+        ...
+
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        drawing: Drawing,
+        *,
+        negatives: Sequence[str | None] | None = None,
+        network: nn.Module | None = None,
+        refiner: Refiner | None = None,
+        init: Tensor | None = None,
+        strength: float = 1.0,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """One picture per prompt; picture i depends on ``prompts[i]``, ``negatives[i]`` and ``seeds[i]`` alone.
+
+        A ``refiner`` finishes the pictures of an SDXL model. ``init (b, 3, resolution, resolution)`` in [-1, 1] is edited:
+        noised to where the last ``strength`` of the steps begins, and denoised from there (SDEdit, arXiv 2108.01073); at 1 the
+        picture is that of the prompt alone.
+
+        Raises UserError for pictures that are not finite or all black; for what is edited and refined, or edited at a strength
+        that leaves no step.
+        """
+        ...
+
+
+@runtime_checkable
+class Denoiser(Drawer, Protocol):
+    """One family of models behind one set of verbs; everything particular to a family stays in its file."""
+
     device: torch.device
     schedule: Schedule
-    network: nn.Module
     part: str
     """``unet`` or ``transformer``: the network's folder in a pipeline and in a run of all weights, and how LoRA names begin."""
     part_name: str
@@ -74,7 +125,6 @@ class Denoiser(Protocol):
     card: Card
     lora_targets: dict[str, tuple[str, ...]]
     """Layers of the network, by the name a recipe gives them."""
-    default_resolution: int
 
     @property
     def kohya(self) -> Kohya | None:
@@ -96,10 +146,6 @@ class Denoiser(Protocol):
 
     def unconditional(self) -> Conditioning:
         """One row: what guidance leads away from, and what a left-out caption is: the empty prompt, or zeros for SDXL."""
-        ...
-
-    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
-        """How many different prompts are longer than the text encoder reads, and how many tokens that is."""
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -128,36 +174,6 @@ class Denoiser(Protocol):
 
     def remember(self, prompts: list[str]) -> None:
         """Encode prompts now for :meth:`generate` later, when the text encoders may have left memory."""
-        ...
-
-    def pipeline(self, network: nn.Module | None = None) -> Any:
-        """A diffusers pipeline around these weights."""
-        ...
-
-    def generate(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        *,
-        negatives: Sequence[str | None] | None = None,
-        network: nn.Module | None = None,
-        refiner: Refiner | None = None,
-        init: Tensor | None = None,
-        strength: float = 1.0,
-        num_inference_steps: int,
-        guidance_scale: float,
-        resolution: int,
-        batch_size: int = 8,
-        progress: bool = False,
-    ) -> list[Image.Image]:
-        """One picture per prompt; picture i depends on ``prompts[i]``, ``negatives[i]`` and ``seeds[i]`` alone.
-
-        A ``refiner`` finishes the pictures of an SDXL model. ``init (b, 3, resolution, resolution)`` in [-1, 1] is edited:
-        noised to where the last ``strength`` of the steps begins, and denoised from there (SDEdit, arXiv 2108.01073); at 1 the
-        picture is that of the prompt alone.
-
-        Raises UserError for pictures that are not finite or all black.
-        """
         ...
 
     def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:

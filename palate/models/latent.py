@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import from_config
-from palate.models.denoiser import Card
-from palate.models.parts import Remembered, Source, TextEncoder, Vae, assemble, draw_pictures
+from palate.models.denoiser import Card, Drawing
+from palate.models.parts import LORA, Remembered, Source, TextEncoder, Vae, assemble, check_strength, to_picture
+from palate.models.refiner import Refiner
 
 
 class Latent:
@@ -105,18 +107,99 @@ class Latent:
     def remember(self, prompts: list[str]) -> None:
         self._prompts.add(prompts)
 
+    @torch.no_grad()
     def generate(
-        self, prompts: list[str], seeds: list[int], *, network: nn.Module | None = None, refiner: Any = None, **drawing: Any
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        drawing: Drawing,
+        *,
+        negatives: Sequence[str | None] | None = None,
+        network: nn.Module | None = None,
+        refiner: Refiner | None = None,
+        init: Tensor | None = None,
+        strength: float = 1.0,
+        progress: bool = False,
     ) -> list[Image.Image]:
+        options: dict[str, Any] = {} if refiner is None else {"denoising_end": refiner.start}
+        starts = self._starts(init, strength, drawing)
+        if starts is not None:
+            options["strength"] = strength
+        self._check_refiner(refiner, editing=starts is not None)
+        away = [None] * len(prompts) if negatives is None else list(negatives)
+        if not len(prompts) == len(seeds) == len(away):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(away)} negative prompts")
+        self.remember([*prompts, *(n for n in away if n is not None)])
+        absent = [(None, None)] * len(self.texts)  # the text encoders may have left memory
+        pipeline = self._assembled(network, absent, editing=starts is not None)
+        images: list[Image.Image] = []
+        with _evaluating(getattr(pipeline, self.part)):
+            batches = range(0, len(prompts), drawing.batch_size)
+            for start in tqdm(batches, desc="generating", disable=not progress, leave=False):
+                rows = slice(start, start + drawing.batch_size)
+                texts = prompts[rows], away[rows]
+                generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[rows]]
+                begun = None if starts is None else starts[rows]
+                latents = self._denoised(pipeline, *texts, generators, drawing, begun, options)
+                if refiner is not None:
+                    parts = {"vae": pipeline.vae, "scheduler": pipeline.scheduler}
+                    latents = refiner.finish(latents, *texts, generators, drawing, **parts)
+                images += [to_picture(p, prompt) for p, prompt in zip(self.decode(latents).cpu(), prompts[rows], strict=True)]
+        return images
+
+    def _starts(self, init: Tensor | None, strength: float, drawing: Drawing) -> Tensor | None:
+        """The latents that are edited; None if there are none, or nothing of them is kept."""
+        if init is None:
+            return None
+        check_strength(strength, drawing.num_inference_steps)
+        if strength == 1:
+            return None
+        return torch.cat([self.encode_images(part) for part in init.split(drawing.batch_size)])
+
+    def _check_refiner(self, refiner: Refiner | None, *, editing: bool) -> None:
         if refiner is not None and not self.refined:
             raise UserError(f"a refiner finishes pictures of an SDXL model, and {self.name} is none")
-        make = partial(self._assembled, network, [(None, None)] * len(self.texts))  # they may have left memory
-        return draw_pictures(
-            make, self.part, self._prompts, self.prompt_arguments, self.vae, prompts, seeds, refiner=refiner, **drawing
-        )
+        if refiner is not None and editing:
+            raise UserError("an edited picture is not refined: leave out the refiner")
+
+    def _denoised(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        negatives: list[str | None],
+        generators: list[torch.Generator],
+        drawing: Drawing,
+        begun: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Scaled latents of one batch."""
+        # Of a weight that no LoRA reaches, for those are float32.
+        weight = next(x for name, x in getattr(pipeline, self.part).named_parameters() if LORA not in name)
+        given, away = (self._prompts[texts].to(weight.device, weight.dtype).tensors for texts in (prompts, negatives))
+        square = {"height": drawing.resolution, "width": drawing.resolution}
+        return pipeline(
+            **{argument: given[name] for name, argument in self.prompt_arguments.items()},
+            **{f"negative_{argument}": away[name] for name, argument in self.prompt_arguments.items()},
+            **(square if begun is None else {"image": begun.to(weight.device, weight.dtype)}),
+            num_inference_steps=drawing.num_inference_steps,
+            guidance_scale=drawing.guidance_scale,
+            generator=generators,
+            output_type="latent",
+            **options,
+        ).images
 
     def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         import diffusers
 
         save = getattr(diffusers, self.card.pipeline).save_lora_weights
         save(folder, **{f"{self.part}_lora_layers": layers}, **metadata)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)

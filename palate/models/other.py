@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from palate.base.errors import UserError, first_line
+from palate.models.denoiser import Drawing
+from palate.models.refiner import Refiner
 
 
 class OtherPipeline:
@@ -54,21 +56,23 @@ class OtherPipeline:
         self,
         prompts: list[str],
         seeds: list[int],
+        drawing: Drawing,
         *,
         negatives: Sequence[str | None] | None = None,
         network: nn.Module | None = None,
-        refiner: None = None,
-        num_inference_steps: int,
-        guidance_scale: float,
-        resolution: int,
-        batch_size: int = 8,
+        refiner: Refiner | None = None,
+        init: Tensor | None = None,
+        strength: float = 1.0,
+        progress: bool = False,
     ) -> list[Image.Image]:
-        """As :meth:`palate.models.denoiser.Denoiser.generate`."""
+        """As :meth:`palate.models.denoiser.Drawer.generate`, with the pipeline's own network; nothing is edited or refined."""
+        if refiner is not None or init is not None:
+            raise UserError(f"{type(self._pipeline).__name__} neither edits nor refines pictures here")
         options: dict[str, Any] = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "height": resolution,
-            "width": resolution,
+            "num_inference_steps": drawing.num_inference_steps,
+            "guidance_scale": drawing.guidance_scale,
+            "height": drawing.resolution,
+            "width": drawing.resolution,
         }
         if missing := set(options) - self._takes:
             raise UserError(f"{type(self._pipeline).__name__} takes no {min(missing)}; draw with it in diffusers itself")
@@ -76,8 +80,8 @@ class OtherPipeline:
         if any(away) and "negative_prompt" not in self._takes:
             raise UserError(f"{type(self._pipeline).__name__} takes no negative prompt; leave it out")
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
+        for start in range(0, len(prompts), drawing.batch_size):
+            rows = slice(start, start + drawing.batch_size)
             if any(away):
                 options["negative_prompt"] = away[rows]
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]

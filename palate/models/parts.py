@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from palate.base.errors import UserError, first_line
 from palate.diffusion.denoising import Conditioning
@@ -234,82 +233,8 @@ def assemble(kind: str, scheduler_config: Mapping[str, Any], **parts: Any) -> An
     return pipeline
 
 
-@torch.no_grad()
-def draw_pictures(
-    make: Callable[..., Any],
-    part: str,
-    texts: Remembered,
-    names: Mapping[str, str],
-    vae: Vae,
-    prompts: list[str],
-    seeds: list[int],
-    *,
-    negatives: Sequence[str | None] | None = None,
-    refiner: Any = None,
-    init: Tensor | None = None,
-    strength: float = 1.0,
-    num_inference_steps: int,
-    guidance_scale: float,
-    resolution: int,
-    batch_size: int = 8,
-    progress: bool = False,
-) -> list[Image.Image]:
-    """What :meth:`palate.models.denoiser.Denoiser.generate` promises, for any family.
-
-    Args:
-        make: the pipeline; with ``editing=True`` that from image to image.
-        part: of the pipeline, its network.
-        names: of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative.
-        refiner: a :class:`palate.models.refiner.Refiner` or None.
-
-    Raises:
-        UserError: a picture is not finite, or all black; what is edited would be refined, or at this strength has no step left.
-    """
-    options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    sampling, starts = dict(options), None
-    if init is not None:
-        check_strength(strength, num_inference_steps)
-        if strength < 1:  # at 1 nothing of the pictures is kept
-            starts = torch.cat([vae.encode(part) for part in init.split(batch_size)])
-            options["strength"] = strength
-    if refiner is not None:
-        if starts is not None:
-            raise UserError("an edited picture is not refined: leave out the refiner")
-        options["denoising_end"] = refiner.start
-    negatives = [None] * len(prompts) if negatives is None else list(negatives)
-    if not len(prompts) == len(seeds) == len(negatives):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(negatives)} negative prompts")
-    texts.add([*prompts, *(n for n in negatives if n is not None)])
-    pipeline = make(editing=starts is not None)
-    network, images = getattr(pipeline, part), []
-    weight = next(x for name, x in network.named_parameters() if LORA not in name)
-    device, dtype, was_training = weight.device, weight.dtype, network.training
-    network.eval()
-    try:
-        for start in tqdm(range(0, len(prompts), batch_size), desc="generating", disable=not progress, leave=False):
-            rows = slice(start, start + batch_size)
-            given = texts[prompts[rows]].to(device, dtype).tensors
-            away = texts[negatives[rows]].to(device, dtype).tensors
-            generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[rows]]
-            square = {"height": resolution, "width": resolution}
-            latents = pipeline(
-                **{argument: given[name] for name, argument in names.items()},
-                **{f"negative_{argument}": away[name] for name, argument in names.items()},
-                **(square if starts is None else {"image": starts[rows].to(device, dtype)}),
-                generator=generators,
-                output_type="latent",
-                **options,
-            ).images
-            if refiner is not None:
-                stages = {"vae": pipeline.vae, "scheduler": pipeline.scheduler, **sampling}
-                latents = refiner.finish(latents, prompts[rows], negatives[rows], generators, **stages)
-            images += [_picture(p, prompt) for p, prompt in zip(vae.decode(latents).cpu(), prompts[rows], strict=True)]
-    finally:
-        network.train(was_training)
-    return images
-
-
-def _picture(pixels: Tensor, prompt: str) -> Image.Image:
+def to_picture(pixels: Tensor, prompt: str) -> Image.Image:
+    """Of pixels ``(3, h, w)`` in [0, 1]. Raises UserError if all are black."""
     if not pixels.any():
         raise UserError(f"the picture of {prompt!r} is all black: the model is damaged, or overflows at this precision")
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())

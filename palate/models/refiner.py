@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from palate.diffusion.denoising import Conditioning
 from palate.models.parts import Remembered, Source, TextEncoder, zeros_like
+
+if TYPE_CHECKING:
+    from palate.models.denoiser import Drawing
 
 
 class Refiner:
@@ -58,11 +61,10 @@ class Refiner:
         prompts: list[str],
         negatives: list[str | None],
         generators: list[torch.Generator],
+        drawing: Drawing,
         *,
         vae: Any,
         scheduler: Any,
-        num_inference_steps: int,
-        guidance_scale: float,
     ) -> Tensor:
         """Scaled latents ``(b, c, h, w)`` that the base model denoised up to ``start``, denoised to the end.
 
@@ -92,8 +94,8 @@ class Refiner:
             negative_pooled_prompt_embeds=away["pooled"],
             image=latents.to(device, dtype),
             denoising_start=self.start,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            num_inference_steps=drawing.num_inference_steps,
+            guidance_scale=drawing.guidance_scale,
             generator=generators,
             output_type="latent",
         ).images

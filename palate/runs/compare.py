@@ -16,13 +16,14 @@ from palate.models.files import weights_of
 from palate.names.judges import NamedJudge, find_judges, score_folders
 from palate.names.prompts import find_prompts
 from palate.runs.card import write_card
-from palate.runs.loading import at_home, denoiser_of
+from palate.runs.loading import at_home, denoiser_of, drawing_of
 from palate.runs.models import check_refiner_fits
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
     from palate.data.prompts import Prompt
     from palate.evaluation.manifest import Picture
+    from palate.models.denoiser import Drawing
 
 
 def evaluate(recipe: Recipe, *, command: str = "") -> None:
@@ -65,7 +66,8 @@ class Samples:
     """Pictures of the validation prompts during training: the same seeds every time, base beside tuned."""
 
     def __init__(self, recipe: Recipe, denoiser: Any, policy: Any, resolution: int):
-        self.options, self.denoiser, self.policy, self.resolution = recipe.evaluation, denoiser, policy, resolution
+        self.options, self.denoiser, self.policy = recipe.evaluation, denoiser, policy
+        self.drawing = drawing_of(recipe, resolution)
         self.folder = Path(recipe.training.output_dir) / "samples"
         self.base: list[Any] = []
         prompts = list(self.options.validation_prompts)
@@ -77,11 +79,8 @@ class Samples:
         return self.denoiser.generate(
             prompts,
             [self.options.evaluation_seed + i for i in range(len(prompts))],
+            self.drawing,
             network=network,
-            num_inference_steps=self.options.num_inference_steps,
-            guidance_scale=self.options.guidance_scale,
-            resolution=self.resolution,
-            batch_size=self.options.evaluation_batch_size,
         )
 
     def draw(self, step: int) -> None:
@@ -106,7 +105,7 @@ def compare_models(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolut
     planned = plan(evaluation_prompts(recipe), model="", images_per_prompt=options.images_per_prompt)
     planned = [dataclasses.replace(p, seed=options.evaluation_seed + i) for i, p in enumerate(planned)]
     prompts = [p.prompt for p in planned]
-    pictures, refiner = {}, None
+    pictures, refiner, drawing = {}, None, drawing_of(recipe, resolution)
     if options.refiner is not None:
         from palate.models.families import load_refiner
 
@@ -114,7 +113,7 @@ def compare_models(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolut
         refiner = load_refiner(options.refiner, start=options.refiner_start, mixed_precision=precision, device=device)
     for side, network in (("base", base), ("tuned", tuned)):
         folder = out / "evaluation" / side
-        pictures[side] = _generated(recipe, denoiser, network, refiner, planned, resolution, folder, side)
+        pictures[side] = _generated(recipe, denoiser, network, refiner, planned, drawing, folder, side)
     del refiner
     denoiser.release()  # room for the judges
     sides = [out / "evaluation" / side for side in pictures]
@@ -147,31 +146,26 @@ def _generated(
     network: Any,
     refiner: Any,
     pictures: list[Picture],
-    resolution: int,
+    drawing: Drawing,
     folder: Path,
     side: str,
 ) -> list[Any]:
     """The pictures of one side, anew, in a picture folder."""
     from PIL import Image
 
-    from palate.evaluation.generation import drawing, generate, settings
+    from palate.evaluation.generation import drawn_by, generate, settings
 
     options = recipe.evaluation
-    sampling = {
-        "num_inference_steps": options.num_inference_steps,
-        "guidance_scale": options.guidance_scale,
-        "resolution": resolution,
-    }
     tell(f"generating {len(pictures)} pictures of the {side} model")
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     generate(
-        drawing(denoiser, network, refiner, **sampling),
+        drawn_by(denoiser, drawing, network=network, refiner=refiner),
         [dataclasses.replace(p, model=side) for p in pictures],
         partial,
-        settings=settings(denoiser, seed=options.evaluation_seed, versions=versions(), **sampling),
+        settings=settings(denoiser, drawing, seed=options.evaluation_seed, versions=versions()),
         model={"name": side, "base": recipe.model.pretrained_model_name_or_path, "refiner": options.refiner},
-        batch_size=options.evaluation_batch_size,
+        batch_size=drawing.batch_size,
         progress=sys.stderr.isatty(),
     )
     shutil.rmtree(folder, ignore_errors=True)

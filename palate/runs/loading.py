@@ -1,4 +1,4 @@
-"""The model and the policy of a recipe."""
+"""The model and the policy of a recipe, and how its pictures are drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from palate.runs.models import load_base
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
-    from palate.models.denoiser import Denoiser
+    from palate.models.denoiser import Denoiser, Drawing
 
 
 def policy_of(recipe: Recipe, denoiser: Any) -> Any:
@@ -27,6 +27,14 @@ def policy_of(recipe: Recipe, denoiser: Any) -> Any:
         seed=recipe.training.seed,
         pretrained_lora=recipe.policy.pretrained_lora,
     )
+
+
+def drawing_of(recipe: Recipe, resolution: int) -> Drawing:
+    """How pictures are drawn of the model before and after training."""
+    from palate.models.denoiser import Drawing
+
+    options = recipe.evaluation
+    return Drawing(options.num_inference_steps, options.guidance_scale, resolution, options.evaluation_batch_size)
 
 
 def at_home(recipe: Recipe) -> Recipe:

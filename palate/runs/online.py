@@ -22,6 +22,7 @@ from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.online.options import Arithmetic
 from palate.online.rollouts import Rollouts
 from palate.runs.assembly import resolve_objective, resolve_space
+from palate.runs.loading import drawing_of
 from palate.runs.recipe import Recipe, write
 from palate.training.options import TrainOptions
 
@@ -172,8 +173,8 @@ class Watch:
             batch_size=options.evaluation_batch_size,
         )
         denoiser.remember([text for p in self.held_out.prompts for text in (p.text, p.negative) if text is not None])
-        self.options, self.denoiser, self.policy, self.rollouts = options, denoiser, policy, rollouts
-        self.resolution, self.tell = resolution, tell
+        self.denoiser, self.policy, self.rollouts = denoiser, policy, rollouts
+        self.drawing, self.tell = drawing_of(recipe, resolution), tell
         self.best = Path(recipe.training.output_dir) / "best"
         # With a recipe beside its weights it is a run, which every verb takes.
         training = dataclasses.replace(recipe.training, output_dir=str(self.best), resume_from_checkpoint=None)
@@ -206,12 +207,9 @@ class Watch:
         return self.denoiser.generate(
             [p.text for p in prompts],
             seeds,
+            self.drawing,
             negatives=[p.negative for p in prompts],
             network=self.policy.trainable_module,
-            num_inference_steps=self.options.num_inference_steps,
-            guidance_scale=self.options.guidance_scale,
-            resolution=self.resolution,
-            batch_size=self.options.evaluation_batch_size,
         )
 
     def state_dict(self) -> dict[str, Any]:

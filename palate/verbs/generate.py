@@ -81,7 +81,8 @@ def main(words: list[str]) -> int:
 def _generate(first: list[str], options: GenerateOptions) -> None:
     from palate.base.machine import versions
     from palate.evaluation import editing
-    from palate.evaluation.generation import Shard, begun, drawing, generate, plan, settings
+    from palate.evaluation.generation import Shard, begun, drawn_by, generate, plan, settings
+    from palate.models.denoiser import Drawing
     from palate.models.families import cut_warning
     from palate.names.prompts import find_prompts
     from palate.runs.models import find_model
@@ -98,7 +99,7 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
     prompts = find_prompts(options.prompts)[: options.num_prompts]
     home = Path(options.prompts).expanduser()
     init_images, files = editing.find(prompts, home.parent if home.is_file() else Path(), options.init_image)
-    edited = {"strength": 0.8 if options.strength is None else options.strength} if files else {}
+    strength = (0.8 if options.strength is None else options.strength) if files else None
     if options.strength is not None and not files:
         raise UserError("strength is of editing, and there is nothing to edit: add --init_image FILE, or leave it out")
     if files and options.refiner is not None:
@@ -117,22 +118,35 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
     )
     shard, about = Shard.parse(options.shard), model.about()
     resolution = options.resolution or (model.recipe.data.resolution if model.recipe is not None else None)
-    sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
-    known = {"strength": None, **sampling, **edited, "seed": options.seed, "mixed_precision": options.mixed_precision}
+    known = {
+        "strength": strength,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "seed": options.seed,
+        "mixed_precision": options.mixed_precision,
+    }
     # Whether the folder may be gone on with is mostly known before any weights are read.
     begun(options.output_dir, pictures, known if resolution is None else {**known, "resolution": resolution}, about)
     denoiser, network, refiner = model.load(mixed_precision=options.mixed_precision)
-    sampling |= {"resolution": resolution or denoiser.default_resolution, **edited}
-    start = editing.starting(files, options.output_dir, sampling["resolution"]) if files else None
+    resolution = resolution or denoiser.default_resolution
+    drawing = Drawing(options.num_inference_steps, options.guidance_scale, resolution, options.batch_size)
+    start = editing.starting(files, options.output_dir, resolution) if files else None
     if told := cut_warning(denoiser, (text for p in pictures for text in (p.prompt, p.negative))):
         print(told, file=sys.stderr)
     try:
         drawn = generate(
-            drawing(denoiser, network, refiner, start, **sampling),
+            drawn_by(
+                denoiser, drawing, network=network, refiner=refiner, start=start, strength=1.0 if strength is None else strength
+            ),
             pictures,
             options.output_dir,
             settings=settings(
-                denoiser, seed=options.seed, versions=versions(), mixed_precision=options.mixed_precision, **sampling
+                denoiser,
+                drawing,
+                seed=options.seed,
+                versions=versions(),
+                mixed_precision=options.mixed_precision,
+                strength=strength,
             ),
             model=about,
             batch_size=options.batch_size,

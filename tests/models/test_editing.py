@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from palate.base.errors import UserError
+from palate.models.denoiser import Drawing
 from palate.models.families import load_denoiser
 
 PROMPTS, SEEDS = ["a red house", "a blue tower on the left"], [3, 4]
-QUICK = {"num_inference_steps": 4, "guidance_scale": 3.0, "resolution": 64}
+QUICK = Drawing(num_inference_steps=4, guidance_scale=3.0, resolution=64)
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -30,7 +33,7 @@ def levels(images):
 def test_parity_with_diffusers(denoiser, init):
     from diffusers import AutoPipelineForImage2Image
 
-    found = levels(denoiser.generate(PROMPTS, SEEDS, init=init, strength=0.5, **QUICK))
+    found = levels(denoiser.generate(PROMPTS, SEEDS, QUICK, init=init, strength=0.5))
     pipeline = AutoPipelineForImage2Image.from_pipe(denoiser.pipeline(), add_watermarker=False)
     wanted = pipeline(
         PROMPTS,
@@ -49,24 +52,25 @@ def test_strength_from_all_to_nothing(denoiser, init, monkeypatch):
     monkeypatch.setitem(denoiser.scheduler_config, "beta_start", 1e-6)
 
     def edited(strength, steps=4):
-        options = QUICK | {"num_inference_steps": steps}
-        return levels(denoiser.generate(PROMPTS, SEEDS, init=init, strength=strength, **options))
+        drawing = dataclasses.replace(QUICK, num_inference_steps=steps)
+        return levels(denoiser.generate(PROMPTS, SEEDS, drawing, init=init, strength=strength))
 
     kept = (denoiser.decode(denoiser.encode_images(init)) * 255).permute(0, 2, 3, 1).numpy()
     apart = [np.abs(x - kept).mean() for x in (edited(0.001, 1000), edited(0.5), edited(1.0))]
     assert apart[0] < 5 < min(apart[1:])
-    assert (edited(1.0) == levels(denoiser.generate(PROMPTS, SEEDS, **QUICK))).all()
+    assert (edited(1.0) == levels(denoiser.generate(PROMPTS, SEEDS, QUICK))).all()
 
 
 def test_a_picture_depends_on_its_own_row_alone(denoiser, init):
-    both = levels(denoiser.generate(PROMPTS, SEEDS, init=init, strength=0.75, **QUICK))
-    second = levels(denoiser.generate(PROMPTS[1:], SEEDS[1:], init=init[1:], strength=0.75, **QUICK))
+    both = levels(denoiser.generate(PROMPTS, SEEDS, QUICK, init=init, strength=0.75))
+    second = levels(denoiser.generate(PROMPTS[1:], SEEDS[1:], QUICK, init=init[1:], strength=0.75))
     assert np.abs(both[1:] - second).max() <= 1
-    single = levels(denoiser.generate(PROMPTS, SEEDS, init=init, strength=0.75, batch_size=1, **QUICK))
+    one_by_one = dataclasses.replace(QUICK, batch_size=1)
+    single = levels(denoiser.generate(PROMPTS, SEEDS, one_by_one, init=init, strength=0.75))
     assert np.abs(both - single).max() <= 1
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.2, 1.1, float("nan")])
 def test_no_step_left(denoiser, init, strength):
     with pytest.raises(UserError, match=r"leaves a step: at least 0\.25"):
-        denoiser.generate(PROMPTS, SEEDS, init=init, strength=strength, **QUICK)
+        denoiser.generate(PROMPTS, SEEDS, QUICK, init=init, strength=strength)

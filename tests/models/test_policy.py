@@ -14,6 +14,7 @@ from torch import nn
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
+from palate.models.denoiser import Drawing
 from palate.models.families import load_denoiser
 from palate.models.lora import tuned
 from palate.models.parts import LORA
@@ -323,19 +324,19 @@ def test_sampling_needs_no_text_encoder_once_prompts_are_remembered(load):
     denoiser = load()
     denoiser.remember(["a red house"])
     denoiser.release()
-    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "resolution": 64}
-    assert len(denoiser.generate(["a red house"], [0], **options)) == 1
+    drawing = Drawing(num_inference_steps=2, guidance_scale=2.0, resolution=64)
+    assert len(denoiser.generate(["a red house"], [0], drawing)) == 1
     assert not denoiser.texts[0].loaded
     with pytest.raises(ValueError, match="2 seeds"):
-        denoiser.generate(["a red house"], [0, 1], **options)
+        denoiser.generate(["a red house"], [0, 1], drawing)
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(load):
     denoiser = load()
-    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "resolution": 64}
+    drawing = Drawing(num_inference_steps=3, guidance_scale=3.0, resolution=64)
     prompts, seeds = ["a red house", "a blue tower", "a tree"], [1, 2, 3]
-    together = denoiser.generate(prompts, seeds, **options)
-    alone = denoiser.generate(prompts[1:2], seeds[1:2], **options)[0]
+    together = denoiser.generate(prompts, seeds, drawing)
+    alone = denoiser.generate(prompts[1:2], seeds[1:2], drawing)[0]
     difference = torch.tensor([a - b for a, b in zip(together[1].tobytes(), alone.tobytes(), strict=True)])
     assert difference.abs().max() <= 1  # a batch of another size may be summed in another order
     assert together[0].tobytes() != together[2].tobytes()

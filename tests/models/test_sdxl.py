@@ -13,6 +13,7 @@ import torch
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
+from palate.models.denoiser import Drawing
 from palate.models.families import load_denoiser, load_refiner
 from palate.models.lora import tuned
 from palate.models.parts import Source, Vae
@@ -103,7 +104,7 @@ def test_pictures_of_ddim_are_those_of_the_pipeline(sdxl_dir, plain, tmp_path, n
     options = {"num_inference_steps": 4, "guidance_scale": 4.0}
     expected = plain(PROMPTS[0], negative_prompt=negative, generator=torch.Generator().manual_seed(3), **options).images[0]
     denoiser = load_denoiser(str(folder))
-    found = denoiser.generate(["a tree", PROMPTS[0]], [1, 3], negatives=[None, negative], resolution=64, **options)
+    found = denoiser.generate(["a tree", PROMPTS[0]], [1, 3], Drawing(resolution=64, **options), negatives=[None, negative])
     assert np.abs(pixels(found[1]) - pixels(expected)).max() <= 1
     assert np.abs(pixels(found[1]) - pixels(found[0])).max() > 1
 
@@ -182,7 +183,7 @@ def test_encoders_leave_memory_and_known_prompts_need_none(load):
     denoiser.release()
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
-    denoiser.generate(["a red house"], [0], num_inference_steps=2, guidance_scale=2.0, resolution=64)
+    denoiser.generate(["a red house"], [0], Drawing(2, 2.0, 64))
     assert [text.loaded for text in denoiser.texts] == [False, False]
 
 
@@ -241,7 +242,7 @@ def test_a_vae_that_overflows_is_an_error_and_never_a_black_picture(load, value,
         last.weight.zero_()
         last.bias.fill_(value)
     with pytest.raises(UserError, match=message):
-        denoiser.generate(["a red house"], [0], num_inference_steps=1, guidance_scale=1.0, resolution=64)
+        denoiser.generate(["a red house"], [0], Drawing(1, 1.0, 64))
 
 
 # The refiner ---------------------------------------------------------------------------------------------------------------
@@ -259,9 +260,9 @@ def test_the_refiner_finishes_pictures_as_by_diffusers(load, plain, refiner_dir)
     expected = second(PROMPTS[0], image=half, denoising_start=0.6, **options).images[0]
     refiner = load_refiner(str(refiner_dir), start=0.6)
     prompts = [PROMPTS[0], "a tree"]
-    found = load().generate(prompts, [3, 4], refiner=refiner, resolution=64, **options)
+    found = load().generate(prompts, [3, 4], Drawing(resolution=64, **options), refiner=refiner)
     assert np.abs(pixels(found[0]) - pixels(expected)).max() <= 1
-    without = load().generate(prompts, [3, 4], resolution=64, **options)
+    without = load().generate(prompts, [3, 4], Drawing(resolution=64, **options))
     assert np.abs(pixels(found[0]) - pixels(without[0])).max() > 1
 
 
@@ -274,6 +275,5 @@ def test_a_refiner_that_is_none_or_not_whole(refiner_dir, sdxl_dir, model_dir, t
         load_refiner(str(sdxl_dir))
     with pytest.raises(UserError, match="is a refiner"):
         load_denoiser(str(refiner_dir))
-    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "resolution": 64}
     with pytest.raises(UserError, match="an SDXL model"):
-        load_denoiser(str(model_dir)).generate(["a tree"], [0], refiner=load_refiner(str(refiner_dir)), **options)
+        load_denoiser(str(model_dir)).generate(["a tree"], [0], Drawing(1, 1.0, 64), refiner=load_refiner(str(refiner_dir)))
