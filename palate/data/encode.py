@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -14,20 +15,44 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.data.cache import TensorCache
 from palate.data.encoded import EncodedPair, EncodedPairs, EncodedPicture, EncodedPictures
-from palate.data.images import check_resolution, crop_position, decode, framing, square
+from palate.data.images import check_resolution, crop_position, decode, square
 from palate.data.pairs import LikedPicture, PreferencePair
 
 PIXELS_AT_ONCE = 2**19
 """Two pictures of 512 pixels a side, one of 768 or 1024: half a kilobyte for each in every tensor of those layers."""
 
 
+@runtime_checkable
+class PictureConditions(Protocol):
+    """What a model is told of a picture beside its prompt."""
+
+    def __call__(
+        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
+    ) -> dict[str, Tensor]:
+        """By name, of a picture of ``size`` (width, height) that :func:`palate.data.images.square` cuts with the rest."""
+        ...
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What encoding needs of a model."""
+
+    encode_images: Callable[[Tensor], Tensor]
+    """Pictures ``(b, 3, r, r)``, float32 in [-1, 1], to latents ``(b, c, h, w)``."""
+    encode_text: Callable[[list[str]], dict[str, Tensor]]
+    """Prompts to tensors of as many rows, by name."""
+    image_fingerprint: str
+    """Stands for the weights of ``encode_images``. Models that share it share cache entries, and so need the same picture
+    conditions."""
+    text_fingerprint: str
+    """Stands for the weights of ``encode_text``."""
+    picture_conditions: PictureConditions
+
+
 def encode(
     items: Iterable[PreferencePair] | Iterable[LikedPicture],
+    encoders: Encoders,
     *,
-    encode_images: Callable[[Tensor], Tensor],
-    encode_text: Callable[[list[str]], dict[str, Tensor]],
-    image_fingerprint: str,
-    text_fingerprint: str,
     cache: TensorCache,
     resolution: int,
     random_flip: bool = False,
@@ -41,10 +66,8 @@ def encode(
 
     Of pairs winners come first; labels below 1/2 are turned round.
 
-    ``encode_images`` takes ``(b, 3, resolution, resolution)`` float32 in [-1, 1] and returns latents ``(b, c, h, w)``;
-    ``encode_text`` takes prompts and returns tensors of as many rows by name. Both see only what the cache lacks, each
-    picture and each prompt once, ``batch_size`` at a time (of large pictures fewer); so a run that was stopped continues
-    where it was. Floating-point results are kept as ``dtype``. The fingerprints stand for the encoders' weights.
+    The encoders see only what the cache lacks, each picture and each prompt once, ``batch_size`` at a time (of large pictures
+    fewer), without gradients; so a run that was stopped continues where it was. Floating-point results are kept as ``dtype``.
 
     With ``center_crop`` an entry belongs to a picture. Without, the square's position is drawn once per item from ``seed``
     and the contents of its pictures, for both of a pair the same, and in every epoch (a new position in every epoch could not
@@ -58,13 +81,14 @@ def encode(
         raise UserError(f"batch_size is {batch_size}, but it must be 1 or more")
     common = {"dtype": str(dtype).removeprefix("torch."), "version": 2}
 
-    def encode_pictures(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        pixels, framings = (torch.stack(parts) for parts in zip(*items, strict=True))
-        return {"latents": encode_images(pixels), "framing": framings}
+    def encode_pictures(items: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+        pixels, conditions = zip(*items, strict=True)
+        latents = encoders.encode_images(torch.stack(pixels))
+        return {"latents": latents, **{name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}}
 
     # Of large pictures fewer: a VAE's first layers hold 128 float32 channels of every pixel, several times over.
     pictures = _Queue(cache, max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2)), dtype, encode_pictures)
-    texts = _Queue(cache, batch_size, dtype, encode_text)
+    texts = _Queue(cache, batch_size, dtype, encoders.encode_text)
     pairs: list[EncodedPair] = []
     singles: list[EncodedPicture] = []
     bar = tqdm(items, desc="encoding", unit=" items", disable=not progress)
@@ -75,15 +99,16 @@ def encode(
         for image, digest in zip(item.pictures, digests, strict=True):
             variants = []
             for flip in (False, True) if random_flip else (False,):
-                parts = {"kind": "latents", "model": image_fingerprint, "image": digest, "resolution": resolution}
+                parts = {"kind": "latents", "model": encoders.image_fingerprint, "image": digest, "resolution": resolution}
                 key = cache.key(**parts, crop=position, flip=flip, **common)
                 variants.append(key)
                 if pictures.lacks(key):
                     picture = _decoded(item, image)
                     pixels = square(picture, resolution, position, flip=flip)
-                    pictures.add(key, (pixels, framing(picture.size, resolution, position, flip=flip)), item.source)
+                    conditions = encoders.picture_conditions(picture.size, resolution, position, flip=flip)
+                    pictures.add(key, (pixels, conditions), item.source)
             keys.append(tuple(variants))
-        text = cache.key(kind="text", model=text_fingerprint, prompt=item.prompt, **common)
+        text = cache.key(kind="text", model=encoders.text_fingerprint, prompt=item.prompt, **common)
         if texts.lacks(text):
             texts.add(text, item.prompt, item.source)
         if isinstance(item, LikedPicture):
@@ -103,9 +128,9 @@ def encode(
     return EncodedPairs(pairs, cache) if pairs else EncodedPictures(singles, cache)
 
 
-def encode_pairs(pairs: Iterable[PreferencePair], **options: Any) -> EncodedPairs:
+def encode_pairs(pairs: Iterable[PreferencePair], encoders: Encoders, **options: Any) -> EncodedPairs:
     """:func:`encode`, of pairs alone. Raises ``UserError`` for single pictures."""
-    encoded = encode(pairs, **options)
+    encoded = encode(pairs, encoders, **options)
     if not isinstance(encoded, EncodedPairs):
         raise UserError("these are single pictures, not pairs: expected two pictures an item, and which is the better one")
     return encoded

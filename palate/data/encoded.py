@@ -103,10 +103,10 @@ class Encoded(Generic[Item]):
         return random.Random(f"{seed} {epoch}").sample(range(len(self)), len(self))
 
     def _cond(self, pictures: list[dict[str, Tensor]], texts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The conditioning of as many rows."""
+        """The conditioning of as many rows: the texts, and what models are told of the pictures."""
         return {
             **{name: torch.stack([text[name] for text in texts]) for name in texts[0]},
-            "framing": torch.stack([picture["framing"] for picture in pictures]),
+            **{name: torch.stack([picture[name] for picture in pictures]) for name in pictures[0] if name != "latents"},
         }
 
     def _picked(self, indices: Sequence[int], seeds: Tensor) -> tuple[list[Item], list[bool]]:

@@ -15,7 +15,7 @@ class PairBatch:
     """What one training step reads; p pairs, on the CPU, in the dtype they were encoded with."""
 
     latents: Float[Tensor, "rows c h w"]  # rows = 2p, winners first
-    # Rows as those of latents, by name: the text encoding, and "framing" (2p, 6), as palate.data.images.framing gives it
+    # Rows as those of latents, by name: the text encoding, and what the model is told of each picture
     cond: dict[str, Tensor]
     label: Float[Tensor, " p"]  # in [0.5, 1]: probability that the winner is the better one
     weight: Float[Tensor, " p"]

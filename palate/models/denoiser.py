@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from palate.base.errors import UserError
+from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.models.refiner import Refiner
@@ -164,8 +165,17 @@ class Denoiser(Drawer, Protocol):
         """Digests of the weights that encode pictures (``vae``) and prompts (``text``)."""
         ...
 
-    def encoders(self) -> dict[str, Any]:
-        """What ``palate.data.encode.encode_pairs`` needs of a model: both encoders and their digests, by argument."""
+    def picture_conditions(
+        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
+    ) -> dict[str, Tensor]:
+        """What the network is told of a picture beside its prompt; see :class:`palate.data.encode.PictureConditions`.
+
+        Families whose models may share a VAE give the same names: they share the entries of a cache.
+        """
+        ...
+
+    def encoders(self) -> Encoders:
+        """What :func:`palate.data.encode.encode` needs of a model; reads the weights of both encoders."""
         ...
 
     def release(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from palate.base.errors import UserError
+from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import from_config
 from palate.models.denoiser import Card, Drawing
@@ -73,14 +74,20 @@ class Latent:
     def fingerprint(self) -> dict[str, str]:
         return {"vae": self.vae.digest(), "text": " ".join(text.digest() for text in self.texts)}
 
-    def encoders(self) -> dict[str, Any]:
+    def picture_conditions(
+        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def encoders(self) -> Encoders:
         fingerprint = self.fingerprint()
-        return {
-            "encode_images": self.encode_images,
-            "encode_text": lambda prompts: self.encode_prompts(prompts).tensors,
-            "image_fingerprint": fingerprint["vae"],
-            "text_fingerprint": fingerprint["text"],
-        }
+        return Encoders(
+            encode_images=self.encode_images,
+            encode_text=lambda prompts: self.encode_prompts(prompts).tensors,
+            image_fingerprint=fingerprint["vae"],
+            text_fingerprint=fingerprint["text"],
+            picture_conditions=self.picture_conditions,
+        )
 
     def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
         prompts = list(dict.fromkeys(prompts))

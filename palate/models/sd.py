@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
 from palate.models.features import encoder_features
@@ -43,6 +44,12 @@ class StableDiffusion(Latent):
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         (text,) = self.texts
         return Conditioning({"encoder_hidden_states": text(prompts).last_hidden_state})
+
+    def picture_conditions(
+        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
+    ) -> dict[str, Tensor]:
+        """SDXL's framing, which is not read here: a model of SDXL with the same VAE reads it from the same cache."""
+        return {"framing": framing(size, resolution, position, flip=flip)}
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]

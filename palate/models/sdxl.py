@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
 from palate.models.features import encoder_features
@@ -66,6 +67,11 @@ class StableDiffusionXL(Latent):
             height, width = (side * self.vae.factor for side in x.shape[-2:])
             framing = torch.tensor([height, width, 0, 0, height, width], device=x.device).expand(len(x), 6)
         return {"text_embeds": cond.tensors["text_embeds"], "time_ids": framing}
+
+    def picture_conditions(
+        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
+    ) -> dict[str, Tensor]:
+        return {"framing": framing(size, resolution, position, flip=flip)}
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]

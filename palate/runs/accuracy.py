@@ -116,7 +116,7 @@ def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress
     of_run = model.recipe.data.resolution if model.recipe is not None else None
     encoded = encode_pairs(
         reader,
-        **policy.denoiser.encoders(),
+        policy.denoiser.encoders(),
         cache=TensorCache(Path(options.cache_dir).expanduser()),
         resolution=options.resolution or of_run or policy.denoiser.default_resolution,
         progress=progress,

@@ -53,8 +53,8 @@ def encoded_of(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, vali
     from palate.data.encoded import EncodedPairs
 
     options = recipe.data
-    how = {
-        **denoiser.encoders(),
+    encoders = denoiser.encoders()
+    how: dict[str, Any] = {
         "cache": TensorCache(options.cache_dir),
         "resolution": resolution,
         "random_flip": options.random_flip,
@@ -62,12 +62,12 @@ def encoded_of(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, vali
         "seed": recipe.training.seed,
         "progress": is_main() and sys.stderr.isatty(),
     }
-    encoded = encode(reader, **how)
+    encoded = encode(reader, encoders, **how)
     _say_counts(reader.counts, "pictures" if reader.single else "pairs")
     if told := cut_warning(denoiser, encoded.prompts):
         tell(told)
     if validation is not None:
-        held_out = encode(validation, **how)
+        held_out = encode(validation, encoders, **how)
         kept = encoded.without_prompts(held_out.prompts)
         if len(kept) < len(encoded):
             tell(f"{len(encoded) - len(kept)} left out, whose prompts are in {options.validation_data}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from io import BytesIO
 
 import numpy as np
@@ -12,9 +13,10 @@ from PIL import Image
 
 from palate.base.errors import UserError
 from palate.data.cache import TensorCache
+from palate.data.encode import Encoders as Needed
 from palate.data.encode import encode, encode_pairs
 from palate.data.encoded import EncodedPair, EncodedPairs, EncodedPictures
-from palate.data.images import decode, square
+from palate.data.images import decode, framing, square
 from palate.data.pairs import LikedPicture, PreferencePair
 
 
@@ -49,16 +51,24 @@ class Encoders:
         numbers = torch.tensor([[float(ord(p[0])), len(p)] for p in prompts])
         return {"embeds": numbers[:, None].expand(-1, 3, -1), "ids": numbers.long()}
 
+    def needed(self, **changed) -> Needed:
+        """What encoding needs, with some of it changed."""
+        return dataclasses.replace(Needed(self.images, self.text, "vae 1", "text 1", framed), **changed)
+
     def encode(self, items, folder, **options) -> EncodedPairs | EncodedPictures:
-        own = {"encode_images": self.images, "encode_text": self.text}
-        return encode(items, **{**defaults(folder), **own, **options})
+        changed = {name: options.pop(name) for name in NEEDED & options.keys()}
+        return encode(items, self.needed(**changed), **{**defaults(folder), **options})
+
+
+NEEDED = {field.name for field in dataclasses.fields(Needed)}
+
+
+def framed(size, resolution, position, *, flip):
+    return {"framing": framing(size, resolution, position, flip=flip)}
 
 
 def defaults(folder) -> dict:
-    fingerprints = {"image_fingerprint": "vae 1", "text_fingerprint": "text 1"}
-    encoders = Encoders()
-    own = {"encode_images": encoders.images, "encode_text": encoders.text}
-    return {**own, **fingerprints, "cache": TensorCache(folder), "resolution": 16, "progress": False}
+    return {"cache": TensorCache(folder), "resolution": 16, "progress": False}
 
 
 def latent(data: bytes, flip: bool = False) -> torch.Tensor:
@@ -99,6 +109,30 @@ def test_pictures_of_different_sizes_carry_their_own_framing(tmp_path):
     # A crop at 0 <= left <= 16 of the resized picture, 32 wide, lies 16 - left from the left of the mirrored one.
     assert len(found) == 2
     assert sum(found) == 16
+
+
+def test_a_batch_holds_the_picture_conditions_that_the_model_names(tmp_path):
+    def area(size, resolution, position, *, flip):
+        return {"area": torch.tensor(float(size[0] * size[1])), "mirrored": torch.tensor(flip)}
+
+    seeds = torch.tensor([5])
+    batch = Encoders().encode(PAIRS, tmp_path / "two", picture_conditions=area).batch([0], seeds)
+    assert set(batch.cond) == {"embeds", "ids", "area", "mirrored"}
+    assert batch.cond["area"].tolist() == [24 * 16] * 2
+    batch = Encoders().encode(PAIRS, tmp_path / "none", picture_conditions=lambda *_, flip: {}).batch([0], seeds)
+    assert set(batch.cond) == {"embeds", "ids"}
+
+
+def test_entries_of_the_cache_keep_their_keys(tmp_path):
+    """Caches that are there already are used on."""
+    encoded = Encoders().encode(PAIRS[:1], tmp_path)
+    (item,) = encoded.items
+    common = {"dtype": "float32", "version": 2}
+    assert item.text == TensorCache.key(kind="text", model="text 1", prompt="a", **common)
+    digest = hashlib.sha256(P[0]).hexdigest()
+    how = {"resolution": 16, "crop": (0.5, 0.5), "flip": False, **common}
+    assert item.winner == (TensorCache.key(kind="latents", model="vae 1", image=digest, **how),)
+    assert set(encoded.cache.get(item.winner[0])) == {"latents", "framing"}
 
 
 @settings(max_examples=25, deadline=None)
@@ -380,7 +414,7 @@ def test_single_pictures(tmp_path):
     with pytest.raises(UserError, match="disliked"):
         Encoders().encode(LIKES[1:2], tmp_path).liked()
     with pytest.raises(UserError, match="single pictures, not pairs"):
-        encode_pairs(iter(LIKES), **defaults(tmp_path))
+        encode_pairs(iter(LIKES), Encoders().needed(), **defaults(tmp_path))
     train, held_out = encoded.split(0.3, 0)
     assert {*train.prompts}.isdisjoint(held_out.prompts)
 
