@@ -128,14 +128,13 @@ def settings(
     strength: float | None = None,
 ) -> dict[str, object]:
     """What must agree between two folders that are compared."""
-    sampler = str(denoiser.scheduler_config.get("_class_name", "unknown"))
     return {
         **({} if mixed_precision is None else {"mixed_precision": mixed_precision}),
         "num_inference_steps": drawing.num_inference_steps,
         "guidance_scale": drawing.guidance_scale,
         "resolution": drawing.resolution,
         **({} if strength is None else {"strength": strength}),
-        "sampler": sampler,
+        "sampler": denoiser.sampler,
         "seed": seed,
         "versions": dict(versions),
     }

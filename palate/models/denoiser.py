@@ -79,6 +79,8 @@ class Drawer(Protocol):
     name: str
     network: nn.Module
     default_resolution: int
+    sampler: str
+    """Class in diffusers."""
 
     def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
         """How many different prompts are longer than the text encoder reads, and how many tokens that is."""

@@ -43,8 +43,9 @@ class Latent:
 
         self.name, self.device = name, torch.device(device)
         self._source = Source(name, self.device, **source)
-        self.scheduler_config = self._source.scheduler_config()
-        self.schedule = from_config(self.scheduler_config)
+        self._scheduler_config = config = self._source.scheduler_config()
+        self.schedule = from_config(config)
+        self.sampler = str(config.get("_class_name", "unknown"))
         self.vae, self.texts = Vae(self._source, dtype, self.part_name), self._text_encoders(self._source)
         self.network = self._source.read(getattr(diffusers, self.card.network), self.part, torch_dtype=dtype)
         self.default_resolution = int(self.network.config.sample_size) * self.vae.factor
@@ -109,7 +110,7 @@ class Latent:
         for text, (tokenizer, encoder) in zip(self.texts, texts, strict=True):
             parts |= {f"tokenizer{text.ending}": tokenizer, f"text_encoder{text.ending}": encoder}
         kind = self.card.pipeline.replace("Pipeline", "Img2ImgPipeline") if editing else self.card.pipeline
-        return assemble(kind, self.scheduler_config, vae=self.vae.module, **parts, **self._pipeline_options())
+        return assemble(kind, self._scheduler_config, vae=self.vae.module, **parts, **self._pipeline_options())
 
     def remember(self, prompts: list[str]) -> None:
         self._prompts.add(prompts)

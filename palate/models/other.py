@@ -38,7 +38,7 @@ class OtherPipeline:
         self._takes = set(inspect.signature(self._pipeline.__call__).parameters)
         parts = self._pipeline.components
         self.network: nn.Module = parts.get("transformer") or parts["unet"]
-        self.scheduler_config = dict(self._pipeline.scheduler.config)
+        self.sampler = str(self._pipeline.scheduler.config.get("_class_name", "unknown"))
         side = getattr(self._pipeline, "default_sample_size", None) or self.network.config.sample_size
         self.default_resolution = int(side) * int(getattr(self._pipeline, "vae_scale_factor", 1))
 
