@@ -117,7 +117,10 @@ class Drawer(Protocol):
 
 @runtime_checkable
 class Denoiser(Drawer, Protocol):
-    """One family of models behind one set of verbs; everything particular to a family stays in its file."""
+    """One family of models behind one set of verbs; everything particular to a family stays in its file.
+
+    Encoding, decoding and predicting let gradients flow where the caller does; :meth:`generate` and :meth:`remember` do not.
+    """
 
     device: torch.device
     schedule: Schedule

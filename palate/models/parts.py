@@ -60,7 +60,7 @@ class Vae:
     """Pictures to scaled latents and back; in memory from its first use until :meth:`release`.
 
     Always float32, for SDXL's own VAE overflows in float16, unless the pipeline runs in float16 and the VAE's configuration
-    says ``force_upcast: false``, as that of sdxl-vae-fp16-fix does.
+    says ``force_upcast: false``, as that of sdxl-vae-fp16-fix does. The caller decides whether gradients flow.
 
     part_name: what people call the network whose latents are decoded.
     """
@@ -92,14 +92,12 @@ class Vae:
         config = self.module.config
         return digest(self.module, *(config.get(k) for k in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")))
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Pictures ``(b, 3, h, w)`` in [-1, 1] to scaled latents (the posterior's mean), float32."""
         mean = self.module.encode(images.to(self._source.device, self._dtype)).latent_dist.mean.float()
         shift, scale = self._normalisation(mean)
         return (mean - shift) * scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32.
 
@@ -129,6 +127,8 @@ class Vae:
 
 class TextEncoder:
     """A CLIP tokenizer and text encoder, float32; in memory from their first use until :meth:`release`.
+
+    The caller decides whether gradients flow.
 
     kind: class in transformers. ending: of the folders' names, ``_2`` for SDXL's second.
     """
@@ -169,7 +169,6 @@ class TextEncoder:
         words = f"{tokenizer.model_max_length} {tokenizer.backend_tokenizer.to_str()} {tokenizer.pad_token}"
         return digest(encoder, words, getattr(encoder.config, "use_attention_mask", False))
 
-    @torch.no_grad()
     def __call__(self, prompts: list[str], *, hidden_states: bool = False) -> Any:
         """What the encoder gives for prompts, cut or padded to its length."""
         tokenizer, encoder = self.pair
@@ -208,6 +207,7 @@ class Remembered:
         self._encode, self._unconditional = encode, unconditional
         self._rows: dict[str | None, Conditioning] = {}
 
+    @torch.no_grad()
     def add(self, prompts: Sequence[str]) -> None:
         """Encode what is not known yet."""
         if None not in self._rows:

@@ -54,7 +54,6 @@ class Refiner:
         empty = self._encode([""])
         return zeros_like(empty) if self._options["force_zeros_for_empty_prompt"] else empty
 
-    @torch.no_grad()
     def finish(
         self,
         latents: Tensor,

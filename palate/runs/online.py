@@ -86,6 +86,8 @@ def assemble(
     recipe: Recipe, found: Wanted, denoiser: Any, policy: Any, resolution: int, *, progress: bool = False
 ) -> tuple[Any, Rollouts]:
     """The step, and the rollouts that feed it. Prompts are encoded here, once."""
+    import torch
+
     from palate.online.conditions import encode
     from palate.online.trajectories import Guided, trajectory_step
     from palate.training import steps
@@ -108,10 +110,12 @@ def assemble(
         draws = Draws(recipe.training.t_min, recipe.training.t_max, recipe.training.snr_gamma)
         step = make(acting, space, objective, draws)
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
+    with torch.no_grad():
+        prompts = encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts)
     rollouts = Rollouts(
         policy,
         found.prompts,
-        encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts),
+        prompts,
         denoiser.latent_shape(resolution, resolution),
         decode=denoiser.decode,
         rewards=_bundle(recipe, found.rewards, denoiser.device),

@@ -66,6 +66,8 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
 
     validation = validation_reader(recipe)
 
+    import torch
+
     from palate.training import steps
     from palate.training.fits import Draws
     from palate.training.measures import implicit_margins
@@ -78,13 +80,9 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     policy = policy_of(recipe, denoiser)
     space = resolve_space(recipe.space, policy)
     wanted = recipe.training
-    draws = Draws(
-        wanted.t_min,
-        wanted.t_max,
-        wanted.snr_gamma,
-        wanted.caption_dropout,
-        denoiser.unconditional() if wanted.caption_dropout else None,
-    )
+    with torch.no_grad():
+        nothing = denoiser.unconditional() if wanted.caption_dropout else None
+    draws = Draws(wanted.t_min, wanted.t_max, wanted.snr_gamma, wanted.caption_dropout, nothing)
     make = steps.pair_step if evidence == "pairs" else steps.sample_step
     step = make(policy, space, objective, draws, auto_beta=recipe.objective.get("beta") == AUTO)
     samples = Samples(recipe, denoiser, policy, resolution)

@@ -412,3 +412,18 @@ def test_what_cannot_be_loaded_is_said_in_one_line(model_dir, tmp_path):
     assert "tokenizer" in broken("words", lambda folder: shutil.rmtree(folder / "tokenizer"))
     assert "text_encoder" in broken("text", lambda folder: shutil.rmtree(folder / "text_encoder"))
     assert "cannot be loaded" in broken("scheduler", lambda folder: shutil.rmtree(folder / "scheduler"))
+
+
+def test_the_caller_decides_whether_gradients_flow_through_encoders(load):
+    denoiser = load()
+    pictures = torch.rand(1, 3, 16, 16) * 2 - 1
+    for encode, given in ((denoiser.encode_images, pictures), (denoiser.decode, denoiser.encode_images(pictures))):
+        given = given.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(encode(given).square().sum(), given)
+        assert gradient.isfinite().all()
+        assert gradient.any()
+        with torch.no_grad():
+            assert not encode(given).requires_grad
+    words = denoiser.texts[0].pair[1].get_input_embeddings().weight.requires_grad_()
+    encoded = denoiser.encode_prompts(["a red house"]).tensors["encoder_hidden_states"]
+    assert torch.autograd.grad(encoded.square().sum(), words)[0].any()
