@@ -47,6 +47,9 @@ class EncodedPicture:
 Item = TypeVar("Item", EncodedPair, EncodedPicture)
 
 
+Kind = TypeVar("Kind", bound="Encoded")
+
+
 class Encoded(Generic[Item]):
     """Items whose tensors lie in a cache; only keys, labels, weights and prompts are held in memory."""
 
@@ -61,11 +64,11 @@ class Encoded(Generic[Item]):
         """The prompt of each item, in order."""
         return [item.prompt for item in self.items]
 
-    def of(self, items: Sequence[Item]) -> Encoded:
+    def of(self: Kind, items: Sequence[Item]) -> Kind:
         """The same with other items."""
         return type(self)(items, self.cache)
 
-    def without_prompts(self, prompts: Iterable[str]) -> Encoded:
+    def without_prompts(self: Kind, prompts: Iterable[str]) -> Kind:
         """What has none of these prompts, as :func:`same_prompt` compares them. Raises ``UserError`` if nothing is left."""
         others = {same_prompt(prompt) for prompt in prompts}
         kept = [item for item in self.items if same_prompt(item.prompt) not in others]
@@ -73,7 +76,7 @@ class Encoded(Generic[Item]):
             raise UserError("the training data has no prompt that the validation data has not: name other validation data")
         return self.of(kept)
 
-    def split(self, fraction: float, seed: int) -> tuple[Encoded, Encoded]:
+    def split(self: Kind, fraction: float, seed: int) -> tuple[Kind, Kind]:
         """Training and held-out items, about ``fraction`` of them held out, with no prompt on both sides.
 
         Prompts that differ only in capitals or spaces count as one. The order of the items does not matter to which prompts

@@ -191,7 +191,7 @@ class Denoiser(Drawer, Protocol):
         """Encode prompts now for :meth:`generate` later, when the text encoders may have left memory."""
         ...
 
-    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, object]) -> None:
         """Write a LoRA in diffusers' layout."""
         ...
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError, first_line
 from palate.base.hub import fetch
@@ -15,7 +15,7 @@ from palate.base.hub import fetch
 if TYPE_CHECKING:
     import torch
 
-    from palate.models.denoiser import Denoiser
+    from palate.models.denoiser import Denoiser, Drawer
     from palate.models.latent import Latent
     from palate.models.refiner import Refiner
 
@@ -70,7 +70,7 @@ def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu"
         raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
 
 
-def load_drawer(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: str | None) -> Any:
+def load_drawer(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: str | None) -> Drawer:
     """As :func:`load_denoiser`, and of other families a :class:`palate.models.other.OtherPipeline`, which only draws."""
     given = {k: v for k, v in source.items() if v is not None}
     kind = _pipeline_class(name, given.get("revision"))
@@ -99,7 +99,7 @@ def load_refiner(
         raise UserError(f"{name} cannot be loaded as a refiner: {first_line(error)}") from error
 
 
-def cut_warning(denoiser: Any, texts: Iterable[str | None]) -> str:
+def cut_warning(denoiser: Drawer, texts: Iterable[str | None]) -> str:
     """What to tell of prompts, negative ones too, that are longer than the text encoder reads; empty if none is."""
     cut, limit = denoiser.cut_prompts([text for text in texts if text is not None])
     which, what = ("1 prompt is", "its end is") if cut == 1 else (f"{cut} prompts are", "their ends are")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-_WEIGHTED: frozenset[Callable[..., Any]] = frozenset({F.linear, torch.conv2d, F.conv2d, F.group_norm, F.layer_norm})
+_WEIGHTED: frozenset[Callable[..., object]] = frozenset({F.linear, torch.conv2d, F.conv2d, F.group_norm, F.layer_norm})
 
 
 class Float32Weights(TorchFunctionMode):
@@ -22,7 +21,13 @@ class Float32Weights(TorchFunctionMode):
     float32; casting at use spares the float32 copy of the network that converting it would cost.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func in _WEIGHTED:
             args = tuple(_float32(a) for a in args)
@@ -30,7 +35,7 @@ class Float32Weights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _float32(value: Any) -> Any:
+def _float32(value: object) -> object:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -83,6 +82,6 @@ def _metadata(denoiser: Denoiser, kohya: Kohya, layers: Mapping[str, LoraLayer])
     }
 
 
-def _one_of(values: set[Any]) -> str:
+def _one_of(values: set[int] | set[float]) -> str:
     """One number for all layers, or the word that kohya's scripts have where there is none."""
     return f"{next(iter(values)):g}" if len(values) == 1 else "Dynamic"

@@ -16,7 +16,7 @@ from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import from_config
 from palate.models.denoiser import Card, Drawing
-from palate.models.parts import LORA, Remembered, Source, TextEncoder, Vae, assemble, check_strength, to_picture
+from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts, Vae, assemble, check_strength, to_picture
 from palate.models.refiner import Refiner
 
 
@@ -55,7 +55,7 @@ class Latent:
         """In the order of the pipeline's parts."""
         raise NotImplementedError
 
-    def _pipeline_options(self) -> dict[str, Any]:
+    def _pipeline_options(self) -> dict[str, object]:
         """What the pipeline's class takes beside VAE, network, text encoders and scheduler."""
         raise NotImplementedError
 
@@ -104,9 +104,9 @@ class Latent:
     def pipeline(self, network: nn.Module | None = None) -> Any:
         return self._assembled(network, [text.pair for text in self.texts])
 
-    def _assembled(self, network: nn.Module | None, texts: Sequence[tuple[Any, Any]], *, editing: bool = False) -> Any:
+    def _assembled(self, network: nn.Module | None, texts: Sequence[TextParts], *, editing: bool = False) -> Any:
         """A pipeline with these tokenizers and text encoders; with ``editing`` that from image to image."""
-        parts: dict[str, Any] = {self.part: self.network if network is None else network}
+        parts: dict[str, object] = {self.part: self.network if network is None else network}
         for text, (tokenizer, encoder) in zip(self.texts, texts, strict=True):
             parts |= {f"tokenizer{text.ending}": tokenizer, f"text_encoder{text.ending}": encoder}
         kind = self.card.pipeline.replace("Pipeline", "Img2ImgPipeline") if editing else self.card.pipeline
@@ -129,7 +129,7 @@ class Latent:
         strength: float = 1.0,
         progress: bool = False,
     ) -> list[Image.Image]:
-        options: dict[str, Any] = {} if refiner is None else {"denoising_end": refiner.start}
+        options: dict[str, object] = {} if refiner is None else {"denoising_end": refiner.start}
         starts = self._starts(init, strength, drawing)
         if starts is not None:
             options["strength"] = strength
@@ -178,7 +178,7 @@ class Latent:
         generators: list[torch.Generator],
         drawing: Drawing,
         begun: Tensor | None,
-        options: dict[str, Any],
+        options: dict[str, object],
     ) -> Tensor:
         """Scaled latents of one batch."""
         # Of a weight that no LoRA reaches, for those are float32.
@@ -196,7 +196,7 @@ class Latent:
             **options,
         ).images
 
-    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, object]) -> None:
         import diffusers
 
         save = getattr(diffusers, self.card.pipeline).save_lora_weights

@@ -39,15 +39,15 @@ def save_diffusers(denoiser: Denoiser, network: nn.Module, folder: str | Path, *
         return save_lora(denoiser, network, folder)
 
 
-def merge(network: Any) -> nn.Module:
+def merge(network: nn.Module) -> nn.Module:
     """The LoRA of ``network`` added to its weights (in place, in their own precision) and taken away."""
     if lora_layers(network):
-        network.fuse_lora()
-        network.unload_lora()
+        network.fuse_lora()  # type: ignore[operator]
+        network.unload_lora()  # type: ignore[operator]
     return network
 
 
-def save_network(network: Any, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def save_network(network: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a whole network for its class's ``from_pretrained``; a LoRA in it is merged. It is changed in place."""
     return replacing(Path(folder), merge(network).to(dtype).save_pretrained)  # type: ignore[operator]
 

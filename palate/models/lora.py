@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from palate.base.errors import UserError, first_line
 from palate.base.files import replacing
-from palate.models.denoiser import Denoiser
+from palate.models.denoiser import Denoiser, Drawer
 from palate.models.files import LORA_FILE
 from palate.models.parts import LORA
 
 
-def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
+def tuned(denoiser: Drawer, path: Path) -> nn.Module:
     """The network with what :meth:`Policy.save` wrote; a LoRA is put into the denoiser's own.
 
     Raises:
@@ -36,7 +36,7 @@ def tuned(denoiser: Denoiser, path: Path) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def put_loras(denoiser: Any, network: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
+def put_loras(denoiser: Drawer, network: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
     """Put LoRA files of any layout that diffusers reads into ``network`` (and the text encoders), each at its scale.
 
     Those that the network has already, as of :func:`tuned`, stay at scale 1.
@@ -91,7 +91,7 @@ def tells_alpha(file: Path) -> bool:
         return "lora_adapter_metadata" in (opened.metadata() or {}) or any(n.endswith(".alpha") for n in opened.keys())  # noqa: SIM118
 
 
-def load_lora(denoiser: Denoiser, network: nn.Module, path: str | Path) -> None:
+def load_lora(denoiser: Drawer, network: nn.Module, path: str | Path) -> None:
     """Put a LoRA in diffusers' or kohya's layout into ``network`` (the denoiser's own or a twin), in float32 as in training.
 
     Raises:
@@ -111,7 +111,7 @@ def load_lora(denoiser: Denoiser, network: nn.Module, path: str | Path) -> None:
         parameter.data = parameter.data.float()
 
 
-def _load(denoiser: Any, pipeline: Any, file: Path, adapter: str) -> None:
+def _load(denoiser: Drawer, pipeline: Any, file: Path, adapter: str) -> None:
     from diffusers.utils import logging
 
     kept = logging.get_verbosity()
@@ -146,7 +146,7 @@ def _put(pipeline: Any, file: Path, adapter: str) -> None:
     pipeline.load_lora_weights(tensors, adapter_name=adapter)
 
 
-def save_lora(denoiser: Denoiser, network: Any, folder: str | Path) -> Path:
+def save_lora(denoiser: Denoiser, network: nn.Module, folder: str | Path) -> Path:
     """Write the LoRA of ``network`` in diffusers' layout, with alpha in its metadata; returns the file."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict

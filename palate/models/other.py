@@ -68,7 +68,7 @@ class OtherPipeline:
         """As :meth:`palate.models.denoiser.Drawer.generate`, with the pipeline's own network; nothing is edited or refined."""
         if refiner is not None or init is not None:
             raise UserError(f"{type(self._pipeline).__name__} neither edits nor refines pictures here")
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "num_inference_steps": drawing.num_inference_steps,
             "guidance_scale": drawing.guidance_scale,
             "height": drawing.resolution,

@@ -38,7 +38,7 @@ class Source:
 
         return self.config(DDPMScheduler, "scheduler")  # any scheduler's configuration can be read by any class
 
-    def read(self, kind: Any, part: str, **options: Any) -> Any:
+    def read(self, kind: Any, part: str, **options: object) -> Any:
         """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones."""
         try:
             module, found = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True, **options, **self.options)
@@ -125,6 +125,10 @@ class Vae:
         return config.shift_factor or 0.0, config.scaling_factor
 
 
+TextParts = tuple[Any, Any]
+"""A tokenizer and a text encoder of transformers, or None twice."""
+
+
 class TextEncoder:
     """A CLIP tokenizer and text encoder, float32; in memory from their first use until :meth:`release`.
 
@@ -135,11 +139,10 @@ class TextEncoder:
 
     def __init__(self, source: Source, kind: str = "CLIPTextModel", ending: str = ""):
         self._source, self._kind, self.ending = source, kind, ending
-        self._pair: tuple[Any, Any] | None = None
+        self._pair: TextParts | None = None
 
     @property
-    def pair(self) -> tuple[Any, Any]:
-        """Tokenizer and text encoder."""
+    def pair(self) -> TextParts:
         if self._pair is None:
             import transformers
 
@@ -187,7 +190,7 @@ class TextEncoder:
         return [len(tokens) > limit for tokens in ids], limit
 
 
-def digest(module: nn.Module, *settings: Any) -> str:
+def digest(module: nn.Module, *settings: object) -> str:
     """Digest of weights and of what else decides the module's result."""
     found = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -223,7 +226,7 @@ class Remembered:
         return Conditioning.cat([self._rows[p] for p in prompts])
 
 
-def assemble(kind: str, scheduler_config: Mapping[str, Any], **parts: Any) -> Any:
+def assemble(kind: str, scheduler_config: Mapping[str, Any], **parts: object) -> Any:
     """A diffusers pipeline of class ``kind`` that shows no bars, with the sampler that the configuration names."""
     import diffusers
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from palate.base.errors import UserError
 from palate.base.files import replacing
 from palate.diffusion.denoising import Conditioning
+from palate.diffusion.schedule import Schedule
 from palate.models.denoiser import Denoiser, features_of
 from palate.models.lora import load_lora, save_lora
 from palate.models.parts import LORA
@@ -24,7 +25,7 @@ def twin(module: nn.Module, *, share: bool) -> nn.Module:
     Adapters put into one tree later are not in the other, so a shared twin is the model as it is now at no memory but that of
     the LoRA it has.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     if share:
         memo = {id(x): x for name, x in (*module.named_parameters(), *module.named_buffers()) if LORA not in name}
     return copy.deepcopy(module, memo)
@@ -87,8 +88,8 @@ class Policy:
                 init_lora_weights="gaussian",
                 target_modules=list(denoiser.lora_targets[lora_layers]),
             )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+                torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
                 network.add_adapter(config)
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()
@@ -98,7 +99,7 @@ class Policy:
         network.train()
 
     @property
-    def schedule(self) -> Any:
+    def schedule(self) -> Schedule:
         return self.denoiser.schedule
 
     @property
@@ -160,7 +161,7 @@ class Finished:
         self.denoiser, self._network, self._base = denoiser, network.eval(), base.eval()
 
     @property
-    def schedule(self) -> Any:
+    def schedule(self) -> Schedule:
         return self.denoiser.schedule
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
 from palate.models.parts import Remembered, Source, TextEncoder, zeros_like
@@ -62,7 +62,7 @@ class Refiner:
         generators: list[torch.Generator],
         drawing: Drawing,
         *,
-        vae: Any,
+        vae: nn.Module,
         scheduler: Any,
     ) -> Tensor:
         """Scaled latents ``(b, c, h, w)`` that the base model denoised up to ``start``, denoised to the end.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ class StableDiffusion(Latent):
     def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
         return (TextEncoder(source),)
 
-    def _pipeline_options(self) -> dict[str, Any]:
+    def _pipeline_options(self) -> dict[str, object]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

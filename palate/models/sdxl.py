@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class StableDiffusionXL(Latent):
     def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
         return TextEncoder(source), TextEncoder(source, "CLIPTextModelWithProjection", "_2")
 
-    def _pipeline_options(self) -> dict[str, Any]:
+    def _pipeline_options(self) -> dict[str, object]:
         return {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
@@ -17,6 +17,9 @@ from palate.names.judges import find_judges
 from palate.runs.assembly import check_space, resolve_space
 from palate.runs.label import judge_margins
 from palate.runs.models import NamedModel, find_model
+
+if TYPE_CHECKING:
+    from palate.data.pairs import Reader
 
 SPACES = ("latent", "perceptual")
 
@@ -103,7 +106,7 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
     return found, about
 
 
-def _implicit(model: NamedModel, reader: Any, options: AccuracyOptions, progress: bool) -> list[Accuracy]:
+def _implicit(model: NamedModel, reader: Reader, options: AccuracyOptions, progress: bool) -> list[Accuracy]:
     from palate.data.cache import TensorCache
     from palate.data.encode import encode_pairs
     from palate.training.measures import implicit_margins

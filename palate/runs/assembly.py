@@ -12,7 +12,11 @@ from palate.base.errors import UserError, nearest
 from palate.base.options import foreign, keywords, typed
 
 if TYPE_CHECKING:
+    from palate.diffusion.schedule import Schedule
     from palate.models.denoiser import Denoiser
+    from palate.models.policy import Finished, Policy
+    from palate.spaces.perceptual import Features
+    from palate.spaces.space import Space
 
 
 def _objective(name: str) -> tuple[Callable[..., Any], str]:
@@ -104,7 +108,7 @@ def complete_space(options: Any) -> dict[str, Any] | list[dict[str, Any]]:
     return complete
 
 
-def _any_schedule() -> Any:
+def _any_schedule() -> Schedule:
     from palate.diffusion.schedule import from_config
 
     return from_config({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2})
@@ -119,12 +123,12 @@ def check_space(options: dict[str, Any] | list[dict[str, Any]], denoiser: Denois
         features_of(denoiser)
 
 
-def resolve_space(options: dict[str, Any] | list[dict[str, Any]], policy: Any) -> Any:
+def resolve_space(options: dict[str, Any] | list[dict[str, Any]], policy: Policy | Finished) -> Space:
     """The space, around the policy's frozen encoder where it needs one."""
     return _make_space(complete_space(options), policy.features, policy.schedule)
 
 
-def _make_space(complete: dict[str, Any] | list[dict[str, Any]], features: Callable[..., Any], schedule: Any) -> Any:
+def _make_space(complete: dict[str, Any] | list[dict[str, Any]], features: Features, schedule: Schedule) -> Space:
     from palate import spaces
 
     if isinstance(complete, list):

@@ -21,9 +21,14 @@ from palate.runs.models import check_refiner_fits
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
     from palate.data.prompts import Prompt
     from palate.evaluation.manifest import Picture
-    from palate.models.denoiser import Drawing
+    from palate.models.denoiser import Denoiser, Drawing
+    from palate.models.policy import Policy
+    from palate.models.refiner import Refiner
 
 
 def evaluate(recipe: Recipe, *, command: str = "") -> None:
@@ -65,16 +70,16 @@ def comparing_judges(recipe: Recipe) -> dict[str, NamedJudge]:
 class Samples:
     """Pictures of the validation prompts during training: the same seeds every time, base beside tuned."""
 
-    def __init__(self, recipe: Recipe, denoiser: Any, policy: Any, resolution: int):
+    def __init__(self, recipe: Recipe, denoiser: Denoiser, policy: Policy, resolution: int):
         self.options, self.denoiser, self.policy = recipe.evaluation, denoiser, policy
         self.drawing = drawing_of(recipe, resolution)
         self.folder = Path(recipe.training.output_dir) / "samples"
-        self.base: list[Any] = []
+        self.base: list[Image] = []
         prompts = list(self.options.validation_prompts)
         if prompts:
             denoiser.remember(prompts)
 
-    def _generate(self, network: Any) -> list[Any]:
+    def _generate(self, network: nn.Module) -> list[Image]:
         prompts = list(self.options.validation_prompts)
         return self.denoiser.generate(
             prompts,
@@ -95,7 +100,9 @@ class Samples:
         self.denoiser.release()
 
 
-def compare_models(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolution: int, out: Path, command: str) -> None:
+def compare_models(
+    recipe: Recipe, denoiser: Denoiser, base: nn.Module, tuned: nn.Module, resolution: int, out: Path, command: str
+) -> None:
     from palate.evaluation.folders import compare_folders, write_result
     from palate.evaluation.generation import plan
     from palate.evaluation.grid import before_after_grid
@@ -142,16 +149,16 @@ def compare_models(recipe: Recipe, denoiser: Any, base: Any, tuned: Any, resolut
 
 def _generated(
     recipe: Recipe,
-    denoiser: Any,
-    network: Any,
-    refiner: Any,
+    denoiser: Denoiser,
+    network: nn.Module,
+    refiner: Refiner | None,
     pictures: list[Picture],
     drawing: Drawing,
     folder: Path,
     side: str,
-) -> list[Any]:
+) -> list[Image]:
     """The pictures of one side, anew, in a picture folder."""
-    from PIL import Image
+    from PIL.Image import open as open_image
 
     from palate.evaluation.generation import drawn_by, generate, settings
 
@@ -170,7 +177,7 @@ def _generated(
     )
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return [Image.open(folder / p.file).convert("RGB") for p in pictures]
+    return [open_image(folder / p.file).convert("RGB") for p in pictures]
 
 
 def _first_of_each(prompts: list[str], limit: int) -> list[int]:
@@ -180,6 +187,6 @@ def _first_of_each(prompts: list[str], limit: int) -> list[int]:
     return list(first.values())[:limit]
 
 
-def _space_name(space: Any) -> str:
+def _space_name(space: dict[str, Any] | list[dict[str, Any]]) -> str:
     parts = space if isinstance(space, list) else [space]
     return " + ".join(p["name"] for p in parts)

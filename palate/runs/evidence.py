@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
 from palate.base.machine import is_main, tell
@@ -13,8 +14,15 @@ from palate.models.families import cut_warning
 from palate.runs.assembly import resolve_objective
 from palate.runs.recipe import Recipe
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def reader_of(recipe: Recipe) -> Any:
+    from palate.data.encoded import EncodedPairs, EncodedPictures
+    from palate.data.pairs import Counts, Reader
+    from palate.models.denoiser import Denoiser
+
+
+def reader_of(recipe: Recipe) -> Reader:
     """The pairs or pictures, of which the first is read at once: most mistakes in a data file are in every row."""
     from palate.data.pairs import read
 
@@ -29,7 +37,7 @@ def reader_of(recipe: Recipe) -> Any:
     return reader
 
 
-def validation_reader(recipe: Recipe) -> Any:
+def validation_reader(recipe: Recipe) -> Reader | None:
     """The pairs on which implicit accuracy is measured, if they are named; the first is read at once."""
     from palate.data.pairs import read_pairs
 
@@ -46,7 +54,9 @@ def validation_reader(recipe: Recipe) -> Any:
     return reader
 
 
-def encoded_of(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, validation: Any) -> tuple[Any, Any]:
+def encoded_of(
+    recipe: Recipe, denoiser: Denoiser, resolution: int, reader: Reader, validation: Reader | None
+) -> tuple[EncodedPairs | EncodedPictures, EncodedPairs | EncodedPictures | None]:
     """What is trained on, and the held-out pairs or None; they share no prompt."""
     from palate.data.cache import TensorCache
     from palate.data.encode import encode
@@ -78,7 +88,9 @@ def encoded_of(recipe: Recipe, denoiser: Any, resolution: int, reader: Any, vali
     return encoded, None
 
 
-def learnable(encoded: Any, objective: Any, evidence: str) -> Any:
+def learnable(
+    encoded: EncodedPairs | EncodedPictures, objective: Callable[..., Tensor], evidence: str
+) -> EncodedPairs | EncodedPictures:
     """What an objective can learn from."""
     from palate.data.encoded import EncodedPairs
 
@@ -93,7 +105,7 @@ def learnable(encoded: Any, objective: Any, evidence: str) -> Any:
     return encoded
 
 
-def counts_of(counts: Any) -> dict[str, Any]:
+def counts_of(counts: Counts) -> dict[str, Any]:
     return {
         "rows": counts.rows,
         "ties_dropped": counts.ties_dropped,
@@ -105,7 +117,7 @@ def counts_of(counts: Any) -> dict[str, Any]:
     }
 
 
-def _say_counts(counts: Any, what: str) -> None:
+def _say_counts(counts: Counts, what: str) -> None:
     for bad in counts.bad:
         tell(f"skipped {bad}")
     parts = {

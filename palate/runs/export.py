@@ -114,7 +114,7 @@ def _pushed_run(name: str, repo: str) -> str:
 def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.dtype, *, progress: bool) -> list[str]:
     from palate.models import kohya, layouts
 
-    denoiser, network, _ = found.load()
+    denoiser, network = found.load_tuned()
     about = about_training(found.recipe, out.stem) if found.recipe else {"ss_output_name": out.stem}
     if options.format == "kohya":
         return [f"wrote {kohya.save_kohya(denoiser, network, out, dtype=dtype, about=about)}"]

@@ -12,9 +12,10 @@ from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser, Drawing
+    from palate.models.policy import Policy
 
 
-def policy_of(recipe: Recipe, denoiser: Any) -> Any:
+def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
     from palate.models.policy import Policy
 
     return Policy(

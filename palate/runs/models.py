@@ -15,8 +15,11 @@ from palate.miniature import world
 from palate.models.files import LORA_FILE, weights_of
 
 if TYPE_CHECKING:
-    from palate.models.denoiser import Denoiser
+    from torch import nn
+
+    from palate.models.denoiser import Denoiser, Drawer
     from palate.models.policy import Finished
+    from palate.models.refiner import Refiner
     from palate.runs.recipe import Recipe
 
 
@@ -75,7 +78,7 @@ class NamedModel:
             found |= {"refiner": self.refiner, "refiner_start": self.refiner_start}
         return {**found, "loras": [{"file": x.path.name, "scale": x.scale, "digest": _digest(x.path)} for x in self.loras]}
 
-    def load(self, *, mixed_precision: str = "no") -> tuple[Any, Any, Any]:
+    def load(self, *, mixed_precision: str = "no") -> tuple[Drawer, nn.Module, Refiner | None]:
         """The model; its tuned network (its own, with LoRAs in it, unless a run trained all weights); the refiner or None.
 
         A model of a family that is not trained is a :class:`palate.models.other.OtherPipeline`.
@@ -102,7 +105,12 @@ class NamedModel:
         base = twin(denoiser.network, share=True)
         return Finished(denoiser, self._put(denoiser), base)
 
-    def _put(self, denoiser: Any) -> Any:
+    def load_tuned(self) -> tuple[Denoiser, nn.Module]:
+        """The model and its tuned network, in full precision. Raises UserError if its family is not trained."""
+        denoiser = load_base(self.base, revision=self.revision, variant=self.variant)
+        return denoiser, self._put(denoiser)
+
+    def _put(self, denoiser: Drawer) -> nn.Module:
         """What was trained, and the LoRAs, into the model; the network to use."""
         from palate.models.lora import put_loras, tuned
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
@@ -25,6 +25,15 @@ from palate.runs.assembly import resolve_objective, resolve_space
 from palate.runs.loading import drawing_of
 from palate.runs.recipe import Recipe, write
 from palate.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from palate.models.denoiser import Denoiser
+    from palate.models.policy import Policy
+    from palate.online.bundle import RewardBundle
+    from palate.training.steps import Step
 
 TOLERANCE = {"no": 1e-5, "fp16": 1e-3, "bf16": 5e-3}
 """How far log-probabilities of sampling and training may be apart, by precision. On a GPU a batch of another size is computed
@@ -83,8 +92,8 @@ def told(recipe: Recipe, found: Wanted) -> str:
 
 
 def assemble(
-    recipe: Recipe, found: Wanted, denoiser: Any, policy: Any, resolution: int, *, progress: bool = False
-) -> tuple[Any, Rollouts]:
+    recipe: Recipe, found: Wanted, denoiser: Denoiser, policy: Policy, resolution: int, *, progress: bool = False
+) -> tuple[Step, Rollouts]:
     """The step, and the rollouts that feed it. Prompts are encoded here, once."""
     import torch
 
@@ -96,7 +105,7 @@ def assemble(
     options = recipe.online
     objective, evidence = resolve_objective(recipe.objective)
     if evidence == "trajectories":
-        step: Any = trajectory_step(
+        step = trajectory_step(
             policy,
             objective,
             rule=ddim(options.sample_eta),
@@ -155,8 +164,8 @@ class Watch:
         self,
         recipe: Recipe,
         found: Wanted,
-        denoiser: Any,
-        policy: Any,
+        denoiser: Denoiser,
+        policy: Policy,
         rollouts: Rollouts,
         resolution: int,
         tell: Callable[[str], None],
@@ -207,7 +216,7 @@ class Watch:
             measured["parted"] = 1.0
         return measured
 
-    def _generate(self, prompts: list[Prompt], seeds: list[int]) -> Any:
+    def _generate(self, prompts: list[Prompt], seeds: list[int]) -> list[Image]:
         return self.denoiser.generate(
             [p.text for p in prompts],
             seeds,
@@ -224,7 +233,7 @@ class Watch:
         self.rounds = state["rounds"]
 
 
-def _bundle(recipe: Recipe, rewards: Mapping[str, NamedReward], device: Any) -> Any:
+def _bundle(recipe: Recipe, rewards: Mapping[str, NamedReward], device: torch.device) -> RewardBundle:
     """Rewards, trained on or held out, loaded and ready to be asked."""
     from palate.online.bundle import RewardBundle
 

@@ -30,7 +30,14 @@ from palate.runs.models import check_refiner_fits
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable, Mapping
+
+    from palate.models.denoiser import Denoiser
+    from palate.models.policy import Policy
+    from palate.online.rollouts import Rollouts
+    from palate.training.options import TrainOptions
+    from palate.training.source import PairSource
+    from palate.training.steps import Step
 
 
 def train(recipe: Recipe, *, command: str = "") -> Path:
@@ -143,7 +150,7 @@ def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
     return out
 
 
-def _finish(recipe: Recipe, denoiser: Any, policy: Any, resolution: int, out: Path, command: str) -> None:
+def _finish(recipe: Recipe, denoiser: Denoiser, policy: Policy, resolution: int, out: Path, command: str) -> None:
     """Save what was trained and compare it with the base model."""
     if not is_main():
         return
@@ -197,12 +204,12 @@ def _saved_recipe(path: Path) -> dict[str, Any]:
 
 def _train(
     recipe: Recipe,
-    options: Any,
-    policy: Any,
-    step: Any,
-    data: Any,
+    options: TrainOptions,
+    policy: Policy,
+    step: Step,
+    data: PairSource | Rollouts,
     samples: Samples,
-    on_evaluate: Any,
+    on_evaluate: Callable[[int], Mapping[str, float]] | None,
     about: dict[str, Any],
 ) -> None:
     """The loop, with the files that say what was run. What fails before there is a checkpoint or ``best/`` leaves nothing."""

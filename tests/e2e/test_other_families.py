@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import LIMIT, tiny_text
 from PIL import Image
+from safetensors.torch import save_file
 
 from palate.evaluation.manifest import read_manifest, read_settings
 
@@ -97,3 +98,12 @@ def test_sd3_is_not_trained_nor_edited(palate, sd3_dir, prompts_file):
     code, _, errors = palate("generate", sd3_dir, prompts=prompts_file, lora="quick.yaml", output_dir="out")
     assert (code, "quick.yaml cannot be put into" in errors, len(errors.splitlines())) == (2, True, 1), errors
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers", "pipeline"])
+def test_a_lora_of_sd3_is_not_exported(palate, sd3_dir, layout):
+    save_file({"transformer.proj_out.lora_A.weight": torch.zeros(1, 2)}, "lora.safetensors")
+    code, _, errors = palate(
+        "export", "lora.safetensors", format=layout, output="out.safetensors", pretrained_model_name_or_path=sd3_dir
+    )
+    assert (code, "is a StableDiffusion3Pipeline; supported pipelines" in errors) == (2, True), errors
