@@ -128,10 +128,9 @@ def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.
     extraction = layouts.extract_lora(
         denoiser, network, rank=rank, energy=options.energy, layers=options.lora_layers, progress=progress
     )
-    files = (
-        layouts.save_diffusers(denoiser, denoiser.network, out, dtype=dtype),
-        kohya.save_kohya(denoiser, denoiser.network, out / KOHYA_FILE, dtype=dtype, about=about),
-    )
+    files = [layouts.save_diffusers(denoiser, denoiser.network, out, dtype=dtype)]
+    if denoiser.kohya is not None:
+        files.append(kohya.save_kohya(denoiser, denoiser.network, out / KOHYA_FILE, dtype=dtype, about=about))
     return [extraction.sentence(), *(f"wrote {file}" for file in files)]
 
 
