@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -124,12 +124,12 @@ class Denoiser(Drawer, Protocol):
 
     device: torch.device
     schedule: Schedule
-    part: str
+    part: ClassVar[str]
     """``unet`` or ``transformer``: the network's folder in a pipeline and in a run of all weights, and how LoRA names begin."""
-    part_name: str
+    part_name: ClassVar[str]
     """What people call the network."""
-    card: Card
-    lora_targets: dict[str, tuple[str, ...]]
+    card: ClassVar[Card]
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     """Layers of the network, by the name a recipe gives them."""
 
     @property

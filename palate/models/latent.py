@@ -15,7 +15,7 @@ from palate.base.errors import UserError
 from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import from_config
-from palate.models.denoiser import Card, Drawing
+from palate.models.denoiser import Card, Drawing, Features, Kohya
 from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts, Vae, assemble, check_strength, to_picture
 from palate.models.refiner import Refiner
 
@@ -61,6 +61,17 @@ class Latent:
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         raise NotImplementedError
+
+    def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def features(self) -> Features | None:
+        return None
+
+    @property
+    def kohya(self) -> Kohya | None:
+        return None
 
     def unconditional(self) -> Conditioning:
         return self.encode_prompts([""])
@@ -134,7 +145,7 @@ class Latent:
         if starts is not None:
             options["strength"] = strength
         self._check_refiner(refiner, editing=starts is not None)
-        away = [None] * len(prompts) if negatives is None else list(negatives)
+        away: list[str | None] = [None] * len(prompts) if negatives is None else list(negatives)
         if not len(prompts) == len(seeds) == len(away):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(away)} negative prompts")
         self.remember([*prompts, *(n for n in away if n is not None)])

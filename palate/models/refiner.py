@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palate.diffusion.denoising import Conditioning
 from palate.models.parts import Remembered, Source, TextEncoder, zeros_like
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
     from palate.models.denoiser import Drawing
 
 
@@ -62,7 +64,7 @@ class Refiner:
         generators: list[torch.Generator],
         drawing: Drawing,
         *,
-        vae: nn.Module,
+        vae: AutoencoderKL,
         scheduler: Any,
     ) -> Tensor:
         """Scaled latents ``(b, c, h, w)`` that the base model denoised up to ``start``, denoised to the end.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from palate.data.images import framing
@@ -52,10 +53,10 @@ class StableDiffusion(Latent):
         return {"framing": framing(size, resolution, position, flip=flip)}
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
+        dtype: torch.dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
         return network(xt.to(dtype), t, cond.tensors["encoder_hidden_states"].to(dtype), return_dict=False)[0]
 
-    def features(
+    def features(  # type: ignore[override]
         self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
     ) -> list[Tensor]:
         text = cond.tensors["encoder_hidden_states"]

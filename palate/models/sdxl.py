@@ -74,13 +74,13 @@ class StableDiffusionXL(Latent):
         return {"framing": framing(size, resolution, position, flip=flip)}
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
+        dtype: torch.dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
         added = self._added(cond, xt)
         added["text_embeds"] = added["text_embeds"].to(dtype)
         text = cond.tensors["encoder_hidden_states"].to(dtype)
         return network(xt.to(dtype), t, text, added_cond_kwargs=added, return_dict=False)[0]
 
-    def features(
+    def features(  # type: ignore[override]
         self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
     ) -> list[Tensor]:
         text, added = cond.tensors["encoder_hidden_states"], self._added(cond, x)

@@ -26,8 +26,6 @@ class Transformer(Latent):
     card: ClassVar[Card] = Card("StableDiffusion3Pipeline", "SD3Transformer2DModel", "stable-diffusion-3")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("to_q", "to_k", "to_v"), "all": ("to_q", "ff.net.2")}
     prompt_arguments: ClassVar[dict[str, str]] = {"hidden": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
-    features = None
-    kohya = None
 
     def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
         kind = "CLIPTextModelWithProjection"
