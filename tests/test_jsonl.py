@@ -42,7 +42,8 @@ def test_a_damaged_object_is_told_even_where_none_is_needed(tmp_path, content):
         (b'{"a\n{"a": 1}', "line 1: not JSON", True),
         (b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 1}', 2, False),
         (b'{"a": 1}\n[1]', "line 2: expected a JSON object, found \\[1\\]", True),
-        (b"\xff", "expected JSON objects in UTF-8", True),
+        (b'{"a": 1}\n{"b": "\xc3', 1, True),  # inside a character
+        (b'\xff\n{"a": 1}', "line 1: not JSON .'utf-8' codec", True),
     ],
 )
 def test_lines(tmp_path, content, kept, may_be_cut):

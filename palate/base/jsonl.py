@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +17,13 @@ JsonObject = dict[str, Any]
 
 
 def decode(text: str | bytes) -> Any:
-    """Any JSON value.
+    """Any JSON value, in UTF-8.
 
     Raises:
         ValueError: "not JSON", and why.
     """
     try:
-        return json.loads(text)
+        return json.loads(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:  # nested a thousand deep is no ValueError
         raise ValueError(f"not JSON ({error})") from None
 
@@ -70,15 +71,16 @@ def read_lines(
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        told = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); expected {expected}") from error
-    last = text.count("\n") + 1
-    for number, line in lines(text):
+    for number, line in enumerate(told, start=1):
+        if not line.strip():
+            continue
         try:
-            row = decode(line)
+            row = decode(line)  # one by one: what was cut short may end inside a character
         except ValueError as error:
-            if may_be_cut and number == last:
+            if may_be_cut and number == len(told):
                 return
             raise UserError(f"{path}, line {number}: {error}; mend or remove the line") from None
         if not isinstance(row, dict):
