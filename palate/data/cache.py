@@ -39,21 +39,44 @@ class TensorCache:
         """Where the entry of a key lies, whether it exists or not."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
+    def has(self, key: str) -> bool:
+        """Whether there is an entry that is not empty; nothing is read, so it may yet prove damaged."""
+        try:
+            return self.path(key).stat().st_size > 0
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self._unreadable(error) from error
+
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of a key; None if there is no such file or if it is damaged."""
+        """The tensors of a key; None if there is no such file, or if it was damaged: then it is there no longer."""
         try:
             data = self.path(key).read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise UserError(f"cannot read the cache folder {self.folder}: {error.strerror}") from error
+            raise self._unreadable(error) from error
         try:
             header, body = _parts(data)
-            if header["__metadata__"]["crc32"] != _checksum(body):
-                return None
-            return load(data)
+            if header["__metadata__"]["crc32"] == _checksum(body):
+                return load(data)
         except (SafetensorError, ValueError, KeyError, TypeError):
-            return None
+            pass
+        self._remove(key)
+        return None
+
+    def _remove(self, key: str) -> None:
+        """So that the next run, which only asks whether an entry is there, computes it anew."""
+        try:
+            self.path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the cache entry {self.path(key)} is damaged and cannot be removed ({error.strerror}): delete it, or choose "
+                "another folder"
+            ) from error
+
+    def _unreadable(self, error: OSError) -> UserError:
+        return UserError(f"cannot read the cache folder {self.folder}: {error.strerror}")
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store tensors under a key, replacing what was there. Raises ``UserError`` if the folder cannot be written."""

@@ -152,7 +152,7 @@ class _Queue:
         if key in self.seen:
             return False
         self.seen.add(key)
-        present = self.cache.get(key) is not None
+        present = self.cache.has(key)
         self.reused += present
         return not present
 

@@ -47,7 +47,18 @@ def test_key_is_canonical_and_tells_everything_apart():
 
 
 def test_missing_is_none(tmp_path):
-    assert TensorCache(tmp_path / "nowhere").get("ab") is None
+    cache = TensorCache(tmp_path / "nowhere")
+    assert cache.get("ab") is None
+    assert not cache.has("ab")
+
+
+def test_presence_is_told_without_reading(tmp_path):
+    cache = TensorCache(tmp_path)
+    cache.put("ab", {"x": torch.arange(100.0)})
+    cache.path("ab").write_bytes(b"not read")
+    assert cache.has("ab")
+    cache.path("ab").write_bytes(b"")
+    assert not cache.has("ab")
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "zeros", "one bit", "text"])
@@ -62,7 +73,9 @@ def test_a_damaged_entry_counts_as_missing_and_is_rewritten(tmp_path, damage):
     damaged = {"empty": b"", "short": data[:-1], "zeros": bytes(len(data)), "one bit": bytes(flipped), "text": b"hello" * 50}
     path.write_bytes(damaged[damage])
     assert cache.get("ab") is None
+    assert not cache.has("ab")  # it is gone, so that nobody takes it for an entry
     cache.put("ab", tensors)
+    assert cache.has("ab")
     assert torch.equal(cache.get("ab")["x"], tensors["x"])
 
 

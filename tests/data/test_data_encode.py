@@ -294,11 +294,25 @@ def test_nan_is_refused_and_not_kept(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("damage", ["deleted", "damaged"])
-def test_a_lost_entry_is_told_and_encoded_anew(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["truncated", "one bit"])
+def test_the_run_that_reads_a_damaged_entry_tells_and_the_next_mends_it(tmp_path, damage):
+    path = (before := Encoders().encode(PAIRS, tmp_path)).cache.path(before.items[0].winner[0])
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data[:-9] if damage == "truncated" else data)
+    first, second = Encoders(), Encoders()
+    encoded = first.encode(PAIRS, tmp_path)
+    assert first.pictures == []  # it is there, and nobody has read it
+    with pytest.raises(UserError, match=r"f, row 1.*missing or damaged: run again"):
+        encoded.batch([0], torch.tensor([0]))
+    encoded = second.encode(PAIRS, tmp_path)
+    assert second.pictures == [1]
+    assert torch.equal(encoded.batch([0], torch.tensor([0])).latents[0], latent(P[0]))
+
+
+def test_an_entry_that_has_gone_is_told_and_encoded_anew(tmp_path):
     encoded = Encoders().encode(PAIRS, tmp_path)
-    path = encoded.cache.path(encoded.items[0].winner[0])
-    path.unlink() if damage == "deleted" else path.write_bytes(path.read_bytes()[:-9])
+    encoded.cache.path(encoded.items[0].winner[0]).unlink()
     with pytest.raises(UserError, match=r"f, row 1.*missing or damaged: run again"):
         encoded.batch([0], torch.tensor([0]))
     again = Encoders()
