@@ -24,6 +24,13 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def device() -> str:
+    """Where this process computes: its own GPU, of those that ``accelerate launch`` shares out, or the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
 def tell(text: str) -> None:
     if is_main():
         print(text, file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tqdm import tqdm
 
 from palate.base.errors import UserError, nearest
+from palate.base.machine import device
 from palate.base.options import POSITIVE, OneOf, check_ranges
 from palate.data import pickapic
 from palate.evaluation.labelling import (
@@ -110,7 +111,7 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
     scores: dict[tuple[Path, str], list[float]] = {}
     bad: Counter[Path] = Counter()
     for named in judges.values():
-        judge, header = named.load(_device()), named.header()
+        judge, header = named.load(device()), named.header()
         for folder, pictures in manifests.items():
             found = score_folder(judge, header, folder, pictures, batch_size=options.batch_size, progress=progress)
             for picture in pictures:
@@ -248,7 +249,7 @@ def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress:
                     yield (lambda image=image: to_tensor([decode(image)])), pair.prompt
 
     scores: dict[int, float] = {}
-    stream = score_stream(named.load(_device()), items(), batch_size=batch_size, workers=2)
+    stream = score_stream(named.load(device()), items(), batch_size=batch_size, workers=2)
     for index, found in tqdm(stream, desc=named.name, unit=" pictures", disable=not progress):
         if not isinstance(found, float):
             raise UserError(f"{where[index]}: a picture {found}")
@@ -259,9 +260,3 @@ def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress:
 def _decide(options: LabelOptions) -> Any:
     temperature = options.temperature if options.soft else None
     return partial(label_of, temperature=temperature, threshold=options.thresholds())
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

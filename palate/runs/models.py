@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
+from palate.base.machine import device
 from palate.miniature import world
 from palate.models.files import LORA_FILE, weights_of
 
@@ -85,16 +86,16 @@ class NamedModel:
         """
         from palate.models.families import load_drawer, quiet_loading
 
-        device = _device(mixed_precision)
+        where = _device(mixed_precision)
         quiet_loading()
         source = {"revision": self.revision, "variant": self.variant}
-        denoiser = load_drawer(self.base, mixed_precision=mixed_precision, device=device, **source)
+        denoiser = load_drawer(self.base, mixed_precision=mixed_precision, device=where, **source)
         network = self._put(denoiser)
         if self.refiner is None:
             return denoiser, network, None
         from palate.models.families import load_refiner
 
-        refiner = load_refiner(self.refiner, start=self.refiner_start, mixed_precision=mixed_precision, device=device)
+        refiner = load_refiner(self.refiner, start=self.refiner_start, mixed_precision=mixed_precision, device=where)
         return denoiser, network, refiner
 
     def load_finished(self) -> Finished:
@@ -171,10 +172,10 @@ def load_base(
     name = _base(name)
     check_model(name, revision=revision)
 
-    device = _device(mixed_precision)
+    where = _device(mixed_precision)
     quiet_loading()
     precision = "no" if full else mixed_precision
-    return load_denoiser(name, mixed_precision=precision, device=device, revision=revision, variant=variant)
+    return load_denoiser(name, mixed_precision=precision, device=where, revision=revision, variant=variant)
 
 
 def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None = None) -> None:
@@ -189,13 +190,9 @@ def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None =
 
 
 def _device(mixed_precision: str) -> str:
-    """This process's."""
-    import torch
-
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    if mixed_precision == "fp16" and device == "cpu":
+    if mixed_precision == "fp16" and device() == "cpu":
         raise UserError("mixed_precision fp16 needs a GPU, and there is none; use bf16 or no")
-    return device
+    return device()
 
 
 def _base(name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palate.base.errors import UserError
+from palate.base.machine import device
 from palate.verbs import carry_out
 
 USAGE = "palate compare BASE OTHER [OTHER ...] [--option value ...]: folders with manifest.jsonl and scores/"
@@ -50,10 +51,7 @@ def _compare(folders: list[str], options: Options) -> None:
     known = [read_all_scores(folder) for folder in folders]
     missing = [name for name in options.judges if any(name not in scores for scores in known)]
     if missing:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        score_folders(find_judges(missing).values(), folders, device=device, progress=sys.stderr.isatty())
+        score_folders(find_judges(missing).values(), folders, device=device(), progress=sys.stderr.isatty())
     result = compare_folders(
         folders,
         judges=options.judges,

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from palate.base.errors import UserError
+from palate.base.machine import device
 from palate.verbs import carry_out
 
 USAGE = "palate score DIR --judges '[pickscore, aesthetic]' [--option value ...]"
@@ -42,14 +43,11 @@ def _score(first: list[str], options: ScoreOptions) -> None:
     folder = first[0]
     pictures = read_manifest(folder, check_files=False)  # missing ones are told of as all bad pictures are
 
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [("judge", "mean", "95 % interval", "pictures", "prompts", "bad")]
     for name, named in judges.items():
         try:
             found = score_folder(
-                named.load(device),
+                named.load(device()),
                 named.header(),
                 folder,
                 pictures,

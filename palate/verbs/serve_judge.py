@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from palate.base.errors import UserError
+from palate.base.machine import device
 from palate.verbs import asks_help, carry_out
 
 USAGE = "palate serve-judge NAME [--option value ...]"
@@ -37,17 +38,19 @@ def _serve(first: list[str], options: ServeOptions) -> None:
     from palate.names.judges import find_judges
 
     named = find_judges(first)[first[0]]
-    import torch
-
     from palate.judges.http import KEY
     from palate.judges.remote import Identity
     from palate.judges.server import serve_judge
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     token = os.environ.get(KEY)
     who = Identity(named.name, named.kind, named.fingerprint(), named.role)
     server = serve_judge(
-        named.load(device), who, host=options.host, port=options.port, token=token, batch_size=options.batch_size
+        named.load(options.device or device()),
+        who,
+        host=options.host,
+        port=options.port,
+        token=token,
+        batch_size=options.batch_size,
     )
     with server:
         address = f"http://{options.host}:{server.server_address[1]}"
