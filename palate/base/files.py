@@ -7,14 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 from palate.base.errors import UserError, first_line
 
 
-def write_atomically(path: str | Path, content: bytes | Callable[[Path], Any]) -> None:
+def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Write under a temporary name in the same folder (made if need be), then rename.
 
     content: the bytes, or what writes a file of the name it is given, where the whole is too large to be held twice.
@@ -29,7 +28,7 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], Any]) -
         temporary.unlink(missing_ok=True)
 
 
-def replacing(final: Path, write: Callable[[str], Any], name: str = ".") -> Path:
+def replacing(final: Path, write: Callable[[str], object], name: str = ".") -> Path:
     """Let ``write`` make and fill a temporary folder, and put all of it in the place of ``final``, or its safetensors file
     ``name``, the metadata of which are put in order: so that the same weights make the same file."""
     partial = final.with_name(f".{final.name}-saving")

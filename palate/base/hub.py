@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# The hub's client is typed in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 import os
 import re
 import socket

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# PyYAML's methods have no types.
+# pyright: reportUnknownMemberType=false
 import ast
 import dataclasses
 import difflib
@@ -18,7 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import yaml
 
@@ -35,22 +37,22 @@ class _Loader(yaml.SafeLoader):
 
     _in_word = False
 
-    def scan_plain(self) -> Any:
+    def scan_plain(self) -> object:
         self._in_word = True
         try:
-            return super().scan_plain()
+            return cast(object, super().scan_plain())
         finally:
             self._in_word = False
 
     def peek(self, index: int = 0) -> str:
-        found = super().peek(index)
+        found = cast(str, super().peek(index))
         return "q" if self._in_word and found == "?" else found  # any letter: what is read is not taken from here
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever either version would read as something else than text."""
 
-    def represent_str(self, data: str) -> Any:
+    def represent_str(self, data: str) -> yaml.ScalarNode:
         # Unquoted, PyYAML writes some line breaks as they are and reads them as a space.
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
 
@@ -67,7 +69,7 @@ for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
-def parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> object:
     """YAML to plain values; ``where`` begins the message of a :class:`UserError`."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
@@ -75,14 +77,14 @@ def parse(text: str, where: str) -> Any:
         raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
 
 
-def dumps(content: Any) -> str:
+def dumps(content: object) -> str:
     """Plain values as YAML that :func:`parse` reads back."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def overrides(words: Sequence[str]) -> dict[str, Any]:
+def overrides(words: Sequence[str]) -> dict[str, object]:
     """``--name value`` and ``--name=value`` to a dictionary; values stay text, but for lists and mappings in YAML."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     queue = list(words)
     while queue:
         word = queue.pop(0)
@@ -97,7 +99,7 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def checked(kind: type[Options], given: Mapping[str, Any], command: str) -> Options:
+def checked(kind: type[Options], given: Mapping[str, object], command: str) -> Options:
     """An options dataclass from ``overrides``; unknown names are refused with the nearest right one.
 
     Raises:
@@ -115,7 +117,8 @@ def checked(kind: type[Options], given: Mapping[str, Any], command: str) -> Opti
 
 def help_lines(kind: type) -> list[str]:
     """Every field of an options dataclass as ``--name (default: ...)`` and what the string below it says."""
-    about, lines = _field_docs(kind), []
+    about = _field_docs(kind)
+    lines: list[str] = []
     for leaf in fields(kind):
         default = leaf.default if leaf.default is not dataclasses.MISSING else None
         if leaf.default_factory is not dataclasses.MISSING:
@@ -125,12 +128,13 @@ def help_lines(kind: type) -> list[str]:
     return lines
 
 
-def section(kind: type, value: Any, where: str) -> Any:
+def section(kind: type[Options], value: object, where: str) -> Options:
+    """An options dataclass from a mapping of names to values; ``where`` begins the message of a :class:`UserError`."""
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} holds {value!r}; expected options such as {', '.join(f.name for f in fields(kind)[:3])}")
-    hints, known = typing.get_type_hints(kind), {f.name for f in fields(kind)}
-    made = {}
-    for name, given in value.items():
+        raise UserError(f"{where} holds {value!r}; expected options such as {', '.join(known[:3])}")
+    hints, made = typing.get_type_hints(kind), dict[str, object]()
+    for name, given in cast("Mapping[str, object]", value).items():
         if name not in known:
             raise UserError(f"{where}: unknown option {name!r}{nearest(str(name), known)}")
         made[name] = typed(hints[name], given, name)
@@ -150,7 +154,7 @@ class Range:
     below: int | float | None = None
     expected: str = ""
 
-    def refusal(self, value: Any) -> str:
+    def refusal(self, value: int | float) -> str:
         """What follows "NAME is" in the message about ``value``; empty if it is admitted."""
         admitted = (
             (self.at_least is None or value >= self.at_least)
@@ -170,7 +174,7 @@ class OneOf:
     def __init__(self, *choices: str) -> None:
         object.__setattr__(self, "choices", choices)
 
-    def refusal(self, value: Any) -> str:
+    def refusal(self, value: str | tuple[str, ...]) -> str:
         """As :meth:`Range.refusal`."""
         texts = value if isinstance(value, tuple) else (value,)
         return next((f"{text!r}{nearest(str(text), self.choices)}" for text in texts if text not in self.choices), "")
@@ -197,13 +201,13 @@ def ranges(kind: type) -> dict[str, Range | OneOf]:
     return found
 
 
-def _said(hint: Any) -> Iterable[Any]:
+def _said(hint: object) -> Iterable[object]:
     """What an annotation holds besides types, and the types of which it is the union."""
     inner = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
     return itertools.chain(getattr(hint, "__metadata__", ()), *map(_said, inner))
 
 
-def check_ranges(options: Any) -> None:
+def check_ranges(options: object) -> None:
     """Check every option of a dataclass that says its range or choices; None is always admitted. For ``__post_init__``.
 
     Raises:
@@ -225,7 +229,7 @@ WORDS = {
 }
 
 
-def typed(kind: Any, value: Any, name: str) -> Any:
+def typed(kind: Any, value: object, name: str) -> object:
     """``value`` as ``kind``; from the command line every value comes as text."""
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if type(None) in options and (value is None or value == "null"):
@@ -240,7 +244,7 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     raise UserError(f"{name} is {value!r}; expected {' or '.join(expected)}")
 
 
-def _as(kind: Any, value: Any) -> Any:
+def _as(kind: Any, value: object) -> object:
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -248,9 +252,10 @@ def _as(kind: Any, value: Any) -> Any:
     if kind is tuple:
         if isinstance(value, str):
             return (value,)
-        return tuple(_as(str, v) for v in value) if isinstance(value, Sequence) else _refuse()
+        return tuple(_as(str, v) for v in cast("Sequence[object]", value)) if isinstance(value, Sequence) else _refuse()
     if kind is dict:
-        return {_as(str, k): _as(str, v) for k, v in value.items()} if isinstance(value, Mapping) else _refuse()
+        pairs = cast("Mapping[object, object]", value).items() if isinstance(value, Mapping) else _refuse()
+        return {_as(str, k): _as(str, v) for k, v in pairs}
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         _refuse()
     if kind is float:
@@ -290,7 +295,7 @@ def foreign(name: str, known: Iterable[str] = ()) -> Callable[..., Any]:
     return function
 
 
-def keywords(function: Callable[..., Any], given: Mapping[str, Any], what: str) -> dict[str, Any]:
+def keywords(function: Callable[..., object], given: Mapping[str, object], what: str) -> dict[str, Any]:
     """All keyword-only arguments of ``function``: those given, as the types it names, and its defaults."""
     known = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for name in given:
@@ -303,7 +308,7 @@ def keywords(function: Callable[..., Any], given: Mapping[str, Any], what: str) 
         hints = typing.get_type_hints(function)
     except NameError:  # of a function from outside, whose annotations need not be importable
         hints = {}
-    made = {}
+    made: dict[str, Any] = {}
     for name, parameter in known.items():
         value = given.get(name, parameter.default)
         # What comes unannotated from the command line is read as YAML.
@@ -312,7 +317,7 @@ def keywords(function: Callable[..., Any], given: Mapping[str, Any], what: str) 
     return made
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -323,10 +328,12 @@ def indented(text: str) -> list[str]:
 def _field_docs(kind: type) -> dict[str, str]:
     """The strings below the fields of a dataclass and of those it builds on; Python itself drops them."""
     found: dict[str, str] = {}
-    for base in filter(dataclasses.is_dataclass, kind.__bases__):
-        found |= _field_docs(base)
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    for before, after in itertools.pairwise(body):
+    for base in kind.__bases__:
+        if dataclasses.is_dataclass(base):
+            found |= _field_docs(base)
+    (written,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(written, ast.ClassDef)
+    for before, after in itertools.pairwise(written.body):
         if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
     return found

@@ -6,16 +6,19 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from palate.base import hub
 from palate.base.errors import UserError, nearest
 from palate.base.jsonl import decode
 from palate.data import shards, votes
-from palate.data.values import BadValueError, Home
+from palate.data.values import BadValueError, Home, Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FOLDER_FILES = ("metadata.jsonl", "metadata.csv", "rankings.jsonl")
 ENDINGS = (".parquet", ".tar")
@@ -230,7 +233,7 @@ def own_names(columns: Mapping[str, str]) -> dict[str, str]:
     return {ours[name]: column for name, column in columns.items()}
 
 
-def _resolve(path: Path, present: list[str], mapping: Mapping[str, str]) -> dict[str, str]:
+def _resolve(path: Path, present: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
     for ours, theirs in mapping.items():
         if theirs not in present:
             raise UserError(f"{path}: columns maps {ours!r} to {theirs!r}, which is missing{nearest(theirs, present)}")
@@ -240,7 +243,7 @@ def _resolve(path: Path, present: list[str], mapping: Mapping[str, str]) -> dict
     }
 
 
-def _layout(path: Path, present: list[str], names: Mapping[str, str]) -> tuple[str, ...]:
+def _layout(path: Path, present: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
     missing = {layout: [name for name in layout if names[name] not in present] for layout in LAYOUTS}
     for layout, lacks in missing.items():
         if not lacks:
@@ -257,7 +260,7 @@ def _layout(path: Path, present: list[str], names: Mapping[str, str]) -> tuple[s
 # Rows ------------------------------------------------------------------------------------------------------------------
 
 
-def rows(file: File, *, everything: bool = False) -> Iterator[Any]:
+def rows(file: File, *, everything: bool = False) -> Iterator[Row | BadValueError]:
     """The rows of a file by column; a ``BadValueError`` in the place of what cannot be read.
 
     Of parquet only the columns that are known to :data:`COLUMNS`, or with ``everything`` also those of plain values.
@@ -275,7 +278,7 @@ def rows(file: File, *, everything: bool = False) -> Iterator[Any]:
     return _grouped(found, file.names) if "prompt_id" in file.layout else found
 
 
-def others(file: File, row: Mapping[str, Any]) -> dict[str, Any]:
+def others(file: File, row: Row) -> dict[str, object]:
     """The plain values of a row (texts, numbers, dates) in columns that are not read as prompt, picture, label and the like."""
     if "prompt_id" in file.layout:
         return {}  # of a group only the first picture's are left
@@ -288,7 +291,7 @@ def others(file: File, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _grouped(found: Iterator[Any], names: Mapping[str, str]) -> Iterator[Any]:
+def _grouped(found: Iterator[Row | BadValueError], names: Mapping[str, str]) -> Iterator[Row | BadValueError]:
     """Rows of one ranked picture each as rows of all pictures of a prompt."""
     group: dict[str, Any] | None = None
     for row in found:
@@ -316,7 +319,7 @@ def _parquet_columns(path: Path) -> list[str]:
         raise DamagedError(f"{path} is not a complete parquet file ({error}): copy or download it again") from None
 
 
-def _parquet_rows(file: File, everything: bool) -> Iterator[dict[str, Any] | BadValueError]:
+def _parquet_rows(file: File, everything: bool) -> Iterator[Row | BadValueError]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -334,14 +337,14 @@ def _parquet_rows(file: File, everything: bool) -> Iterator[dict[str, Any] | Bad
         yield BadValueError("(rest of file)", f"is damaged after {done} rows ({error}): copy or download it again")
 
 
-def _plain(kind: Any) -> bool:
+def _plain(kind: pa.DataType) -> bool:
     from pyarrow import types
 
     kept_out = (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
     return not any(is_kind(kind) for is_kind in kept_out)
 
 
-def _caption_rows(folder: Path) -> Iterator[dict[str, str] | BadValueError]:
+def _caption_rows(folder: Path) -> Iterator[Row | BadValueError]:
     for picture, text in _captioned(folder):
         try:
             prompt = text.read_text(encoding="utf-8-sig").strip()
@@ -351,7 +354,7 @@ def _caption_rows(folder: Path) -> Iterator[dict[str, str] | BadValueError]:
             yield {"prompt": prompt, "image": picture.relative_to(folder).as_posix()}
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
+def _json_rows(path: Path) -> Iterator[Row | BadValueError]:
     # Lines of bytes: a line that is not UTF-8 is then one bad row, not the end of the file.
     with path.open("rb") as stream:
         for line in stream:
@@ -366,7 +369,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 yield row if isinstance(row, dict) else BadValueError("(whole line)", "is not a JSON object")
 
 
-def _list_rows(path: Path) -> Iterator[Any]:
+def _list_rows(path: Path) -> Iterator[Row | BadValueError]:
     """The entries of a JSON list, one at a time: HPD v2's is one line of hundreds of megabytes."""
     decoder = json.JSONDecoder()
     try:
@@ -393,7 +396,7 @@ def _list_rows(path: Path) -> Iterator[Any]:
         yield BadValueError("(rest of file)", f"cannot be read as JSON in UTF-8 ({error})")
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, str] | BadValueError]:
+def _csv_rows(path: Path) -> Iterator[Row | BadValueError]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             yield from csv.DictReader(stream)

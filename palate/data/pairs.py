@@ -6,10 +6,10 @@ import functools
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ from palate.base.errors import UserError
 from palate.data import formats, selection, values
 from palate.data.formats import DamagedError, File, Place
 from palate.data.options import Reading
-from palate.data.values import BadValueError
+from palate.data.values import BadValueError, Row
 
 # After the row that is one too many, how far to look for others to tell about.
 LISTED, LOOKAHEAD = 5, 1000
@@ -34,7 +34,7 @@ class PreferencePair:
     weight: float = 1.0
     source: str = ""  # "file, row 17"
     rater: str = ""
-    more: Mapping[str, Any] = field(default_factory=dict)  # other columns, if they are wished for
+    more: Mapping[str, object] = field(default_factory=dict)  # other columns, if they are wished for
 
     @property
     def pictures(self) -> tuple[bytes, ...]:
@@ -51,11 +51,14 @@ class LikedPicture:
     weight: float = 1.0
     source: str = ""
     rater: str = ""
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def pictures(self) -> tuple[bytes, ...]:
         return (self.image,)
+
+
+Item = PreferencePair | LikedPicture
 
 
 class BadRow(NamedTuple):
@@ -118,7 +121,7 @@ class Reader:
                 self._opened[place] = error
         return self._opened[place]
 
-    def _rows(self) -> Iterator[tuple[File | Path, int, Any]]:
+    def _rows(self) -> Iterator[tuple[File | Path, int, Row | BadValueError]]:
         for place in self.places:
             file = self._open(place)
             if isinstance(file, DamagedError):
@@ -129,7 +132,7 @@ class Reader:
                 found = formats.rows(file, everything=self.keep_columns)
                 yield from ((file, number, row) for number, row in enumerate(found, start=1))
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # pairs, or single pictures
         return self._iterate(look=True)
 
     @functools.cached_property
@@ -140,7 +143,7 @@ class Reader:
         pairs = tqdm(reader._iterate(look=False), desc="finding absolute winners", unit=" pairs", disable=None)
         return selection.absolute_winners((pair.prompt, pair.pictures, pair.label) for pair in pairs)
 
-    def _iterate(self, *, look: bool) -> Iterator[Any]:
+    def _iterate(self, *, look: bool) -> Iterator[Item]:
         """With ``look`` every picture is decoded, and one that cannot be makes its row a bad one."""
         reading = self.reading
         winners = self._winners if reading.absolute_winners else None
@@ -165,7 +168,7 @@ class Reader:
         if not counts.pairs:
             raise self._nothing()
 
-    def _read(self, file: File | Path, number: int, row: Any, look: bool) -> list[Any]:
+    def _read(self, file: File | Path, number: int, row: Row | BadValueError, look: bool) -> Sequence[Item]:
         """What one row holds; counts the row, and what it lacks."""
         self.counts.rows += 1
         try:
@@ -186,12 +189,12 @@ class Reader:
             self.counts.bad.append(BadRow(number, bad.column, bad.reason, name))
             return []
 
-    def _items(self, file: File, number: int, row: Mapping[str, Any], look: bool) -> list[Any]:
+    def _items(self, file: File, number: int, row: Row, look: bool) -> Sequence[Item]:
         names, layout = file.names, file.layout
         prompt = values.prompt(names["prompt"], row.get(names["prompt"]))
         weight = values.number(names["weight"], row.get(names["weight"]), default=1.0)
         rater = row.get(names["rater"])
-        shared = {
+        shared: dict[str, Any] = {
             "prompt": prompt,
             "weight": weight,
             "source": f"{file.path.name}, row {number}",
@@ -202,7 +205,7 @@ class Reader:
         if "images" in layout:
             votes = values.comparisons(names, row, layout)
             # All pictures are read even if only ties show them: a row is good or bad as a whole.
-            pictures = [picture(names["images"], image) for image in row[names["images"]]]
+            pictures = [picture(names["images"], image) for image in cast("list[object]", row[names["images"]])]
             kept = [vote for vote in votes if self._keeps(vote[2])]
             return [PreferencePair(image_0=pictures[i], image_1=pictures[j], label=p, **shared) for i, j, p in kept]
         if file.single:

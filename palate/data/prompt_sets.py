@@ -9,7 +9,6 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from palate.base.errors import UserError, nearest
 from palate.base.files import write_atomically
@@ -120,7 +119,7 @@ def _listed(path: Path) -> list[Prompt]:
 
 def _texts(path: Path) -> list[str]:
     """A JSON list of texts, or of objects with ``prompt``."""
-    rows: list[Any] = decode(path.read_text(encoding="utf-8"))
+    rows: list[object] = decode(path.read_text(encoding="utf-8"))
     return [str(row["prompt"] if isinstance(row, dict) else row).strip() for row in rows]
 
 

@@ -32,7 +32,7 @@ class Prompt:
     text: str
     negative: str | None = None
     """What the picture should not show; the caller's own default unless given."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
     """Such as ``category`` and ``challenge``; handed to rewards, and kept in manifests."""
 
 
@@ -139,7 +139,7 @@ def from_function(function: Callable[[], Any], name: str) -> list[Prompt]:
     return prompts
 
 
-def _is_one(made: Any) -> bool:
+def _is_one(made: object) -> bool:
     pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], str) and isinstance(made[1], Mapping)
     return pair or isinstance(made, str | Prompt)
 

@@ -6,7 +6,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from palate.data.values import BadValueError
 
@@ -21,7 +21,7 @@ def is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
-def sample_rows(path: Path) -> Iterator[dict[str, Any] | BadValueError]:
+def sample_rows(path: Path) -> Iterator[dict[str, object] | BadValueError]:
     """The samples of a shard as rows by column; what follows damage is given up, and said in a last bad row.
 
     Members belong together by their name up to the first dot of its last part. What follows that dot is the column:
@@ -31,7 +31,7 @@ def sample_rows(path: Path) -> Iterator[dict[str, Any] | BadValueError]:
     - ``json``: an object, whose entries are columns
     - anything else, such as ``label``: a short text
     """
-    row: dict[str, Any] = {}
+    row: dict[str, object] = {}
     key, done = None, 0
     try:
         # Opened for seeking, not as a stream ("r|"): only so can the end mark be looked for afterwards.
@@ -64,7 +64,7 @@ def _ends(shard: tarfile.TarFile, stream: BinaryIO) -> bool:
     return len(block) == tarfile.BLOCKSIZE and not any(block)
 
 
-def _columns(extension: str, member: tarfile.TarInfo, shard: tarfile.TarFile) -> dict[str, Any]:
+def _columns(extension: str, member: tarfile.TarInfo, shard: tarfile.TarFile) -> dict[str, object]:
     if member.size > MAX_MEMBER:
         return {extension: BadValueError(extension, f"holds {member.size} bytes, at most {MAX_MEMBER} are read")}
     stream = shard.extractfile(member)

@@ -7,11 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from palate.data.images import decode
 
 WORDS = {"true": 1.0, "false": 0.0}  # as CSV files and sidecar files write truth
+
+
+Row = Mapping[str, object]
+"""A row of a file by column; its values are what the file holds, and not checked yet."""
 
 
 class BadValueError(Exception):
@@ -30,7 +34,7 @@ class Home(NamedTuple):
     second: Path | None = None  # tried for names that the first has not: HPD's train.json names pictures of train/
 
 
-def prompt(column: str, value: Any) -> str:
+def prompt(column: str, value: object) -> str:
     """A prompt that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise BadValueError(column, f"must be a non-empty string, found {short(value)}")
@@ -41,7 +45,7 @@ def prompt(column: str, value: Any) -> str:
     return value
 
 
-def number(column: str, value: Any, *, default: float | None = None, highest: float = math.inf) -> float:
+def number(column: str, value: object, *, default: float | None = None, highest: float = math.inf) -> float:
     """A finite number of 0 or more; ``default`` where there is none."""
     if value is None or value == "":
         if default is None:
@@ -51,7 +55,7 @@ def number(column: str, value: Any, *, default: float | None = None, highest: fl
     if isinstance(value, str):
         value = WORDS.get(value.strip().lower(), value)
     try:
-        found = float(value)
+        found = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise BadValueError(column, f"must be a number {limit}, found {short(value)}") from None
     if not math.isfinite(found) or not 0 <= found <= highest:
@@ -59,7 +63,7 @@ def number(column: str, value: Any, *, default: float | None = None, highest: fl
     return found
 
 
-def label(names: Mapping[str, str], row: Mapping[str, Any], layout: tuple[str, ...]) -> float:
+def label(names: Mapping[str, str], row: Row, layout: tuple[str, ...]) -> float:
     """How probably the first picture of a pair is the better one."""
     if "chosen" in layout:
         return 1.0
@@ -78,7 +82,7 @@ def label(names: Mapping[str, str], row: Mapping[str, Any], layout: tuple[str, .
     return label_0
 
 
-def comparisons(names: Mapping[str, str], row: Mapping[str, Any], layout: tuple[str, ...]) -> list[tuple[int, int, float]]:
+def comparisons(names: Mapping[str, str], row: Row, layout: tuple[str, ...]) -> list[tuple[int, int, float]]:
     """All pairs i < j of several pictures, with the share of raters who put i first: exactly 0.5 is a tie.
 
     An equal rank counts half to both. The layout of ``rankings`` is that of HPD v2's annotations (arXiv 2306.09341).
@@ -104,13 +108,13 @@ def comparisons(names: Mapping[str, str], row: Mapping[str, Any], layout: tuple[
     return votes
 
 
-def _ranks(column: str, ranks: Any, count: int, *, what: str) -> Sequence[float]:
+def _ranks(column: str, ranks: object, count: int, *, what: str) -> Sequence[float]:
     if not isinstance(ranks, list) or len(ranks) != count:
         raise BadValueError(column, f"each must hold one {what} for each of {count} images: {short(ranks)}")
     return [number(column, rank) for rank in ranks]
 
 
-def picture(column: str, value: Any, home: Home, *, look: bool = True) -> bytes:
+def picture(column: str, value: object, home: Home, *, look: bool = True) -> bytes:
     """The bytes of a picture; with ``look`` it is decoded to the end."""
     if isinstance(value, dict):  # struct<bytes, path>
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -153,7 +157,7 @@ def _defect(data: bytes) -> str:
     return ""
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """A value, or its beginning."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from palate.base.errors import UserError, nearest
 
@@ -86,7 +86,7 @@ def check_version(connection: sqlite3.Connection, path: str | Path) -> None:
         )
 
 
-def vote_rows(path: str | Path, *, question: str = "overall", weights: str = "equal") -> Iterator[dict[str, Any]]:
+def vote_rows(path: str | Path, *, question: str = "overall", weights: str = "equal") -> Iterator[dict[str, object]]:
     """Rows of ``COLUMNS``, one a vote, planned repeats left out; pictures as paths relative to the database's folder.
 
     ``weights="agreement"`` weighs a vote by how far its rater's agreement with others exceeds chance (``agreement_weights``).
@@ -117,13 +117,13 @@ def vote_rows(path: str | Path, *, question: str = "overall", weights: str = "eq
         }
 
 
-def agreement_weights(votes: Sequence[tuple[str, Any, float]]) -> Mapping[str, float]:
+def agreement_weights(votes: Sequence[tuple[str, object, float]]) -> Mapping[str, float]:
     """A weight per rater from ``(rater, pair, label)``: twice the agreement less one, at least 0, of mean 1 over the votes.
 
     The agreement of two votes on one pair is 1 - abs(difference of labels). A rater's is the mean over all comparisons with
     others, shrunk towards everybody's mean as if ``PRIOR`` comparisons had been average: few votes weigh like anybody's.
     """
-    by_pair: dict[Any, list[tuple[str, float]]] = defaultdict(list)
+    by_pair: dict[object, list[tuple[str, float]]] = defaultdict(list)
     for rater, pair, label in votes:
         by_pair[pair].append((rater, label))
     agreed, compared = defaultdict(float), defaultdict(int)

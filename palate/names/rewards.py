@@ -48,7 +48,7 @@ class NamedReward:
         return from_function(self.source, name=self.name, device=device)
 
 
-def find_rewards(names: str | Iterable[str] | Mapping[str, Any]) -> dict[str, NamedReward]:
+def find_rewards(names: str | Iterable[str] | Mapping[str, int | float | str]) -> dict[str, NamedReward]:
     """The rewards of these names, in order; a mapping gives weights. No weights of models are read.
 
     A name is that of a judge (``mini-clip``, ``jpeg_compressibility``, ``aesthetic:FOLDER``, ``remote:URL``; see
@@ -74,7 +74,7 @@ def find_held_out(names: str | Iterable[str], trained: Mapping[str, NamedReward]
     return found
 
 
-def _weight(name: str, weight: Any) -> float:
+def _weight(name: str, weight: int | float | str) -> float:
     try:
         number = math.nan if isinstance(weight, bool) else float(weight)
     except (TypeError, ValueError):
