@@ -111,7 +111,6 @@ class Trajectory:
     mean: Float[Tensor, " b n *d"] | None = None
 
 
-@torch.no_grad()
 def sample(
     predict: Predict,
     schedule: Schedule,

@@ -11,6 +11,7 @@ from tiny_training import TinyPolicy
 
 from palate.base.errors import UserError
 from palate.data.prompts import Prompt
+from palate.diffusion.sampling import sample
 from palate.online.options import Arithmetic, OnlineOptions
 from palate.training import checkpoints
 from palate.training.log import read_log
@@ -170,6 +171,28 @@ def test_diversity_is_told_where_prompts_repeat():
 
     assert spread(["a", "a", "b", "b"], pictures) == pytest.approx(0.5)
     assert spread(["a", "b"], pictures[:2]) is None
+
+
+def test_gradients_reach_the_weights_through_sampling_unless_the_caller_forbids_them():
+    policy = TinyPolicy()
+    source, _ = drawn()
+    assert not source.data["latents"].requires_grad
+
+    def brightness(seeds=(5, 6)) -> torch.Tensor:
+        cond = source.conditions.rows(torch.tensor([0, 1]))
+        way, seeds = source.path, torch.tensor(seeds)
+        found = sample(policy, policy.schedule, way, cond, seeds, (2, 4, 4), guidance_scale=2.0, eta=1.0)
+        return decode(found.latents[:, -1]).double().mean()
+
+    (gradient,) = torch.autograd.grad(brightness(), [policy.trainable_module.weight])
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        policy.trainable_module.weight += 1e-2 * direction
+        above = brightness()
+        policy.trainable_module.weight -= 2e-2 * direction
+        below = brightness()
+    assert not above.requires_grad
+    assert float(above - below) / 2e-2 == pytest.approx(float(gradient.norm()), rel=1e-2)
 
 
 # In the loop -------------------------------------------------------------------------------------------------------------
