@@ -207,7 +207,7 @@ def test_automatic_beta_is_the_reciprocal_of_the_spread_of_errors():
     assert automatic_beta(policy, Scaled(), data) == pytest.approx(1e6 * automatic_beta(policy, latent(), data), rel=1e-2)
     step = pair_step(policy, latent(), functools.partial(dpo, beta=math.nan), auto_beta=True)
     step.begin(data)
-    step.begin(TinyPairs(1))  # what is known is not sought again
+    step.begin(TinyPairs(1))  # what is known is not sought again: one pair would be too few
     beta = step.state["beta"]
     moved = pair_step(moved_policy(), latent(), functools.partial(dpo, beta=math.nan), auto_beta=True)
     moved.state.update(step.state)
