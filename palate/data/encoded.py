@@ -53,6 +53,8 @@ Kind = TypeVar("Kind", bound="Encoded")
 class Encoded(Generic[Item]):
     """Items whose tensors lie in a cache; only keys, labels, weights and prompts are held in memory."""
 
+    rounds = None  # unlike the model's own pictures, the items stay the same from epoch to epoch
+
     def __init__(self, items: Sequence[Item], cache: TensorCache) -> None:
         self.items, self.cache = list(items), cache
 

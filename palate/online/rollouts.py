@@ -120,6 +120,11 @@ class Rollouts:
 
     # What the loop asks ---------------------------------------------------------------------------------------------------
 
+    @property
+    def rounds(self) -> Rollouts:
+        """It draws a new round for every epoch."""
+        return self
+
     def __len__(self) -> int:
         """Items of a round, all inner epochs together."""
         return self.arithmetic.items * self.options.inner_epochs
@@ -128,9 +133,9 @@ class Rollouts:
         """The plan of a round is already in order."""
         return list(range(len(self)))
 
-    def begin_round(
+    def begin(
         self, number: int, processes: Processes | None = None, stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Draw and judge the pictures of round ``number``, and plan what is learned from them.
 
         Returns what the log should tell: rewards, KL divergence, diversity and what belongs to the objective.
@@ -157,7 +162,7 @@ class Rollouts:
         total = rewards.pop("total")
         means = {name: float(raw.double().mean()) for name, raw in rewards.items()}
         self.means.append(self.rewards.level(means))
-        told: dict[str, Any] = {"reward_mean": self.means[-1], "reward_std": float(total.std(correction=0))}
+        told: dict[str, object] = {"reward_mean": self.means[-1], "reward_std": float(total.std(correction=0))}
         told |= {f"reward/{name}": mean for name, mean in means.items()}
         apart = advantages.spread(prompts, thumbnails)
         told |= {"diversity": apart} if apart is not None else {}
@@ -195,6 +200,10 @@ class Rollouts:
         second, total = torch.tensor([row[1] for row in rows]), self.data["total"]
         weight = (total[first] != total[second]).float()  # equals teach nothing
         return PairBatch(torch.cat([latents[first], latents[second]]), cond.repeat(2).tensors, label, weight, seeds)
+
+    def counted(self, position: int) -> dict[str, int | float]:
+        """Rounds and reward queries."""
+        return {"round": round(position / len(self), 4), "reward_queries": self.queries}
 
     def state_dict(self, position: int) -> dict[str, Any]:
         """All that is needed to go on from item ``position`` of the endless sequence of rounds."""
@@ -344,11 +353,11 @@ class Rollouts:
             "lower learning_rate, or use mixed_precision bf16 or no"
         )
 
-    def _plan(self, number: int, prompts: list[str], total: Tensor) -> dict[str, Any]:
+    def _plan(self, number: int, prompts: list[str], total: Tensor) -> dict[str, int | float]:
         """What is learned from the round, item by item, and what the log should tell of it."""
         options, seed = self.options, mix(self.seed, PLAN, number)
         self.data["total"] = total
-        told: dict[str, Any] = {}
+        told: dict[str, int | float] = {}
         if self.evidence == "trajectories":
             found = self._advantages(prompts, total)
             told["advantage_clipped"] = float((found.abs() > options.adv_clip).float().mean())

@@ -5,8 +5,7 @@ processes pairs; batch k holds positions k B to (k + 1) B - 1 of the endless seq
 epoch opens the next batch, and the step counter alone says where a resumed run goes on. The gradient is that of the sum of
 losses over the effective batch, divided by the number of its pairs.
 
-A source that draws its own items (``Rollouts``) is asked for a new round where an epoch begins; what it remembers is saved with
-the rest.
+A source that has rounds is asked for a new one where an epoch begins; what it remembers is saved with the rest.
 """
 
 from __future__ import annotations
@@ -28,13 +27,12 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.seeds import mix
-from palate.online.rollouts import Rollouts
 from palate.training import checkpoints
 from palate.training.fits import TrainablePolicy
 from palate.training.log import RunLog, Silent, Window
 from palate.training.optimizers import Average, lr_factor, make_optimizer
 from palate.training.options import TrainOptions
-from palate.training.source import Abandoned, BudgetSpent, PairSource, Processes
+from palate.training.source import Abandoned, BudgetSpent, Processes, Source
 from palate.training.steps import Step
 
 
@@ -52,7 +50,7 @@ class Stopped(KeyboardInterrupt):
 def train(
     step: Step,
     policy: TrainablePolicy,
-    data: PairSource | Rollouts,
+    data: Source,
     *,
     options: TrainOptions,
     recipe: Mapping[str, Any] | None = None,
@@ -64,7 +62,7 @@ def train(
     Args:
         step: from ``pair_step`` or ``sample_step``, made with this policy.
         policy: on the device to train on, trainable weights in float32.
-        data: encoded pairs, or rollouts, whose rounds hold whole effective batches.
+        data: encoded pairs, say; if it has rounds, they hold whole effective batches.
         recipe: everything that decides the result, as plain nested values; stored in checkpoints, and resuming is refused if
             it differs (``checkpoints.check_recipe``). The options alone if not given.
         on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only.
@@ -113,9 +111,7 @@ def train(
 class _Run:
     """The state of a run, and the parts of the loop."""
 
-    def __init__(
-        self, step: Step, policy: TrainablePolicy, data: PairSource | Rollouts, options: TrainOptions, recipe: dict[str, Any]
-    ):
+    def __init__(self, step: Step, policy: TrainablePolicy, data: Source, options: TrainOptions, recipe: dict[str, Any]):
         self.step, self.policy, self.data, self.options, self.recipe = step, policy, data, options, recipe
         if len(data) == 0:
             raise UserError("there are no pairs to train on")
@@ -141,10 +137,9 @@ class _Run:
         self.optimizer = make_optimizer(self.weights, options)
         self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
         self.logs: RunLog | Silent = Silent()
-        self.rollouts = data if isinstance(data, Rollouts) else None
-        if self.rollouts is not None and len(data) % self.batch_size:
+        if data.rounds is not None and len(data) % self.batch_size:
             raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")
-        self.round: dict[str, Any] = {}  # what a new round told, until it is logged
+        self.round: dict[str, object] = {}  # what a new round told, until it is logged
         self.window, self.last = Window(), dict[str, float]()
         self.began, self.warned = time.monotonic(), False
 
@@ -191,8 +186,8 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window, self.warned = Window(state["window"]), state["warned"]
         self.step.state.update(state["step state"])
-        if self.rollouts is not None:
-            self.rollouts.load_state_dict(state["rollouts"])
+        if self.data.rounds is not None:
+            self.data.rounds.load_state_dict(state["rollouts"])
         self.began -= state["seconds"]
         return state["step"]
 
@@ -213,8 +208,8 @@ class _Run:
                 "warned": self.warned,
                 "seconds": time.monotonic() - self.began,
             }
-            if self.rollouts is not None:
-                state["rollouts"] = self.rollouts.state_dict(done * self.batch_size)
+            if self.data.rounds is not None:
+                state["rollouts"] = self.data.rounds.state_dict(done * self.batch_size)
             checkpoints.save(
                 self.options.output_dir,
                 done,
@@ -228,14 +223,14 @@ class _Run:
 
     def begin(self, done: int, signals: _Signals) -> None:
         """Before update number ``done`` (from 1): a new round, if its items are those of one."""
-        position = (done - 1) * self.batch_size
-        if self.rollouts is None or position % len(self.data):
+        position, rounds = (done - 1) * self.batch_size, self.data.rounds
+        if rounds is None or position % len(self.data):
             return
         torch.manual_seed(mix(self.options.seed, done, self.processes.index))
         self.policy.trainable_module.train()  # as in the updates: were there dropout, the self check would tell
         try:
             with self.accelerator.autocast():
-                self.round = self.rollouts.begin_round(position // len(self.data), self.processes, lambda: signals.received)
+                self.round = rounds.begin(position // len(self.data), self.processes, lambda: signals.received)
         except UserError as error:
             self.give_up(done - 1, error)
 
@@ -380,15 +375,14 @@ class _Run:
             except UserError as error:
                 failed = error
         if record:
-            pairs, seconds = done * self.batch_size, round(time.monotonic() - self.began, 2)
-            epoch = round(pairs / len(self.data), 4)
-            counted = {"epoch": epoch, "pairs": pairs}
-            if self.rollouts is not None:
-                counted = {"round": epoch, "reward_queries": self.rollouts.queries}
-            place = {"step": done, **counted, "seconds": seconds}
-            self.logs.record({**place, **record})
+            self.logs.record({"step": done, **self._counted(done * self.batch_size), **record})
         if failed is not None:
             self.give_up(done, failed)
+
+    def _counted(self, items: int) -> dict[str, int | float]:
+        rounds, seconds = self.data.rounds, round(time.monotonic() - self.began, 2)
+        epochs = {"epoch": round(items / len(self.data), 4), "pairs": items}
+        return {**(epochs if rounds is None else rounds.counted(items)), "seconds": seconds}
 
     def sample(self, done: int, on_sample: Callable[[int], Any] | None) -> None:
         if on_sample is not None and self._due(done, self.options.sample_steps):

@@ -16,7 +16,7 @@ from palate.diffusion.denoising import Fit, Pair
 from palate.objectives.pairs import margin
 from palate.spaces import Space
 from palate.training.fits import PLAIN, Draws, MeasuredPolicy, TrainablePolicy, halves, measured_fits, noise_batch
-from palate.training.source import PairSource
+from palate.training.source import Source
 
 SPREAD = 3.0
 """The logit that automatic beta gives to a margin as large as the natural spread of errors."""
@@ -28,7 +28,7 @@ PROBED = 128
 
 @torch.no_grad()
 def automatic_beta(
-    policy: TrainablePolicy, space: Space, data: PairSource, draws: Draws = PLAIN, *, pairs: int = PROBED, batch_size: int = 8
+    policy: TrainablePolicy, space: Space, data: Source, draws: Draws = PLAIN, *, pairs: int = PROBED, batch_size: int = 8
 ) -> float:
     """beta at which a margin of the errors' natural spread has the logit ``SPREAD``: 2 SPREAD / std(Ll - Lw).
 
@@ -77,7 +77,7 @@ def singles_metrics(fits: Mapping[str, Fit], p: int, beta: float | None) -> dict
 def implicit_margins(
     policy: MeasuredPolicy,
     space: Space,
-    data: PairSource,
+    data: Source,
     *,
     seed: int = 0,
     timesteps: int = 5,

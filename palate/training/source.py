@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.diffusion.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,48 @@ class BudgetSpent(Exception):  # noqa: N818
 
 
 @runtime_checkable
-class PairSource(Protocol):
-    """What training needs of ``palate.data.encoded.EncodedPairs``."""
+class Rounds(Protocol):
+    """What a source has whose items are found anew where each epoch begins, such as ``palate.online.rollouts.Rollouts``."""
 
-    def __len__(self) -> int: ...
+    def begin(self, number: int, processes: Processes, stop: Callable[[], bool]) -> dict[str, object]:
+        """Find the items of round ``number`` (from 0); returns what the log should tell of it.
+
+        Raises:
+            Abandoned: ``stop()`` became true on the way.
+            BudgetSpent: no further round is wanted.
+        """
+        ...
+
+    def counted(self, position: int) -> dict[str, int | float]:
+        """What the log counts in place of epochs and pairs, where ``position`` items of all rounds are done."""
+        ...
+
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """What a checkpoint must keep to go on from there."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What training learns from: ``palate.data.encoded.EncodedPairs``, say."""
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """None where the items are there from the start."""
+        ...
+
+    def __len__(self) -> int:
+        """Items of an epoch."""
+        ...
+
     def order(self, seed: int, epoch: int) -> list[int]:
         """The indices of one epoch, each once; the same for the same arguments."""
         ...
 
-    def batch(self, indices: Sequence[int], seeds: Tensor) -> Any:
-        """The pairs (``PairBatch``) or single pictures (``SampleBatch``) at ``indices``.
+    def batch(self, indices: Sequence[int], seeds: Tensor) -> Batch:
+        """The items at ``indices``: pairs, single pictures or steps.
 
         ``seeds[i]`` decides all that is random about the i-th.
         """

@@ -16,7 +16,7 @@ from palate.diffusion.batches import Batch, PairBatch, SampleBatch
 from palate.spaces import Space
 from palate.training.fits import PLAIN, Draws, TrainablePolicy, halves, measured_fits, noise_batch, outside_autocast
 from palate.training.measures import automatic_beta, ordered_right, pair_metrics, singles_metrics
-from palate.training.source import PairSource
+from palate.training.source import Source
 
 Measured = tuple[Tensor, dict[str, Tensor]]
 """Losses ``(p,)`` with gradients, one per pair or single picture, and detached metrics ``(p,)`` by name."""
@@ -40,13 +40,13 @@ class Step:
 
     measure: Callable[[Batch, Mapping[str, float]], Measured]
     follows: Mapping[str, str] = field(default_factory=dict)
-    prepare: Callable[[PairSource], dict[str, float]] | None = None
+    prepare: Callable[[Source], dict[str, float]] | None = None
     state: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, batch: Batch) -> Measured:
         return self.measure(batch, self.state)
 
-    def begin(self, data: PairSource) -> None:
+    def begin(self, data: Source) -> None:
         """Find what must be known before the first update, unless a checkpoint has told or it was found already."""
         if self.prepare is not None and not self.state:
             self.state.update(self.prepare(data))
@@ -153,7 +153,7 @@ def _beta(named: Mapping[str, inspect.Parameter], state: Mapping[str, float]) ->
     return {"beta": state.get("beta", named["beta"].default)} if "beta" in named else {}
 
 
-def _prepare(policy: TrainablePolicy, space: Space, draws: Draws) -> Callable[[PairSource], dict[str, float]]:
+def _prepare(policy: TrainablePolicy, space: Space, draws: Draws) -> Callable[[Source], dict[str, float]]:
     return lambda data: {"beta": automatic_beta(policy, space, data, draws)}
 
 

@@ -38,6 +38,8 @@ def test_no_objective_is_forgotten():
 class RandomPairs:
     """Four pairs of random latents with real text encodings."""
 
+    rounds = None
+
     def __init__(self, denoiser):
         generator = torch.Generator().manual_seed(3)
         side = denoiser.default_resolution

@@ -30,7 +30,7 @@ def log(folder):
 
 def drawn(objective="ddpo_is", *, seed=0, number=0, **options):
     source = rollouts(TinyPolicy(), objective, seed=seed, **options)
-    told = source.begin_round(number)
+    told = source.begin(number)
     return source, told
 
 
@@ -57,7 +57,7 @@ def test_every_prompt_comes_once_before_any_comes_again():
     source = rollouts(TinyPolicy(), group_size=2)
     which = []
     for number in range(5):  # 5 x 4 groups over 5 prompts
-        source.begin_round(number)
+        source.begin(number)
         which.append(source.data["prompt"].tolist())
     groups = [row for rows in which for row in rows[::2]]
     assert groups == [row for rows in which for row in rows[1::2]]
@@ -70,7 +70,7 @@ def test_every_prompt_comes_once_before_any_comes_again():
 def test_the_first_ratio_is_1(scale, guided):
     policy = TinyPolicy()
     source = rollouts(policy, sample_guidance_scale=scale, guidance_in_training=guided)
-    source.begin_round(0)
+    source.begin(0)
     step = step_for(policy, "ddpo_is", source.options)
     _, metrics = step(source.batch(range(len(source)), torch.zeros(len(source), dtype=torch.int64)))
     assert metrics["log_ratio"].abs().max() < 1e-6
@@ -80,16 +80,16 @@ def test_the_first_ratio_is_1(scale, guided):
 def test_kl_is_0_before_training_and_positive_after():
     policy = TinyPolicy()
     source = rollouts(policy)
-    assert source.begin_round(0)["kl_path"] == 0
+    assert source.begin(0)["kl_path"] == 0
     with torch.no_grad():
         policy.trainable_module.weight.mul_(1.5)
-    assert source.begin_round(1)["kl_path"] > 1e-4
+    assert source.begin(1)["kl_path"] > 1e-4
 
 
 def test_kl_as_penalty_pulls_towards_the_reference():
     policy = TinyPolicy()
     source = rollouts(policy, kl_weight=2.0)
-    source.begin_round(0)
+    source.begin(0)
     batch = source.batch(range(4), torch.zeros(4, dtype=torch.int64))
     with torch.no_grad():
         policy.trainable_module.weight.mul_(1.5)
@@ -156,9 +156,9 @@ def test_sparse_rwr_trains_on_the_best_again_and_again(weighting):
 
 def test_streaming_remembers_earlier_rounds():
     source = rollouts(TinyPolicy(), "sft", weighting="streaming_percentile", percentile=50.0)
-    source.begin_round(0)
+    source.begin(0)
     before = list(source.seen)
-    source.begin_round(1)
+    source.begin(1)
     assert len(source.seen) == 16
     assert source.seen[:8] == before
 
@@ -335,7 +335,7 @@ def test_pictures_that_are_not_finite_are_named(tmp_path):
     with torch.no_grad():
         policy.trainable_module.weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"picture 0 \('a \w+'\) is not finite after step 0 of 4 \(time 76\)"):
-        rollouts(policy).begin_round(0)
+        rollouts(policy).begin(0)
 
 
 class Wavering(TinyPolicy):
@@ -374,7 +374,7 @@ def test_a_tolerance_beyond_the_clip_range_is_none(tmp_path):
     source = rollouts(policy, step=step_for(policy, "ddpo_is", OnlineOptions()))
     source.tolerance = 1e6
     with pytest.raises(UserError, match="most of the steps beyond clip_range"):
-        source.begin_round(0)
+        source.begin(0)
 
 
 def assert_goes_on_exactly(stopped, uninterrupted):

@@ -54,6 +54,8 @@ class TinyPolicy:
 class TinyPairs:
     """Pairs whose contents depend on their index alone."""
 
+    rounds = None
+
     def __init__(self, n: int = PAIRS, labels: list[float] | None = None):
         generator = torch.Generator().manual_seed(7)
         self.latents = torch.randn(n, 2, 2, 4, 4, generator=generator)
