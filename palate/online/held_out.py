@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict
 
@@ -97,7 +98,8 @@ class HeldOut:
     def evaluate(
         self, generate: Callable[[list[Prompt], list[int]], Sequence[Image.Image]], trained: float
     ) -> dict[str, float]:
-        """Judge the model as it is; ``trained`` is the mean of the trained reward since the last evaluation.
+        """Judge the model as it is; ``trained`` is the mean of the trained reward since the last evaluation,
+        nan where nothing was drawn yet (see :meth:`first_round`).
 
         Returns:
             The mean of each held-out reward, as ``held_out/NAME``.
@@ -113,6 +115,11 @@ class HeldOut:
         self.trained.append(float(trained))
         self.scores = {name: torch.cat([self.scores[name], raw[name][None]]) for name in raw}
         return {f"held_out/{name}": float(scores.mean()) for name, scores in raw.items()}
+
+    def first_round(self, trained: float) -> None:
+        """Tell the trained reward of the first round, which is drawn before training: it belongs to the evaluation there."""
+        if self.trained and math.isnan(self.trained[0]):
+            self.trained[0] = float(trained)
 
     @property
     def best(self) -> bool:

@@ -110,7 +110,6 @@ class Rollouts:
         self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)
         self.seen: list[float] = []  # every reward so far, for the streaming percentile
         self.means: list[float] = []  # the mean reward of every round, all on one scale
-        self.watch: Any = None  # what else a checkpoint must keep, if anything: it has state_dict and load_state_dict
         self.queries = 0
         self.round = -1
         self.before = self._memory()  # as it was before the round at hand
@@ -208,7 +207,7 @@ class Rollouts:
     def state_dict(self, position: int) -> dict[str, Any]:
         """All that is needed to go on from item ``position`` of the endless sequence of rounds."""
         number, within = divmod(position, len(self))
-        also = {"prompts": self._listed()} | ({} if self.watch is None else {"watch": self.watch.state_dict()})
+        also = {"prompts": self._listed()}
         if within:
             return {"memory": self._memory(), "round": self.round, "data": self.data, "plan": self.plan, **also}
         # At the border of two rounds only what they remember counts; the one at hand may have been drawn for nothing.
@@ -224,8 +223,6 @@ class Rollouts:
         self.tracker.load_state_dict(memory["tracker"])
         self.rewards.load_state_dict(memory["rewards"])
         self.seen, self.means, self.queries = list(memory["seen"]), list(memory["means"]), memory["queries"]
-        if self.watch is not None and "watch" in state:
-            self.watch.load_state_dict(state["watch"])
         if "plan" in state:
             self.round, self.data = state["round"], dict(state["data"])
             self.plan = [tuple(rows) for rows in state["plan"]]

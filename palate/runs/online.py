@@ -157,7 +157,7 @@ def watched(recipe: Recipe, found: Wanted) -> tuple[list[Prompt], int]:
 class Watch:
     """What the loop calls every ``eval_steps``: held-out rewards, the best weights so far in ``best/``, and the alarm.
 
-    Its state travels with that of the rollouts, in checkpoints.
+    Its state is one of those that checkpoints keep.
     """
 
     def __init__(
@@ -193,16 +193,14 @@ class Watch:
         training = dataclasses.replace(recipe.training, output_dir=str(self.best), resume_from_checkpoint=None)
         self.recipe = dataclasses.replace(recipe, training=training)
         self.rounds = 0  # that the last evaluation knew of
-        rollouts.watch = self
 
     def __call__(self, step: int) -> dict[str, float]:
         if not step:  # for the second time where training was stopped in its first round
             self.held_out.forget()
-        means, trained = self.rollouts.means, self.held_out.trained
-        if trained and math.isnan(trained[0]):
-            # The first round is drawn by the model before training: its reward belongs to the evaluation before it.
-            trained[0] = means[0]
-        since = means[self.rounds :] or trained[-1:] or [math.nan]
+        means = self.rollouts.means
+        if means:
+            self.held_out.first_round(means[0])
+        since = means[self.rounds :] or self.held_out.trained[-1:] or [math.nan]
         measured = self.held_out.evaluate(self._generate, sum(since) / len(since))
         self.rounds = len(means)
         if step and self.held_out.best:

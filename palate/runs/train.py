@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Policy
     from palate.online.rollouts import Rollouts
+    from palate.training.checkpoints import Stateful
     from palate.training.options import TrainOptions
     from palate.training.source import PairSource
     from palate.training.steps import Step
@@ -145,7 +147,8 @@ def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
     # Whom an address served cannot be asked later.
     if serves := {name: reward.serves for name, reward in found.rewards.items() if reward.serves}:
         about["serves"] = serves
-    _train(recipe, online.training_options(recipe), policy, step, rollouts, samples, watch, about)
+    states = {"watch": watch} if watch else {}
+    _train(recipe, online.training_options(recipe), policy, step, rollouts, samples, watch, about, states)
     _finish(recipe, denoiser, policy, resolution, out, command)
     return out
 
@@ -211,6 +214,7 @@ def _train(
     samples: Samples,
     on_evaluate: Callable[[int], Mapping[str, float]] | None,
     about: dict[str, Any],
+    states: Mapping[str, Stateful] | None = None,
 ) -> None:
     """The loop, with the files that say what was run. What fails before there is a checkpoint or ``best/`` leaves nothing."""
     from palate.training import checkpoints, loop
@@ -233,6 +237,7 @@ def _train(
             policy,
             data,
             options=options,
+            states=states,
             recipe=recipe.as_dict(),
             on_sample=samples.draw if recipe.evaluation.validation_prompts else None,
             on_evaluate=on_evaluate,

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -50,6 +50,14 @@ MAY_DIFFER = frozenset(
     }
 )
 """Options that may change on resuming. The product of batch size, accumulation and processes is checked by the loop."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a checkpoint can keep: plain numbers, texts and tensors, nested as they may be."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)

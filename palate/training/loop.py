@@ -28,12 +28,16 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.base.seeds import mix
 from palate.training import checkpoints
+from palate.training.checkpoints import Stateful
 from palate.training.fits import TrainablePolicy
 from palate.training.log import RunLog, Silent, Window
 from palate.training.optimizers import Average, lr_factor, make_optimizer
 from palate.training.options import TrainOptions
 from palate.training.source import Abandoned, BudgetSpent, Processes, Source
 from palate.training.steps import Step
+
+KEPT = "rollouts"
+"""Key of a checkpoint's state under which lies what the rounds remember, and beside it each of ``states`` by its name."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -53,6 +57,7 @@ def train(
     data: Source,
     *,
     options: TrainOptions,
+    states: Mapping[str, Stateful] | None = None,
     recipe: Mapping[str, Any] | None = None,
     on_sample: Callable[[int], Any] | None = None,
     on_evaluate: Callable[[int], Mapping[str, float]] | None = None,
@@ -63,6 +68,7 @@ def train(
         step: from ``pair_step`` or ``sample_step``, made with this policy.
         policy: on the device to train on, trainable weights in float32.
         data: encoded pairs, say; if it has rounds, they hold whole effective batches.
+        states: by name, what else checkpoints keep: of the hooks, say.
         recipe: everything that decides the result, as plain nested values; stored in checkpoints, and resuming is refused if
             it differs (``checkpoints.check_recipe``). The options alone if not given.
         on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only.
@@ -73,7 +79,7 @@ def train(
             that is not finite (the state before it is saved first).
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint.
     """
-    run = _Run(step, policy, data, options, dict(recipe or asdict(options)))
+    run = _Run(step, policy, data, options, dict(states or {}), dict(recipe or asdict(options)))
     start = run.restore()
     with _Signals() as signals, run.open_log(start) as log, run.progress_bar(start) as bar:
         if start >= run.total:
@@ -111,8 +117,16 @@ def train(
 class _Run:
     """The state of a run, and the parts of the loop."""
 
-    def __init__(self, step: Step, policy: TrainablePolicy, data: Source, options: TrainOptions, recipe: dict[str, Any]):
-        self.step, self.policy, self.data, self.options, self.recipe = step, policy, data, options, recipe
+    def __init__(
+        self,
+        step: Step,
+        policy: TrainablePolicy,
+        data: Source,
+        options: TrainOptions,
+        states: dict[str, Stateful],
+        recipe: dict[str, Any],
+    ):
+        self.step, self.policy, self.data, self.options, self.states, self.recipe = step, policy, data, options, states, recipe
         if len(data) == 0:
             raise UserError("there are no pairs to train on")
         self.weights = list(policy.parameters())
@@ -186,8 +200,12 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window, self.warned = Window(state["window"]), state["warned"]
         self.step.state.update(state["step state"])
+        kept = state.get(KEPT, {})
         if self.data.rounds is not None:
-            self.data.rounds.load_state_dict(state["rollouts"])
+            self.data.rounds.load_state_dict(kept)
+        for name, known in self.states.items():
+            if name in kept:  # a checkpoint of a run without it has nothing to tell
+                known.load_state_dict(kept[name])
         self.began -= state["seconds"]
         return state["step"]
 
@@ -208,8 +226,8 @@ class _Run:
                 "warned": self.warned,
                 "seconds": time.monotonic() - self.began,
             }
-            if self.data.rounds is not None:
-                state["rollouts"] = self.data.rounds.state_dict(done * self.batch_size)
+            if kept := self._kept(done * self.batch_size):
+                state[KEPT] = kept
             checkpoints.save(
                 self.options.output_dir,
                 done,
@@ -220,6 +238,10 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()
         return path
+
+    def _kept(self, position: int) -> dict[str, Any]:
+        rounds = {} if self.data.rounds is None else self.data.rounds.state_dict(position)
+        return rounds | {name: known.state_dict() for name, known in self.states.items()}
 
     def begin(self, done: int, signals: _Signals) -> None:
         """Before update number ``done`` (from 1): a new round, if its items are those of one."""

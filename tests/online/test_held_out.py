@@ -113,6 +113,16 @@ def test_alarm_and_resuming():
             HeldOut(prompts, 7, RewardBundle({"bright": brightness})).load_state_dict(held_out.state_dict())
 
 
+def test_the_reward_of_the_first_round_is_told_later_and_once():
+    held_out = HeldOut(PROMPTS, 7, RewardBundle({"bright": brightness}))
+    held_out.first_round(0.0)  # nothing was judged yet
+    held_out.evaluate(grey(51), float("nan"))
+    held_out.first_round(1.5)
+    held_out.evaluate(grey(51), 2.0)
+    held_out.first_round(3.0)
+    assert held_out.trained == [1.5, 2.0]
+
+
 def test_a_reward_that_fails_records_nothing():
     held_out = HeldOut(PROMPTS, 7, RewardBundle({"bright": lambda i, p: None}))
     with pytest.raises(RewardError, match="reward bright returned nothing"):

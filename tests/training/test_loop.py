@@ -73,6 +73,34 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, number):
     assert [line["step"] for line in log(tmp_path / "a")] == [0, 2, 3, 4, 6, 8]
 
 
+class Counting:
+    """An evaluation that knows how often it was asked."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, step):
+        self.calls += 1
+        return {"calls": self.calls}
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def test_checkpoints_keep_named_states(tmp_path):
+    straight, stopped, resumed, unknown = (Counting() for _ in range(4))
+    run(tmp_path / "a", on_evaluate=straight, states={"counting": straight}, eval_steps=2)
+    with pytest.raises(Stopped):
+        run(tmp_path / "b", data=Interrupting(4), on_evaluate=stopped, states={"counting": stopped}, eval_steps=2)
+    options = {"on_evaluate": resumed, "eval_steps": 2, "resume_from_checkpoint": "latest"}
+    run(tmp_path / "b", states={"counting": resumed, "unknown": unknown}, **options)
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+    assert (straight.calls, unknown.calls) == (5, 0)
+
+
 def kto_step(policy):
     return sample_step(policy, latent(), functools.partial(kto, beta=50.0))
 

@@ -235,6 +235,24 @@ def test_killed_in_a_round_or_between_two_and_resumed_equals_uninterrupted(tmp_p
     assert source.queries == 24
 
 
+def test_a_named_state_lies_where_checkpoints_have_had_the_watch(tmp_path):
+    class Watch:
+        seen = None
+
+        def state_dict(self):
+            return {"rounds": 3}
+
+        def load_state_dict(self, state):
+            self.seen = state["rounds"]
+
+    watch = Watch()
+    run(tmp_path, states={"watch": watch}, max_train_steps=3, checkpointing_steps=3)
+    kept = checkpoints.load(tmp_path / "checkpoint-3").state["rollouts"]
+    assert {"memory", "prompts", "watch", "plan"} <= kept.keys()
+    run(tmp_path, states={"watch": watch}, max_train_steps=4, resume_from_checkpoint="latest")
+    assert watch.seen == 3
+
+
 class _Interrupting(Brightness):
     """Interrupts once the second round is complete, so that the loop stops after its first update."""
 

@@ -110,6 +110,7 @@ def run(
     rewards=None,
     decode=decode,
     evaluate=None,
+    states=None,
     **options,
 ):
     """Three rounds of eight pictures unless told otherwise; returns policy and rollouts."""
@@ -121,7 +122,8 @@ def run(
     given = {"train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "checkpointing_steps": None} | options
     given = {"max_train_steps": 3 * arithmetic.updates} | given
     given["gradient_accumulation_steps"] = arithmetic.accumulation(given["train_batch_size"], processes)
-    train(step, policy, source, options=TrainOptions(output_dir=str(output_dir), **given), on_evaluate=evaluate)
+    options = TrainOptions(output_dir=str(output_dir), **given)
+    train(step, policy, source, options=options, states=states, on_evaluate=evaluate)
     return policy, source
 
 

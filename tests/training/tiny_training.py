@@ -85,6 +85,7 @@ def run(
     make=None,
     on_sample=None,
     on_evaluate=None,
+    states=None,
     beta: float = 50.0,
     recipe=None,
     **options,
@@ -94,7 +95,7 @@ def run(
     given = {"max_train_steps": 8, "train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 3} | options
     step = make(policy) if make else pair_step(policy, latent(), functools.partial(dpo, beta=beta))
     options = TrainOptions(output_dir=str(output_dir), **given)
-    train(step, policy, data, options=options, recipe=recipe, on_sample=on_sample, on_evaluate=on_evaluate)
+    train(step, policy, data, options=options, states=states, recipe=recipe, on_sample=on_sample, on_evaluate=on_evaluate)
     return policy
 
 
