@@ -10,7 +10,6 @@ A source that has rounds is asked for a new one where an epoch begins; what it r
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import signal
@@ -31,9 +30,10 @@ from palate.training import checkpoints
 from palate.training.checkpoints import Stateful
 from palate.training.fits import TrainablePolicy
 from palate.training.log import RunLog, Silent, Window
-from palate.training.optimizers import Average, lr_factor, make_optimizer
+from palate.training.optimizers import lr_factor
 from palate.training.options import TrainOptions
-from palate.training.source import Abandoned, BudgetSpent, Processes, Source
+from palate.training.place import Place
+from palate.training.source import Abandoned, BudgetSpent, Source
 from palate.training.steps import Step
 
 KEPT = "rollouts"
@@ -110,8 +110,7 @@ def train(
                 run.save(done)
             if stop and done < run.total:
                 raise run.stopped(done)
-        if run.average is not None:
-            run.average.swap()  # the average is the result
+        run.place.settle()
 
 
 class _Run:
@@ -129,27 +128,13 @@ class _Run:
         self.step, self.policy, self.data, self.options, self.states, self.recipe = step, policy, data, options, states, recipe
         if len(data) == 0:
             raise UserError("there are no pairs to train on")
-        self.weights = list(policy.parameters())
-        if not self.weights or any(p.dtype != torch.float32 for p in self.weights):
-            raise TypeError("trainable weights must exist and be float32: half precision loses most updates")
-        self.accelerator = _accelerator(self.weights[0].device, options.mixed_precision)
-        self.main, count = self.accelerator.is_main_process, self.accelerator.num_processes
-        self.processes = Processes()
-        if count > 1:
-            gather = self.accelerator.gather
-            self.processes = Processes(
-                self.accelerator.process_index, count, lambda rows: gather(rows.to(self.accelerator.device)).cpu()
-            )
-        own, found = self.accelerator.device, self.weights[0].device
-        if self.accelerator.num_processes > 1 and own.type == "cuda" and own != found:
-            raise ValueError(f"process {self.accelerator.process_index} trains on {own}, but the policy is on {found}")
+        self.place = Place(policy, options)
+        self.main, self.processes = self.place.main, self.place.processes
         share = options.train_batch_size * options.gradient_accumulation_steps
-        self.batch_size = share * self.accelerator.num_processes
-        self.share = range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+        self.batch_size = share * self.processes.count
+        self.share = range(self.processes.index * share, (self.processes.index + 1) * share)
         self.total = options.max_train_steps or math.ceil(options.num_train_epochs * len(data) / self.batch_size)
         self.order = functools.lru_cache(maxsize=2)(lambda epoch: [int(i) for i in data.order(options.seed, epoch)])
-        self.optimizer = make_optimizer(self.weights, options)
-        self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
         self.logs: RunLog | Silent = Silent()
         if data.rounds is not None and len(data) % self.batch_size:
             raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")
@@ -172,11 +157,7 @@ class _Run:
             if path is None:
                 raise UserError(f"resume_from_checkpoint is latest, but {folder} holds none; leave it out to begin anew")
             done = self._load(checkpoints.load(path))
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast
-
-            for parameter in self.weights:
-                parameter.data.copy_(broadcast(parameter.data))
+        self.place.align()
         return done
 
     def _load(self, checkpoint: checkpoints.Checkpoint) -> int:
@@ -192,12 +173,7 @@ class _Run:
         ):
             if state[name] != now:
                 raise UserError(f"{checkpoint.path} was trained with {name} {state[name]}, now it is {now}: {remedy}")
-        self.policy.load_state_dict(checkpoint.weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.place.load_state_dict(checkpoint.weights, state)
         self.window, self.warned = Window(state["window"]), state["warned"]
         self.step.state.update(state["step state"])
         kept = state.get(KEPT, {})
@@ -212,15 +188,12 @@ class _Run:
     def save(self, done: int) -> Path:
         """Checkpoint of the state after ``done`` steps."""
         path = Path(self.options.output_dir) / f"checkpoint-{done}"
+        weights, state = self.place.state_dict()
         if self.main:
-            scaler = self.accelerator.scaler
-            state = {
+            state |= {
                 "step": done,
                 "effective batch": self.batch_size,
                 "number of pairs": len(self.data),
-                "optimizer": self.optimizer.state_dict(),
-                "average": [] if self.average is None else self.average.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else {},
                 "window": self.window.sums,
                 "step state": dict(self.step.state),
                 "warned": self.warned,
@@ -231,12 +204,12 @@ class _Run:
             checkpoints.save(
                 self.options.output_dir,
                 done,
-                weights=self.policy.state_dict(),
+                weights=weights,
                 state=state,
                 recipe=self.recipe,
                 total_limit=self.options.checkpoints_total_limit,
             )
-        self.accelerator.wait_for_everyone()
+        self.place.wait()
         return path
 
     def _kept(self, position: int) -> dict[str, Any]:
@@ -251,14 +224,14 @@ class _Run:
         torch.manual_seed(mix(self.options.seed, done, self.processes.index))
         self.policy.trainable_module.train()  # as in the updates: were there dropout, the self check would tell
         try:
-            with self.accelerator.autocast():
+            with self.place.autocast():
                 self.round = rounds.begin(position // len(self.data), self.processes, lambda: signals.received)
         except UserError as error:
             self.give_up(done - 1, error)
 
     def give_up(self, done: int, error: UserError) -> NoReturn:
         """Raise a failure again, that of a reward say, once the state after ``done`` steps is saved, if it is worth it."""
-        if all(bool(p.isfinite().all()) for p in self.weights):
+        if self.place.finite():
             kept = f"the state after step {done} is in {self.save(done)}"
         else:
             kept = f"the weights of step {done} are not finite either: go back to an earlier checkpoint"
@@ -285,32 +258,21 @@ class _Run:
 
     def update(self, done: int, signals: _Signals) -> bool:
         """Update number ``done`` (from 1). Returns whether any process was asked to stop."""
-        options, scaler = self.options, self.accelerator.scaler
-        factor = lr_factor(options.lr_scheduler, done - 1, warmup=options.lr_warmup_steps, total=self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * factor
+        options, place = self.options, self.place
         # Only for modules that draw from the global generator (dropout): times and noise come from the items' seeds.
-        torch.manual_seed(mix(options.seed, done, self.accelerator.process_index))
+        torch.manual_seed(mix(options.seed, done, self.processes.index))
         self.policy.trainable_module.train()
         while True:
             totals = self._gradients(done, signals)
             if not math.isfinite(totals["loss"]):
                 raise _not_finite(done, f"the loss is {totals['loss'] / self.batch_size}")
-            if scaler is not None:
-                scaler.unscale_(self.optimizer)
-            norm = float(torch.nn.utils.clip_grad_norm_(self.weights, options.max_grad_norm or math.inf))
+            norm = place.clip_grad_norm(options.max_grad_norm)
             if math.isfinite(norm):
                 break
-            if scaler is None or scaler.get_scale() <= 1:
+            if not place.lower_scale():  # float16 overflows until it has found a fitting one
                 raise _not_finite(done, f"the norm of the gradient is {norm}")
-            scaler.update()  # halves the scale; float16 overflows until it has found a fitting one, so the batch is repeated
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
-        if self.average is not None:
-            self.average.update(done)
+        factor = lr_factor(options.lr_scheduler, done - 1, warmup=options.lr_warmup_steps, total=self.total)
+        place.update(done, options.learning_rate * factor)
         stop = totals.pop("stop") > 0  # summed over processes with the rest, so that all stop after the same step
         self.last = {name: total / self.batch_size for name, total in totals.items()}
         self.step.observe(self.last)
@@ -319,27 +281,23 @@ class _Run:
 
     def _gradients(self, done: int, signals: _Signals) -> dict[str, float]:
         """Gradients of this update, and sums of loss and metrics over its effective batch, in and over all processes."""
-        self.optimizer.zero_grad()
+        self.place.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         with self.processes.together():
             for indices, seeds in self._micro_batches(done):
                 for name, values in self._backward(indices, seeds).items():
                     sums[name] = sums.get(name, 0.0) + values.float().sum()
         sums["stop"] = torch.tensor(float(signals.received), device=sums["loss"].device)
-        totals = torch.stack(list(sums.values()))
-        if self.accelerator.num_processes > 1:
-            totals = self.accelerator.reduce(totals, reduction="sum")
-            for parameter in self.weights:
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+        totals = self.place.reduce(torch.stack(list(sums.values())))
+        self.place.reduce_gradients()
         return dict(zip(sums, totals.tolist(), strict=True))
 
     def _backward(self, indices: list[int], seeds: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of one micro-batch, whose gradients are added to those that are there."""
         try:
-            with self.accelerator.autocast():
+            with self.place.autocast():
                 losses, metrics = self.step(self.data.batch(indices, seeds))
-            self.accelerator.backward(losses.sum() / self.batch_size)
+            self.place.backward(losses.sum() / self.batch_size)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"no free memory to train on {len(indices)} at once: lower train_batch_size (and raise "
@@ -387,9 +345,10 @@ class _Run:
         """One line of the log, if any part of it is due: the means since the last, and what ``on_evaluate`` finds."""
         record, self.round = self.round, {}
         if self.window.sums and (record or self._due(done, self.options.logging_steps)):
-            record |= {"lr": self.optimizer.param_groups[0]["lr"], **self.window.means(), **self.step.state}
+            means = self.window.means()
+            record |= {"lr": self.place.optimizer.param_groups[0]["lr"], **means, **self.step.state}
             self.window = Window()
-            self._warn(done, record.get("logit_abs"))
+            self._warn(done, means.get("logit_abs"))
         failed = None
         if on_evaluate is not None and self._due(done, self.options.eval_steps):
             try:
@@ -418,7 +377,7 @@ class _Run:
         with self.processes.together():
             if self.main:
                 self.policy.trainable_module.eval()
-                with self.average.applied() if self.average is not None else contextlib.nullcontext():
+                with self.place.averaged():
                     result = hook(done)
         return result
 
@@ -460,14 +419,3 @@ class _Signals:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
-
-
-def _accelerator(device: torch.device, mixed_precision: str) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    if mixed_precision == "fp16" and device.type == "cpu":
-        raise UserError("mixed_precision fp16 needs a GPU: use bf16 or no")
-    # The state is global to the process; a second run may have another device or precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")

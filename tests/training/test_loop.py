@@ -20,6 +20,7 @@ from palate.training.log import read_log
 from palate.training.loop import Stopped
 from palate.training.optimizers import lr_factor
 from palate.training.options import LR_SCHEDULERS, TrainOptions
+from palate.training.place import Place
 from palate.training.steps import pair_step, sample_step
 
 
@@ -213,16 +214,16 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path, bad)
 
 def test_overflow_under_loss_scaling_repeats_the_batch(tmp_path, monkeypatch):
     expected = weights(run(tmp_path / "a", beta=5000.0))
-    make, scalers = loop._accelerator, []
+    scalers = []
 
-    def scaled(*args):
-        accelerator = make(*args)
-        # Gradients here are a few units or more, so this scale overflows float32 as 65536 may overflow float16.
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-        scalers.append(accelerator.scaler)
-        return accelerator
+    class Scaled(Place):
+        def __init__(self, *args):
+            super().__init__(*args)
+            # Gradients here are a few units or more, so this scale overflows float32 as 65536 may overflow float16.
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+            scalers.append(self.scaler)
 
-    monkeypatch.setattr(loop, "_accelerator", scaled)
+    monkeypatch.setattr(loop, "Place", Scaled)
     assert_close(expected, weights(run(tmp_path / "b", beta=5000.0)), 1e-5)
     assert scalers[0].get_scale() < 2.0**127
 

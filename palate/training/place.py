@@ -1,0 +1,168 @@
+"""Where a run is: its device and precision, the processes that share it, and all that depends on how weights lie on them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from palate.base.errors import UserError
+from palate.training.fits import TrainablePolicy
+from palate.training.optimizers import Average, make_optimizer
+from palate.training.options import TrainOptions
+from palate.training.source import Processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Place:
+    """Plain data parallelism: each process holds the whole model, and what all must know is summed by hand.
+
+    A member that shards the model (FSDP) would wrap the policy's trainable module and its frozen twin when it is made, each
+    into shards of its own, and have the backward pass sum the gradients. Its norm and its average would be those of all shards,
+    and it would gather whole tensors in :meth:`state_dict`, which every process calls, and cut them up in
+    :meth:`load_state_dict`.
+
+    Args:
+        policy: on the device to train on, trainable weights in float32.
+
+    Raises:
+        UserError: a precision that the device has not, or an optimizer that is not installed.
+    """
+
+    def __init__(self, policy: TrainablePolicy, options: TrainOptions):
+        self.policy, self.weights = policy, list(policy.parameters())
+        if not self.weights or any(p.dtype != torch.float32 for p in self.weights):
+            raise TypeError("trainable weights must exist and be float32: half precision loses most updates")
+        found = self.weights[0].device
+        self.accelerator = _accelerator(found, options.mixed_precision)
+        self.processes, own = _processes(self.accelerator), self.accelerator.device
+        if self.processes.count > 1 and own.type == "cuda" and own != found:
+            raise ValueError(f"process {self.processes.index} trains on {own}, but the policy is on {found}")
+        self.main = self.accelerator.is_main_process
+        self.optimizer = make_optimizer(self.weights, options)
+        self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
+
+    # Together -------------------------------------------------------------------------------------------------------------
+
+    def align(self) -> None:
+        """All processes go on with the weights of the first."""
+        if self.processes.count > 1:
+            from accelerate.utils import broadcast
+
+            for parameter in self.weights:
+                parameter.data.copy_(broadcast(parameter.data))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+    def reduce(self, totals: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return cast("Tensor", self.accelerator.reduce(totals, reduction="sum")) if self.processes.count > 1 else totals
+
+    # An update ------------------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of a forward pass."""
+        return self.accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss`` to those that this process has."""
+        self.accelerator.backward(loss)
+
+    def reduce_gradients(self) -> None:
+        """From here on every process has the gradients of all."""
+        if self.processes.count > 1:
+            for parameter in self.weights:
+                if parameter.grad is not None:
+                    parameter.grad = self.reduce(parameter.grad)
+
+    def clip_grad_norm(self, limit: float | None) -> float:
+        """The norm of the gradients, which are scaled down to ``limit`` if it is larger."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return float(torch.nn.utils.clip_grad_norm_(self.weights, limit or math.inf))
+
+    def lower_scale(self) -> bool:
+        """After gradients that are not finite: whether float16 scaled the loss too far, and the batch is worth repeating."""
+        if self.scaler is None or self.scaler.get_scale() <= 1:
+            return False
+        self.scaler.update()  # halves the scale
+        return True
+
+    def update(self, done: int, learning_rate: float) -> None:
+        """Update number ``done`` (from 1) of the weights and of their average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.average is not None:
+            self.average.update(done)
+
+    # What is kept ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Of the loss, under float16."""
+        return self.accelerator.scaler
+
+    def finite(self) -> bool:
+        """Whether all trainable weights are."""
+        return all(bool(p.isfinite().all()) for p in self.weights)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are their average, if one is kept."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def settle(self) -> None:
+        """The average, if one is kept, is the result."""
+        if self.average is not None:
+            self.average.swap()
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The trainable tensors by name, whole; and what else is needed to go on."""
+        return self.policy.state_dict(), {
+            "optimizer": self.optimizer.state_dict(),
+            "average": [] if self.average is None else self.average.state_dict(),
+            "scaler": {} if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, weights: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+        """What ``state_dict`` told; ``state`` may hold more."""
+        self.policy.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("mixed_precision fp16 needs a GPU: use bf16 or no")
+    # The state is global to the process; a second run may have another device or precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+
+
+def _processes(accelerator: Accelerator) -> Processes:
+    if accelerator.num_processes == 1:
+        return Processes()
+
+    def gather(rows: Tensor) -> Tensor:
+        return cast("Tensor", accelerator.gather(rows.to(accelerator.device))).cpu()
+
+    return Processes(accelerator.process_index, accelerator.num_processes, gather)
