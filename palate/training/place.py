@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,10 @@ from palate.training.source import Processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+BUCKET = 2**24
+"""Numbers that processes sum at once: a LoRA has many small tensors, and a message for each would cost more than it weighs."""
 
 
 class Place:
@@ -80,9 +84,10 @@ class Place:
     def reduce_gradients(self) -> None:
         """From here on every process has the gradients of all."""
         if self.processes.count > 1:
-            for parameter in self.weights:
-                if parameter.grad is not None:
-                    parameter.grad = self.reduce(parameter.grad)
+            for bucket in _buckets([p.grad for p in self.weights if p.grad is not None]):
+                total = self.reduce(torch.cat([gradient.flatten() for gradient in bucket]))
+                for gradient, sums in zip(bucket, total.split([g.numel() for g in bucket]), strict=True):
+                    gradient.copy_(sums.view_as(gradient))
 
     def clip_grad_norm(self, limit: float | None) -> float:
         """The norm of the gradients, which are scaled down to ``limit`` if it is larger."""
@@ -156,6 +161,20 @@ def _accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
     # The state is global to the process; a second run may have another device or precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """In order, as many together as ``BUCKET`` lets pass, and at least one."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and size + gradient.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.numel()
+    if bucket:
+        yield bucket
 
 
 def _processes(accelerator: Accelerator) -> Processes:

@@ -149,9 +149,11 @@ def test_accumulation_is_a_larger_batch(tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-def test_two_processes_are_one(tmp_path, in_two_processes):
+@pytest.mark.parametrize("bucket", [1, 2**24])
+def test_two_processes_are_one(tmp_path, in_two_processes, bucket):
     one = run(tmp_path / "one", max_train_steps=3)
-    finished = in_two_processes([sys.executable, Path(__file__).with_name("tiny_training.py"), tmp_path / "two", "4"])
+    script = Path(__file__).with_name("tiny_training.py")
+    finished = in_two_processes([sys.executable, script, tmp_path / "two", "4", bucket])
     for code, errors in finished(60):
         assert code == 0, errors
     two = checkpoints.load(tmp_path / "two" / "checkpoint-3")

@@ -14,6 +14,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import VariancePreserving
 from palate.objectives.pairs import dpo
 from palate.spaces import latent
+from palate.training import place
 from palate.training.loop import train
 from palate.training.options import TrainOptions
 from palate.training.steps import pair_step
@@ -100,5 +101,6 @@ def run(
 
 
 if __name__ == "__main__":
+    place.BUCKET = int(sys.argv[3])
     run(sys.argv[1], train_batch_size=int(sys.argv[2]), max_train_steps=3)
     torch.distributed.destroy_process_group()
