@@ -18,6 +18,9 @@ from palate.models.denoiser import Denoiser, features_of
 from palate.models.lora import load_lora, save_lora
 from palate.models.parts import LORA
 
+OLD = "old/"
+"""Names of the old policy's tensors begin so."""
+
 
 def twin(module: nn.Module, *, share: bool) -> nn.Module:
     """A second module tree; with ``share`` its parameters and buffers are the very tensors of the first, a LoRA's excepted.
@@ -94,6 +97,8 @@ class Policy:
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()
         self.frozen.eval()
+        self._old: nn.Module | None = None
+        self.old_decay = 1.0
         if gradient_checkpointing:
             network.enable_gradient_checkpointing()
         network.train()
@@ -118,14 +123,43 @@ class Policy:
         with torch.no_grad():
             return self.denoiser.predict(self.frozen, xt, t, cond)
 
+    def track_old(self, decay: float) -> None:
+        """From now on keep a policy that lags behind, ``old``, at the cost of a second LoRA.
+
+        It begins as the policy is now. With each :meth:`advance_old` it keeps ``decay`` of itself, 0 <= decay <= 1, and takes
+        the rest from the policy; with 1 it stays as it began.
+        """
+        if self.kind == "full":
+            raise UserError("a policy that lags behind is a second LoRA beside the same weights: use train_method lora")
+        if not 0 <= decay <= 1:
+            raise UserError(f"the decay of the old policy is {decay}; expected 0 to 1")
+        self._old, self.old_decay = twin(self.denoiser.network, share=True).requires_grad_(False).eval(), decay
+
+    def old(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """What the policy said some updates ago; never with gradients. Raises ValueError without :meth:`track_old`."""
+        if self._old is None:
+            raise ValueError("no old policy is kept: call track_old first")
+        with torch.no_grad():
+            return self.denoiser.predict(self._old, xt, t, cond)
+
+    @torch.no_grad()
+    def advance_old(self) -> None:
+        """After an update: the old policy follows."""
+        for now, old in zip(self.parameters(), self._old_weights().values(), strict=True):
+            old.lerp_(now, 1 - self.old_decay)
+
+    def _old_weights(self) -> dict[str, Tensor]:
+        named = [] if self._old is None else self._old.named_parameters()
+        return {OLD + name: p.detach() for name, p in named if LORA in name}
+
     def features(self, x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
         """Features of the frozen model's encoder half; gradients flow to ``x``, never to weights."""
         features = features_of(self.denoiser)
         return features(self.frozen, x, t, cond, layers, gradient_checkpointing=self.gradient_checkpointing)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trainable tensors by name."""
-        return {n: p.detach() for n, p in self.denoiser.network.named_parameters() if p.requires_grad}
+        """The trainable tensors by name, and those of the old policy if one is kept."""
+        return {n: p.detach() for n, p in self.denoiser.network.named_parameters() if p.requires_grad} | self._old_weights()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         own = self.state_dict()

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palate.base.errors import UserError
 from palate.diffusion.batches import Batch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import Transition, guided, transition
+from palate.diffusion.schedule import Schedule
 from palate.diffusion.steps import Rule
-from palate.training.fits import TrainablePolicy
+from palate.training.fits import MeasuredPolicy, lagging
 from palate.training.steps import Measured, Step
 
 
 class Guided:
     """A policy and its reference as they act under classifier-free guidance, for steps that know nothing of it."""
 
-    def __init__(self, policy: TrainablePolicy, guidance_scale: float):
-        self.policy = policy
+    def __init__(self, policy: MeasuredPolicy, guidance_scale: float):
+        self.policy, self.guidance_scale = policy, guidance_scale
         self.act, self.refer = guided(policy, guidance_scale), guided(policy.reference, guidance_scale)
 
     def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -32,12 +32,23 @@ class Guided:
         with torch.no_grad():
             return self.refer(xt, t, cond)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.policy, name)
+    def old(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        with torch.no_grad():
+            return guided(lagging(self.policy).old, self.guidance_scale)(xt, t, cond)
+
+    def advance_old(self) -> None:
+        lagging(self.policy).advance_old()
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.policy.parameters()
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.policy.schedule
 
 
 def trajectory_step(
-    policy: TrainablePolicy,
+    policy: MeasuredPolicy,
     objective: Callable[..., Tensor],
     *,
     rule: Rule,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from palate.base.seeds import integers
-from palate.diffusion.batches import Batch
+from palate.diffusion.batches import PairBatch, SampleBatch
 from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw
+from palate.diffusion.schedule import Schedule
 from palate.spaces import Space
 
 
@@ -53,13 +54,16 @@ class Draws:
 
 PLAIN = Draws()
 
+MODELS = ("policy", "reference", "old")
+"""What errors are measured of: the model in training, the one before training, and one that lags behind."""
+
 
 @runtime_checkable
 class MeasuredPolicy(Protocol):
     """What measuring errors needs of a model and its reference."""
 
     @property
-    def schedule(self) -> Any: ...
+    def schedule(self) -> Schedule: ...
     def __call__(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
     def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
     def parameters(self) -> Iterable[nn.Parameter]: ...
@@ -75,7 +79,22 @@ class TrainablePolicy(MeasuredPolicy, Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
 
 
-def noise_batch(policy: MeasuredPolicy, space: Space, batch: Batch, draws: Draws, *, shared: int) -> Noised:
+@runtime_checkable
+class LaggingPolicy(MeasuredPolicy, Protocol):
+    """One that also keeps how it was some updates ago (``palate.models.policy.Policy.track_old``)."""
+
+    def old(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
+    def advance_old(self) -> None: ...
+
+
+def lagging(policy: MeasuredPolicy) -> LaggingPolicy:
+    """Raises ValueError: the policy is none."""
+    if not isinstance(policy, LaggingPolicy):
+        raise ValueError(f"the objective names old, but {type(policy).__name__} keeps no old policy")
+    return policy
+
+
+def noise_batch(policy: MeasuredPolicy, space: Space, batch: PairBatch | SampleBatch, draws: Draws, *, shared: int) -> Noised:
     """Pairs with ``shared=2``, single pictures with 1."""
     device = next(iter(policy.parameters())).device
     latents, cond = batch.latents.to(device, torch.float32), draws.captions(batch.cond, batch.seeds).to(device)
@@ -84,17 +103,23 @@ def noise_batch(policy: MeasuredPolicy, space: Space, batch: Batch, draws: Draws
 
 
 def measured_fits(
-    policy: MeasuredPolicy, space: Space, noised: Noised, with_reference: bool, snr_gamma: float | None = None
+    policy: MeasuredPolicy,
+    space: Space,
+    noised: Noised,
+    models: Collection[str] = ("policy",),
+    snr_gamma: float | None = None,
 ) -> dict[str, Fit]:
-    """What was measured of the policy and, if asked for, the reference."""
+    """What was measured of the policy and of those others of ``MODELS`` that ``models`` names."""
     device = noised.xt.device
     # Residuals carry the root of the weight, so that errors, and all that is made of them, carry the weight itself.
     scale = torch.ones(()) if snr_gamma is None else policy.schedule.min_snr_weight(noised.t, snr_gamma).sqrt().to(device)
     outputs: dict[str, Tensor] = {}
-    # The reference first: its activations are gone before those of the policy are kept for the backward pass.
-    if with_reference:
-        with torch.no_grad():
+    # The policy last: activations of the others are gone before its own are kept for the backward pass.
+    with torch.no_grad():
+        if "reference" in models:
             outputs["reference"] = policy.reference(noised.xt, noised.t, noised.cond)
+        if "old" in models:
+            outputs["old"] = lagging(policy).old(noised.xt, noised.t, noised.cond)
     outputs["policy"] = policy(noised.xt, noised.t, noised.cond)
     embed = space(noised)
     with torch.no_grad():

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.seeds import mix
-from palate.diffusion.batches import PairBatch
+from palate.diffusion.batches import PairBatch, SampleBatch
 from palate.diffusion.denoising import Fit, Pair
 from palate.objectives.pairs import margin
 from palate.spaces import Space
-from palate.training.fits import PLAIN, Draws, MeasuredPolicy, TrainablePolicy, halves, measured_fits, noise_batch
+from palate.training.fits import PLAIN, Draws, MeasuredPolicy, halves, measured_fits, noise_batch
 from palate.training.source import Source
 
 SPREAD = 3.0
@@ -28,7 +28,7 @@ PROBED = 128
 
 @torch.no_grad()
 def automatic_beta(
-    policy: TrainablePolicy, space: Space, data: Source, draws: Draws = PLAIN, *, pairs: int = PROBED, batch_size: int = 8
+    policy: MeasuredPolicy, space: Space, data: Source, draws: Draws = PLAIN, *, pairs: int = PROBED, batch_size: int = 8
 ) -> float:
     """beta at which a margin of the errors' natural spread has the logit ``SPREAD``: 2 SPREAD / std(Ll - Lw).
 
@@ -44,14 +44,15 @@ def automatic_beta(
     for start in range(0, count, batch_size):
         indices = order[start : min(start + batch_size, count)]
         batch = data.batch(indices, torch.tensor([mix(PROBED, index) for index in indices]))
-        if not isinstance(batch, PairBatch):
+        if isinstance(batch, SampleBatch):
             half = len(indices) // 2
             cond = {name: rows[: 2 * half] for name, rows in batch.cond.items()}
             batch = PairBatch(batch.latents[: 2 * half], cond, batch.label[:half], batch.weight[:half], batch.seeds[:half])
+        assert isinstance(batch, PairBatch)
         if not len(batch.label):
             continue
         noised = noise_batch(policy, space, batch, draws, shared=2)
-        fit = halves(measured_fits(policy, space, noised, False, draws.snr_gamma)["policy"])
+        fit = halves(measured_fits(policy, space, noised, snr_gamma=draws.snr_gamma)["policy"])
         differences.append(fit.l.error - fit.w.error)
     spread = float(torch.cat(differences).double().std()) if sum(map(len, differences)) > 1 else 0.0
     if not spread > 0:
@@ -102,8 +103,9 @@ def implicit_margins(
         margins: list[Tensor] = []
         for part, (t_min, t_max) in enumerate(parts):
             batch = data.batch(indices, torch.tensor([mix(seed, part, index) for index in indices]))
+            assert isinstance(batch, PairBatch)
             noised = noise_batch(policy, space, batch, Draws(t_min, t_max), shared=2)
-            fits = {name: halves(fit) for name, fit in measured_fits(policy, space, noised, True).items()}
+            fits = {name: halves(fit) for name, fit in measured_fits(policy, space, noised, ("policy", "reference")).items()}
             margins.append(margin(fits["policy"], fits["reference"]))
             if part == 0:
                 labels.append(batch.label)

@@ -60,8 +60,8 @@ class Place:
         if self.processes.count > 1:
             from accelerate.utils import broadcast
 
-            for parameter in self.weights:
-                parameter.data.copy_(broadcast(parameter.data))
+            for tensor in self.policy.state_dict().values():
+                tensor.copy_(broadcast(tensor))
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -1,9 +1,17 @@
-"""From a batch of pairs to one loss per pair: the one path on which every method measures its errors."""
+"""From a batch of pairs or single pictures to one loss per item: the one path on which every method measures its errors.
+
+An objective gets what its signature names. Beside hyperparameters, which have a value by then, it may name
+
+- ``policy``, ``reference``, ``old``: the fits of the model in training, of the one before training, and of one that lags behind
+  (``Policy.track_old``). Each costs a pass; only the policy's has gradients.
+- ``label``: that of the pair or picture.
+- ``reference_point``, of single pictures: the running mean of the advantage R - L over all earlier updates.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +22,17 @@ from palate.base.errors import UserError
 from palate.base.seeds import mix
 from palate.diffusion.batches import Batch, PairBatch, SampleBatch
 from palate.spaces import Space
-from palate.training.fits import PLAIN, Draws, TrainablePolicy, halves, measured_fits, noise_batch, outside_autocast
+from palate.training.fits import (
+    MODELS,
+    PLAIN,
+    Draws,
+    MeasuredPolicy,
+    halves,
+    lagging,
+    measured_fits,
+    noise_batch,
+    outside_autocast,
+)
 from palate.training.measures import automatic_beta, ordered_right, pair_metrics, singles_metrics
 from palate.training.source import Source
 
@@ -36,11 +54,13 @@ class Step:
         measure: a batch and the state -> losses and metrics.
         follows: number in the state -> metric whose running mean it is, 0 at the start.
         prepare: training data -> numbers in the state that are found before the first update.
+        after: called after every update.
     """
 
     measure: Callable[[Batch, Mapping[str, float]], Measured]
     follows: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[Source], dict[str, float]] | None = None
+    after: Callable[[], None] | None = None
     state: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, batch: Batch) -> Measured:
@@ -55,10 +75,12 @@ class Step:
         """Take in the metrics of an update, each a mean over its effective batch."""
         for name, metric in self.follows.items():
             self.state[name] = MOMENTUM * self.state.get(name, 0.0) + (1 - MOMENTUM) * means[metric]
+        if self.after is not None:
+            self.after()
 
 
 def pair_step(
-    policy: TrainablePolicy,
+    policy: MeasuredPolicy,
     space: Space,
     objective: Callable[..., Tensor],
     draws: Draws = PLAIN,
@@ -68,10 +90,9 @@ def pair_step(
     """A step on pairs: winner and loser share time and noise (Diffusion-DPO, eq. 14; Noise-Conditioned Perception, eq. 15).
 
     Args:
-        policy: the model in training; its reference is run only if ``objective`` names ``reference``.
+        policy: the model in training.
         space: where errors are measured.
-        objective: of ``palate.objectives.pairs``, hyperparameters bound with ``functools.partial``; gets those of
-            ``policy``, ``reference`` and ``label`` that its signature names.
+        objective: of ``palate.objectives.pairs``, hyperparameters bound with ``functools.partial``.
         draws: which times and prompts are drawn.
         auto_beta: the objective's ``beta`` is chosen before the first update, see :func:`automatic_beta`.
 
@@ -80,27 +101,29 @@ def pair_step(
         reference Ll - Lw, ``implicit_accuracy`` (1 where m > 0, 0.5 where it is 0); with a reference ``winner_advantage``
         (Rw - Lw) and ``loser_advantage`` (Rl - Ll); if the objective has a ``beta``, ``logit`` u = (beta/2) m and
         ``gradient_factor`` sigmoid(-u): what is left of the push on a pair already ordered right.
+
+    Raises:
+        UserError: the objective names what it cannot get.
     """
-    named = inspect.signature(objective).parameters
-    with_reference, with_label = "reference" in named, "label" in named
+    named = _named(objective, (*MODELS, "label"))
 
     def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
         if not isinstance(batch, PairBatch):
             raise UserError("this objective compares two pictures, but the data holds single ones: use kto or sft")
         noised = noise_batch(policy, space, batch, draws, shared=2)
-        arguments, device = measured_fits(policy, space, noised, with_reference, draws.snr_gamma), noised.xt.device
-        given: dict[str, Any] = {name: halves(fit) for name, fit in arguments.items()}
-        if with_label:
+        fits, device = measured_fits(policy, space, noised, named, draws.snr_gamma), noised.xt.device
+        given: dict[str, Any] = {name: halves(fit) for name, fit in fits.items()}
+        if "label" in named:
             given["label"] = batch.label.to(device)
         beta = _beta(named, state)
         losses = outside_autocast(objective, device, **given, **beta) * batch.weight.to(device)
         return losses, pair_metrics(given["policy"], given.get("reference"), beta.get("beta"))
 
-    return Step(measure, prepare=_prepare(policy, space, draws) if auto_beta else None)
+    return Step(measure, {}, _prepare(policy, space, draws) if auto_beta else None, _after(policy, named))
 
 
 def sample_step(
-    policy: TrainablePolicy,
+    policy: MeasuredPolicy,
     space: Space,
     objective: Callable[..., Tensor],
     draws: Draws = PLAIN,
@@ -111,8 +134,7 @@ def sample_step(
 
     An objective that names ``label`` gets liked and disliked pictures: those of single votes, and of a pair its winner as
     liked and its loser as disliked, each at a time and with noise of its own. One that does not gets the liked ones alone: of
-    pairs the winners, and single pictures weighted by their label. One that names ``reference_point`` gets the running mean
-    of the advantage R - L over all earlier updates.
+    pairs the winners, and single pictures weighted by their label.
 
     Arguments as in ``pair_step``.
 
@@ -122,15 +144,16 @@ def sample_step(
         pictures: ``error`` and, with a reference, ``agreement`` (1 where the advantage's sign is the vote's, 0.5 where it is
         0). Of both, with a reference: ``advantage``.
     """
-    named = inspect.signature(objective).parameters
-    with_reference, with_label = "reference" in named, "label" in named
+    named = _named(objective, (*MODELS, "label", "reference_point"))
+    with_label = "label" in named
     follows = {"reference_point": "advantage"} if "reference_point" in named else {}
 
     def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
+        assert isinstance(batch, PairBatch | SampleBatch)  # steps of trajectories have a step of their own
         items = batch if isinstance(batch, SampleBatch) else _singles(batch, both=with_label)
         noised = noise_batch(policy, space, items, draws, shared=1)
         device, beta = noised.xt.device, _beta(named, state)
-        fits = measured_fits(policy, space, noised, with_reference, draws.snr_gamma)
+        fits = measured_fits(policy, space, noised, named, draws.snr_gamma)
         label, given = items.label.to(device), dict[str, Any](fits)
         if with_label:
             given["label"] = label
@@ -140,12 +163,25 @@ def sample_step(
             p = len(batch.label)
             return losses.reshape(-1, p).mean(0), singles_metrics(fits, p, beta.get("beta"))
         metrics = {"error": fits["policy"].error.detach()}
-        if with_reference:
+        if "reference" in fits:
             metrics["advantage"] = fits["reference"].error - metrics["error"]
             metrics["agreement"] = ordered_right((2 * label - 1) * metrics["advantage"])
         return losses, metrics
 
-    return Step(measure, follows, _prepare(policy, space, draws) if auto_beta else None)
+    return Step(measure, follows, _prepare(policy, space, draws) if auto_beta else None, _after(policy, named))
+
+
+def _named(objective: Callable[..., Tensor], known: Collection[str]) -> Mapping[str, inspect.Parameter]:
+    """What the objective's signature names: any of ``known``, and what has a value. Raises UserError: anything else."""
+    named = inspect.signature(objective).parameters
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if lacking := [n for n, p in named.items() if n not in known and p.kind in plain and p.default is p.empty]:
+        raise UserError(f"the objective names {', '.join(lacking)}; it may name {', '.join(known)}, and what is given a value")
+    return named
+
+
+def _after(policy: MeasuredPolicy, named: Collection[str]) -> Callable[[], None] | None:
+    return lagging(policy).advance_old if "old" in named else None
 
 
 def _beta(named: Mapping[str, inspect.Parameter], state: Mapping[str, float]) -> dict[str, float]:
@@ -153,7 +189,7 @@ def _beta(named: Mapping[str, inspect.Parameter], state: Mapping[str, float]) ->
     return {"beta": state.get("beta", named["beta"].default)} if "beta" in named else {}
 
 
-def _prepare(policy: TrainablePolicy, space: Space, draws: Draws) -> Callable[[Source], dict[str, float]]:
+def _prepare(policy: MeasuredPolicy, space: Space, draws: Draws) -> Callable[[Source], dict[str, float]]:
     return lambda data: {"beta": automatic_beta(policy, space, data, draws)}
 
 

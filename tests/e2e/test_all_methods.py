@@ -6,13 +6,17 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from palate.base.errors import UserError
 from palate.diffusion.batches import PairBatch
+from palate.diffusion.denoising import Fit
 from palate.models.families import load_denoiser
 from palate.models.policy import Policy
 from palate.objectives import pairs, samples
 from palate.runs.assembly import resolve_objective, resolve_space
+from palate.spaces import latent
 from palate.training.fits import Draws
 from palate.training.log import read_log
 from palate.training.loop import train
@@ -91,3 +95,46 @@ def test_two_steps(family, tmp_path, objective, space):
     lines = [line for line in read_log(tmp_path / "a" / "log.jsonl") if "loss" in line]
     assert len(lines) == 2
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+
+
+def test_an_objective_may_name_a_policy_that_lags_behind(family, tmp_path):
+    load, data, _ = family
+    errors: list[tuple[Tensor, Tensor]] = []
+
+    def nearer_than(policy: Fit, old: Fit) -> Tensor:
+        assert not old.residual.requires_grad
+        errors.append((policy.error.detach(), old.error))
+        return policy.error - old.error
+
+    def run(folder: str, steps: int, *, track: bool = True, **options) -> Policy:
+        errors.clear()
+        policy = Policy(load(), rank=2)
+        if track:
+            policy.track_old(0.5)
+        given = {"train_batch_size": 4, "learning_rate": 1e-2, "max_train_steps": steps, "checkpointing_steps": 1} | options
+        train(
+            sample_step(policy, latent(), nearer_than),
+            policy,
+            data,
+            options=TrainOptions(output_dir=str(tmp_path / folder), **given),
+        )
+        return policy
+
+    straight = run("a", 4)
+    # Both begin as one; then the old one follows, half the way with each update.
+    assert torch.equal(*errors[0])
+    assert all(not torch.equal(now, before) for now, before in errors[1:])
+    states = [load_file(tmp_path / "a" / f"checkpoint-{n}" / "weights.safetensors") for n in (1, 2)]
+    for name, old in states[1].items():
+        if name.startswith("old/"):
+            torch.testing.assert_close(old, (states[0][name] + states[1][name.removeprefix("old/")]) / 2)
+    seen = list(errors)
+    resumed = run("b", 4, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert all(
+        torch.equal(a, b) for pair, again in zip(seen[2:], errors, strict=True) for a, b in zip(pair, again, strict=True)
+    )
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in straight.state_dict().items())
+    with pytest.raises(UserError, match="do not fit this policy"):
+        run("c", 4, track=False, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    with pytest.raises(ValueError, match="call track_old first"):
+        run("d", 1, track=False)

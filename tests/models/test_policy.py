@@ -57,6 +57,29 @@ def test_a_fresh_policy_is_its_reference_and_stays_beside_it(load, batch):
         assert policy(*batch).requires_grad
 
 
+def test_an_old_policy_is_a_second_lora_and_nothing_more(load, batch):
+    policy = Policy(load(), rank=4)
+    names = set(policy.state_dict())
+    disturb(policy)
+    before = policy(*batch)
+    policy.track_old(0.9)
+    assert set(policy.state_dict()) == names | {f"old/{name}" for name in names}
+    assert torch.equal(policy.old(*batch), before)
+    disturb(policy)
+    assert torch.equal(policy.old(*batch), before)
+    policy.advance_old()
+    followed = policy.old(*batch)
+    assert not torch.equal(followed, before)
+    with torch.no_grad():  # all but the LoRA is the policy's own
+        policy.denoiser.unet.conv_in.weight.add_(0.1)
+    assert not torch.equal(policy.old(*batch), followed)
+    assert not policy.old(*batch).requires_grad
+    with pytest.raises(UserError, match="use train_method lora"):
+        Policy(load(), kind="full").track_old(0.9)
+    with pytest.raises(UserError, match=r"the decay of the old policy is 1\.5"):
+        policy.track_old(1.5)
+
+
 def test_the_reference_of_a_lora_costs_no_memory(load):
     denoiser = load()
     count = sum(1 for _ in denoiser.network.parameters())

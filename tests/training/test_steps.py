@@ -72,6 +72,16 @@ def test_a_reference_pass_is_made_only_for_objectives_that_name_it():
     assert policy.reference_calls == 1
 
 
+def test_an_objective_that_names_what_it_cannot_get_is_refused():
+    def strange(policy, lable, *, beta=1.0):
+        return policy.error
+
+    with pytest.raises(UserError, match="the objective names lable; it may name policy, reference, old, label, and"):
+        pair_step(TinyPolicy(), latent(), strange)
+    with pytest.raises(ValueError, match="TinyPolicy keeps no old policy"):
+        pair_step(TinyPolicy(), latent(), lambda policy, old: policy.w.error - old.w.error)
+
+
 def test_golden_metrics():
     def fit(*errors):
         return Fit(torch.tensor(errors)[:, None].sqrt())
