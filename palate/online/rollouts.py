@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,29 +33,54 @@ from palate.training.fits import TrainablePolicy
 from palate.training.source import Abandoned, BudgetSpent, Processes
 from palate.training.steps import Step
 
+if TYPE_CHECKING:
+    from palate.online.bundle import Pending, RewardBundle
+
 PICTURE, PLAN = 101, 102  # what a number is drawn for
 
 
-@runtime_checkable
-class Judged(Protocol):
-    """What rewards say: ``total (n,)`` and every reward by name."""
-
-    total: Tensor
-    raw: dict[str, Tensor]
+Item = tuple[int, ...]
+"""Rows of an item of a round: (picture, step of its way) of trajectories, (picture,) of samples, (better, worse) of pairs."""
 
 
-@runtime_checkable
-class Bundle(Protocol):
-    """What rollouts need of ``palate.online.RewardBundle``."""
+@dataclass(frozen=True, eq=False)
+class SamplingPlan:
+    """How a model draws pictures, as far as options do not say.
 
-    gather: Callable[[Tensor], Tensor]
+    Args:
+        shape: of the latents of a picture.
+        decode: latents to pictures in [0, 1].
+        keep_means: for objectives that ask how far a step has moved.
+    """
 
-    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Any: ...
-    def wait(self, pending: Sequence[Any]) -> None: ...
-    def collect(self, pending: Sequence[Any]) -> Any: ...
-    def level(self, means: Mapping[str, float]) -> float: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    shape: tuple[int, ...]
+    decode: Callable[[Tensor], Tensor]
+    keep_means: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """The step that will train on trajectories, to check once that it finds them as likely as sampling did.
+
+    ``tolerance`` is the greatest difference of log-probabilities that is let pass.
+    """
+
+    step: Step
+    batch_size: int = 8
+    tolerance: float = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What all processes have drawn for a round, in order, and what it was found worth; rows are pictures."""
+
+    data: dict[
+        str, Tensor
+    ]  # prompt (its number), latents; of trajectories those of the whole window, log_prob, and mean if kept
+    thumbnails: Tensor
+    total: Tensor  # the reward that is trained on
+    raw: dict[str, Tensor]  # every reward by name
+    kl: list[float]  # divergence of each step from the reference's; none where it is not measured
 
 
 class Rollouts:
@@ -65,14 +91,11 @@ class Rollouts:
         prompts: what to draw; every prompt once before any is drawn again.
         conditions: what the policy is conditioned on, one row for each prompt, joined with that of its negative prompt
             (`palate.diffusion.sampling.join`).
-        shape: of the latents of a picture.
-        decode: latents to pictures in [0, 1].
+        sampling: how pictures are drawn.
         rewards: judges of pictures.
         evidence: what the objective learns from: ``trajectories``, ``samples`` or ``pairs``.
         seed: decides prompts, noise and order.
-        keep_means: for objectives that ask how far a step has moved.
-        replay: the step that will train on trajectories, to check that it finds them as likely as sampling did.
-        tolerance: greatest difference of log-probabilities that this check lets pass.
+        replay: a check of trajectories.
         progress: show a bar.
     """
 
@@ -81,23 +104,19 @@ class Rollouts:
         policy: TrainablePolicy,
         prompts: Sequence[Prompt],
         conditions: Conditioning | Encoded,
-        shape: Sequence[int],
+        sampling: SamplingPlan,
         *,
-        decode: Callable[[Tensor], Tensor],
-        rewards: Bundle,
+        rewards: RewardBundle,
         options: OnlineOptions,
         evidence: str,
         seed: int = 0,
-        keep_means: bool = False,
-        replay: Step | None = None,
-        replay_batch_size: int = 8,
-        tolerance: float = 1e-5,
+        replay: Replay | None = None,
         progress: bool = False,
     ):
         if evidence == "trajectories" and options.sample_eta == 0:
             raise UserError("sample_eta is 0: nothing is drawn on the way, so there is no likelihood to train; use 1")
-        self.policy, self.prompts, self.conditions, self.shape = policy, list(prompts), conditions, tuple(shape)
-        self.decode, self.rewards, self.options, self.evidence, self.seed = decode, rewards, options, evidence, seed
+        self.policy, self.prompts, self.conditions, self.sampling = policy, list(prompts), conditions, sampling
+        self.rewards, self.options, self.evidence, self.seed = rewards, options, evidence, seed
         self.sampler = PromptSampler(self.prompts, seed)
         self.places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
         self.arithmetic = Arithmetic.of(options, evidence)
@@ -105,8 +124,7 @@ class Rollouts:
             policy.schedule.path(options.sample_num_steps, options.timestep_spacing),
             ddim(options.sample_eta),
         )
-        self.keep_means = keep_means
-        self.replay, self.replay_batch_size, self.tolerance, self.progress = replay, replay_batch_size, tolerance, progress
+        self.replay, self.progress = replay, progress
         self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)
         self.seen: list[float] = []  # every reward so far, for the streaming percentile
         self.means: list[float] = []  # the mean reward of every round, all on one scale
@@ -114,7 +132,7 @@ class Rollouts:
         self.round = -1
         self.before = self._memory()  # as it was before the round at hand
         self.data: dict[str, Tensor] = {}  # the round at hand; rows are pictures
-        self.plan: list[tuple[int, ...]] = []  # of each item of the round: its rows
+        self.plan: list[Item] = []
         self.checked = False
 
     # What the loop asks ---------------------------------------------------------------------------------------------------
@@ -150,24 +168,15 @@ class Rollouts:
         share, rest = divmod(n, processes.count)
         if rest:
             raise UserError(f"samples_per_round {n} does not divide among {processes.count} processes; use a multiple")
-        drawn, rewards, kl = self._draw(number, range(processes.index * share, (processes.index + 1) * share), processes, stop)
-        prompts = [self.prompts[i].text for i in drawn["prompt"].tolist()]
-        thumbnails = drawn.pop("thumbnail")
-        if kl and self.options.kl_budget is not None and sum(kl) > self.options.kl_budget:
+        drawn = self._draw(number, range(processes.index * share, (processes.index + 1) * share), processes, stop)
+        if self.options.kl_budget is not None and sum(drawn.kl) > self.options.kl_budget:
             self.rewards.load_state_dict(self.before["rewards"])  # this round counts for nothing
-            raise BudgetSpent(f"KL divergence {sum(kl):.3g} is over kl_budget {self.options.kl_budget}")
+            raise BudgetSpent(f"KL divergence {sum(drawn.kl):.3g} is over kl_budget {self.options.kl_budget}")
         self.queries += n
-        self.round = number
-        total = rewards.pop("total")
-        means = {name: float(raw.double().mean()) for name, raw in rewards.items()}
-        self.means.append(self.rewards.level(means))
-        told: dict[str, object] = {"reward_mean": self.means[-1], "reward_std": float(total.std(correction=0))}
-        told |= {f"reward/{name}": mean for name, mean in means.items()}
-        apart = advantages.spread(prompts, thumbnails)
-        told |= {"diversity": apart} if apart is not None else {}
-        told |= {"kl_path": sum(kl), "kl_steps": [round(x, 8) for x in kl]} if kl else {}
-        self.data = drawn
-        told |= self._plan(number, prompts, total)
+        self.round, self.data = number, drawn.data
+        prompts = [self.prompts[i].text for i in drawn.data["prompt"].tolist()]
+        told = self._told(prompts, drawn)
+        told |= self._plan(number, prompts, drawn.total)
         with processes.together():
             self._check()
         return told
@@ -191,7 +200,7 @@ class Rollouts:
                 old_log_prob=self.data["log_prob"][first, step],
                 advantage=self.data["advantage"][first],
                 prompts=[self.prompts[i].text for i in which.tolist()],
-                old_mean=self.data["mean"][first, step] if self.keep_means else None,
+                old_mean=self.data["mean"][first, step] if self.sampling.keep_means else None,
             )
         latents, label = self.data["latents"], torch.ones(len(rows))
         if self.evidence == "samples":
@@ -249,10 +258,8 @@ class Rollouts:
         return rows if scale != 1 else Conditioning({k: v for k, v in rows.tensors.items() if "/" not in k})
 
     @torch.no_grad()
-    def _draw(
-        self, number: int, share: range, processes: Processes, stop: Callable[[], bool]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
-        """The pictures of all processes, in order; rewards by name; the KL divergence of each step from the reference."""
+    def _draw(self, number: int, share: range, processes: Processes, stop: Callable[[], bool]) -> Drawn:
+        """The pictures of all processes, in order, and what is found of them."""
         options, n = self.options, self.options.samples_per_round
         self.rewards.gather = processes.gather
         with processes.together():
@@ -263,20 +270,25 @@ class Rollouts:
                     f"no free memory to draw {options.sample_batch_size} pictures at once: lower sample_batch_size"
                 ) from error
             self.rewards.wait(pending)
-        judged: Judged = self.rewards.collect(pending)
+        judged = self.rewards.collect(pending)
         data = {name: processes.gather(torch.cat(tensors)) for name, tensors in parts.items()}
         if self.evidence != "trajectories":
             data["latents"] = data["latents"][:, 0]
             del data["log_prob"]
         measured_in_all = min(n, options.kl_samples)
         kl_of_all = processes.gather(kl.float()[None]).sum(0).double() / max(1, measured_in_all)
-        scores = {"total": judged.total} | judged.raw
         known = bool(measured_in_all) and options.sample_eta > 0
-        return data, {name: processes.gather(rows) for name, rows in scores.items()}, kl_of_all.tolist() if known else []
+        return Drawn(
+            data,
+            thumbnails=data.pop("thumbnail"),
+            total=processes.gather(judged.total),
+            raw={name: processes.gather(rows) for name, rows in judged.raw.items()},
+            kl=kl_of_all.tolist() if known else [],
+        )
 
     def _draw_share(
         self, number: int, share: range, processes: Processes, stop: Callable[[], bool]
-    ) -> tuple[dict[str, list[Tensor]], list[Any], Tensor]:
+    ) -> tuple[dict[str, list[Tensor]], list[Pending], Tensor]:
         """The pictures of this process in batches, and handed in; sums of the KL divergence of each step."""
         options, n = self.options, self.options.samples_per_round
         device = next(iter(self.policy.parameters())).device
@@ -285,7 +297,7 @@ class Rollouts:
         seeds = torch.tensor([mix(self.seed, PICTURE, number * n + row) for row in share])
         keep = slice(options.window.start, options.window.stop + 1) if self.evidence == "trajectories" else slice(-1, None)
         parts: dict[str, list[Tensor]] = {"latents": [], "log_prob": [], "thumbnail": [], "prompt": [torch.tensor(which)]}
-        pending: list[Any] = []
+        pending: list[Pending] = []
         kl = torch.zeros(len(self.path), dtype=torch.float64)
         refer = guided(self.policy.reference, options.trained_scale)
         bar = tqdm(
@@ -318,17 +330,17 @@ class Rollouts:
                 self.path,
                 cond,
                 seeds[start : start + len(part)],
-                self.shape,
+                self.sampling.shape,
                 guidance_scale=options.sample_guidance_scale,
                 rule=self.rule,
                 judged_scale=options.trained_scale,
-                keep_means=self.keep_means,
+                keep_means=self.sampling.keep_means,
                 device=device,
                 on_step=measure if options.sample_eta > 0 else None,
             )
             self._all_finite(drawn.latents, number * n + share.start + start, part)
             with torch.autocast(device.type, enabled=False):
-                pictures = self.decode(drawn.latents[:, -1]).cpu()
+                pictures = self.sampling.decode(drawn.latents[:, -1]).cpu()
             pending.append(self.rewards.submit(pictures, [self.prompts[i] for i in part]))
             parts["thumbnail"].append(F.adaptive_avg_pool2d(pictures.float(), 16))
             parts["latents"].append(drawn.latents[:, keep].cpu())
@@ -350,6 +362,16 @@ class Rollouts:
             "lower learning_rate, or use mixed_precision bf16 or no"
         )
 
+    def _told(self, prompts: list[str], drawn: Drawn) -> dict[str, object]:
+        """Rewards, diversity and KL divergence of a round; its mean reward is remembered."""
+        means = {name: float(raw.double().mean()) for name, raw in drawn.raw.items()}
+        self.means.append(self.rewards.level(means))
+        told: dict[str, object] = {"reward_mean": self.means[-1], "reward_std": float(drawn.total.std(correction=0))}
+        told |= {f"reward/{name}": mean for name, mean in means.items()}
+        if (apart := advantages.spread(prompts, drawn.thumbnails)) is not None:
+            told["diversity"] = apart
+        return told | ({"kl_path": sum(drawn.kl), "kl_steps": [round(x, 8) for x in drawn.kl]} if drawn.kl else {})
+
     def _plan(self, number: int, prompts: list[str], total: Tensor) -> dict[str, int | float]:
         """What is learned from the round, item by item, and what the log should tell of it."""
         options, seed = self.options, mix(self.seed, PLAN, number)
@@ -366,9 +388,9 @@ class Rollouts:
                     self.plan += [(row, step) for step in steps]
             return told
         self.data["weight"] = torch.ones(len(prompts))
-        rows: list[tuple[int, ...]]
+        rows: list[Item]
         if self.evidence == "pairs":
-            rows = list(advantages.ranked_pairs(prompts, total))
+            rows = [*advantages.ranked_pairs(prompts, total)]
             told["ties"] = sum(float(total[w]) == float(total[l]) for w, l in rows)
         elif options.weighting == "softmax":
             weights = advantages.softmax_weights(
@@ -418,18 +440,19 @@ class Rollouts:
         """Once: training must find what was just sampled exactly as likely as sampling did."""
         if self.replay is None or self.checked:
             return
+        size, tolerance = self.replay.batch_size, self.replay.tolerance
         # One item of each trained time, and the first ones of all, which may be of one picture.
         first = {row[1]: place for place, row in reversed(list(enumerate(self.plan)))}
-        places = sorted({*first.values(), *range(min(self.replay_batch_size, len(self)))})
+        places = sorted({*first.values(), *range(min(size, len(self)))})
         found: list[dict[str, Tensor]] = []
-        for start in range(0, len(places), self.replay_batch_size):
-            part = places[start : start + self.replay_batch_size]
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
             with torch.no_grad():
-                found.append(self.replay(self.batch(part, torch.zeros(len(part), dtype=torch.int64)))[1])  # type: ignore[arg-type]
+                found.append(self.replay.step(self.batch(part, torch.zeros(len(part), dtype=torch.int64)))[1])
         worst = max(float(metrics["log_ratio"].abs().max()) for metrics in found)
         clipped = torch.cat([metrics.get("clip_fraction", torch.zeros(1)) for metrics in found]).mean()
-        if worst > self.tolerance or clipped > 0.5:
-            limit = f"tolerance {self.tolerance:g}" if worst > self.tolerance else "most of the steps beyond clip_range"
+        if worst > tolerance or clipped > 0.5:
+            limit = f"tolerance {tolerance:g}" if worst > tolerance else "most of the steps beyond clip_range"
             raise UserError(
                 f"the policy finds its own fresh samples {worst:.2g} more or less likely than when it drew them "
                 f"({limit}): the ratio of importance sampling would be wrong from the start. A model with "

@@ -20,7 +20,7 @@ from palate.diffusion.steps import ddim
 from palate.names.prompts import find_prompts
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.online.options import Arithmetic
-from palate.online.rollouts import Rollouts
+from palate.online.rollouts import Replay, Rollouts, SamplingPlan
 from palate.runs.assembly import resolve_objective, resolve_space
 from palate.runs.loading import drawing_of
 from palate.runs.recipe import Recipe, write
@@ -125,16 +125,16 @@ def assemble(
         policy,
         found.prompts,
         prompts,
-        denoiser.latent_shape(resolution, resolution),
-        decode=denoiser.decode,
+        SamplingPlan(
+            denoiser.latent_shape(resolution, resolution),
+            denoiser.decode,
+            keep_means="moved" in inspect.signature(objective).parameters,
+        ),
         rewards=_bundle(recipe, found.rewards, denoiser.device),
         options=options,
         evidence=evidence,
         seed=recipe.training.seed,
-        keep_means="moved" in inspect.signature(objective).parameters,
-        replay=step if evidence == "trajectories" else None,
-        replay_batch_size=recipe.training.train_batch_size,
-        tolerance=TOLERANCE[precision],
+        replay=Replay(step, recipe.training.train_batch_size, TOLERANCE[precision]) if evidence == "trajectories" else None,
         progress=progress,
     )
     return step, rollouts

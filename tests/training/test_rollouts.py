@@ -13,6 +13,7 @@ from palate.base.errors import UserError
 from palate.data.prompts import Prompt
 from palate.diffusion.sampling import sample
 from palate.online.options import Arithmetic, OnlineOptions
+from palate.online.rollouts import Replay
 from palate.training import checkpoints
 from palate.training.log import read_log
 from palate.training.loop import Stopped
@@ -389,8 +390,7 @@ def test_a_tolerance_beyond_the_clip_range_is_none(tmp_path):
     """Where most ratios would leave the clip range at once, nothing could be learned."""
 
     policy = Wavering()
-    source = rollouts(policy, step=step_for(policy, "ddpo_is", OnlineOptions()))
-    source.tolerance = 1e6
+    source = rollouts(policy, replay=Replay(step_for(policy, "ddpo_is", OnlineOptions()), tolerance=1e6))
     with pytest.raises(UserError, match="most of the steps beyond clip_range"):
         source.begin(0)
 

@@ -21,7 +21,7 @@ from palate.objectives.pairs import dpo
 from palate.objectives.samples import sft
 from palate.objectives.trajectories import ddpo_is, ddpo_sf
 from palate.online.options import Arithmetic, OnlineOptions
-from palate.online.rollouts import Rollouts
+from palate.online.rollouts import Replay, Rollouts, SamplingPlan
 from palate.online.trajectories import Guided, trajectory_step
 from palate.spaces import latent
 from palate.training.loop import train
@@ -70,20 +70,19 @@ def decode(latents: Tensor) -> Tensor:
     return torch.cat([latents, latents[:, :1]], 1).sigmoid()
 
 
-def rollouts(policy, objective="ddpo_is", *, rewards=None, step=None, decode=decode, seed=0, prompts=PROMPTS, **options):
+def rollouts(policy, objective="ddpo_is", *, rewards=None, replay=None, decode=decode, seed=0, prompts=PROMPTS, **options):
     given = {"samples_per_round": 8, "sample_batch_size": 4, "sample_num_steps": 4, "updates_per_round": 2} | options
     text = normal(torch.arange(max(1, len(prompts))), (2,), 3, "cpu", torch.float32)
     return Rollouts(
         policy,
         prompts,
         join(Conditioning({"text": text}), Conditioning({"text": torch.zeros_like(text)})),
-        (2, 4, 4),
-        decode=decode,
+        SamplingPlan((2, 4, 4), decode),
         rewards=rewards or Brightness(),
         options=OnlineOptions(**given),
         evidence=EVIDENCE[objective],
         seed=seed,
-        replay=step,
+        replay=replay,
     )
 
 
@@ -117,7 +116,7 @@ def run(
     policy, given = policy or TinyPolicy(), {"updates_per_round": 1} if objective == "ddpo_sf" else {}
     source = rollouts(policy, objective, rewards=rewards, decode=decode, **given | (online or {}))
     step = step_for(policy, objective, source.options)
-    source.replay = step if EVIDENCE[objective] == "trajectories" else None
+    source.replay = Replay(step) if EVIDENCE[objective] == "trajectories" else None
     arithmetic = Arithmetic.of(source.options, EVIDENCE[objective])
     given = {"train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "checkpointing_steps": None} | options
     given = {"max_train_steps": 3 * arithmetic.updates} | given
