@@ -155,8 +155,7 @@ def save_lora(denoiser: Denoiser, network: nn.Module, folder: str | Path) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     weights, metadata = get_peft_model_state_dict(network), _collate_lora_metadata({denoiser.part: network})
     for told in metadata.values():
-        if isinstance(told["target_modules"], list):  # of a set, in an order that is another in every process
-            told["target_modules"].sort()
+        told["target_modules"] = sorted(told["target_modules"])  # of a set, whose order is another in every process
     return replacing(folder / LORA_FILE, lambda partial: denoiser.save_lora(partial, weights, metadata), LORA_FILE)
 
 

@@ -148,6 +148,14 @@ def test_the_same_weights_make_the_same_file(load, tmp_path):
     assert len({file.read_bytes() for file in files}) == 1
 
 
+def test_layers_are_named_in_one_order_in_every_process(load, tmp_path):
+    policy = Policy(load(), rank=2, lora_layers="all")
+    assert isinstance(policy.trainable_module.peft_config["default"].target_modules, set)  # in an order of this process
+    with safe_open(policy.save(tmp_path), "pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])["unet.target_modules"]
+    assert told == sorted(told)
+
+
 def test_lora_on_all_layers_reaches_convolutions(load):
     names = {n.split(".lora_A")[0].split(".")[-1] for n in Policy(load(), lora_layers="all").state_dict() if "lora_A" in n}
     assert {"to_q", "conv1", "conv2", "proj_in", "time_emb_proj"} <= names
