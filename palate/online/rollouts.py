@@ -120,10 +120,8 @@ class Rollouts:
         self.sampler = PromptSampler(self.prompts, seed)
         self.places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
         self.arithmetic = Arithmetic.of(options, evidence)
-        self.path, self.rule = (
-            policy.schedule.path(options.sample_num_steps, options.timestep_spacing),
-            ddim(options.sample_eta),
-        )
+        self.path = policy.schedule.path(options.sample_num_steps, options.timestep_spacing)
+        self.rule = ddim(options.sample_eta)
         self.replay, self.progress = replay, progress
         self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)
         self.seen: list[float] = []  # every reward so far, for the streaming percentile
