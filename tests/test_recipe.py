@@ -16,7 +16,6 @@ from palate.base.errors import UserError
 from palate.base.options import parse
 from palate.diffusion.denoising import Fit, Pair
 from palate.runs import recipe
-from palate.runs.assembly import resolve_objective
 from palate.runs.recipe import Recipe
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions
 
@@ -129,11 +128,11 @@ def test_an_objective_of_ones_own(tmp_path, monkeypatch):
         "def plain(policy: Fit): return policy.error\n"
     )
     monkeypatch.chdir(tmp_path)
-    function, evidence = resolve_objective({"name": "own_objectives:hinge", "slope": "1e1"})
-    assert evidence == "pairs"
+    own = recipe.build({"objective": {"name": "own_objectives:hinge", "slope": "1e1"}}).method
+    assert own.evidence == "pairs"
     pair = Pair(Fit(torch.full((2, 3), 2.0)), Fit(torch.zeros(2, 3)))
-    assert torch.equal(function(pair), torch.full((2,), 120.0))
-    assert resolve_objective({"name": "own_objectives:plain"})[1] == "samples"
+    assert torch.equal(own.function(pair), torch.full((2,), 120.0))
+    assert recipe.build({"objective": "own_objectives:plain"}).method.evidence == "samples"
     made = recipe.build({"objective": {"name": "own_objectives:hinge", "steps": "4"}})
     assert made.objective == {"name": "own_objectives:hinge", "slope": 2.0, "steps": 4}
 
@@ -165,7 +164,8 @@ def test_an_automatic_beta_is_kept_as_a_word_until_it_is_chosen():
     made = recipe.load("miniature-dpo", {"objective.beta": "auto"})
     assert made.objective == {"name": "dpo", "beta": "auto"}
     assert recipe.build({"objective": {"name": "cpo", "beta": "auto", "bc_weight": 1}}).objective["beta"] == "auto"
-    function, _ = resolve_objective(made.objective)
+    function = made.method.function
+    assert made.method.auto_beta
     nothing = Pair(Fit(torch.zeros(1, 1)), Fit(torch.zeros(1, 1)))
     assert function(nothing, nothing, torch.ones(1)).isnan()
     assert function(nothing, nothing, torch.ones(1), beta=1.0).isfinite()

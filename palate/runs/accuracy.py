@@ -14,7 +14,7 @@ from palate.evaluation.accuracy import accuracy
 from palate.evaluation.statistics import WinRate
 from palate.miniature import world
 from palate.names.judges import find_judges
-from palate.runs.assembly import check_space, resolve_space
+from palate.runs.assembly import bind_space, check_space, complete_space
 from palate.runs.label import judge_margins
 from palate.runs.models import NamedModel, find_model
 
@@ -129,7 +129,7 @@ def _implicit(model: NamedModel, reader: Reader, options: AccuracyOptions, progr
     for name, space in zip(options.space, spaces, strict=True):
         margins, labels = implicit_margins(
             policy,
-            resolve_space(space, policy),
+            bind_space(complete_space(space), policy),
             encoded,
             seed=options.seed,
             timesteps=options.timesteps,

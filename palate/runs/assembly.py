@@ -1,4 +1,4 @@
-"""Names in a recipe to what they stand for: objective, evidence, space."""
+"""Names in a recipe to what they stand for, once: objective and space, and all else that it names."""
 
 from __future__ import annotations
 
@@ -6,24 +6,108 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from palate.base.errors import UserError, nearest
 from palate.base.options import foreign, keywords, typed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from palate.data.prompts import Prompt
     from palate.diffusion.schedule import Schedule
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Finished, Policy
+    from palate.names.judges import NamedJudge
+    from palate.runs.online import Online
+    from palate.runs.recipe import Recipe
     from palate.spaces.perceptual import Features
     from palate.spaces.space import Space
 
+AUTO = "auto"
+"""As an objective's beta: chosen before training from the spread of errors."""
+SPACES = ("latent", "perceptual")
+Evidence = Literal["pairs", "samples", "trajectories"]
+"""What an objective learns from."""
 
-def _objective(name: str) -> tuple[Callable[..., Any], str]:
+
+@dataclass(frozen=True)
+class Objective:
+    """What an objective's name and keywords stand for."""
+
+    function: Callable[..., Tensor]
+    """Its keywords are bound; an automatic beta to nan: the step that chooses it gives it with every call."""
+    evidence: Evidence
+    auto_beta: bool
+
+    def names(self, argument: str) -> bool:
+        """Whether it asks for this argument, such as ``label``."""
+        return argument in inspect.signature(self.function).parameters
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A recipe and all that it names, found once and before any weights are loaded."""
+
+    recipe: Recipe
+    prompts: list[Prompt]
+    """The evaluation prompts; those beyond ``num_evaluation_prompts`` are not compared on."""
+    judges: dict[str, NamedJudge]
+    online: Online | None
+    """Of a recipe whose model draws what it learns from."""
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return Path(self.recipe.training.output_dir)
+
+    @property
+    def compared(self) -> list[Prompt]:
+        """What base and tuned model are compared on."""
+        return self.prompts[: self.recipe.evaluation.num_evaluation_prompts]
+
+
+def assemble(recipe: Recipe) -> Assembled:
+    """Find all that a recipe names.
+
+    Raises:
+        UserError: an unknown prompt list, judge or reward, a refiner or a LoRA that is not there or does not fit, batches that
+            do not come out even.
+    """
+    from palate.names.judges import find_judges
+    from palate.names.prompts import find_prompts
+    from palate.runs.models import check_refiner_fits
+
+    options, model = recipe.evaluation, recipe.model
+    prompts = [] if options.evaluation_prompts is None else find_prompts(options.evaluation_prompts)
+    judges = find_judges(options.judges)
+    if options.evaluation_prompts is not None and not judges:
+        raise UserError("evaluation_prompts are given but no judges; add --judges '[mini-heldout]' or kind:folder")
+    check_refiner_fits(options.refiner, model.pretrained_model_name_or_path, revision=model.revision)
+    if recipe.policy.pretrained_lora is not None:
+        from palate.models.lora import find_lora
+
+        find_lora(recipe.policy.pretrained_lora)
+    if recipe.online.train_prompts is None:
+        return Assembled(recipe, prompts, judges, None)
+    from palate.runs.online import find
+
+    return Assembled(recipe, prompts, judges, find(recipe))
+
+
+# Objectives ----------------------------------------------------------------------------------------------------------------
+
+
+def _objective(name: str) -> tuple[Callable[..., Tensor], Evidence]:
     from palate.objectives import pairs, samples, trajectories
 
-    rooms = ((pairs, "pairs"), (samples, "samples"), (trajectories, "trajectories"))
-    known = {n: (getattr(m, n), evidence) for m, evidence in rooms for n in m.__all__}
+    known: dict[str, tuple[Callable[..., Tensor], Evidence]] = {
+        **{n: (getattr(pairs, n), "pairs") for n in pairs.__all__},
+        **{n: (getattr(samples, n), "samples") for n in samples.__all__},
+        **{n: (getattr(trajectories, n), "trajectories") for n in trajectories.__all__},
+    }
     if name in known:
         return known[name]
     if ":" not in name:
@@ -41,7 +125,8 @@ def _objective(name: str) -> tuple[Callable[..., Any], str]:
     return function, "pairs" if "Pair" in annotation else "samples"
 
 
-def complete_objective(options: Any) -> dict[str, Any]:
+def complete_objective(options: object) -> dict[str, Any]:
+    """An objective as a recipe gives it, with its defaults. Raises UserError: an unknown name or keyword, or out of range."""
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise UserError(f"objective is {options!r}; expected a name such as {{name: dpo, beta: 5000}}")
     name, given = options["name"], {k: v for k, v in options.items() if k != "name"}
@@ -57,7 +142,7 @@ def complete_objective(options: Any) -> dict[str, Any]:
     return {"name": name, **complete, **auto}
 
 
-def _try_objective(objective: Callable[..., Any], evidence: str) -> None:
+def _try_objective(objective: Callable[..., Tensor], evidence: Evidence) -> None:
     """Called once on nothing, so that values out of range are refused before any weights are loaded."""
     import torch
 
@@ -70,26 +155,19 @@ def _try_objective(objective: Callable[..., Any], evidence: str) -> None:
     objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})
 
 
-def resolve_objective(options: Mapping[str, Any]) -> tuple[Callable[..., Any], str]:
-    """The objective with its keywords bound, and the evidence it needs: ``pairs``, ``samples`` or ``trajectories``.
-
-    An automatic beta is bound to nan: the step that chooses it gives it with every call.
-    """
-    complete = complete_objective(options)
-    if complete.get("beta") == AUTO:
-        complete["beta"] = math.nan
-    function, evidence = _objective(complete.pop("name"))
-    return functools.partial(function, **complete), evidence
+def bind_objective(complete: Mapping[str, Any]) -> Objective:
+    """What a complete objective, as :func:`complete_objective` gives it, stands for."""
+    function, evidence = _objective(complete["name"])
+    auto = complete.get("beta") == AUTO
+    keywords = {k: v for k, v in complete.items() if k != "name"} | ({"beta": math.nan} if auto else {})
+    return Objective(functools.partial(function, **keywords), evidence, auto)
 
 
-AUTO = "auto"
-"""As an objective's beta: chosen before training from the spread of errors."""
+# Spaces --------------------------------------------------------------------------------------------------------------------
 
 
-SPACES = ("latent", "perceptual")
-
-
-def complete_space(options: Any) -> dict[str, Any] | list[dict[str, Any]]:
+def complete_space(options: object) -> dict[str, Any] | list[dict[str, Any]]:
+    """A space, or several with weights, with their defaults. Raises UserError: an unknown name or keyword, or out of range."""
     from palate import spaces
 
     parts = options if isinstance(options, list) else [options]
@@ -123,9 +201,9 @@ def check_space(options: dict[str, Any] | list[dict[str, Any]], denoiser: Denois
         features_of(denoiser)
 
 
-def resolve_space(options: dict[str, Any] | list[dict[str, Any]], policy: Policy | Finished) -> Space:
-    """The space, around the policy's frozen encoder where it needs one."""
-    return _make_space(complete_space(options), policy.features, policy.schedule)
+def bind_space(complete: dict[str, Any] | list[dict[str, Any]], policy: Policy | Finished) -> Space:
+    """A complete space, as :func:`complete_space` gives it, around the policy's frozen encoder where it needs one."""
+    return _make_space(complete, policy.features, policy.schedule)
 
 
 def _make_space(complete: dict[str, Any] | list[dict[str, Any]], features: Features, schedule: Schedule) -> Space:

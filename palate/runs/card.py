@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from palate.evaluation.folders import read_result, read_run
 from palate.evaluation.manifest import read_manifest
 from palate.models.files import KOHYA_FILE, LORA_FILE, PARTS
 from palate.online.options import Arithmetic
-from palate.runs.assembly import resolve_objective
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -149,7 +147,7 @@ def _facts(recipe: Recipe, about: JsonObject) -> dict[str, object]:
 def _evidence(recipe: Recipe, about: JsonObject) -> dict[str, object]:
     """What was learned from, and how much of it: pairs, single pictures, or pictures that the model drew itself."""
     training, online = recipe.training, recipe.online
-    objective, evidence = resolve_objective(recipe.objective)
+    evidence = recipe.method.evidence
     if online.train_prompts is not None:
         update = Arithmetic.of(online, evidence).effective_batch
         unit = {"trajectories": "steps of pictures", "samples": "pictures", "pairs": "pairs"}[evidence]
@@ -165,9 +163,7 @@ def _evidence(recipe: Recipe, about: JsonObject) -> dict[str, object]:
     if "pictures" in about:
         trained = f"{about['pictures']} single pictures"
     elif "pairs" in about:
-        singles = (
-            ", each as a liked and a disliked picture" if "label" in signature(objective).parameters else ", their winners"
-        )
+        singles = ", each as a liked and a disliked picture" if recipe.method.names("label") else ", their winners"
         trained = f"{about['pairs']} pairs" + (singles if evidence == "samples" else "")
     return {
         "data": data if is_hub_id(data) else Path(data).name,

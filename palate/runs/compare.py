@@ -13,18 +13,16 @@ from palate.base.errors import UserError
 from palate.base.machine import tell, versions
 from palate.evaluation.folders import read_run
 from palate.models.files import weights_of
-from palate.names.judges import NamedJudge, find_judges, score_folders
-from palate.names.prompts import find_prompts
+from palate.names.judges import score_folders
+from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import write_card
 from palate.runs.loading import at_home, denoiser_of, drawing_of
-from palate.runs.models import check_refiner_fits
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from palate.data.prompts import Prompt
     from palate.evaluation.manifest import Picture
     from palate.models.denoiser import Denoiser, Drawing
     from palate.models.policy import Policy
@@ -38,9 +36,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     read_run(out)  # damaged, it is told now and not after the drawing
     if recipe.evaluation.evaluation_prompts is None:
         raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
-    evaluation_prompts(recipe)
-    comparing_judges(recipe)
-    check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
+    found = assemble(recipe)
     weights = weights_of(out)
     from palate.models.lora import load_lora, tuned
     from palate.models.policy import twin
@@ -49,30 +45,16 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     base = twin(denoiser.network, share=True)
     if recipe.policy.pretrained_lora is not None:
         load_lora(denoiser, base, recipe.policy.pretrained_lora)
-    resolution = recipe.data.resolution or denoiser.default_resolution
-    compare_models(recipe, denoiser, base, tuned(denoiser, weights), resolution, out, command)
+    compare_models(found, denoiser, base, tuned(denoiser, weights), command)
     write_card(out, recipe, denoiser)
-
-
-def evaluation_prompts(recipe: Recipe) -> list[Prompt]:
-    wanted = recipe.evaluation.evaluation_prompts
-    return [] if wanted is None else find_prompts(wanted)[: recipe.evaluation.num_evaluation_prompts]
-
-
-def comparing_judges(recipe: Recipe) -> dict[str, NamedJudge]:
-    """Refuses unknown ones before any weights are loaded."""
-    found = find_judges(recipe.evaluation.judges)
-    if recipe.evaluation.evaluation_prompts is not None and not found:
-        raise UserError("evaluation_prompts are given but no judges; add --judges '[mini-heldout]' or kind:folder")
-    return found
 
 
 class Samples:
     """Pictures of the validation prompts during training: the same seeds every time, base beside tuned."""
 
-    def __init__(self, recipe: Recipe, denoiser: Denoiser, policy: Policy, resolution: int):
+    def __init__(self, recipe: Recipe, denoiser: Denoiser, policy: Policy):
         self.options, self.denoiser, self.policy = recipe.evaluation, denoiser, policy
-        self.drawing = drawing_of(recipe, resolution)
+        self.drawing = drawing_of(recipe, denoiser)
         self.folder = Path(recipe.training.output_dir) / "samples"
         self.base: list[Image] = []
         prompts = list(self.options.validation_prompts)
@@ -100,19 +82,22 @@ class Samples:
         self.denoiser.release()
 
 
-def compare_models(
-    recipe: Recipe, denoiser: Denoiser, base: nn.Module, tuned: nn.Module, resolution: int, out: Path, command: str
-) -> None:
+def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned: nn.Module, command: str) -> None:
+    """Draw the evaluation prompts with both networks, let the judges score them, and write what came out into the run's folder.
+
+    command: what was typed; told where no training has told its own.
+    """
     from palate.evaluation.folders import compare_folders, write_result
     from palate.evaluation.generation import plan
     from palate.evaluation.grid import before_after_grid
     from palate.evaluation.report import chapter_of, write_report
 
-    options, began = recipe.evaluation, time.monotonic()
-    planned = plan(evaluation_prompts(recipe), model="", images_per_prompt=options.images_per_prompt)
+    recipe, out, began = found.recipe, found.out, time.monotonic()
+    options = recipe.evaluation
+    planned = plan(found.compared, model="", images_per_prompt=options.images_per_prompt)
     planned = [dataclasses.replace(p, seed=options.evaluation_seed + i) for i, p in enumerate(planned)]
     prompts = [p.prompt for p in planned]
-    pictures, refiner, drawing = {}, None, drawing_of(recipe, resolution)
+    pictures, refiner, drawing = {}, None, drawing_of(recipe, denoiser)
     if options.refiner is not None:
         from palate.models.families import load_refiner
 
@@ -124,11 +109,10 @@ def compare_models(
     del refiner
     denoiser.release()  # room for the judges
     sides = [out / "evaluation" / side for side in pictures]
-    judges = comparing_judges(recipe)
-    score_folders(judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
+    score_folders(found.judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
     unseen = options.evaluation_prompts == "miniature-unseen"
     trained_on = list(recipe.online.rewards) if recipe.online.train_prompts is not None else []
-    found = compare_folders(sides, judges=list(judges), trained_on=trained_on, unseen=unseen, who="the aligned model")
+    result = compare_folders(sides, judges=list(found.judges), trained_on=trained_on, unseen=unseen, who="the aligned model")
     shown = _first_of_each(prompts, 12)
     before_after_grid(
         [prompts[i] for i in shown],
@@ -141,10 +125,10 @@ def compare_models(
     title = f"{Path(recipe.model.pretrained_model_name_or_path).name}, aligned by {method}"
     # run.json tells the command of a training; the weights may also have come without it.
     extra = {"title": title} if (out / "run.json").is_file() else {"title": title, "command": command}
-    write_result(out / "metrics.json", found, extra)
+    write_result(out / "metrics.json", result, extra)
     write_report(out / "report.html", [chapter_of(out)])
     tell(f"compared in {time.monotonic() - began:.0f} s; see {out / 'report.html'}")
-    print(found.versus[0].headline)
+    print(result.versus[0].headline)
 
 
 def _generated(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
 from palate.base.machine import is_main, tell
 from palate.miniature import world
 from palate.models.families import cut_warning
-from palate.runs.assembly import resolve_objective
+from palate.runs.assembly import Objective
+from palate.runs.loading import resolution_of
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from palate.data.encoded import EncodedPairs, EncodedPictures
     from palate.data.pairs import Counts, Reader
     from palate.models.denoiser import Denoiser
@@ -28,7 +25,7 @@ def reader_of(recipe: Recipe) -> Reader:
 
     options = recipe.data
     reader = read(world.find_pairs(options.train_data), options)
-    if reader.single and resolve_objective(recipe.objective)[1] == "pairs":
+    if reader.single and recipe.method.evidence == "pairs":
         raise UserError(
             f"objective {recipe.objective['name']} compares two pictures, but {options.train_data} holds single ones: use kto "
             "or sft, or name pairs"
@@ -55,7 +52,7 @@ def validation_reader(recipe: Recipe) -> Reader | None:
 
 
 def encoded_of(
-    recipe: Recipe, denoiser: Denoiser, resolution: int, reader: Reader, validation: Reader | None
+    recipe: Recipe, denoiser: Denoiser, reader: Reader, validation: Reader | None
 ) -> tuple[EncodedPairs | EncodedPictures, EncodedPairs | EncodedPictures | None]:
     """What is trained on, and the held-out pairs or None; they share no prompt."""
     from palate.data.cache import TensorCache
@@ -66,7 +63,7 @@ def encoded_of(
     encoders = denoiser.encoders()
     how: dict[str, Any] = {
         "cache": TensorCache(options.cache_dir),
-        "resolution": resolution,
+        "resolution": resolution_of(recipe, denoiser),
         "random_flip": options.random_flip,
         "center_crop": options.center_crop,
         "seed": recipe.training.seed,
@@ -88,17 +85,15 @@ def encoded_of(
     return encoded, None
 
 
-def learnable(
-    encoded: EncodedPairs | EncodedPictures, objective: Callable[..., Tensor], evidence: str
-) -> EncodedPairs | EncodedPictures:
+def learnable(encoded: EncodedPairs | EncodedPictures, objective: Objective) -> EncodedPairs | EncodedPictures:
     """What an objective can learn from."""
     from palate.data.encoded import EncodedPairs
 
-    if evidence == "pairs":
+    if objective.evidence == "pairs":
         return encoded
     if isinstance(encoded, EncodedPairs):
         return encoded.without_ties()
-    if "label" not in inspect.signature(objective).parameters:
+    if not objective.names("label"):
         return encoded.liked()
     if len({item.label > 0.5 for item in encoded.items}) == 1:
         tell("all pictures have the same vote: this objective learns from likes beside dislikes")
@@ -106,6 +101,7 @@ def learnable(
 
 
 def counts_of(counts: Counts) -> dict[str, Any]:
+    """What a reader has met, as ``run.json`` tells it."""
     return {
         "rows": counts.rows,
         "ties_dropped": counts.ties_dropped,

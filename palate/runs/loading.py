@@ -30,11 +30,17 @@ def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
     )
 
 
-def drawing_of(recipe: Recipe, resolution: int) -> Drawing:
+def resolution_of(recipe: Recipe, denoiser: Denoiser) -> int:
+    """Side of the pictures in pixels."""
+    return recipe.data.resolution or denoiser.default_resolution
+
+
+def drawing_of(recipe: Recipe, denoiser: Denoiser) -> Drawing:
     """How pictures are drawn of the model before and after training."""
     from palate.models.denoiser import Drawing
 
     options = recipe.evaluation
+    resolution = resolution_of(recipe, denoiser)
     return Drawing(options.num_inference_steps, options.guidance_scale, resolution, options.evaluation_batch_size)
 
 

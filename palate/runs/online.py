@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -21,8 +20,8 @@ from palate.names.prompts import find_prompts
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.online.options import Arithmetic
 from palate.online.rollouts import Replay, Rollouts, SamplingPlan
-from palate.runs.assembly import resolve_objective, resolve_space
-from palate.runs.loading import drawing_of
+from palate.runs.assembly import Assembled, bind_space
+from palate.runs.loading import drawing_of, resolution_of
 from palate.runs.recipe import Recipe, write
 from palate.training.options import TrainOptions
 
@@ -41,29 +40,29 @@ by other kernels even in float32; there the tolerance is that of float16."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What an online recipe names, found before any weights are loaded."""
+class Online:
+    """What an online recipe names beside what every recipe does, found before any weights are loaded."""
 
     prompts: list[Prompt]
     rewards: dict[str, NamedReward]
     held_out: dict[str, NamedReward]
+    arithmetic: Arithmetic
+    options: TrainOptions
+    """Of the loop, with what follows from the rounds: accumulation and the number of steps."""
 
 
-def find(recipe: Recipe) -> Wanted:
+def find(recipe: Recipe) -> Online:
     """Raises UserError: an unknown prompt list or reward, or batches that do not come out even."""
     assert recipe.online.train_prompts is not None  # the mark of an online recipe
-    training_options(recipe)
+    arithmetic = Arithmetic.of(recipe.online, recipe.method.evidence)
+    options = _training_options(recipe, arithmetic)
     rewards = find_rewards(recipe.online.rewards)
-    return Wanted(find_prompts(recipe.online.train_prompts), rewards, find_held_out(recipe.online.held_out_rewards, rewards))
+    prompts = find_prompts(recipe.online.train_prompts)
+    return Online(prompts, rewards, find_held_out(recipe.online.held_out_rewards, rewards), arithmetic, options)
 
 
-def training_options(recipe: Recipe) -> TrainOptions:
-    """The loop's options, with what follows from the rounds: accumulation and the number of steps.
-
-    Raises:
-        UserError: they do not come out even, or accumulation was given.
-    """
-    options, arithmetic = recipe.training, _arithmetic(recipe)
+def _training_options(recipe: Recipe, arithmetic: Arithmetic) -> TrainOptions:
+    options = recipe.training
     if options.gradient_accumulation_steps != 1:
         raise UserError(
             "gradient_accumulation_steps follows from samples_per_round, updates_per_round and train_batch_size in online "
@@ -74,10 +73,9 @@ def training_options(recipe: Recipe) -> TrainOptions:
     return dataclasses.replace(options, gradient_accumulation_steps=accumulation, max_train_steps=total)
 
 
-def told(recipe: Recipe, found: Wanted) -> str:
+def told(recipe: Recipe, found: Online) -> str:
     """The arithmetic of batches in words."""
-    online, arithmetic, options = recipe.online, _arithmetic(recipe), training_options(recipe)
-    _, evidence = resolve_objective(recipe.objective)
+    online, arithmetic, options, evidence = recipe.online, found.arithmetic, found.options, recipe.method.evidence
     passes = 2 if online.trained_scale != 1 else 1
     unit = {"trajectories": f"steps ({arithmetic.steps} of each picture)", "samples": "pictures", "pairs": "pairs"}[evidence]
     rounds = -(-(options.max_train_steps or 0) // arithmetic.updates)
@@ -91,8 +89,8 @@ def told(recipe: Recipe, found: Wanted) -> str:
     )
 
 
-def assemble(
-    recipe: Recipe, found: Wanted, denoiser: Denoiser, policy: Policy, resolution: int, *, progress: bool = False
+def rollouts_of(
+    recipe: Recipe, found: Online, denoiser: Denoiser, policy: Policy, *, progress: bool = False
 ) -> tuple[Step, Rollouts]:
     """The step, and the rollouts that feed it. Prompts are encoded here, once."""
     import torch
@@ -102,25 +100,25 @@ def assemble(
     from palate.training import steps
     from palate.training.fits import Draws
 
-    options = recipe.online
-    objective, evidence = resolve_objective(recipe.objective)
-    if evidence == "trajectories":
+    options, objective, resolution = recipe.online, recipe.method, resolution_of(recipe, denoiser)
+    if objective.evidence == "trajectories":
         step = trajectory_step(
             policy,
-            objective,
+            objective.function,
             rule=ddim(options.sample_eta),
             guidance_scale=options.trained_scale,
             kl_weight=options.kl_weight,
         )
     else:
-        make = steps.pair_step if evidence == "pairs" else steps.sample_step
+        make = steps.pair_step if objective.evidence == "pairs" else steps.sample_step
         acting: Any = Guided(policy, options.trained_scale) if options.trained_scale != 1 else policy
-        space = resolve_space(recipe.space, policy)
+        space = bind_space(recipe.space, policy)
         draws = Draws(recipe.training.t_min, recipe.training.t_max, recipe.training.snr_gamma)
-        step = make(acting, space, objective, draws)
+        step = make(acting, space, objective.function, draws)
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
     with torch.no_grad():
         prompts = encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts)
+    replay = Replay(step, recipe.training.train_batch_size, TOLERANCE[precision])
     rollouts = Rollouts(
         policy,
         found.prompts,
@@ -128,29 +126,28 @@ def assemble(
         SamplingPlan(
             denoiser.latent_shape(resolution, resolution),
             denoiser.decode,
-            keep_means="moved" in inspect.signature(objective).parameters,
+            keep_means=objective.names("moved"),
         ),
         rewards=_bundle(recipe, found.rewards, denoiser.device),
         options=options,
-        evidence=evidence,
+        evidence=objective.evidence,
         seed=recipe.training.seed,
-        replay=Replay(step, recipe.training.train_batch_size, TOLERANCE[precision]) if evidence == "trajectories" else None,
+        replay=replay if objective.evidence == "trajectories" else None,
         progress=progress,
     )
     return step, rollouts
 
 
-def watched(recipe: Recipe, found: Wanted) -> tuple[list[Prompt], int]:
+def watched(found: Assembled) -> tuple[list[Prompt], int]:
     """The prompts of the held-out pictures, and how many of them are in the comparison too.
 
     ``best/`` is chosen on these pictures, so those that the comparison draws come last: first the evaluation prompts that it
     leaves over, then the train prompts.
     """
-    options = recipe.evaluation
-    listed = [] if options.evaluation_prompts is None else find_prompts(options.evaluation_prompts)
-    drawn = {same_prompt(prompt.text) for prompt in listed[: options.num_evaluation_prompts]}
-    ordered = sorted((*listed, *found.prompts), key=lambda prompt: same_prompt(prompt.text) in drawn)  # stable
-    chosen = ordered[: recipe.online.held_out_pictures]
+    assert found.online is not None  # only such a run watches
+    drawn = {same_prompt(prompt.text) for prompt in found.compared}
+    ordered = sorted((*found.prompts, *found.online.prompts), key=lambda prompt: same_prompt(prompt.text) in drawn)  # stable
+    chosen = ordered[: found.recipe.online.held_out_pictures]
     return chosen, sum(same_prompt(prompt.text) in drawn for prompt in chosen)
 
 
@@ -162,18 +159,17 @@ class Watch:
 
     def __init__(
         self,
-        recipe: Recipe,
-        found: Wanted,
+        found: Assembled,
         denoiser: Denoiser,
         policy: Policy,
         rollouts: Rollouts,
-        resolution: int,
         tell: Callable[[str], None],
     ):
         from palate.online.held_out import HeldOut
 
-        options = recipe.evaluation
-        prompts, shared = watched(recipe, found)
+        assert found.online is not None
+        recipe, options = found.recipe, found.recipe.evaluation
+        prompts, shared = watched(found)
         if shared:
             tell(
                 f"{shared} of {len(prompts)} held-out pictures have prompts of the comparison, for no others are left: best/ "
@@ -182,12 +178,12 @@ class Watch:
         self.held_out = HeldOut(
             prompts,
             options.evaluation_seed,
-            _bundle(recipe, found.held_out, denoiser.device),
+            _bundle(recipe, found.online.held_out, denoiser.device),
             batch_size=options.evaluation_batch_size,
         )
         denoiser.remember([text for p in self.held_out.prompts for text in (p.text, p.negative) if text is not None])
         self.denoiser, self.policy, self.rollouts = denoiser, policy, rollouts
-        self.drawing, self.tell = drawing_of(recipe, resolution), tell
+        self.drawing, self.tell = drawing_of(recipe, denoiser), tell
         self.best = Path(recipe.training.output_dir) / "best"
         # With a recipe beside its weights it is a run, which every verb takes.
         training = dataclasses.replace(recipe.training, output_dir=str(self.best), resume_from_checkpoint=None)
@@ -242,10 +238,6 @@ def _bundle(recipe: Recipe, rewards: Mapping[str, NamedReward], device: torch.de
         retries=recipe.online.reward_retries,
         folder=Path(recipe.training.output_dir) / "failed",
     )
-
-
-def _arithmetic(recipe: Recipe) -> Arithmetic:
-    return Arithmetic.of(recipe.online, resolve_objective(recipe.objective)[1])
 
 
 def _processes() -> int:

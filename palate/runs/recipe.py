@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import textwrap
 import typing
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from palate.base.errors import UserError, nearest
 from palate.base.files import write_atomically
 from palate.base.options import dumps, help_lines, indented, parse, section
 from palate.online.options import Arithmetic, OnlineOptions
-from palate.runs.assembly import AUTO, SPACES, complete_objective, complete_space, resolve_objective
+from palate.runs.assembly import SPACES, Objective, bind_objective, complete_objective, complete_space
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions, PolicyOptions
 from palate.training.options import TrainOptions
 
@@ -49,9 +50,14 @@ class Recipe:
         object.__setattr__(self, "space", complete_space(self.space))
         self._check_online()
 
+    @functools.cached_property
+    def method(self) -> Objective:
+        """What the objective stands for."""
+        return bind_objective(self.objective)
+
     def _check_online(self) -> None:
         """Objective, rollouts and loop must fit together."""
-        _, evidence = resolve_objective(self.objective)
+        evidence = self.method.evidence
         if self.online.train_prompts is None:
             if evidence == "trajectories":
                 raise UserError(f"objective {self.objective['name']} learns from the model's own pictures: name train_prompts")
@@ -66,7 +72,7 @@ class Recipe:
                 "from; leave one of the two out"
             )
         arithmetic = Arithmetic.of(self.online, evidence)
-        if self.objective.get("beta") == AUTO:
+        if self.method.auto_beta:
             raise UserError("beta auto is chosen from pairs that are there before training: name a number in online training")
         if self.training.caption_dropout:
             raise UserError("caption_dropout is for training on pictures that were not drawn from the prompt: leave it out")
@@ -187,8 +193,7 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
         if dataclasses.is_dataclass(kind):
             made[name] = section(kind, {} if value is None else value, f"{where}: {name}")  # type: ignore[arg-type]
         elif value is not None:
-            complete = complete_objective if name == "objective" else complete_space
-            made[name] = complete({"name": value} if isinstance(value, str) else value)
+            made[name] = {"name": value} if isinstance(value, str) else value
     return Recipe(**made)
 
 

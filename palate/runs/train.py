@@ -21,13 +21,12 @@ from palate.evaluation.folders import read_run
 from palate.models.families import cut_warning
 from palate.models.files import KOHYA_FILE, WEIGHTS
 from palate.runs import recipe as recipes
-from palate.runs.assembly import AUTO, resolve_objective, resolve_space
+from palate.runs.assembly import Assembled, assemble, bind_space
 from palate.runs.card import PUBLIC, write_card
-from palate.runs.compare import Samples, compare_models, comparing_judges, evaluation_prompts
+from palate.runs.compare import Samples, compare_models
 from palate.runs.evidence import counts_of, encoded_of, learnable, reader_of, validation_reader
 from palate.runs.export import about_training
 from palate.runs.loading import at_home, denoiser_of, policy_of
-from palate.runs.models import check_refiner_fits
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,10 +34,11 @@ if TYPE_CHECKING:
 
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Policy
-    from palate.online.rollouts import Rollouts
+    from palate.runs.online import Online
+    from palate.spaces.space import Space
     from palate.training.checkpoints import Stateful
     from palate.training.options import TrainOptions
-    from palate.training.source import PairSource
+    from palate.training.source import Source
     from palate.training.steps import Step
 
 
@@ -57,106 +57,99 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         KeyboardInterrupt: interrupted before or after training; its text says how to go on.
     """
     recipe = at_home(recipe)
-    out = Path(recipe.training.output_dir)
     if is_main():
-        _check_output(recipe, out)
+        _check_output(recipe, Path(recipe.training.output_dir))
         if recipe.training.push_to_hub is not None:
             check_push(recipe.training.push_to_hub)
-    evaluation_prompts(recipe)
-    comparing_judges(recipe)
-    check_refiner_fits(recipe.evaluation.refiner, recipe.model.pretrained_model_name_or_path, revision=recipe.model.revision)
-    if recipe.policy.pretrained_lora is not None:
-        from palate.models.lora import find_lora
+    found = assemble(recipe)
+    if found.online is None:
+        _train_offline(found, command)
+    else:
+        _train_online(found, found.online, command)
+    return found.out
 
-        find_lora(recipe.policy.pretrained_lora)
-    if recipe.online.train_prompts is not None:
-        return _train_online(recipe, out, command)
-    reader = reader_of(recipe)
 
-    validation = validation_reader(recipe)
+# The two orders of events --------------------------------------------------------------------------------------------------
 
-    import torch
 
-    from palate.training import steps
-    from palate.training.fits import Draws
+def _train_offline(found: Assembled, command: str) -> None:
+    """Read, encode, train, finish."""
     from palate.training.measures import implicit_margins
 
+    recipe = found.recipe
+    reader, validation = reader_of(recipe), validation_reader(recipe)
     denoiser = denoiser_of(recipe)
-    resolution = recipe.data.resolution or denoiser.default_resolution
-    objective, evidence = resolve_objective(recipe.objective)
-    encoded, held_out = encoded_of(recipe, denoiser, resolution, reader, validation)
-    encoded = learnable(encoded, objective, evidence)
+    encoded, held_out = encoded_of(recipe, denoiser, reader, validation)
+    encoded = learnable(encoded, recipe.method)
     policy = policy_of(recipe, denoiser)
-    space = resolve_space(recipe.space, policy)
-    wanted = recipe.training
-    with torch.no_grad():
-        nothing = denoiser.unconditional() if wanted.caption_dropout else None
-    draws = Draws(wanted.t_min, wanted.t_max, wanted.snr_gamma, wanted.caption_dropout, nothing)
-    make = steps.pair_step if evidence == "pairs" else steps.sample_step
-    step = make(policy, space, objective, draws, auto_beta=recipe.objective.get("beta") == AUTO)
-    samples = Samples(recipe, denoiser, policy, resolution)
+    space = bind_space(recipe.space, policy)
+    step = _step_of(recipe, denoiser, policy, space)
+    samples = Samples(recipe, denoiser, policy)
     denoiser.release()
 
-    def on_evaluate(step: int) -> dict[str, float]:
+    def on_evaluate(done: int) -> dict[str, float]:
         if held_out is None or all(p.label == 0.5 for p in held_out.items):
             return {}
         margins, labels = implicit_margins(policy, space, held_out, batch_size=recipe.training.train_batch_size)
-        found = accuracy(margins.tolist(), labels.tolist(), held_out.prompts)
-        return {"held_out_accuracy": found.rate, "held_out_accuracy_low": found.low, "held_out_accuracy_high": found.high}
+        rate = accuracy(margins.tolist(), labels.tolist(), held_out.prompts)
+        return {"held_out_accuracy": rate.rate, "held_out_accuracy_low": rate.low, "held_out_accuracy_high": rate.high}
 
     what = "pictures" if reader.single else "pairs"
     about = {"command": command, "versions": versions(), what: len(encoded), **counts_of(reader.counts)}
-    if wanted.resume_from_checkpoint is None:
+    if recipe.training.resume_from_checkpoint is None:
         step.begin(encoded)
         about |= {"chosen": dict(step.state)} if step.state else {}
         if "beta" in step.state:
             tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
-    _train(
-        recipe,
-        recipe.training,
-        policy,
-        step,
-        encoded,
-        samples,
-        on_evaluate,
-        about,
-    )
-    _finish(recipe, denoiser, policy, resolution, out, command)
-    return out
+    _train(recipe, recipe.training, policy, step, encoded, samples, on_evaluate, about)
+    _finish(found, denoiser, policy, command)
+
+
+def _train_online(found: Assembled, wanted: Online, command: str) -> None:
+    """The same job where the policy draws what it learns from."""
+    from palate.runs import online
+
+    recipe = found.recipe
+    tell(online.told(recipe, wanted))
+    denoiser = denoiser_of(recipe)
+    if told := cut_warning(denoiser, (text for prompt in wanted.prompts for text in (prompt.text, prompt.negative))):
+        tell(told)
+    policy = policy_of(recipe, denoiser)
+    step, rollouts = online.rollouts_of(recipe, wanted, denoiser, policy, progress=is_main() and sys.stderr.isatty())
+    samples = Samples(recipe, denoiser, policy)
+    watch = online.Watch(found, denoiser, policy, rollouts, tell) if wanted.held_out else None
+    denoiser.release()
+    about: dict[str, Any] = {"command": command, "versions": versions(), "prompts": len(wanted.prompts)}
+    # Whom an address served cannot be asked later.
+    if serves := {name: reward.serves for name, reward in wanted.rewards.items() if reward.serves}:
+        about["serves"] = serves
+    _train(recipe, wanted.options, policy, step, rollouts, samples, watch, about, {"watch": watch} if watch else {})
+    _finish(found, denoiser, policy, command)
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------------
 
 
-def _train_online(recipe: Recipe, out: Path, command: str) -> Path:
-    """The same job where the policy draws what it learns from."""
-    from palate.runs import online
+def _step_of(recipe: Recipe, denoiser: Denoiser, policy: Policy, space: Space) -> Step:
+    """The step of a recipe that learns from what is there before training."""
+    import torch
 
-    found = online.find(recipe)
-    tell(online.told(recipe, found))
-    denoiser = denoiser_of(recipe)
-    resolution = recipe.data.resolution or denoiser.default_resolution
-    if told := cut_warning(denoiser, (text for prompt in found.prompts for text in (prompt.text, prompt.negative))):
-        tell(told)
-    policy = policy_of(recipe, denoiser)
-    step, rollouts = online.assemble(recipe, found, denoiser, policy, resolution, progress=is_main() and sys.stderr.isatty())
-    samples = Samples(recipe, denoiser, policy, resolution)
-    watch = online.Watch(recipe, found, denoiser, policy, rollouts, resolution, tell) if found.held_out else None
-    denoiser.release()
-    about: dict[str, Any] = {"command": command, "versions": versions(), "prompts": len(found.prompts)}
-    # Whom an address served cannot be asked later.
-    if serves := {name: reward.serves for name, reward in found.rewards.items() if reward.serves}:
-        about["serves"] = serves
-    states = {"watch": watch} if watch else {}
-    _train(recipe, online.training_options(recipe), policy, step, rollouts, samples, watch, about, states)
-    _finish(recipe, denoiser, policy, resolution, out, command)
-    return out
+    from palate.training import steps
+    from palate.training.fits import Draws
+
+    options, objective = recipe.training, recipe.method
+    with torch.no_grad():
+        nothing = denoiser.unconditional() if options.caption_dropout else None
+    draws = Draws(options.t_min, options.t_max, options.snr_gamma, options.caption_dropout, nothing)
+    make = steps.pair_step if objective.evidence == "pairs" else steps.sample_step
+    return make(policy, space, objective.function, draws, auto_beta=objective.auto_beta)
 
 
-def _finish(recipe: Recipe, denoiser: Denoiser, policy: Policy, resolution: int, out: Path, command: str) -> None:
+def _finish(found: Assembled, denoiser: Denoiser, policy: Policy, command: str) -> None:
     """Save what was trained and compare it with the base model."""
     if not is_main():
         return
+    recipe, out = found.recipe, found.out
     written = policy.save(out)
     tell(f"wrote {written}")
     if recipe.policy.train_method == "lora" and denoiser.kohya is not None:
@@ -166,7 +159,7 @@ def _finish(recipe: Recipe, denoiser: Denoiser, policy: Policy, resolution: int,
         tell(f"wrote {twin}, the same for ComfyUI and A1111")
     if recipe.evaluation.evaluation_prompts is not None:
         try:
-            compare_models(recipe, denoiser, policy.frozen, policy.trainable_module, resolution, out, command)
+            compare_models(found, denoiser, policy.frozen, policy.trainable_module, command)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the trained weights are in {out}; compare them with: palate evaluate {out}") from None
     write_card(out, recipe, denoiser)
@@ -210,7 +203,7 @@ def _train(
     options: TrainOptions,
     policy: Policy,
     step: Step,
-    data: PairSource | Rollouts,
+    data: Source,
     samples: Samples,
     on_evaluate: Callable[[int], Mapping[str, float]] | None,
     about: dict[str, Any],

@@ -15,7 +15,7 @@ from palate.diffusion.denoising import Fit
 from palate.models.families import load_denoiser
 from palate.models.policy import Policy
 from palate.objectives import pairs, samples
-from palate.runs.assembly import resolve_objective, resolve_space
+from palate.runs.assembly import bind_objective, bind_space, complete_objective, complete_space
 from palate.spaces import latent
 from palate.training.fits import Draws
 from palate.training.log import read_log
@@ -75,15 +75,16 @@ def family(request, model_dir, sdxl_dir):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_steps(family, tmp_path, objective, space):
     load, data, nothing = family
-    chosen, evidence = resolve_objective({"name": objective, **OBJECTIVES[objective]})
-    make = pair_step if evidence == "pairs" else sample_step
+    chosen = bind_objective(complete_objective({"name": objective, **OBJECTIVES[objective]}))
+    make = pair_step if chosen.evidence == "pairs" else sample_step
 
     def run(folder: str, **options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         policy = Policy(load(), rank=2)
         before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         draws = Draws(caption_dropout=0.5, no_prompt=nothing, snr_gamma=5.0)
-        auto = OBJECTIVES[objective].get("beta") == "auto"
-        step = make(policy, resolve_space(SPACES[space], policy), chosen, draws, auto_beta=auto)
+        step = make(
+            policy, bind_space(complete_space(SPACES[space]), policy), chosen.function, draws, auto_beta=chosen.auto_beta
+        )
         given = {"train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1} | options
         train(step, policy, data, options=TrainOptions(output_dir=str(tmp_path / folder), **given))
         return before, policy.state_dict()

@@ -116,11 +116,12 @@ def test_held_out_rewards_have_the_time_limit_and_the_retries_of_trained_ones(on
 
 def test_held_out_pictures_keep_off_the_prompts_of_the_comparison(prompts_file, tmp_path):
     from palate.names.prompts import find_prompts
-    from palate.runs import online as assembled
+    from palate.runs import online
+    from palate.runs.assembly import assemble
 
     def watched(**options):
         made = recipe.load("miniature-ddpo-is", {"held_out_pictures": 8, **options})
-        prompts, shared = assembled.watched(made, assembled.find(made))
+        prompts, shared = online.watched(assemble(made))
         return [prompt.text for prompt in prompts], shared
 
     seen, unseen = ([p.text for p in find_prompts(f"miniature-{name}")] for name in ("seen", "unseen"))
@@ -222,7 +223,7 @@ def test_mistakes_are_told_in_one_line(online, tmp_path, options, message):
 
 def test_repeated_prompts_are_counted_once(online, prompts_file):
     """A round of eight of fewer prompts holds no more than there are."""
-    from palate.runs import online as assembled
+    from palate.runs import online as runs
 
     made = recipe.load(
         "miniature-ddpo-sf",
@@ -230,7 +231,7 @@ def test_repeated_prompts_are_counted_once(online, prompts_file):
     )
     count = len(Path(prompts_file).read_text().splitlines())
     assert count < 64
-    assert f"draws 64 pictures of {count} prompts" in assembled.told(made, assembled.find(made))
+    assert f"draws 64 pictures of {count} prompts" in runs.told(made, runs.find(made))
 
 
 def test_long_prompts_and_negative_prompts_are_told(online, tmp_path):
