@@ -31,6 +31,10 @@ class EncodedPair:
     weight: float
     source: str
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.text, *self.winner, *self.loser)
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedPicture:
@@ -42,6 +46,10 @@ class EncodedPicture:
     label: float  # in [0, 1]: probability that it is liked
     weight: float
     source: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.text, *self.picture)
 
 
 Item = TypeVar("Item", EncodedPair, EncodedPicture)
@@ -126,9 +134,11 @@ class Encoded(Generic[Item]):
     def _read(self, key: str, item: Item) -> dict[str, Tensor]:
         tensors = self.cache.get(key)
         if tensors is None:
+            # What spoilt one entry may have spoilt more. Reading removes those, so that one more run mends them all.
+            others = sum(self.cache.get(k) is None for k in {k for one in self.items for k in one.keys} - {key})
             raise UserError(
-                f"the cache entry {self.cache.path(key)} ({item.source or item.prompt!r}) is missing or damaged: "
-                "run again, and it is encoded anew"
+                f"the cache entry {self.cache.path(key)} ({item.source or item.prompt!r}) is missing or damaged"
+                f"{f', and {others} more' if others else ''}: run again, and it is encoded anew"
             )
         return tensors
 

@@ -310,6 +310,19 @@ def test_the_run_that_reads_a_damaged_entry_tells_and_the_next_mends_it(tmp_path
     assert torch.equal(encoded.batch([0], torch.tensor([0])).latents[0], latent(P[0]))
 
 
+def test_all_damaged_entries_are_mended_by_one_more_run(tmp_path):
+    before = Encoders().encode(PAIRS, tmp_path)
+    pictures = {key for pair in before.items for key in (*pair.winner, *pair.loser)}
+    for key in pictures:
+        before.cache.path(key).write_bytes(b"spoilt")
+    with pytest.raises(UserError, match=rf"damaged, and {len(pictures) - 1} more: run again"):
+        before.batch([0], torch.tensor([0]))
+    again = Encoders()
+    encoded = again.encode(PAIRS, tmp_path)
+    assert sum(again.pictures) == len(pictures)
+    encoded.batch([0, 1], torch.tensor([0, 1]))
+
+
 def test_an_entry_that_has_gone_is_told_and_encoded_anew(tmp_path):
     encoded = Encoders().encode(PAIRS, tmp_path)
     encoded.cache.path(encoded.items[0].winner[0]).unlink()
