@@ -3,11 +3,13 @@
 Rewards are (n,) and `prompts` the n texts they were drawn for, in one order. Standard deviations are those of the population.
 """
 
+# torch types tolist and a few others in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,7 +33,8 @@ class PromptTracker:
     ) -> Float[Tensor, " n"]:
         """(r - mean) / (std + 1e-6), the new rewards counted in; with `global_std` the std is that of the round."""
         values = rewards.double()
-        for prompt, reward in zip(prompts, values.tolist(), strict=True):
+        new: list[float] = values.tolist()
+        for prompt, reward in zip(prompts, new, strict=True):
             self.rewards.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
         found = torch.empty_like(values)
         for prompt, rows in _groups(prompts).items():
@@ -114,7 +117,7 @@ def spread(prompts: Sequence[str], pictures: Float[Tensor, "n 3 h w"]) -> float 
 
 
 def _groups(prompts: Sequence[str]) -> dict[str, list[int]]:
-    found: dict[str, Any] = {}
+    found: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         found.setdefault(prompt, []).append(row)
     return found

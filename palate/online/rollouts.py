@@ -6,6 +6,9 @@ regression), or ranked pairs (online DPO). Everything random derives from seed, 
 the cut into batches nor the number of processes nor an interruption changes a number.
 """
 
+# torch types tolist and a few others in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import hashlib
@@ -172,7 +175,7 @@ class Rollouts:
             raise BudgetSpent(f"KL divergence {sum(drawn.kl):.3g} is over kl_budget {self.options.kl_budget}")
         self.queries += n
         self.round, self.data = number, drawn.data
-        prompts = [self.prompts[i].text for i in drawn.data["prompt"].tolist()]
+        prompts = self._texts(drawn.data["prompt"])
         told = self._told(prompts, drawn)
         told |= self._plan(number, prompts, drawn.total)
         with processes.together():
@@ -197,7 +200,7 @@ class Rollouts:
                 cond=cond.tensors,
                 old_log_prob=self.data["log_prob"][first, step],
                 advantage=self.data["advantage"][first],
-                prompts=[self.prompts[i].text for i in which.tolist()],
+                prompts=self._texts(which),
                 old_mean=self.data["mean"][first, step] if self.sampling.keep_means else None,
             )
         latents, label = self.data["latents"], torch.ones(len(rows))
@@ -241,6 +244,10 @@ class Rollouts:
         listed = json.dumps([[prompt.text, prompt.negative] for prompt in self.prompts])
         return hashlib.sha256(listed.encode()).hexdigest()
 
+    def _texts(self, which: Tensor) -> list[str]:
+        numbers: list[int] = which.tolist()
+        return [self.prompts[i].text for i in numbers]
+
     def _memory(self) -> dict[str, Any]:
         """What outlives a round, copied."""
         return {
@@ -275,13 +282,13 @@ class Rollouts:
             del data["log_prob"]
         measured_in_all = min(n, options.kl_samples)
         kl_of_all = processes.gather(kl.float()[None]).sum(0).double() / max(1, measured_in_all)
-        known = bool(measured_in_all) and options.sample_eta > 0
+        steps: list[float] = kl_of_all.tolist()
         return Drawn(
             data,
             thumbnails=data.pop("thumbnail"),
             total=processes.gather(judged.total),
             raw={name: processes.gather(rows) for name, rows in judged.raw.items()},
-            kl=kl_of_all.tolist() if known else [],
+            kl=steps if measured_in_all and options.sample_eta > 0 else [],
         )
 
     def _draw_share(
@@ -401,8 +408,8 @@ class Rollouts:
             self.data["weight"], rows = weights, [(row,) for row in range(len(prompts))]
             told["effective_samples"] = advantages.effective_sample_size(weights)
         else:
-            kept = self._kept(prompts, total)
-            rows = [(row,) for row in kept.nonzero()[:, 0].tolist()]
+            kept: list[int] = self._kept(prompts, total).nonzero()[:, 0].tolist()
+            rows = [(row,) for row in kept]
             told["kept"] = len(rows)
         # As many items whatever was kept: what there is, shuffled, again and again.
         self.plan, epoch = [], 0
@@ -461,4 +468,5 @@ class Rollouts:
 
 
 def _shuffled(n: int, seed: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    order: list[int] = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order

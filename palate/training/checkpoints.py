@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from palate.base.errors import UserError, first_line
@@ -56,7 +56,7 @@ MAY_DIFFER = frozenset(
 class Stateful(Protocol):
     """What a checkpoint can keep: plain numbers, texts and tensors, nested as they may be."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> Mapping[str, object]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
@@ -67,7 +67,7 @@ class Checkpoint:
     path: Path
     weights: dict[str, Tensor]
     state: dict[str, Any]
-    recipe: dict[str, Any]
+    recipe: dict[str, object]
 
 
 def save(
@@ -75,8 +75,8 @@ def save(
     step: int,
     *,
     weights: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    recipe: Mapping[str, Any],
+    state: Mapping[str, object],
+    recipe: Mapping[str, object],
     total_limit: int | None = None,
 ) -> Path:
     """Write ``checkpoint-{step}``, whole or not at all, and remove the oldest beyond ``total_limit``.
@@ -138,7 +138,7 @@ def latest(output_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def check_recipe(checkpoint: Checkpoint, recipe: Mapping[str, Any], may_differ: Collection[str] = MAY_DIFFER) -> None:
+def check_recipe(checkpoint: Checkpoint, recipe: Mapping[str, object], may_differ: Collection[str] = MAY_DIFFER) -> None:
     """Refuse to go on with another recipe than the checkpoint's.
 
     Args:
@@ -157,9 +157,9 @@ def check_recipe(checkpoint: Checkpoint, recipe: Mapping[str, Any], may_differ: 
         )
 
 
-def _flat(value: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _flat(value: object, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     if isinstance(value, dict) and value:
-        for name, inner in value.items():
+        for name, inner in cast("dict[object, object]", value).items():
             yield from _flat(inner, (*key, str(name)))
     else:
         yield key, value

@@ -7,13 +7,16 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.jsonl import JsonObject, read_lines
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
@@ -27,7 +30,7 @@ class RunLog:
 
     def __init__(self, folder: str | Path, *, step: int = 0, tensorboard: bool = False):
         self.folder = Path(folder)
-        self.events: Any = _events(self.folder, step) if tensorboard else None
+        self.events = _events(self.folder, step) if tensorboard else None
         truncate(self.folder / "log.jsonl", step)
         if step == 0:
             (self.folder / "train.log").unlink(missing_ok=True)
@@ -43,7 +46,7 @@ class RunLog:
         if self.events is not None:
             self.events.close()
 
-    def record(self, record: Mapping[str, Any]) -> None:
+    def record(self, record: Mapping[str, object]) -> None:
         """Write one line of numbers; ``record["step"]`` must be there."""
         self._write(self.lines, json.dumps(record))
         # Where standard error is no terminal there is no progress bar, so the lines themselves are shown.
@@ -51,7 +54,7 @@ class RunLog:
         if self.events is not None:
             for name, value in record.items():
                 if name != "step" and isinstance(value, int | float):
-                    self.events.add_scalar(name, value, record["step"])
+                    self.events.add_scalar(name, value, record["step"])  # pyright: ignore[reportUnknownMemberType]
 
     def say(self, line: str, *, show: bool = True) -> None:
         """Write a line for people into ``train.log``, and on standard error if ``show``."""
@@ -107,11 +110,11 @@ def truncate(path: Path, step: int) -> None:
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _events(folder: Path, step: int) -> Any:
+def _events(folder: Path, step: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -124,5 +127,5 @@ class Silent:
         return self
 
     def __exit__(self, *_: object) -> None: ...
-    def record(self, record: Mapping[str, Any]) -> None: ...
+    def record(self, record: Mapping[str, object]) -> None: ...
     def say(self, line: str, *, show: bool = True) -> None: ...

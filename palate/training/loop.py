@@ -8,6 +8,9 @@ losses over the effective batch, divided by the number of its pairs.
 A source that has rounds is asked for a new one where an epoch begins; what it remembers is saved with the rest.
 """
 
+# torch types tolist and a few others in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import functools
@@ -18,7 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +39,8 @@ from palate.training.options import TrainOptions
 from palate.training.place import Place
 from palate.training.source import Abandoned, BudgetSpent, Source
 from palate.training.steps import Step
+
+T = TypeVar("T")
 
 KEPT = "rollouts"
 """Key of a checkpoint's state under which lies what the rounds remember, and beside it each of ``states`` by its name."""
@@ -58,8 +64,8 @@ def train(
     *,
     options: TrainOptions,
     states: Mapping[str, Stateful] | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    on_sample: Callable[[int], Any] | None = None,
+    recipe: Mapping[str, object] | None = None,
+    on_sample: Callable[[int], object] | None = None,
     on_evaluate: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
     """Train ``policy`` in place; with ``ema_decay`` it ends with the average of its weights.
@@ -123,7 +129,7 @@ class _Run:
         data: Source,
         options: TrainOptions,
         states: dict[str, Stateful],
-        recipe: dict[str, Any],
+        recipe: dict[str, object],
     ):
         self.step, self.policy, self.data, self.options, self.states, self.recipe = step, policy, data, options, states, recipe
         if len(data) == 0:
@@ -134,13 +140,16 @@ class _Run:
         self.batch_size = share * self.processes.count
         self.share = range(self.processes.index * share, (self.processes.index + 1) * share)
         self.total = options.max_train_steps or math.ceil(options.num_train_epochs * len(data) / self.batch_size)
-        self.order = functools.lru_cache(maxsize=2)(lambda epoch: [int(i) for i in data.order(options.seed, epoch)])
+        self.order = functools.lru_cache(maxsize=2)(self._order)
         self.logs: RunLog | Silent = Silent()
         if data.rounds is not None and len(data) % self.batch_size:
             raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")
         self.round: dict[str, object] = {}  # what a new round told, until it is logged
         self.window, self.last = Window(), dict[str, float]()
         self.began, self.warned = time.monotonic(), False
+
+    def _order(self, epoch: int) -> list[int]:
+        return [int(i) for i in self.data.order(self.options.seed, epoch)]
 
     def restore(self) -> int:
         """Steps already done: 0, or those of the checkpoint to resume from."""
@@ -212,9 +221,9 @@ class _Run:
         self.place.wait()
         return path
 
-    def _kept(self, position: int) -> dict[str, Any]:
+    def _kept(self, position: int) -> dict[str, object]:
         rounds = {} if self.data.rounds is None else self.data.rounds.state_dict(position)
-        return rounds | {name: known.state_dict() for name, known in self.states.items()}
+        return {**rounds} | {name: known.state_dict() for name, known in self.states.items()}
 
     def begin(self, done: int, signals: _Signals) -> None:
         """Before update number ``done`` (from 1): a new round, if its items are those of one."""
@@ -246,7 +255,7 @@ class _Run:
         return stopped
 
     def end(
-        self, done: int, on_sample: Callable[[int], Any] | None, on_evaluate: Callable[[int], Mapping[str, float]] | None
+        self, done: int, on_sample: Callable[[int], object] | None, on_evaluate: Callable[[int], Mapping[str, float]] | None
     ) -> None:
         """Make step ``done`` the last one."""
         evaluated = self._due(done, self.options.eval_steps)
@@ -290,7 +299,8 @@ class _Run:
         sums["stop"] = torch.tensor(float(signals.received), device=sums["loss"].device)
         totals = self.place.reduce(torch.stack(list(sums.values())))
         self.place.reduce_gradients()
-        return dict(zip(sums, totals.tolist(), strict=True))
+        found: list[float] = totals.tolist()
+        return dict(zip(sums, found, strict=True))
 
     def _backward(self, indices: list[int], seeds: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of one micro-batch, whose gradients are added to those that are there."""
@@ -313,7 +323,8 @@ class _Run:
         """This process's share of effective batch number ``done`` (from 1): indices of pairs and their seeds."""
         size = self.options.train_batch_size
         for first in range(self.share.start, self.share.stop, size):
-            indices, seeds = [], []
+            indices: list[int] = []
+            seeds: list[int] = []
             for position in range((done - 1) * self.batch_size + first, (done - 1) * self.batch_size + first + size):
                 epoch, place = divmod(position, len(self.data))
                 indices.append(self.order(epoch)[place])
@@ -333,7 +344,7 @@ class _Run:
             self.logs.say(f"resumed after step {start} of {self.total}")
         return self.logs
 
-    def progress_bar(self, start: int) -> Any:
+    def progress_bar(self, start: int) -> tqdm[NoReturn]:
         # None: no bar where standard error is not a terminal.
         return tqdm(total=self.total, initial=start, unit="step", desc="training", disable=None if self.main else True)
 
@@ -365,14 +376,14 @@ class _Run:
         epochs = {"epoch": round(items / len(self.data), 4), "pairs": items}
         return {**(epochs if rounds is None else rounds.counted(items)), "seconds": seconds}
 
-    def sample(self, done: int, on_sample: Callable[[int], Any] | None) -> None:
+    def sample(self, done: int, on_sample: Callable[[int], object] | None) -> None:
         if on_sample is not None and self._due(done, self.options.sample_steps):
             self._in_main_process(on_sample, done)
 
     def _due(self, done: int, every: int | None) -> bool:
         return done in (0, self.total) or (every is not None and done % every == 0)
 
-    def _in_main_process(self, hook: Callable[[int], Any], done: int) -> Any:
+    def _in_main_process(self, hook: Callable[[int], T], done: int) -> T | None:
         result = None
         with self.processes.together():
             if self.main:
@@ -404,7 +415,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.received = False
-        self.before: dict[int, Any] = {}
+        self.before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
@@ -415,7 +426,7 @@ class _Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             raise KeyboardInterrupt
         self.received = True

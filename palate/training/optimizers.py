@@ -1,11 +1,14 @@
 """What turns gradients into updates, and the running average of the weights they make."""
 
+# torch types what makes averages in part only.
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +33,7 @@ def make_optimizer(weights: Sequence[nn.Parameter], options: TrainOptions) -> to
         return torch.optim.Adafactor(
             weights, lr=options.learning_rate, eps=(1e-15, 1.0), weight_decay=options.adam_weight_decay
         )
-    kind = torch.optim.AdamW if options.optimizer == "adamw" else _adamw_8bit()
+    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW if options.optimizer == "adamw" else _adamw_8bit()
     return kind(
         weights,
         lr=options.learning_rate,
@@ -40,7 +43,7 @@ def make_optimizer(weights: Sequence[nn.Parameter], options: TrainOptions) -> to
     )
 
 
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
     except (ImportError, RuntimeError) as error:
@@ -48,7 +51,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
             f"optimizer adamw_8bit needs bitsandbytes ({first_line(error)}): pip install 'palate[8bit]', "
             "or use adamw or adafactor"
         ) from error
-    return AdamW8bit
+    return cast("Callable[..., torch.optim.Optimizer]", AdamW8bit)
 
 
 class Average:
@@ -64,7 +67,9 @@ class Average:
     @torch.no_grad()
     def update(self, n: int) -> None:
         """Take in the weights after update ``n`` (from 1)."""
-        average = get_ema_multi_avg_fn(min(self.decay, n / (n + 9)) if n > 1 else 0.0)
+        average: Callable[[list[Tensor], list[Tensor], int], None] = get_ema_multi_avg_fn(
+            min(self.decay, n / (n + 9)) if n > 1 else 0.0
+        )
         average(self.tensors, [weight.detach() for weight in self.weights], n)
 
     def state_dict(self) -> list[Tensor]:
@@ -83,7 +88,7 @@ class Average:
             average.copy_(kept)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None]:
         """Inside, the weights are the average."""
         self.swap()
         try:

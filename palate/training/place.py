@@ -1,5 +1,8 @@
 """Where a run is: its device and precision, the processes that share it, and all that depends on how weights lie on them."""
 
+# accelerate is typed in part only.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import contextlib
@@ -61,7 +64,7 @@ class Place:
             from accelerate.utils import broadcast
 
             for tensor in self.policy.state_dict().values():
-                tensor.copy_(broadcast(tensor))
+                tensor.copy_(cast("Tensor", broadcast(tensor)))
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -86,7 +89,8 @@ class Place:
         if self.processes.count > 1:
             for bucket in _buckets([p.grad for p in self.weights if p.grad is not None]):
                 total = self.reduce(torch.cat([gradient.flatten() for gradient in bucket]))
-                for gradient, sums in zip(bucket, total.split([g.numel() for g in bucket]), strict=True):
+                parts = cast("tuple[Tensor, ...]", total.split([g.numel() for g in bucket]))
+                for gradient, sums in zip(bucket, parts, strict=True):
                     gradient.copy_(sums.view_as(gradient))
 
     def clip_grad_norm(self, limit: float | None) -> float:
@@ -119,7 +123,7 @@ class Place:
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """Of the loss, under float16."""
-        return self.accelerator.scaler
+        return cast("torch.amp.GradScaler | None", self.accelerator.scaler)
 
     def finite(self) -> bool:
         """Whether all trainable weights are."""
@@ -134,7 +138,7 @@ class Place:
         if self.average is not None:
             self.average.swap()
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """The trainable tensors by name, whole; and what else is needed to go on."""
         return self.policy.state_dict(), {
             "optimizer": self.optimizer.state_dict(),
@@ -159,7 +163,7 @@ def _accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
     if mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("mixed_precision fp16 needs a GPU: use bf16 or no")
     # The state is global to the process; a second run may have another device or precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
     return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +23,7 @@ class Processes:
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Generator[None]:
         """What fails inside in one process is raised in all: those that went on would wait for the others for ever."""
         failed: UserError | None = None
         try:
@@ -62,7 +62,7 @@ class Rounds(Protocol):
         """What the log counts in place of epochs and pairs, where ``position`` items of all rounds are done."""
         ...
 
-    def state_dict(self, position: int) -> dict[str, Any]:
+    def state_dict(self, position: int) -> Mapping[str, object]:
         """What a checkpoint must keep to go on from there."""
         ...
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from palate.base.errors import UserError
 from palate.base.seeds import mix
 from palate.diffusion.batches import Batch, PairBatch, SampleBatch
+from palate.diffusion.denoising import Fit, Pair
 from palate.spaces import Space
 from palate.training.fits import (
     MODELS,
@@ -58,10 +58,10 @@ class Step:
     """
 
     measure: Callable[[Batch, Mapping[str, float]], Measured]
-    follows: Mapping[str, str] = field(default_factory=dict)
+    follows: Mapping[str, str] = field(default_factory=dict[str, str])
     prepare: Callable[[Source], dict[str, float]] | None = None
     after: Callable[[], None] | None = None
-    state: dict[str, float] = field(default_factory=dict)
+    state: dict[str, float] = field(default_factory=dict[str, float])
 
     def __call__(self, batch: Batch) -> Measured:
         return self.measure(batch, self.state)
@@ -112,12 +112,13 @@ def pair_step(
             raise UserError("this objective compares two pictures, but the data holds single ones: use kto or sft")
         noised = noise_batch(policy, space, batch, draws, shared=2)
         fits, device = measured_fits(policy, space, noised, named, draws.snr_gamma), noised.xt.device
-        given: dict[str, Any] = {name: halves(fit) for name, fit in fits.items()}
+        pairs = {name: halves(fit) for name, fit in fits.items()}
+        given = dict[str, Pair[Fit] | Tensor](pairs)
         if "label" in named:
             given["label"] = batch.label.to(device)
         beta = _beta(named, state)
         losses = outside_autocast(objective, device, **given, **beta) * batch.weight.to(device)
-        return losses, pair_metrics(given["policy"], given.get("reference"), beta.get("beta"))
+        return losses, pair_metrics(pairs["policy"], pairs.get("reference"), beta.get("beta"))
 
     return Step(measure, {}, _prepare(policy, space, draws) if auto_beta else None, _after(policy, named))
 
@@ -154,7 +155,7 @@ def sample_step(
         noised = noise_batch(policy, space, items, draws, shared=1)
         device, beta = noised.xt.device, _beta(named, state)
         fits = measured_fits(policy, space, noised, named, draws.snr_gamma)
-        label, given = items.label.to(device), dict[str, Any](fits)
+        label, given = items.label.to(device), dict[str, Fit | Tensor](fits)
         if with_label:
             given["label"] = label
         given |= {name: torch.tensor(state.get(name, 0.0), device=device) for name in follows}
