@@ -140,16 +140,18 @@ class _Run:
         self.batch_size = share * self.processes.count
         self.share = range(self.processes.index * share, (self.processes.index + 1) * share)
         self.total = options.max_train_steps or math.ceil(options.num_train_epochs * len(data) / self.batch_size)
-        self.order = functools.lru_cache(maxsize=2)(self._order)
+
+        @functools.lru_cache(maxsize=2)
+        def order(epoch: int) -> list[int]:
+            return [int(i) for i in data.order(options.seed, epoch)]
+
+        self.order = order
         self.logs: RunLog | Silent = Silent()
         if data.rounds is not None and len(data) % self.batch_size:
             raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")
         self.round: dict[str, object] = {}  # what a new round told, until it is logged
         self.window, self.last = Window(), dict[str, float]()
         self.began, self.warned = time.monotonic(), False
-
-    def _order(self, epoch: int) -> list[int]:
-        return [int(i) for i in self.data.order(self.options.seed, epoch)]
 
     def restore(self) -> int:
         """Steps already done: 0, or those of the checkpoint to resume from."""
