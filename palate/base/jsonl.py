@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
@@ -49,7 +49,7 @@ def read_object(path: str | Path, *, optional: bool = False, otherwise: str = "w
         raise UserError(f"{path} cannot be read ({error}); {otherwise}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds {type(found).__name__}, expected one JSON object; {otherwise}")
-    return found
+    return cast("JsonObject", found)
 
 
 def write_object(path: str | Path, content: Mapping[str, Any]) -> None:

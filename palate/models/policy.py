@@ -149,8 +149,9 @@ class Policy:
             old.lerp_(now, 1 - self.old_decay)
 
     def _old_weights(self) -> dict[str, Tensor]:
-        named = [] if self._old is None else self._old.named_parameters()
-        return {OLD + name: p.detach() for name, p in named if LORA in name}
+        if self._old is None:
+            return {}
+        return {OLD + name: p.detach() for name, p in self._old.named_parameters() if LORA in name}
 
     def features(self, x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
         """Features of the frozen model's encoder half; gradients flow to ``x``, never to weights."""
