@@ -10,6 +10,7 @@ import yaml
 
 from palate.base.errors import UserError
 from palate.cli import main
+from palate.models.families import load_denoiser
 from palate.runs import recipe as recipes
 from palate.runs.card import write_card
 
@@ -160,14 +161,15 @@ def test_what_cannot_be_pushed_is_told_before_training(palate, hub, tmp_path):
     assert "is not the folder of a finished run" in palate("export", str(tmp_path), push_to_hub="me/x")[2]
 
 
-def test_a_damaged_note_of_the_run_is_told(tmp_path, capsys):
+def test_a_damaged_note_of_the_run_is_told(tmp_path, capsys, model_dir):
+    denoiser = load_denoiser(str(model_dir))
     recipe = recipes.load("miniature-dpo", {"output_dir": str(tmp_path)})
     (tmp_path / "run.json").write_text('{"versions": {"tor')
     with pytest.raises(UserError, match=r"run\.json cannot be read .*; mend it, or delete it"):
-        write_card(tmp_path, recipe, family="sd")
+        write_card(tmp_path, recipe, denoiser)
     assert not (tmp_path / "README.md").exists()
     recipes.write(recipe, tmp_path / "recipe.yaml")
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "run.json cannot be read" in capsys.readouterr().err
     (tmp_path / "run.json").unlink()  # a missing one is none: the card tells what is known
-    assert "| versions |" not in write_card(tmp_path, recipe, family="sd").read_text()
+    assert "| versions |" not in write_card(tmp_path, recipe, denoiser).read_text()

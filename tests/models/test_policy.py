@@ -71,7 +71,7 @@ def test_an_old_policy_is_a_second_lora_and_nothing_more(load, batch):
     followed = policy.old(*batch)
     assert not torch.equal(followed, before)
     with torch.no_grad():  # all but the LoRA is the policy's own
-        policy.denoiser.unet.conv_in.weight.add_(0.1)
+        policy.denoiser.network.conv_in.weight.add_(0.1)
     assert not torch.equal(policy.old(*batch), followed)
     assert not policy.old(*batch).requires_grad
     with pytest.raises(UserError, match="use train_method lora"):

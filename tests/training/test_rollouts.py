@@ -182,7 +182,7 @@ def test_gradients_reach_the_weights_through_sampling_unless_the_caller_forbids_
     def brightness(seeds=(5, 6)) -> torch.Tensor:
         cond = source.conditions.rows(torch.tensor([0, 1]))
         way, seeds = source.path, torch.tensor(seeds)
-        found = sample(policy, policy.schedule, way, cond, seeds, (2, 4, 4), guidance_scale=2.0, eta=1.0)
+        found = sample(policy, policy.schedule, way, cond, seeds, (2, 4, 4), guidance_scale=2.0, rule=source.rule)
         return decode(found.latents[:, -1]).double().mean()
 
     (gradient,) = torch.autograd.grad(brightness(), [policy.trainable_module.weight])
