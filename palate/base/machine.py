@@ -34,3 +34,8 @@ def device() -> str:
 def tell(text: str) -> None:
     if is_main():
         print(text, file=sys.stderr, flush=True)
+
+
+def processes() -> int:
+    """How many processes ``accelerate launch`` has started; known before accelerate is loaded."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

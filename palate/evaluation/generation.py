@@ -31,7 +31,8 @@ from palate.evaluation.manifest import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from palate.models.denoiser import Drawer, Drawing
+    from palate.models.denoiser import Drawer
+    from palate.models.drawing import Drawing
     from palate.models.refiner import Refiner
 
 Draw = Callable[[list[Picture]], Sequence[Image.Image]]

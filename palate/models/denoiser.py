@@ -14,6 +14,7 @@ from palate.base.errors import UserError
 from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
+from palate.models.drawing import Drawing
 from palate.models.refiner import Refiner
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,18 +48,6 @@ class Kohya:
     """As ``modelspec.implementation``."""
     second: bool = False
     """As ``ss_v2``: Stable Diffusion 2.x."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn: the same for all that are compared."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    resolution: int
-    """Side in pixels."""
-    batch_size: int = 8
-    """Pictures drawn at once."""
 
 
 @runtime_checkable

@@ -15,8 +15,9 @@ from palate.base.errors import UserError
 from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import from_config
-from palate.models.denoiser import Card, Drawing, Features, Kohya
-from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts, Vae, assemble, check_strength, to_picture
+from palate.models.denoiser import Card, Features, Kohya
+from palate.models.drawing import Drawing, check_strength
+from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
 from palate.models.refiner import Refiner
 
 

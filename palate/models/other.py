@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from palate.base.errors import UserError, first_line
-from palate.models.denoiser import Drawing
+from palate.models.drawing import Drawing
 from palate.models.refiner import Refiner
 
 

@@ -241,12 +241,3 @@ def to_picture(pixels: Tensor, prompt: str) -> Image.Image:
     if not pixels.any():
         raise UserError(f"the picture of {prompt!r} is all black: the model is damaged, or overflows at this precision")
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
-
-
-def check_strength(strength: float, num_inference_steps: int) -> None:
-    """Raise ``UserError`` unless editing at this strength leaves at least one of the steps (SDEdit, arXiv 2108.01073)."""
-    if not 0 < strength <= 1 or int(num_inference_steps * strength) < 1:
-        raise UserError(
-            f"strength is {strength} of {num_inference_steps} steps; expected a number up to 1 that leaves a step: at least "
-            f"{1 / num_inference_steps:.2g}"
-        )

@@ -13,7 +13,7 @@ from palate.models.parts import Remembered, Source, TextEncoder, zeros_like
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    from palate.models.denoiser import Drawing
+    from palate.models.drawing import Drawing
 
 
 class Refiner:

@@ -14,8 +14,8 @@ from palate.evaluation.accuracy import accuracy
 from palate.evaluation.statistics import WinRate
 from palate.miniature import world
 from palate.names.judges import find_judges
-from palate.runs.assembly import bind_space, check_space, complete_space
 from palate.runs.label import judge_margins
+from palate.runs.methods import bind_space, check_space, complete_space
 from palate.runs.models import NamedModel, find_model
 
 if TYPE_CHECKING:

@@ -1,50 +1,35 @@
-"""Names in a recipe to what they stand for, once: objective and space, and all else that it names."""
+"""All that a recipe names, found once and before any weights are loaded."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
-from collections.abc import Callable, Mapping
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from palate.base.errors import UserError, nearest
-from palate.base.options import foreign, keywords, typed
+from palate.base.errors import UserError
+from palate.base.machine import processes
+from palate.names.prompts import find_prompts
+from palate.names.rewards import NamedReward, find_held_out, find_rewards
+from palate.online.options import Arithmetic
+from palate.training.options import TrainOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from palate.data.prompts import Prompt
-    from palate.diffusion.schedule import Schedule
-    from palate.models.denoiser import Denoiser
-    from palate.models.policy import Finished, Policy
     from palate.names.judges import NamedJudge
-    from palate.runs.online import Online
     from palate.runs.recipe import Recipe
-    from palate.spaces.perceptual import Features
-    from palate.spaces.space import Space
-
-AUTO = "auto"
-"""As an objective's beta: chosen before training from the spread of errors."""
-SPACES = ("latent", "perceptual")
-Evidence = Literal["pairs", "samples", "trajectories"]
-"""What an objective learns from."""
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What an objective's name and keywords stand for."""
+class Online:
+    """What an online recipe names beside what every recipe does, found before any weights are loaded."""
 
-    function: Callable[..., Tensor]
-    """Its keywords are bound; an automatic beta to nan: the step that chooses it gives it with every call."""
-    evidence: Evidence
-    auto_beta: bool
-
-    def names(self, argument: str) -> bool:
-        """Whether it asks for this argument, such as ``label``."""
-        return argument in inspect.signature(self.function).parameters
+    prompts: list[Prompt]
+    rewards: dict[str, NamedReward]
+    held_out: dict[str, NamedReward]
+    arithmetic: Arithmetic
+    options: TrainOptions
+    """Of the loop, with what follows from the rounds: accumulation and the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,6 @@ def assemble(recipe: Recipe) -> Assembled:
             do not come out even.
     """
     from palate.names.judges import find_judges
-    from palate.names.prompts import find_prompts
     from palate.runs.models import check_refiner_fits
 
     options, model = recipe.evaluation, recipe.model
@@ -92,124 +76,25 @@ def assemble(recipe: Recipe) -> Assembled:
         find_lora(recipe.policy.pretrained_lora)
     if recipe.online.train_prompts is None:
         return Assembled(recipe, prompts, judges, None)
-    from palate.runs.online import find
-
-    return Assembled(recipe, prompts, judges, find(recipe))
+    return Assembled(recipe, prompts, judges, _online(recipe))
 
 
-# Objectives ----------------------------------------------------------------------------------------------------------------
+def _online(recipe: Recipe) -> Online:
+    assert recipe.online.train_prompts is not None  # the mark of an online recipe
+    arithmetic = Arithmetic.of(recipe.online, recipe.method.evidence)
+    options = _training_options(recipe, arithmetic)
+    rewards = find_rewards(recipe.online.rewards)
+    prompts = find_prompts(recipe.online.train_prompts)
+    return Online(prompts, rewards, find_held_out(recipe.online.held_out_rewards, rewards), arithmetic, options)
 
 
-def _objective(name: str) -> tuple[Callable[..., Tensor], Evidence]:
-    from palate.objectives import pairs, samples, trajectories
-
-    known: dict[str, tuple[Callable[..., Tensor], Evidence]] = {
-        **{n: (getattr(pairs, n), "pairs") for n in pairs.__all__},
-        **{n: (getattr(samples, n), "samples") for n in samples.__all__},
-        **{n: (getattr(trajectories, n), "trajectories") for n in trajectories.__all__},
-    }
-    if name in known:
-        return known[name]
-    if ":" not in name:
-        raise UserError(f"no objective named {name!r}{nearest(name, known)}; or package.module:function")
-    function = foreign(name)
-    first = next(iter(inspect.signature(function).parameters.values()), None)
-    annotation = str(first.annotation) if first is not None else ""
-    if first is not None and first.name == "log_prob":
-        return function, "trajectories"
-    if "Pair" not in annotation and "Fit" not in annotation:
+def _training_options(recipe: Recipe, arithmetic: Arithmetic) -> TrainOptions:
+    options = recipe.training
+    if options.gradient_accumulation_steps != 1:
         raise UserError(
-            f"{name}: its first argument must be log_prob for trajectories, or annotated, policy: Pair[Fit] for pairs "
-            "or Fit for single pictures"
+            "gradient_accumulation_steps follows from samples_per_round, updates_per_round and train_batch_size in online "
+            "training: leave it out"
         )
-    return function, "pairs" if "Pair" in annotation else "samples"
-
-
-def complete_objective(options: object) -> dict[str, Any]:
-    """An objective as a recipe gives it, with its defaults. Raises UserError: an unknown name or keyword, or out of range."""
-    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
-        raise UserError(f"objective is {options!r}; expected a name such as {{name: dpo, beta: 5000}}")
-    name, given = options["name"], {k: v for k, v in options.items() if k != "name"}
-    function, evidence = _objective(name)
-    auto = {"beta": AUTO} if given.get("beta") == AUTO else {}
-    complete = keywords(function, {**given, "beta": 1.0} if auto else given, f"objective {name}")
-    if ":" not in name:
-        for key, value in complete.items():  # a sign that is wrong would train towards what was rejected, without a word
-            if (isinstance(value, float) and not 0 <= value < math.inf) or (key, value) == ("beta", 0):
-                wanted = "a positive number" if key == "beta" else "0 or more"
-                raise UserError(f"objective {name}: {key} is {value}; expected {wanted}")
-        _try_objective(functools.partial(function, **complete), evidence)
-    return {"name": name, **complete, **auto}
-
-
-def _try_objective(objective: Callable[..., Tensor], evidence: Evidence) -> None:
-    """Called once on nothing, so that values out of range are refused before any weights are loaded."""
-    import torch
-
-    from palate.diffusion.denoising import Fit, Pair
-
-    nothing = Fit(torch.zeros(1, 1))
-    fit = Pair(nothing, nothing) if evidence == "pairs" else nothing
-    known = {"policy": fit, "reference": fit, "label": torch.ones(1), "reference_point": torch.zeros(())}
-    known |= dict.fromkeys(("log_prob", "old_log_prob", "advantage", "moved"), torch.zeros(1))
-    objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})
-
-
-def bind_objective(complete: Mapping[str, Any]) -> Objective:
-    """What a complete objective, as :func:`complete_objective` gives it, stands for."""
-    function, evidence = _objective(complete["name"])
-    auto = complete.get("beta") == AUTO
-    keywords = {k: v for k, v in complete.items() if k != "name"} | ({"beta": math.nan} if auto else {})
-    return Objective(functools.partial(function, **keywords), evidence, auto)
-
-
-# Spaces --------------------------------------------------------------------------------------------------------------------
-
-
-def complete_space(options: object) -> dict[str, Any] | list[dict[str, Any]]:
-    """A space, or several with weights, with their defaults. Raises UserError: an unknown name or keyword, or out of range."""
-    from palate import spaces
-
-    parts = options if isinstance(options, list) else [options]
-    made = []
-    for part in parts:
-        if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
-            raise UserError(f"space is {part!r}; expected a name such as {{name: perceptual, layers: mid}}")
-        name, given = part["name"], {k: v for k, v in part.items() if k != "name"}
-        if name not in SPACES:
-            raise UserError(f"no space named {name!r}{nearest(name, SPACES)}")
-        weight = {"weight": typed(float, given.pop("weight", 1.0), "weight of a space")} if isinstance(options, list) else {}
-        made.append({"name": name, **weight, **keywords(getattr(spaces, name), given, f"space {name}")})
-    complete = made if isinstance(options, list) else made[0]
-    # Made once around nothing, so that values out of range are refused before any weights are loaded.
-    _make_space(complete, lambda x, t, cond, layers: [], _any_schedule())
-    return complete
-
-
-def _any_schedule() -> Schedule:
-    from palate.diffusion.schedule import from_config
-
-    return from_config({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2})
-
-
-def check_space(options: dict[str, Any] | list[dict[str, Any]], denoiser: Denoiser) -> None:
-    """Raise ``UserError`` if the space needs features that the model's family has not."""
-    from palate.models.denoiser import features_of
-
-    parts = options if isinstance(options, list) else [options]
-    if any(part["name"] == "perceptual" for part in parts):
-        features_of(denoiser)
-
-
-def bind_space(complete: dict[str, Any] | list[dict[str, Any]], policy: Policy | Finished) -> Space:
-    """A complete space, as :func:`complete_space` gives it, around the policy's frozen encoder where it needs one."""
-    return _make_space(complete, policy.features, policy.schedule)
-
-
-def _make_space(complete: dict[str, Any] | list[dict[str, Any]], features: Features, schedule: Schedule) -> Space:
-    from palate import spaces
-
-    if isinstance(complete, list):
-        return spaces.weighted([(_make_space(part, features, schedule), part["weight"]) for part in complete])
-    rest = {k: v for k, v in complete.items() if k not in ("name", "weight")}
-    return spaces.latent(**rest) if complete["name"] == "latent" else spaces.perceptual(features, schedule, **rest)
+    accumulation = arithmetic.accumulation(options.train_batch_size, processes())
+    total = options.max_train_steps or recipe.online.rounds * arithmetic.updates
+    return dataclasses.replace(options, gradient_accumulation_steps=accumulation, max_train_steps=total)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from palate.evaluation.manifest import Picture
-    from palate.models.denoiser import Denoiser, Drawing
+    from palate.models.denoiser import Denoiser
+    from palate.models.drawing import Drawing
     from palate.models.policy import Policy
     from palate.models.refiner import Refiner
 

@@ -9,8 +9,8 @@ from palate.base.errors import UserError
 from palate.base.machine import is_main, tell
 from palate.miniature import world
 from palate.models.families import cut_warning
-from palate.runs.assembly import Objective
 from palate.runs.loading import resolution_of
+from palate.runs.methods import Objective
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -6,12 +6,13 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
-from palate.runs.assembly import check_space
+from palate.runs.methods import check_space
 from palate.runs.models import load_base
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
-    from palate.models.denoiser import Denoiser, Drawing
+    from palate.models.denoiser import Denoiser
+    from palate.models.drawing import Drawing
     from palate.models.policy import Policy
 
 
@@ -37,7 +38,7 @@ def resolution_of(recipe: Recipe, denoiser: Denoiser) -> int:
 
 def drawing_of(recipe: Recipe, denoiser: Denoiser) -> Drawing:
     """How pictures are drawn of the model before and after training."""
-    from palate.models.denoiser import Drawing
+    from palate.models.drawing import Drawing
 
     options = recipe.evaluation
     resolution = resolution_of(recipe, denoiser)

@@ -5,25 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palate.base.errors import UserError
 from palate.base.files import write_atomically
+from palate.base.machine import processes
 from palate.data.prompts import Prompt
 from palate.data.selection import same_prompt
 from palate.diffusion.steps import ddim
-from palate.names.prompts import find_prompts
-from palate.names.rewards import NamedReward, find_held_out, find_rewards
-from palate.online.options import Arithmetic
+from palate.names.rewards import NamedReward
 from palate.online.rollouts import Replay, Rollouts, SamplingPlan
-from palate.runs.assembly import Assembled, bind_space
+from palate.runs.assembly import Assembled, Online
 from palate.runs.loading import drawing_of, resolution_of
+from palate.runs.methods import bind_space
 from palate.runs.recipe import Recipe, write
-from palate.training.options import TrainOptions
 
 if TYPE_CHECKING:
     import torch
@@ -39,40 +35,6 @@ TOLERANCE = {"no": 1e-5, "fp16": 1e-3, "bf16": 5e-3}
 by other kernels even in float32; there the tolerance is that of float16."""
 
 
-@dataclass(frozen=True)
-class Online:
-    """What an online recipe names beside what every recipe does, found before any weights are loaded."""
-
-    prompts: list[Prompt]
-    rewards: dict[str, NamedReward]
-    held_out: dict[str, NamedReward]
-    arithmetic: Arithmetic
-    options: TrainOptions
-    """Of the loop, with what follows from the rounds: accumulation and the number of steps."""
-
-
-def find(recipe: Recipe) -> Online:
-    """Raises UserError: an unknown prompt list or reward, or batches that do not come out even."""
-    assert recipe.online.train_prompts is not None  # the mark of an online recipe
-    arithmetic = Arithmetic.of(recipe.online, recipe.method.evidence)
-    options = _training_options(recipe, arithmetic)
-    rewards = find_rewards(recipe.online.rewards)
-    prompts = find_prompts(recipe.online.train_prompts)
-    return Online(prompts, rewards, find_held_out(recipe.online.held_out_rewards, rewards), arithmetic, options)
-
-
-def _training_options(recipe: Recipe, arithmetic: Arithmetic) -> TrainOptions:
-    options = recipe.training
-    if options.gradient_accumulation_steps != 1:
-        raise UserError(
-            "gradient_accumulation_steps follows from samples_per_round, updates_per_round and train_batch_size in online "
-            "training: leave it out"
-        )
-    accumulation = arithmetic.accumulation(options.train_batch_size, _processes())
-    total = options.max_train_steps or recipe.online.rounds * arithmetic.updates
-    return dataclasses.replace(options, gradient_accumulation_steps=accumulation, max_train_steps=total)
-
-
 def told(recipe: Recipe, found: Online) -> str:
     """The arithmetic of batches in words."""
     online, arithmetic, options, evidence = recipe.online, found.arithmetic, found.options, recipe.method.evidence
@@ -83,7 +45,7 @@ def told(recipe: Recipe, found: Online) -> str:
         f"{len(found.prompts)} prompts; a round draws {online.samples_per_round} pictures of "
         f"{min(online.samples_per_round // online.group_size, len(found.prompts))} prompts in {online.sample_num_steps} steps "
         f"({online.sample_batch_size} at once) and makes {arithmetic.updates} updates of {arithmetic.effective_batch} {unit}: "
-        f"{options.train_batch_size} at once x {options.gradient_accumulation_steps} x {_processes()} process(es), "
+        f"{options.train_batch_size} at once x {options.gradient_accumulation_steps} x {processes()} process(es), "
         f"{passes * options.train_batch_size * (2 if evidence == 'pairs' else 1)} rows in a forward pass. "
         f"{rounds} rounds, {options.max_train_steps} updates, {rounds * online.samples_per_round} reward queries"
     )
@@ -238,11 +200,6 @@ def _bundle(recipe: Recipe, rewards: Mapping[str, NamedReward], device: torch.de
         retries=recipe.online.reward_retries,
         folder=Path(recipe.training.output_dir) / "failed",
     )
-
-
-def _processes() -> int:
-    """How many processes ``accelerate launch`` has started; known before accelerate is loaded."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _gpu(precision: str) -> str:

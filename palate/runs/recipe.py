@@ -20,7 +20,7 @@ from palate.base.errors import UserError, nearest
 from palate.base.files import write_atomically
 from palate.base.options import dumps, help_lines, indented, parse, section
 from palate.online.options import Arithmetic, OnlineOptions
-from palate.runs.assembly import SPACES, Objective, bind_objective, complete_objective, complete_space
+from palate.runs.methods import SPACES, Objective, bind_objective, complete_objective, complete_space
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions, PolicyOptions
 from palate.training.options import TrainOptions
 

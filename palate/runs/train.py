@@ -21,12 +21,13 @@ from palate.evaluation.folders import read_run
 from palate.models.families import cut_warning
 from palate.models.files import KOHYA_FILE, WEIGHTS
 from palate.runs import recipe as recipes
-from palate.runs.assembly import Assembled, assemble, bind_space
+from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import PUBLIC, write_card
 from palate.runs.compare import Samples, compare_models
 from palate.runs.evidence import counts_of, encoded_of, learnable, reader_of, validation_reader
 from palate.runs.export import about_training
 from palate.runs.loading import at_home, denoiser_of, policy_of
+from palate.runs.methods import bind_space
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Policy
-    from palate.runs.online import Online
+    from palate.runs.assembly import Online
     from palate.spaces.space import Space
     from palate.training.checkpoints import Stateful
     from palate.training.options import TrainOptions

@@ -64,7 +64,7 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.strength is not None:
-            from palate.models.parts import check_strength
+            from palate.models.drawing import check_strength
 
             check_strength(self.strength, self.num_inference_steps)
         if self.resolution is not None:
@@ -82,7 +82,7 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
     from palate.base.machine import versions
     from palate.evaluation import editing
     from palate.evaluation.generation import Shard, begun, drawn_by, generate, plan, settings
-    from palate.models.denoiser import Drawing
+    from palate.models.drawing import Drawing
     from palate.models.families import cut_warning
     from palate.names.prompts import find_prompts
     from palate.runs.models import find_model

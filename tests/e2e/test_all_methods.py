@@ -15,7 +15,7 @@ from palate.diffusion.denoising import Fit
 from palate.models.families import load_denoiser
 from palate.models.policy import Policy
 from palate.objectives import pairs, samples
-from palate.runs.assembly import bind_objective, bind_space, complete_objective, complete_space
+from palate.runs.methods import bind_objective, bind_space, complete_objective, complete_space
 from palate.spaces import latent
 from palate.training.fits import Draws
 from palate.training.log import read_log

@@ -12,7 +12,7 @@ import torch
 from conftest import BETAS
 from PIL import Image
 
-from palate.models.denoiser import Drawing
+from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser
 
 

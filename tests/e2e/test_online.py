@@ -223,7 +223,8 @@ def test_mistakes_are_told_in_one_line(online, tmp_path, options, message):
 
 def test_repeated_prompts_are_counted_once(online, prompts_file):
     """A round of eight of fewer prompts holds no more than there are."""
-    from palate.runs import online as runs
+    from palate.runs import online as online_runs
+    from palate.runs.assembly import assemble
 
     made = recipe.load(
         "miniature-ddpo-sf",
@@ -231,7 +232,9 @@ def test_repeated_prompts_are_counted_once(online, prompts_file):
     )
     count = len(Path(prompts_file).read_text().splitlines())
     assert count < 64
-    assert f"draws 64 pictures of {count} prompts" in runs.told(made, runs.find(made))
+    found = assemble(made).online
+    assert found is not None
+    assert f"draws 64 pictures of {count} prompts" in online_runs.told(made, found)
 
 
 def test_long_prompts_and_negative_prompts_are_told(online, tmp_path):
@@ -255,9 +258,11 @@ ONLINE = [name for name in recipe.built_in() if recipe.load(name).online.train_p
 @pytest.mark.parametrize("name", ONLINE)
 def test_recipes_are_whole(name):
     from palate.runs import online
+    from palate.runs.assembly import assemble
 
     made = recipe.load(name)
-    found = online.find(made)
+    found = assemble(made).online
+    assert found is not None
     assert found.rewards
     assert found.prompts
     assert "reward queries" in online.told(made, found)

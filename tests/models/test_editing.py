@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from palate.base.errors import UserError
-from palate.models.denoiser import Drawing
+from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser
 
 PROMPTS, SEEDS = ["a red house", "a blue tower on the left"], [3, 4]

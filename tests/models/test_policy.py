@@ -14,7 +14,7 @@ from torch import nn
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
-from palate.models.denoiser import Drawing
+from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser
 from palate.models.lora import tuned
 from palate.models.parts import LORA

@@ -13,7 +13,7 @@ import torch
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
-from palate.models.denoiser import Drawing
+from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser, load_refiner
 from palate.models.lora import tuned
 from palate.models.parts import Source, Vae
