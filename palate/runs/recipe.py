@@ -194,6 +194,10 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
             made[name] = section(kind, {} if value is None else value, f"{where}: {name}")  # type: ignore[arg-type]
         elif value is not None:
             made[name] = {"name": value} if isinstance(value, str) else value
+            if name == "objective" and not isinstance(made[name], dict):
+                complete_objective(made[name])  # which refuses it
+            elif not isinstance(made[name], dict | list):
+                complete_space(made[name])
     return Recipe(**made)
 
 
