@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,8 +108,11 @@ class Schedule(ABC):
         """A time of low .. high (inclusive) for each item, uniformly; row i depends on (seeds[i], stream) alone."""
 
     @abstractmethod
-    def path(self, num_inference_steps: int, spacing: str | None = None) -> Path:
-        """The times of so many steps of sampling. Raises UserError: too many, or a spacing that does not exist."""
+    def path(self, num_inference_steps: int, spacing: str | None = None, shape: Sequence[int] | None = None) -> Path:
+        """The times of so many steps of sampling, for latents of a shape that ends in height and width.
+
+        Raises UserError: too many, or a spacing that does not exist.
+        """
 
     def alpha_sigma(self, t: Times, like: Float[Tensor, " b *d"]) -> tuple[Float[Tensor, " b *_"], Float[Tensor, " b *_"]]:
         """alpha and sigma, each (b, 1, ..., 1) with as many axes as `like`, in its dtype, on its device."""
@@ -203,7 +206,7 @@ class VariancePreserving(Schedule):
     def uniform(self, seeds: Num[Tensor, " b"], low: int, high: int, stream: int, device: torch.device | str) -> Times:
         return integers(seeds, low, high, stream, device)
 
-    def path(self, num_inference_steps: int, spacing: str | None = None) -> Path:
+    def path(self, num_inference_steps: int, spacing: str | None = None, shape: Sequence[int] | None = None) -> Path:
         """Spaced as by the schedulers of diffusers (arXiv 2305.08891, table 2).
 
         A step ends where the next one begins; diffusers' DDIM subtracts T // steps instead, which is the same for leading
@@ -227,18 +230,45 @@ class VariancePreserving(Schedule):
         return Path(torch.tensor(t), torch.tensor([*t[1:], -1]))
 
 
+@dataclass(frozen=True)
+class DynamicShift:
+    """A shift that grows with the picture: mu is linear in the number of image tokens, as FLUX.1 has it.
+
+    exponential: the shift is e^mu (arXiv 2403.03206, eq. 23, with mu its logarithm); else mu itself.
+    """
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    exponential: bool = True
+
+    def __call__(self, tokens: int, num_inference_steps: int) -> float:
+        """The shift of a picture of so many tokens, however many steps are taken."""
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        mu = self.base_shift + slope * (tokens - self.base_tokens)
+        return math.exp(mu) if self.exponential else mu
+
+
 @dataclass(frozen=True, eq=False)
 class RectifiedFlow(Schedule):
     """The straight path of rectified flow (arXiv 2209.03003; 2403.03206, sec. 2): alpha = 1 - sigma.
 
-    shift: of the times of sampling, sigma' = shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206, sec. 5.3.2).
+    shift: of the times of sampling, sigma' = shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206, sec. 5.3.2); or a
+    function of the number of image tokens and of steps that gives it.
+    last: sigma at which the last step begins, before the shift; None: 1 / n of n steps.
+    terminal: sigma at which the last step begins, after the shift: all are stretched to reach it.
+    patch: side of an image token, in latents.
 
     Times are (b,) float64, t = 1000 sigma; the end is 0. Drawn times stop short of pure noise, where pictures that share their
     noise cannot be told apart.
     """
 
-    shift: float = 1.0
+    shift: float | Callable[[int, int], float] = 1.0
     prediction_type: str = "flow"
+    last: float | None = None
+    terminal: float | None = None
+    patch: int = 2
 
     @property
     def num_train_timesteps(self) -> int:
@@ -251,24 +281,50 @@ class RectifiedFlow(Schedule):
     def uniform(self, seeds: Num[Tensor, " b"], low: int, high: int, stream: int, device: torch.device | str) -> Times:
         return low + (high - low) * uniform(seeds, stream, device)
 
-    def path(self, num_inference_steps: int, spacing: str | None = None) -> Path:
-        """Evenly spaced in sigma from 1 on, then shifted."""
-        if num_inference_steps < 1 or spacing is not None:
-            told = f"num_inference_steps is {num_inference_steps}" if spacing is None else f"timestep_spacing is {spacing!r}"
-            raise UserError(f"{told}; a model of rectified flow takes one step or more, and spaces them by its own shift")
-        sigma = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
-        times = self.num_train_timesteps * self.shift * sigma / (1 + (self.shift - 1) * sigma)
-        return Path(times[:-1], times[1:])
+    def path(self, num_inference_steps: int, spacing: str | None = None, shape: Sequence[int] | None = None) -> Path:
+        """Evenly spaced in sigma from 1 on, then shifted. Raises ValueError without a shape where the shift depends on it."""
+        n, least = num_inference_steps, 1 if self.terminal is None else 2
+        if n < least or spacing is not None:
+            told = f"num_inference_steps is {n}" if spacing is None else f"timestep_spacing is {spacing!r}"
+            steps = "one step" if least == 1 else "two steps"
+            raise UserError(f"{told}; a model of rectified flow takes {steps} or more, and spaces them by its own shift")
+        sigma = torch.linspace(1, 1 / n if self.last is None else self.last, n, dtype=torch.float64)
+        sigma = shifted(sigma, self._shift(n, shape))
+        if self.terminal is not None:
+            sigma = 1 - (1 - sigma) * (1 - self.terminal) / (1 - sigma[-1])
+        times = self.num_train_timesteps * sigma
+        return Path(times, torch.cat([times[1:], times.new_zeros(1)]))
+
+    def _shift(self, n: int, shape: Sequence[int] | None) -> float:
+        if not callable(self.shift):
+            return self.shift
+        if shape is None:
+            raise ValueError("the shift depends on the size of the picture: give the shape of its latents")
+        height, width = (side // self.patch for side in shape[-2:])
+        return self.shift(height * width, n)
+
+
+def shifted(sigma: Float64[Tensor, " *n"], shift: float) -> Float64[Tensor, " *n"]:
+    """Noise levels moved towards noise by a shift above 1 (arXiv 2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+"""Class in diffusers of the sampler of rectified flows."""
 
 
 def from_config(config: Mapping[str, Any]) -> Schedule:
-    """Read a diffusers scheduler config: any class that is defined by betas (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...).
+    """Read a diffusers scheduler config: any class that is defined by betas (DDPM, DDIM, Euler, ...), or FLOW.
 
     Only the forward process and the spacing of times are read; the sampler's other options (order, sigmas of Karras) do not
     concern it. Zero terminal SNR: arXiv 2305.08891, algorithm 1. `set_alpha_to_one: false` makes abar_0 the final abar, as in
-    DDIM. Raises UserError for flow matching, sigma-based and continuous-time schedulers and for unknown beta schedules.
+    DDIM. Of FLOW the spacing is the one that it has by itself: a family whose pipeline gives it noise levels changes that.
+    Raises UserError for other schedulers of flow matching, for sigma-based and continuous-time ones, unknown beta schedules,
+    and options of FLOW that change its times.
     """
     name = str(config.get("_class_name", "this scheduler"))
+    if name == FLOW:
+        return _flow(config)
     trained = config.get("trained_betas")
     kind = config.get("beta_schedule")
     # These change what the betas or times mean: flow matching, shifted SNR and EDM-like continuous times.
@@ -278,7 +334,7 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
         reason = f"it sets {', '.join(otherwise)}" if otherwise else "it has no beta_schedule"
         raise UserError(
             f"{name} is not supported: {reason}; use a model whose scheduler is of the DDPM, DDIM, PNDM or Euler kind, "
-            f"with trained_betas or beta_schedule {', '.join(BETA_SCHEDULES)}"
+            f"with trained_betas or beta_schedule {', '.join(BETA_SCHEDULES)}, or a {FLOW}"
         )
     abar = torch.cumprod(1 - _betas(name, config), dim=0)
     if config.get("rescale_betas_zero_snr"):
@@ -291,6 +347,32 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
         config.get("timestep_spacing", "leading"),
         int(config.get("steps_offset", 0)),
     )
+
+
+def _flow(config: Mapping[str, Any]) -> RectifiedFlow:
+    """As `set_timesteps(n)` of FLOW spaces them: from 1 down to the least sigma of its table of T times."""
+    otherwise = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
+    told = [key for key in otherwise if config.get(key)]
+    if (T := int(config.get("num_train_timesteps", 1000))) != 1000:
+        told.append(f"num_train_timesteps {T}")
+    if (kind := config.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
+        told.append(f"time_shift_type {kind}")
+    if told:
+        raise UserError(f"{FLOW} with {', '.join(told)} is not supported: its times would be others; use one without")
+    terminal = config.get("shift_terminal") or None
+    if config.get("use_dynamic_shifting"):
+        shift = DynamicShift(
+            float(config.get("base_shift", 0.5)),
+            float(config.get("max_shift", 1.15)),
+            int(config.get("base_image_seq_len", 256)),
+            int(config.get("max_image_seq_len", 4096)),
+            kind == "exponential",
+        )
+        return RectifiedFlow(shift, last=1 / T, terminal=terminal)
+    static = float(config.get("shift", 1.0))
+    # The table is shifted, and its end then begins a grid that is shifted again.
+    least = shifted(torch.tensor(1 / T, dtype=torch.float64), static).item()
+    return RectifiedFlow(static, last=least, terminal=terminal)
 
 
 def _betas(name: str, config: Mapping[str, Any]) -> Float64[Tensor, " T"]:

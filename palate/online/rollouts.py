@@ -123,7 +123,7 @@ class Rollouts:
         self.sampler = PromptSampler(self.prompts, seed)
         self.places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
         self.arithmetic = Arithmetic.of(options, evidence)
-        self.path = policy.schedule.path(options.sample_num_steps, options.timestep_spacing)
+        self.path = policy.schedule.path(options.sample_num_steps, options.timestep_spacing, sampling.shape)
         self.rule = ddim(options.sample_eta)
         self.replay, self.progress = replay, progress
         self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)

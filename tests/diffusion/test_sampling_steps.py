@@ -15,7 +15,7 @@ from palate.base.errors import UserError
 from palate.base.seeds import normal
 from palate.diffusion.denoising import Conditioning, draw
 from palate.diffusion.sampling import sample, transition
-from palate.diffusion.schedule import PREDICTIONS, RectifiedFlow, from_config
+from palate.diffusion.schedule import PREDICTIONS, DynamicShift, RectifiedFlow, from_config
 from palate.diffusion.steps import LEAST_STD, cps, ddim, ddim_step, flow_sde
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -172,3 +172,16 @@ def test_what_a_flow_cannot_do_is_said():
         flow.path(0)
     with pytest.raises(UserError, match="its own shift"):
         flow.path(4, "trailing")
+    with pytest.raises(UserError, match="takes two steps or more"):
+        RectifiedFlow(terminal=0.02).path(1)
+    with pytest.raises(ValueError, match="shape of its latents"):
+        RectifiedFlow(DynamicShift()).path(4)
+
+
+def test_the_shift_of_a_picture_by_hand():
+    # mu = 0.5 + (4096 - 256) * 0.65 / 3840 = 1.15 at 1024 pixels: 64 x 64 tokens of 2 x 2 latents.
+    way = RectifiedFlow(DynamicShift()).path(2, shape=(16, 128, 128))
+    assert way.t.tolist() == pytest.approx([1000, 1000 * math.exp(1.15) / (math.exp(1.15) + 1)])
+    # The same tokens, of one latent each; and a shift that asks for the number of steps.
+    whole = RectifiedFlow(lambda tokens, n: tokens / n, patch=1).path(2, shape=(128, 2, 3))
+    assert whole.t.tolist() == pytest.approx([1000, 1000 * 3 * 0.5 / 2])

@@ -14,6 +14,7 @@ from palate.diffusion.schedule import VariancePreserving, from_config
 from palate.diffusion.steps import ddim_step
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 schedule = from_config(SD)
 zero_snr = from_config({**SD, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
 times = st.integers(0, 999)
@@ -166,9 +167,14 @@ def test_final_alpha():
     ("config", "words"),
     [
         (
-            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
-            ["FlowMatchEulerDiscreteScheduler", "scaled_linear"],
+            {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0},
+            ["FlowMatchHeunDiscreteScheduler", "scaled_linear", "or a FlowMatchEulerDiscreteScheduler"],
         ),
+        ({**FLOW, "use_karras_sigmas": True, "invert_sigmas": True}, ["with use_karras_sigmas, invert_sigmas"]),
+        ({**FLOW, "use_beta_sigmas": True}, ["use_beta_sigmas", "times"]),
+        ({**FLOW, "use_exponential_sigmas": True}, ["use_exponential_sigmas"]),
+        ({**FLOW, "num_train_timesteps": 500}, ["num_train_timesteps 500"]),
+        ({**FLOW, "time_shift_type": "cosine"}, ["time_shift_type cosine"]),
         ({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "prediction_type": "epsilon"}, ["EDMEulerScheduler", "DDPM"]),
         (
             {**SD, "_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from palate.base.errors import UserError
-from palate.diffusion.schedule import from_config
+from palate.diffusion.schedule import FLOW, RectifiedFlow, from_config
 from palate.diffusion.steps import ddim_step
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -96,6 +99,45 @@ def test_samplers_of_released_models_are_read(kind: type):
     assert ours.final_alpha_cumprod == (pytest.approx(1 - 0.00085) if kind is PNDMScheduler else 1)
 
 
-def test_flow_matching_is_refused():
-    with pytest.raises(UserError, match="no beta_schedule"):
-        from_config(FlowMatchEulerDiscreteScheduler().config)
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+FLOWS = {
+    "unshifted": {},
+    "sd3": {"shift": 3.0},
+    "terminal": {"shift": 2.0, "shift_terminal": 0.02},
+    "flux": {**DYNAMIC, "shift": 3.0},
+    "qwen": {**DYNAMIC, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+    "linear": {**DYNAMIC, "time_shift_type": "linear"},
+}
+
+
+@pytest.mark.parametrize("n", [2, 10, 28])
+@pytest.mark.parametrize("given", [False, True], ids=["by_itself", "given"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_grids_of_flow_matching(name: str, given: bool, n: int):
+    """By itself, as the pipeline of SD3 uses it, and with the noise levels that pipelines such as that of FLUX give it."""
+    theirs = FlowMatchEulerDiscreteScheduler(**FLOWS[name])
+    ours = from_config({**theirs.config, "_class_name": FLOW})
+    assert isinstance(ours, RectifiedFlow)
+    shape = (16, 64, 96)  # 32 x 48 tokens
+    mu = calculate_shift(
+        32 * 48,
+        theirs.config.base_image_seq_len,
+        theirs.config.max_image_seq_len,
+        theirs.config.base_shift,
+        theirs.config.max_shift,
+    )
+    options = {"mu": mu} if theirs.config.use_dynamic_shifting else {}
+    if given:
+        ours = replace(ours, last=None)
+        options["sigmas"] = np.linspace(1.0, 1 / n, n)
+    theirs.set_timesteps(n, **options)
+    way = ours.path(n, shape=shape)
+    torch.testing.assert_close(way.t.float(), theirs.timesteps, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close((way.s / 1000).float(), theirs.sigmas[1:], rtol=1e-5, atol=1e-7)
+    assert torch.equal(way.s[:-1], way.t[1:])
+
+
+def test_the_least_sigma_is_shifted_twice():
+    # 3 * 0.001 / 1.002 = 0.002994, and 3 * 0.002994 / (1 + 2 * 0.002994) = 0.008929.
+    ours = from_config({"_class_name": FLOW, "shift": 3.0})
+    assert ours.path(10).t[-1].item() == pytest.approx(8.9286, abs=1e-4)
