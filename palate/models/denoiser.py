@@ -127,6 +127,11 @@ class Denoiser(Drawer, Protocol):
         ...
 
     @property
+    def caution(self) -> str:
+        """What to tell before this model is trained, such as that it is distilled; empty if nothing."""
+        ...
+
+    @property
     def features(self) -> Features | None:
         """None: this family cannot be trained in the perceptual space."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.schedule import from_config
+from palate.diffusion.schedule import FLOW, RectifiedFlow, Schedule, from_config
 from palate.models.denoiser import Card, Features, Kohya
 from palate.models.drawing import Drawing, check_strength
 from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
@@ -26,7 +26,8 @@ class Latent:
 
     Args:
         name: folder or hub id.
-        dtype: of the frozen weights; prompts are always encoded in float32, and pictures as :class:`Vae` says.
+        dtype: of the frozen weights; prompts are encoded in float32 unless an encoder is :func:`large`, and pictures as
+            :class:`Vae` says.
         device: where the network runs.
     """
 
@@ -38,22 +39,38 @@ class Latent:
     """Of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative."""
     refined: ClassVar[bool] = False
     """Whether a refiner can finish its pictures."""
+    text_recipe: ClassVar[str] = ""
+    """What beside the text encoders decides a conditioning, such as which of their layers; a part of the cache's keys."""
+    no_fp16: ClassVar[bool] = False
+    """Whether its numbers are known to overflow in float16."""
+    flow: ClassVar[bool] = False
+    """Whether it is a rectified flow."""
 
     def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
         import diffusers
 
+        if self.no_fp16 and dtype == torch.float16:
+            raise UserError(f"{name} is a {self.card.pipeline}, which overflows in float16: use mixed_precision bf16")
         self.name, self.device = name, torch.device(device)
         self._source = Source(name, self.device, **source)
         self._scheduler_config = config = self._source.scheduler_config()
-        self.schedule = from_config(config)
         self.sampler = str(config.get("_class_name", "unknown"))
-        self.vae, self.texts = Vae(self._source, dtype, self.part_name), self._text_encoders(self._source)
+        self.schedule = self._read_schedule(config)
+        self.vae, self.texts = Vae(self._source, dtype, self.part_name), self._text_encoders(self._source, dtype)
         self.network = self._source.read(getattr(diffusers, self.card.network), self.part, torch_dtype=dtype)
         self.default_resolution = int(self.network.config.sample_size) * self.vae.factor
         self._prompts = Remembered(self.encode_prompts, self.unconditional)
 
-    def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
-        """In the order of the pipeline's parts."""
+    def _read_schedule(self, config: Mapping[str, Any]) -> Schedule:
+        """Of the sampler's configuration; a family whose pipeline gives the sampler its noise levels says so here."""
+        found = from_config(config)
+        if isinstance(found, RectifiedFlow) != self.flow:
+            kind = f"a {FLOW}" if self.flow else "one of the DDPM, DDIM, PNDM or Euler kind"
+            raise UserError(f"{self.name} has the sampler {self.sampler}, but a {self.card.pipeline} needs {kind}")
+        return found
+
+    def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
+        """In the order of the pipeline's parts; beside a network whose weights are of ``dtype``."""
         raise NotImplementedError
 
     def _pipeline_options(self) -> dict[str, object]:
@@ -65,6 +82,11 @@ class Latent:
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         raise NotImplementedError
+
+    @property
+    def caution(self) -> str:
+        """What to tell before this model is trained, such as that it is distilled; empty if nothing."""
+        return ""
 
     @property
     def features(self) -> Features | None:
@@ -85,7 +107,8 @@ class Latent:
             part.release()
 
     def fingerprint(self) -> dict[str, str]:
-        return {"vae": self.vae.digest(), "text": " ".join(text.digest() for text in self.texts)}
+        texts = [text.digest() for text in self.texts]
+        return {"vae": self.vae.digest(), "text": " ".join([*texts, self.text_recipe] if self.text_recipe else texts)}
 
     def picture_conditions(
         self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool

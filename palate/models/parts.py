@@ -1,9 +1,10 @@
-"""What families of latent diffusion models share: reading a pipeline's parts, the VAE, CLIP text encoders, drawing pictures."""
+"""What families of latent diffusion models share: reading a pipeline's parts, the VAE, text encoders, drawing pictures."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,30 @@ class Source:
 
         return self.config(DDPMScheduler, "scheduler")  # any scheduler's configuration can be read by any class
 
+    def has(self, part: str) -> bool:
+        """Whether the pipeline has the part: ``model_index.json`` may name it with null."""
+        library, kind = self._index.get(part) or (None, None)
+        return library is not None and kind is not None
+
+    def kind(self, part: str) -> Any:
+        """The class of a part that ``model_index.json`` names. Raises UserError: none, or one that this version lacks."""
+        import diffusers
+        import transformers
+
+        if not self.has(part):
+            raise UserError(f"{self.name} comes without {part} (model_index.json), which is needed here")
+        library, kind = self._index[part]
+        found = getattr(diffusers if library == "diffusers" else transformers, kind, None)
+        if found is None:
+            raise UserError(f"{part} of {self.name} is a {kind}, which this version of {library} does not know; update it")
+        return found
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        from diffusers import DiffusionPipeline
+
+        return self.config(DiffusionPipeline, None)
+
     def read(self, kind: Any, part: str, **options: object) -> Any:
         """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones."""
         try:
@@ -66,19 +91,15 @@ class Vae:
     """
 
     def __init__(self, source: Source, dtype: torch.dtype, part_name: str):
-        from diffusers import AutoencoderKL
-
         self._source, self._module, self._part_name = source, None, part_name
-        config = source.config(AutoencoderKL, "vae")
+        config = source.config(source.kind("vae"), "vae")
         self._dtype = dtype if dtype == torch.float16 and config.get("force_upcast") is False else torch.float32
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
 
     @property
     def module(self) -> Any:
         if self._module is None:
-            from diffusers import AutoencoderKL
-
-            self._module = self._source.read(AutoencoderKL, "vae", torch_dtype=self._dtype)
+            self._module = self._source.read(self._source.kind("vae"), "vae", torch_dtype=self._dtype)
         return self._module
 
     @property
@@ -130,33 +151,47 @@ TextParts = tuple[Any, Any]
 
 
 class TextEncoder:
-    """A CLIP tokenizer and text encoder, float32; in memory from their first use until :meth:`release`.
+    """A tokenizer and a text encoder, of the classes that ``model_index.json`` names; in memory from their first use until
+    :meth:`release`.
 
     The caller decides whether gradients flow.
 
-    kind: class in transformers. ending: of the folders' names, ``_2`` for SDXL's second.
+    ending: of the folders' names, ``_2`` for SDXL's second.
+    dtype: of the encoder's weights; see :func:`large`.
+    length: tokens that prompts are cut or padded to; as many as tokenizer and encoder know unless given.
+    template: (tokenizer, prompt) -> what is read in the prompt's place, such as a turn of a chat.
+    masked: padding is hidden from the encoder; unless given, as its configuration says (``use_attention_mask``).
     """
 
-    def __init__(self, source: Source, kind: str = "CLIPTextModel", ending: str = ""):
-        self._source, self._kind, self.ending = source, kind, ending
+    def __init__(
+        self,
+        source: Source,
+        ending: str = "",
+        *,
+        dtype: torch.dtype = torch.float32,
+        length: int | None = None,
+        template: Callable[[Any, str], str] | None = None,
+        masked: bool | None = None,
+    ):
+        self._source, self.ending = source, ending
+        self._dtype, self._length, self._template, self._masked = dtype, length, template, masked
         self._pair: TextParts | None = None
 
     @property
     def pair(self) -> TextParts:
         if self._pair is None:
-            import transformers
-
             name, folder = self._source.name, f"tokenizer{self.ending}"
             try:
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=folder, **self._source.plain)
+                tokenizer = self._source.kind(folder).from_pretrained(name, subfolder=folder, **self._source.plain)
             except (OSError, ValueError) as error:
                 raise UserError(f"the {folder} of {name} cannot be loaded: {first_line(error)}") from error
             if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing folder
                 raise UserError(f"the {folder} of {name} has no words; expected vocab.json and merges.txt in {folder}/")
-            kind = getattr(transformers, self._kind)
-            encoder = self._source.read(kind, f"text_encoder{self.ending}", dtype=torch.float32)
+            part = f"text_encoder{self.ending}"
+            encoder = self._source.read(self._source.kind(part), part, dtype=self._dtype)
             # Of a tokenizer without a limit, model_max_length is a huge number.
-            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            length = self._length or min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            tokenizer.model_max_length = length
             self._pair = tokenizer, encoder
         return self._pair
 
@@ -170,24 +205,46 @@ class TextEncoder:
     def digest(self) -> str:
         tokenizer, encoder = self.pair
         words = f"{tokenizer.model_max_length} {tokenizer.backend_tokenizer.to_str()} {tokenizer.pad_token}"
-        return digest(encoder, words, getattr(encoder.config, "use_attention_mask", False))
+        read = [] if self._template is None else [self._template(tokenizer, "a prompt")]
+        return digest(encoder, words, self.masked, *read)
+
+    @property
+    def masked(self) -> bool:
+        """Whether padding is hidden from the encoder."""
+        return getattr(self.pair[1].config, "use_attention_mask", False) if self._masked is None else self._masked
+
+    def tokens(self, prompts: list[str]) -> Any:
+        """``input_ids`` and ``attention_mask``, each ``(b, length)``, on the device."""
+        tokenizer, _ = self.pair
+        return tokenizer(
+            self._read(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self._source.device)
 
     def __call__(self, prompts: list[str], *, hidden_states: bool = False) -> Any:
         """What the encoder gives for prompts, cut or padded to its length."""
-        tokenizer, encoder = self.pair
-        tokens = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        device = self._source.device
-        mask = tokens.attention_mask.to(device) if getattr(encoder.config, "use_attention_mask", False) else None
-        return encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=hidden_states)
+        tokens = self.tokens(prompts)
+        mask = tokens.attention_mask if self.masked else None
+        return self.pair[1](tokens.input_ids, attention_mask=mask, output_hidden_states=hidden_states)
 
     def longer(self, prompts: list[str]) -> tuple[list[bool], int]:
         """Which prompts are longer than the encoder reads, and how many tokens that is."""
         tokenizer, _ = self.pair
-        ids = tokenizer(prompts, truncation=False, padding=False, verbose=False).input_ids if prompts else []
+        ids = tokenizer(self._read(prompts), truncation=False, padding=False, verbose=False).input_ids if prompts else []
         limit = tokenizer.model_max_length
         return [len(tokens) > limit for tokens in ids], limit
+
+    def _read(self, prompts: list[str]) -> list[str]:
+        return prompts if self._template is None else [self._template(self.pair[0], prompt) for prompt in prompts]
+
+
+def large(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the weights of a text encoder of billions of parameters (T5, Qwen): bfloat16 beside a network in half precision on a
+    GPU, else float32. float16 is too narrow for them."""
+    return torch.float32 if dtype == torch.float32 or device.type == "cpu" else torch.bfloat16
 
 
 def digest(module: nn.Module, *settings: object) -> str:

@@ -38,7 +38,7 @@ class Refiner:
 
         self.name, self.start = name, start
         read = Source(name, device, **source)
-        self._text = TextEncoder(read, "CLIPTextModelWithProjection", "_2")
+        self._text = TextEncoder(read, "_2")
         self._unet = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)
         self._prediction_type = read.scheduler_config().get("prediction_type", "epsilon")
         config = read.config(StableDiffusionXLImg2ImgPipeline, None)

@@ -36,7 +36,7 @@ class StableDiffusion(Latent):
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
 
-    def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
+    def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return (TextEncoder(source),)
 
     def _pipeline_options(self) -> dict[str, object]:

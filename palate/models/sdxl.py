@@ -44,8 +44,8 @@ class StableDiffusionXL(Latent):
         config = self._source.config(StableDiffusionXLPipeline, None)
         self.zeros_for_empty_prompt = bool(config.get("force_zeros_for_empty_prompt", True))
 
-    def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
-        return TextEncoder(source), TextEncoder(source, "CLIPTextModelWithProjection", "_2")
+    def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
+        return TextEncoder(source), TextEncoder(source, "_2")
 
     def _pipeline_options(self) -> dict[str, object]:
         return {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}

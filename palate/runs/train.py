@@ -79,7 +79,7 @@ def _train_offline(found: Assembled, command: str) -> None:
 
     recipe = found.recipe
     reader, validation = reader_of(recipe), validation_reader(recipe)
-    denoiser = denoiser_of(recipe)
+    denoiser = _trainable(recipe)
     encoded, held_out = encoded_of(recipe, denoiser, reader, validation)
     encoded = learnable(encoded, recipe.method)
     policy = policy_of(recipe, denoiser)
@@ -112,7 +112,7 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
 
     recipe = found.recipe
     tell(online.told(recipe, wanted))
-    denoiser = denoiser_of(recipe)
+    denoiser = _trainable(recipe)
     if told := cut_warning(denoiser, (text for prompt in wanted.prompts for text in (prompt.text, prompt.negative))):
         tell(told)
     policy = policy_of(recipe, denoiser)
@@ -129,6 +129,14 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------------
+
+
+def _trainable(recipe: Recipe) -> Denoiser:
+    """The model, with a word on what is to be minded in training it."""
+    denoiser = denoiser_of(recipe)
+    if denoiser.caution:
+        tell(denoiser.caution)
+    return denoiser
 
 
 def _step_of(recipe: Recipe, denoiser: Denoiser, policy: Policy, space: Space) -> Step:

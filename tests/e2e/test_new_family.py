@@ -27,9 +27,8 @@ class Transformer(Latent):
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {"attention": ("to_q", "to_k", "to_v"), "all": ("to_q", "ff.net.2")}
     prompt_arguments: ClassVar[dict[str, str]] = {"hidden": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
 
-    def _text_encoders(self, source: Source) -> tuple[TextEncoder, ...]:
-        kind = "CLIPTextModelWithProjection"
-        return TextEncoder(source, kind), TextEncoder(source, kind, "_2")
+    def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
+        return TextEncoder(source), TextEncoder(source, "_2")
 
     def _pipeline_options(self) -> dict[str, object]:
         return {"text_encoder_3": None, "tokenizer_3": None}
