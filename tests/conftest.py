@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -155,6 +156,77 @@ def refiner_dir(tmp_path_factory, sdxl_dir) -> Path:
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sd3_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A ``StableDiffusion3Pipeline`` folder with random weights: 16 x 16 x 4 latents of 64 x 64 pictures, shift 3."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    tokenizer, words = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=LIMIT), tiny_t5_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=4,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_projection_dim=32,
+            joint_attention_dim=40,
+            pooled_projection_dim=24,
+            pos_embed_max_size=32,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        )
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)  # zero at first, and nothing would depend on the prompt
+        vae = tiny_vae(shift_factor=0.0609, scaling_factor=1.5305)
+        encoders = [CLIPTextModelWithProjection(tiny_text(tokenizer, width, projection_dim=12)) for width in (16, 12)]
+        third = T5EncoderModel(T5Config(vocab_size=len(words), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=third,
+        tokenizer_3=words,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd3_without_t5(tmp_path_factory, sd3_dir) -> Path:
+    """The same as people keep it to save 10 GB: ``model_index.json`` names no third encoder."""
+    folder = shutil.copytree(sd3_dir, tmp_path_factory.mktemp("models") / "tiny-sd3-small")
+    index = folder / "model_index.json"
+    absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    index.write_text(json.dumps({**json.loads(index.read_text()), **absent}))
+    for part in absent:
+        shutil.rmtree(folder / part)
+    return folder
+
+
+def tiny_t5_tokenizer():
+    """Of T5's kind, with words of our captions."""
+    import tokenizers
+    from transformers import T5TokenizerFast
+
+    rng = np.random.default_rng(0)
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = tokenizers.trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    made.train_from_iterator([caption(scenes.random_scene(rng), rng) for _ in range(200)], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=made, extra_ids=0)
 
 
 def tiny_vae(**options):

@@ -52,7 +52,7 @@ class Kohya:
 
 @runtime_checkable
 class Features(Protocol):
-    """The encoder half of a network as a feature extractor, float32 both ways."""
+    """The first half of a network as a feature extractor, float32 both ways."""
 
     def __call__(
         self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
@@ -120,6 +120,8 @@ class Denoiser(Drawer, Protocol):
     card: ClassVar[Card]
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     """Layers of the network, by the name a recipe gives them."""
+    feature_layers: ClassVar[tuple[str, ...]]
+    """Names that ``layers`` of the perceptual space may have."""
 
     @property
     def kohya(self) -> Kohya | None:

@@ -40,6 +40,9 @@ class Family:
 FAMILIES = {
     "StableDiffusionPipeline": Family("palate.models.sd:StableDiffusion", "Stable Diffusion 1.x and 2.x"),
     "StableDiffusionXLPipeline": Family("palate.models.sdxl:StableDiffusionXL", "SDXL", mark="conditioner."),
+    "StableDiffusion3Pipeline": Family(
+        "palate.models.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", mark="model.diffusion_model.joint_blocks."
+    ),
 }
 """Pipeline class named in ``model_index.json`` -> family."""
 

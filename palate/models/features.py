@@ -1,9 +1,10 @@
-"""The encoder half of a U-Net as a frozen feature extractor, in float32 whatever the precision of its weights."""
+"""The first half of a U-Net or a transformer as a frozen feature extractor, in float32 whatever its weights are in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,19 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-_WEIGHTED: frozenset[Callable[..., object]] = frozenset({F.linear, torch.conv2d, F.conv2d, F.group_norm, F.layer_norm})
+UNET_LAYERS = ("last_down", "mid", "all")
+TRANSFORMER_LAYERS = ("quarter", "half", "all")
+
+_WEIGHTED: frozenset[Callable[..., object]] = frozenset(
+    {F.linear, torch.conv2d, F.conv2d, F.group_norm, F.layer_norm, F.rms_norm, torch.rms_norm}
+)
+_CASTS: frozenset[Callable[..., object]] = frozenset({Tensor.to, Tensor.type_as, Tensor.half, Tensor.bfloat16})
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class Float32Weights(TorchFunctionMode):
-    """Inside this context layers compute in float32: half-precision weights are cast one by one as they are used.
+    """Inside this context layers compute in float32: half-precision weights are cast one by one as they are used, and nothing
+    is cast down, as transformers do with what meets half-precision weights.
 
     The step of Noise-Conditioned Perception moves a latent by less than half precision can hold, so its path must be
     float32; casting at use spares the float32 copy of the network that converting it would cost.
@@ -32,7 +41,12 @@ class Float32Weights(TorchFunctionMode):
         if func in _WEIGHTED:
             args = tuple(_float32(a) for a in args)
             kwargs = {k: _float32(v) for k, v in kwargs.items()}
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if func in _CASTS and isinstance(found, Tensor) and found.dtype in _HALF:
+            before = args[0]
+            if isinstance(before, Tensor) and before.is_floating_point() and before.dtype not in _HALF:
+                return before.to(found.device, torch.float32)
+        return found
 
 
 def _float32(value: object) -> object:
@@ -95,3 +109,73 @@ def encoder_features(
     if gradient_checkpointing and torch.is_grad_enabled():
         return list(checkpoint(run, x, t, encoder_hidden_states, use_reentrant=False))
     return list(run(x, t, encoder_hidden_states))
+
+
+class _Enough(Exception):  # noqa: N818  no error, but the way out
+    """Raised where the last block that is asked for has run."""
+
+
+@contextmanager
+def _outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[object]]:
+    """What the blocks give, in their order; the run inside ends after the last one."""
+    found: list[object] = []
+
+    def keep(block: nn.Module, _: object, output: object) -> None:
+        found.append(output)
+        if block is blocks[-1]:
+            raise _Enough
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def block_features(
+    predict: Callable[[Tensor], object],
+    x: Tensor,
+    blocks: Sequence[nn.Module],
+    image_tokens: Callable[[Any], Tensor],
+    layers: str,
+    *,
+    gradient_checkpointing: bool = False,
+) -> list[Tensor]:
+    """Features of the first blocks of a transformer: our extension of Noise-Conditioned Perception, which knows U-Nets alone.
+
+    A transformer has no down-sampling half; its first half stands for it. Every token is divided by its root mean square over
+    channels, so that a change of its length alone, such as that of a few channels far larger than the rest, does not count.
+
+    Args:
+        predict: runs the transformer's own forward pass, blocks in their order, on latents like ``x``; it is stopped early.
+        x: latents ``(b, c, h, w)``, float32.
+        image_tokens: of what a block gives, those of the picture, ``(b, n, c)``.
+        layers: the output of the block at a ``quarter`` or at ``half`` of their number, or ``all``: at a sixth, a third and
+            half of it (the layers of the latent reward models for SD3.5).
+
+    Returns:
+        float32 tensors ``(b, n, c)``, first block first. Gradients flow to ``x``.
+    """
+    chosen = [blocks[depth - 1] for depth in _depths(layers, len(blocks))]
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(x.device.type, enabled=False), Float32Weights(), _exact_products(), _outputs_of(chosen) as found:
+            predict(x)
+        return tuple(F.rms_norm(tokens.float(), tokens.shape[-1:], eps=1e-6) for tokens in map(image_tokens, found))
+
+    if gradient_checkpointing and torch.is_grad_enabled():
+        return list(checkpoint(run, x, use_reentrant=False))
+    return list(run(x))
+
+
+def _depths(layers: str, blocks: int) -> list[int]:
+    """After how many blocks, each at least one.
+
+    >>> _depths("quarter", 24), _depths("half", 24), _depths("all", 24), _depths("all", 2)
+    ([6], [12], [4, 8, 12], [1])
+    """
+    parts = {"quarter": (4,), "half": (2,), "all": (6, 3, 2)}[layers]
+    return sorted({max(1, blocks // part) for part in parts})

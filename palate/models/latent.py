@@ -35,6 +35,7 @@ class Latent:
     part_name: ClassVar[str]
     card: ClassVar[Card]
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
+    feature_layers: ClassVar[tuple[str, ...]] = ()
     prompt_arguments: ClassVar[dict[str, str]]
     """Of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative."""
     refined: ClassVar[bool] = False

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
-from palate.models.features import encoder_features
+from palate.models.features import UNET_LAYERS, encoder_features
 from palate.models.latent import Latent
 from palate.models.parts import Source, TextEncoder
 
@@ -34,6 +34,7 @@ class StableDiffusion(Latent):
     part, part_name = "unet", "U-Net"
     card: ClassVar[Card] = Card("StableDiffusionPipeline", "UNet2DConditionModel", "stable-diffusion")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
+    feature_layers: ClassVar[tuple[str, ...]] = UNET_LAYERS
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
-from palate.models.features import encoder_features
+from palate.models.features import UNET_LAYERS, encoder_features
 from palate.models.latent import Latent
 from palate.models.parts import Source, TextEncoder, zeros_like
 from palate.models.sd import LORA_TARGETS
@@ -31,6 +31,7 @@ class StableDiffusionXL(Latent):
     part, part_name = "unet", "U-Net"
     card: ClassVar[Card] = Card("StableDiffusionXLPipeline", "UNet2DConditionModel", "stable-diffusion-xl")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
+    feature_layers: ClassVar[tuple[str, ...]] = UNET_LAYERS
     prompt_arguments: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
         "text_embeds": "pooled_prompt_embeds",

@@ -137,12 +137,18 @@ def _any_schedule() -> Schedule:
 
 
 def check_space(options: dict[str, Any] | list[dict[str, Any]], denoiser: Denoiser) -> None:
-    """Raise ``UserError`` if the space needs features that the model's family has not."""
+    """Raise ``UserError`` if the space needs features, or layers, that the model's family has not."""
     from palate.models.denoiser import features_of
 
-    parts = options if isinstance(options, list) else [options]
-    if any(part["name"] == "perceptual" for part in parts):
+    for part in options if isinstance(options, list) else [options]:
+        if part["name"] != "perceptual":
+            continue
         features_of(denoiser)
+        if part["layers"] not in denoiser.feature_layers:
+            raise UserError(
+                f"layers {part['layers']} of the perceptual space do not exist in the {denoiser.part_name} of {denoiser.name}; "
+                f"choose {', '.join(denoiser.feature_layers)}"
+            )
 
 
 def bind_space(complete: dict[str, Any] | list[dict[str, Any]], policy: Policy | Finished) -> Space:

@@ -1,4 +1,4 @@
-"""Noise-Conditioned Perception (arXiv 2406.17636): errors in the embedding space of the U-Net's frozen encoder half."""
+"""Noise-Conditioned Perception (arXiv 2406.17636): errors in the embedding space of the network's frozen first half."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from palate.diffusion.schedule import Schedule
 from palate.diffusion.steps import ddim_step
 from palate.spaces.space import Embed
 
-LAYERS = ("last_down", "mid", "all")
+LAYERS = ("last_down", "mid", "quarter", "half", "all")
 TARGET_TIMES = ("previous", "uniform")
 
 
-# The frozen encoder half of a U-Net: x (b, c, h, w), times (b,), conditioning and layers -> one tensor per layer, finest first;
-# float32 both ways. "last_down" and "mid" are one layer each; "all" is conv_in, every down block and the mid block. Gradients
-# reach x; the weights require none.
+# The frozen first half of a network: x (b, c, h, w), times (b,), conditioning and layers -> one tensor per layer, finest first;
+# float32 both ways. "last_down" and "mid" are one layer each; "all" is conv_in, every down block and the mid block. Of a
+# transformer "quarter" and "half" are one layer each, "all" three. Gradients reach x; the weights require none.
 Features = Callable[[Tensor, Tensor, Conditioning, str], list[Tensor]]
 
 
@@ -83,9 +83,10 @@ def perceptual(
     An output is embedded by the step it leads to from xt, with noise that policy, reference, target, winner and loser share;
     the frozen encoder sees the result at its own time, with the item's own conditioning. To first order the error is c_t^2
     |J (output - target)|^2 with c_t = beta_t / (sqrt(alpha_t) sqrt(1 - abar_t)), 0.004 to 0.02 for Stable Diffusion: a beta
-    of the latent space does not carry over.
+    of the latent space does not carry over. Of a rectified flow c_t is 0.002 for one step back at every time: take 20 or more.
 
-    layers: "last_down" (the released SDXL weights), "mid", or "all", joined as in the authors' code.
+    layers: "last_down" (the released SDXL weights), "mid", or "all", joined as in the authors' code; of a transformer, in our
+    extension, "quarter", "half" or "all" of the blocks up to the middle.
     normalise: scale each of several layers by the channel count of the last over its own, as in the authors' code.
     target_time: "previous": `steps_back` times earlier, but not before 0, by the reverse step of DDPM. "uniform": x0 and noise
     mixed anew at a random time (Lin and Yang, arXiv 2401.00110), without further noise.
