@@ -41,8 +41,8 @@ def test_sd3_draws(palate, sd3_dir, prompts_file):
         [p.prompt for p in pictures],
         num_inference_steps=2,
         guidance_scale=3.0,
-        height=32,
-        width=32,
+        height=64,
+        width=64,
         generator=[torch.Generator().manual_seed(p.seed) for p in pictures],
     ).images
     assert np.abs(np.stack([np.asarray(image) for image in wanted]).astype(int) - drawn("out")).max() <= 1
