@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +41,17 @@ class Latent:
     """Of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative."""
     refined: ClassVar[bool] = False
     """Whether a refiner can finish its pictures."""
+    edited: ClassVar[bool] = True
+    """Whether pictures can be edited: whether there is a pipeline from image to image."""
+    negated: bool = True
+    """Whether its pictures are drawn with classifier-free guidance, which takes negative prompts."""
+    vae_kind: ClassVar[type[Vae]] = Vae
+    spaced: ClassVar[bool] = False
+    """Whether the pipeline spaces the sampler's noise levels itself, evenly from 1 to 1 / n of n steps before the shift."""
+    side: ClassVar[int] = 128
+    """Of a picture at home, in latents, where the network's configuration does not tell."""
+    patch: ClassVar[int] = 1
+    """Side of what the network takes as one, in latents."""
     text_recipe: ClassVar[str] = ""
     """What beside the text encoders decides a conditioning, such as which of their layers; a part of the cache's keys."""
     no_fp16: ClassVar[bool] = False
@@ -57,9 +69,9 @@ class Latent:
         self._scheduler_config = config = self._source.scheduler_config()
         self.sampler = str(config.get("_class_name", "unknown"))
         self.schedule = self._read_schedule(config)
-        self.vae, self.texts = Vae(self._source, dtype, self.part_name), self._text_encoders(self._source, dtype)
+        self.vae, self.texts = self.vae_kind(self._source, dtype, self.part_name), self._text_encoders(self._source, dtype)
         self.network = self._source.read(getattr(diffusers, self.card.network), self.part, torch_dtype=dtype)
-        self.default_resolution = int(self.network.config.sample_size) * self.vae.factor
+        self.default_resolution = int(self.network.config.get("sample_size") or self.side) * self.vae.factor
         self._prompts = Remembered(self.encode_prompts, self.unconditional)
 
     def _read_schedule(self, config: Mapping[str, Any]) -> Schedule:
@@ -68,7 +80,7 @@ class Latent:
         if isinstance(found, RectifiedFlow) != self.flow:
             kind = f"a {FLOW}" if self.flow else "one of the DDPM, DDIM, PNDM or Euler kind"
             raise UserError(f"{self.name} has the sampler {self.sampler}, but a {self.card.pipeline} needs {kind}")
-        return found
+        return replace(found, last=None) if self.spaced and isinstance(found, RectifiedFlow) else found
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         """In the order of the pipeline's parts; beside a network whose weights are of ``dtype``."""
@@ -101,6 +113,9 @@ class Latent:
         return self.encode_prompts([""])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        least = self.vae.factor * self.patch
+        if self.flow and (height % least or width % least):
+            raise UserError(f"pictures are {width} x {height}, but sides must be multiples of {least} for {self.name}")
         return self.network.config.in_channels, height // self.vae.factor, width // self.vae.factor
 
     def release(self) -> None:
@@ -173,6 +188,11 @@ class Latent:
         away: list[str | None] = [None] * len(prompts) if negatives is None else list(negatives)
         if not len(prompts) == len(seeds) == len(away):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(away)} negative prompts")
+        self.latent_shape(drawing.resolution, drawing.resolution)
+        if not self.negated and any(away):
+            raise UserError(
+                f"{self.name} is drawn without classifier-free guidance: a negative prompt has no effect, leave it out"
+            )
         self.remember([*prompts, *(n for n in away if n is not None)])
         absent = [(None, None)] * len(self.texts)  # the text encoders may have left memory
         pipeline = self._assembled(network, absent, editing=starts is not None)
@@ -195,6 +215,8 @@ class Latent:
         """The latents that are edited; None if there are none, or nothing of them is kept."""
         if init is None:
             return None
+        if not self.edited:
+            raise UserError(f"{self.name} is a {self.card.pipeline}, which edits no pictures here: draw from the prompt alone")
         check_strength(strength, drawing.num_inference_steps)
         if strength == 1:
             return None
@@ -219,18 +241,28 @@ class Latent:
         """Scaled latents of one batch."""
         # Of a weight that no LoRA reaches, for those are float32.
         weight = next(x for name, x in getattr(pipeline, self.part).named_parameters() if LORA not in name)
-        given, away = (self._prompts[texts].to(weight.device, weight.dtype).tensors for texts in (prompts, negatives))
+        given, away = (self._prompts[texts].to(weight.device, weight.dtype) for texts in (prompts, negatives))
         square = {"height": drawing.resolution, "width": drawing.resolution}
-        return pipeline(
-            **{argument: given[name] for name, argument in self.prompt_arguments.items()},
-            **{f"negative_{argument}": away[name] for name, argument in self.prompt_arguments.items()},
+        found = pipeline(
+            **self._asked(given, away, drawing.guidance_scale),
             **(square if begun is None else {"image": begun.to(weight.device, weight.dtype)}),
             num_inference_steps=drawing.num_inference_steps,
-            guidance_scale=drawing.guidance_scale,
             generator=generators,
             output_type="latent",
             **options,
         ).images
+        return self._scaled(found, drawing.resolution)
+
+    def _asked(self, given: Conditioning, away: Conditioning, guidance_scale: float) -> dict[str, object]:
+        """The pipeline's arguments for prompts, negative prompts and guidance."""
+        names = self.prompt_arguments.items()
+        told: dict[str, object] = {argument: given.tensors[name] for name, argument in names}
+        told |= {f"negative_{argument}": away.tensors[name] for name, argument in names}
+        return told | {"guidance_scale": guidance_scale}
+
+    def _scaled(self, found: Tensor, resolution: int) -> Tensor:
+        """Scaled latents, of what the pipeline gives as the latents of square pictures of ``resolution``."""
+        return found
 
     def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, object]) -> None:
         import diffusers
@@ -247,3 +279,11 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(was_training)
+
+
+def few_steps(name: str, base: str) -> str:
+    """What to tell before a distilled model is trained."""
+    return (
+        f"{name} is distilled to draw in few steps, and training leads away from that: train {base}, and put the LoRA into "
+        "this one"
+    )

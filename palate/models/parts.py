@@ -115,9 +115,7 @@ class Vae:
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures ``(b, 3, h, w)`` in [-1, 1] to scaled latents (the posterior's mean), float32."""
-        mean = self.module.encode(images.to(self._source.device, self._dtype)).latent_dist.mean.float()
-        shift, scale = self._normalisation(mean)
-        return (mean - shift) * scale
+        return self.scaled(self.module.encode(images.to(self._source.device, self._dtype)).latent_dist.mean.float())
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32.
@@ -126,8 +124,7 @@ class Vae:
             UserError: the result is not finite.
         """
         latents = latents.to(self._source.device, torch.float32)
-        shift, scale = self._normalisation(latents)
-        pictures = self.module.decode((latents / scale + shift).to(self._dtype)).sample.float()
+        pictures = self.module.decode(self.unscaled(latents).to(self._dtype)).sample.float()
         if not pictures.isfinite().all():
             where = "the VAE" if latents.isfinite().all() else f"the {self._part_name}"
             kind = str(self._dtype).removeprefix("torch.")
@@ -136,6 +133,16 @@ class Vae:
                 "and, if this model was trained here, a lower learning rate"
             )
         return (pictures / 2 + 0.5).clamp(0, 1)
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """The VAE's own latents as the network knows them."""
+        shift, scale = self._normalisation(raw)
+        return (raw - shift) * scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents again."""
+        shift, scale = self._normalisation(latents)
+        return latents / scale + shift
 
     def _normalisation(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """What is taken from the VAE's latents, and by what the rest is multiplied."""

@@ -32,8 +32,10 @@ def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
 
 
 def resolution_of(recipe: Recipe, denoiser: Denoiser) -> int:
-    """Side of the pictures in pixels."""
-    return recipe.data.resolution or denoiser.default_resolution
+    """Side of the pictures in pixels. Raises UserError if it does not fit the model."""
+    resolution = recipe.data.resolution or denoiser.default_resolution
+    denoiser.latent_shape(resolution, resolution)
+    return resolution
 
 
 def drawing_of(recipe: Recipe, denoiser: Denoiser) -> Drawing:
