@@ -43,6 +43,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": Family(
         "palate.models.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", mark="model.diffusion_model.joint_blocks."
     ),
+    "ZImagePipeline": Family("palate.models.zimage:ZImage", "Z-Image"),
 }
 """Pipeline class named in ``model_index.json`` -> family."""
 
