@@ -44,6 +44,7 @@ FAMILIES = {
         "palate.models.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", mark="model.diffusion_model.joint_blocks."
     ),
     "ZImagePipeline": Family("palate.models.zimage:ZImage", "Z-Image"),
+    "Flux2KleinPipeline": Family("palate.models.flux2:Flux2Klein", "FLUX.2 klein"),
 }
 """Pipeline class named in ``model_index.json`` -> family."""
 
