@@ -45,6 +45,7 @@ FAMILIES = {
     ),
     "ZImagePipeline": Family("palate.models.zimage:ZImage", "Z-Image"),
     "Flux2KleinPipeline": Family("palate.models.flux2:Flux2Klein", "FLUX.2 klein"),
+    "FluxPipeline": Family("palate.models.flux:Flux", "FLUX.1"),
 }
 """Pipeline class named in ``model_index.json`` -> family."""
 

@@ -16,7 +16,7 @@ from palate.models.refiner import Refiner
 
 
 class OtherPipeline:
-    """A folder or hub id of a pipeline such as SD3, Flux, PixArt or Sana, with what drawing needs of a denoiser.
+    """A folder or hub id of a pipeline such as PixArt, Sana or Qwen-Image, with what drawing needs of a denoiser.
 
     Args: as :class:`palate.models.latent.Latent`.
 

@@ -184,9 +184,9 @@ def test_more_bad_rows_than_allowed(refused, pairs):
 def test_models_that_are_none_of_ours(refused, no_weights, model_dir):
     shutil.copytree(model_dir, "other")
     index = Path("other/model_index.json")
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "PixArtSigmaPipeline"))
     line = refused(pretrained_model_name_or_path="other")
-    assert "is a FluxPipeline; supported pipelines: StableDiffusionPipeline" in line
+    assert "is a PixArtSigmaPipeline; supported pipelines: StableDiffusionPipeline" in line
     index.write_text("{")
     assert "model_index.json of other is damaged" in refused(pretrained_model_name_or_path="other")
 

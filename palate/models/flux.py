@@ -1,0 +1,82 @@
+"""FLUX.1: joint and single blocks over patches of latents, CLIP and T5 as text encoders."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from palate.diffusion.denoising import Conditioning
+from palate.models.denoiser import Card
+from palate.models.latent import Latent, few_steps
+from palate.models.parts import Source, TextEncoder, large
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+GUIDANCE = 1.0
+"""What the network is told in training, policy and reference alike: the guidance that pictures show of themselves."""
+
+
+class Flux(Latent):
+    """A folder or hub id in the layout of ``FluxPipeline``: dev, which is told its guidance, or schnell.
+
+    A conditioning holds ``encoder_hidden_states (b, 512, c)`` of T5, whose padding is attended to, as in the pipeline, and
+    ``pooled (b, d)`` of CLIP. Args: as :class:`palate.models.latent.Latent`.
+    """
+
+    part, part_name = "transformer", "transformer"
+    card: ClassVar[Card] = Card("FluxPipeline", "FluxTransformer2DModel", "flux")
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": tuple(f"attn.{name}" for name in ATTENTION),
+        "all": (*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD),
+    }
+    prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+    patch, flow, spaced, no_fp16, negated = 2, True, True, True, False
+
+    def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
+        return TextEncoder(source), TextEncoder(source, "_2", dtype=large(dtype, source.device), length=512)
+
+    def _pipeline_options(self) -> dict[str, object]:
+        return {}
+
+    @property
+    def caution(self) -> str:
+        return "" if self.network.config.guidance_embeds else few_steps(self.name, "FLUX.1-dev")
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        channels, *sides = super().latent_shape(height, width)
+        return channels // 4, *sides
+
+    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
+        """By T5, which reads on where CLIP stops."""
+        longer, limit = self.texts[-1].longer(list(dict.fromkeys(prompts)))
+        return sum(longer), limit
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        clip, t5 = self.texts
+        return Conditioning({"encoder_hidden_states": t5(prompts).last_hidden_state, "pooled": clip(prompts).pooler_output})
+
+    def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """A token is a patch of 2 x 2 latents; ids are (0, row, column), zeros for the prompt."""
+        dtype: torch.dtype = network.x_embedder.weight.dtype  # type: ignore[union-attr]
+        text, pooled = (cond.tensors[name].to(dtype) for name in ("encoder_hidden_states", "pooled"))
+        patches = F.pixel_unshuffle(xt.to(dtype), 2)
+        height, width = patches.shape[-2:]
+        rows, columns = torch.arange(height), torch.arange(width)
+        found = network(
+            hidden_states=patches.flatten(2).mT,
+            timestep=(t / 1000).float(),
+            guidance=xt.new_full((len(xt),), GUIDANCE) if network.config.guidance_embeds else None,  # type: ignore[union-attr]
+            pooled_projections=pooled,
+            encoder_hidden_states=text,
+            txt_ids=xt.new_zeros(text.shape[1], 3),
+            img_ids=torch.cartesian_prod(torch.zeros(1, dtype=torch.long), rows, columns).to(xt.device),
+            return_dict=False,
+        )[0]
+        return F.pixel_shuffle(found.mT.unflatten(2, (height, width)), 2)
+
+    def _scaled(self, found: Tensor, resolution: int) -> Tensor:
+        side = resolution // self.vae.factor // 2
+        return F.pixel_shuffle(found.mT.unflatten(2, (side, side)), 2)
