@@ -1,0 +1,68 @@
+"""The whole job with the families of rectified flow, each the real architecture at a tiny random size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_flow
+from safetensors.torch import load_file
+
+from palate.evaluation.manifest import read_manifest
+from palate.training.log import read_log
+
+SIDE = 64
+FAMILIES = {
+    "zimage": lambda folder, _: tiny_flow.zimage(folder),
+    "klein": lambda folder, _: tiny_flow.klein(folder),
+    "flux": tiny_flow.flux,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory, tokenizer_dir):
+    return FAMILIES[request.param](tmp_path_factory.mktemp("flows") / request.param, tokenizer_dir)
+
+
+def losses(folder: str) -> list[float]:
+    return [line["loss"] for line in read_log(Path(folder) / "log.jsonl") if "loss" in line]
+
+
+def trained(folder: str) -> dict:
+    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def test_pairs_are_learned_from_continued_and_drawn(palate, folder, prompts_file):
+    options = {"pretrained_model_name_or_path": folder, "resolution": SIDE, "checkpointing_steps": 2}
+    options |= {"objective": "dpo", "validation_prompts": "[a red house]", "sample_steps": 2, "caption_dropout": 0.2}
+    code, _, errors = palate("train", **options, max_train_steps=2)
+    assert code == 0, errors
+    code, _, errors = palate("train", **options, max_train_steps=3, resume_from_checkpoint="latest")
+    assert code == 0, errors
+    code, _, errors = palate("train", **options, max_train_steps=3, output_dir="whole")
+    assert code == 0, errors
+    found, whole = trained("out"), trained("whole")
+    assert all(name.startswith("transformer.") for name in found)
+    assert any(bool(x.any()) for name, x in found.items() if "lora_B" in name)
+    assert found.keys() == whole.keys()
+    assert all(bool((found[name] == whole[name]).all()) for name in found)  # resumed as if it had never stopped
+    assert losses("out") == losses("whole")
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] in Path("out/README.md").read_text()
+    drawn = {"prompts": prompts_file, "num_inference_steps": 2, "resolution": SIDE}
+    code, _, errors = palate("generate", "out", output_dir="drawn", **drawn)
+    assert code == 0, errors
+    assert len(read_manifest("drawn")) == 4
+    assert palate("export", "out", format="pipeline", output="merged")[0] == 0
+    assert palate("generate", "merged", output_dir="again", **drawn)[0] == 0
+
+
+def test_its_own_pictures_are_learned_from(palate, folder):
+    own = {"train_prompts": "animals", "train_data": None, "rewards": "jpeg_compressibility", "objective": "ddpo_is"}
+    own |= {"samples_per_round": 4, "sample_batch_size": 2, "train_batch_size": 2, "sample_num_steps": 2}
+    code, _, errors = palate(
+        "train", pretrained_model_name_or_path=folder, resolution=SIDE, max_train_steps=2, updates_per_round=1, **own
+    )
+    assert code == 0, errors
+    assert len(losses("out")) == 2
+    assert any(bool(x.any()) for name, x in trained("out").items() if "lora_B" in name)

@@ -1,0 +1,334 @@
+"""Families of rectified flow on tiny real pipelines: what diffusers does with them, Palate does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_flow
+import torch
+
+from palate.base.errors import UserError
+from palate.diffusion.denoising import Conditioning
+from palate.diffusion.sampling import guided, join, transition
+from palate.diffusion.steps import ddim
+from palate.models.denoiser import Drawing
+from palate.models.families import load_denoiser
+from palate.models.files import LORA_FILE
+from palate.models.lora import tuned
+from palate.models.policy import Policy
+
+SIDE, STEPS = 64, 3
+PROMPTS = ["a red house on the left", "a very long prompt of many words " * 60, ""]
+KINDS = ["zimage", "klein", "flux"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer_dir):
+    """By kind, each made when it is first asked for."""
+    base, made = tmp_path_factory.mktemp("flows"), {}
+    makers = {
+        "zimage": tiny_flow.zimage,
+        "zimage-turbo": lambda folder: tiny_flow.zimage(folder, shift=3.0),
+        "klein": tiny_flow.klein,
+        "klein-distilled": lambda folder: tiny_flow.klein(folder, is_distilled=True),
+        "flux": lambda folder: tiny_flow.flux(folder, tokenizer_dir),
+        "schnell": lambda folder: tiny_flow.flux(folder, tokenizer_dir, guidance_embeds=False),
+    }
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = makers[kind](base / kind)
+        return str(made[kind])
+
+    return folder
+
+
+@pytest.fixture
+def load(folders):
+    return lambda kind, **options: load_denoiser(folders(kind), **options)
+
+
+@pytest.fixture
+def plain(folders):
+    """The pipeline as diffusers reads it."""
+    from diffusers import DiffusionPipeline
+
+    def read(kind):
+        pipeline = DiffusionPipeline.from_pretrained(folders(kind))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return read
+
+
+def noise(denoiser, seed: int) -> torch.Tensor:
+    """What the pipeline begins with, before it packs it."""
+    return torch.randn((1, *denoiser.latent_shape(SIDE, SIDE)), generator=torch.Generator().manual_seed(seed))
+
+
+def unpacked(kind: str, pipeline, latents: torch.Tensor) -> torch.Tensor:
+    """The pipeline's latents (b, tokens, c) as (b, c, h, w)."""
+    if kind.startswith("klein"):
+        side = SIDE // pipeline.vae_scale_factor // 2
+        ids = pipeline._prepare_latent_ids(torch.zeros(len(latents), 1, side, side))
+        return pipeline._unpack_latents_with_ids(latents, ids)
+    if kind in ("flux", "schnell"):
+        return pipeline._unpack_latents(latents, SIDE, SIDE, pipeline.vae_scale_factor)
+    return latents
+
+
+def visited(kind: str, pipeline, prompt: str, **options) -> list[torch.Tensor]:
+    """Latents (1, c, h, w) after each of the pipeline's steps."""
+    seen = []
+
+    def look(_pipeline, _step, _t, found):
+        seen.append(unpacked(kind, pipeline, found["latents"]))
+        return {}
+
+    drawn = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "output_type": "latent"}
+    pipeline(prompt=prompt, callback_on_step_end=look, **drawn, **options)
+    return seen
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image, dtype=int)
+
+
+# Prompts and pictures ------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_zimage(load, plain):
+    with torch.no_grad():
+        expected, _ = plain("zimage").encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+        found = load("zimage").encode_prompts(PROMPTS).tensors
+    lengths = [len(rows) for rows in expected]
+    assert found["length"].tolist() == lengths
+    assert lengths[1] == 512 > lengths[0] > lengths[2] > 0
+    for rows, ours, length in zip(expected, found["encoder_hidden_states"], lengths, strict=True):
+        assert torch.equal(ours[:length], rows)
+        assert not ours[length:].any()
+
+
+@torch.no_grad()
+def test_prompts_of_klein(load, plain):
+    expected, _ = plain("klein").encode_prompt(list(PROMPTS))
+    found = load("klein").encode_prompts(PROMPTS).tensors
+    assert expected.shape == (3, 512, 3 * 16)
+    assert torch.equal(found["encoder_hidden_states"], expected)
+
+
+@torch.no_grad()
+def test_prompts_of_flux(load, plain):
+    expected, pooled, _ = plain("flux").encode_prompt(list(PROMPTS))
+    denoiser = load("flux")
+    found = denoiser.encode_prompts(PROMPTS).tensors
+    assert expected.shape == (3, 512, 32)
+    assert torch.equal(found["encoder_hidden_states"], expected)
+    assert torch.equal(found["pooled"], pooled)
+    assert denoiser.cut_prompts(PROMPTS) == (1, 512)  # T5 reads on where CLIP stops
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_are_those_that_the_pipeline_decodes(load, plain, kind):
+    x = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    denoiser, pipeline = load(kind), plain(kind)
+    with torch.no_grad():
+        found = denoiser.encode_images(x)
+        z = pipeline.vae.encode(x).latent_dist.mean
+        expected = pipeline._encode_vae_image(x, None) if kind == "klein" else (z - 0.1159) * 0.3611
+        back = (pipeline.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(denoiser.decode(found), back, rtol=1e-4, atol=1e-5)
+    assert found.shape[1:] == denoiser.latent_shape(SIDE, SIDE)
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------------
+
+# The pipeline's arguments -> the guidance of ours, and a negative prompt.
+WAYS = {
+    "zimage alone": ("zimage", {"guidance_scale": 0.0}, 1.0, None),
+    "zimage guided": ("zimage", {"guidance_scale": 3.0}, 4.0, ""),
+    "zimage away": ("zimage", {"guidance_scale": 0.5, "negative_prompt": "a blue tower"}, 1.5, "a blue tower"),
+    "klein alone": ("klein", {"guidance_scale": 1.0}, 1.0, None),
+    "klein guided": ("klein", {"guidance_scale": 4.0}, 4.0, ""),
+    "klein distilled": ("klein-distilled", {"guidance_scale": 4.0}, 1.0, None),
+    "flux told 1": ("flux", {"guidance_scale": 1.0}, 1.0, None),
+    "flux guided beside": (
+        "flux",
+        {"guidance_scale": 1.0, "true_cfg_scale": 3.0, "negative_prompt": "a blue tower"},
+        3.0,
+        "a blue tower",
+    ),
+    "schnell": ("schnell", {"guidance_scale": 0.0}, 1.0, None),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_every_step_is_that_of_the_pipeline(load, plain, way):
+    """Times, sign, guidance, packing: the pipeline's own latents step by step, and ours from the same noise."""
+    kind, options, scale, negative = WAYS[way]
+    denoiser, pipeline = load(kind), plain(kind)
+    expected = visited(kind, pipeline, PROMPTS[0], generator=torch.Generator().manual_seed(7), **options)
+    cond = denoiser.encode_prompts(PROMPTS[:1])
+    cond = cond if negative is None else join(cond, denoiser.encode_prompts([negative]))
+    path = denoiser.schedule.path(STEPS, shape=denoiser.latent_shape(SIDE, SIDE))
+    torch.testing.assert_close(path.t.float(), pipeline.scheduler.timesteps, rtol=1e-5, atol=1e-3)
+    predict = guided(lambda x, t, cond: denoiser.predict(denoiser.network, x, t, cond), scale)
+    x = noise(denoiser, 7)
+    for k, wanted in enumerate(expected):
+        after = transition(predict, denoiser.schedule, x, *path.at(k, 1, "cpu"), cond, rule=ddim(0.0)).mean
+        assert (after - x).abs().max() > 0.05
+        torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-4)
+        x = after
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_unequal_length_do_not_disturb_one_another(load, kind):
+    denoiser = load(kind)
+    x, t = noise(denoiser, 0).repeat(3, 1, 1, 1), torch.tensor([100.0, 500.0, 900.0], dtype=torch.float64)
+    cond = denoiser.encode_prompts(PROMPTS)
+    together = denoiser.predict(denoiser.network, x, t, cond)
+    for i in range(3):
+        alone = denoiser.predict(denoiser.network, x[i : i + 1], t[i : i + 1], cond.rows([i]))
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+    assert (together[0] - together[2]).abs().max() > 1e-3
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------------
+
+DRAWN = {
+    "zimage": ("zimage", {"guidance_scale": 3.0}, 4.0, None),
+    "zimage away": ("zimage", {"guidance_scale": 3.0, "negative_prompt": "a blue tower"}, 4.0, "a blue tower"),
+    "zimage alone": ("zimage-turbo", {"guidance_scale": 0.0}, 1.0, None),
+    "klein": ("klein", {"guidance_scale": 4.0}, 4.0, None),
+    "klein distilled": ("klein-distilled", {"guidance_scale": 1.0}, 1.0, None),
+    "flux": ("flux", {"guidance_scale": 3.5}, 3.5, None),
+    "schnell": ("schnell", {"guidance_scale": 0.0}, 0.0, None),
+}
+
+
+@pytest.mark.parametrize("way", DRAWN)
+def test_pictures_are_those_of_the_pipeline(load, plain, way):
+    kind, options, scale, negative = DRAWN[way]
+    drawn = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS}
+    expected = plain(kind)(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **drawn, **options).images[0]
+    found = load(kind).generate(
+        ["a tree", PROMPTS[0]], [1, 3], Drawing(STEPS, scale, SIDE), negatives=[None, negative] if negative else None
+    )
+    assert np.abs(pixels(found[1]) - pixels(expected)).max() <= 1
+    assert np.abs(pixels(found[1]) - pixels(found[0])).max() > 1
+
+
+# LoRA ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_reloads_at_the_trained_strength_here_and_in_plain_diffusers(load, plain, tmp_path, kind, layers):
+    denoiser = load(kind)
+    policy = Policy(denoiser, rank=4, lora_alpha=2.0, lora_layers=layers)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=g)
+        batch = noise(denoiser, 0), torch.tensor([600.0], dtype=torch.float64), denoiser.encode_prompts(PROMPTS[:1])
+        path, expected = policy.save(tmp_path), policy(*batch)
+        again, pipeline = load(kind), plain(kind)
+        torch.testing.assert_close(again.predict(tuned(again, path), *batch), expected)
+        pipeline.load_lora_weights(tmp_path)
+        torch.testing.assert_close(again.predict(pipeline.transformer, *batch), expected)
+        assert (policy.reference(*batch) - expected).abs().max() > 1e-3
+    # And the other way: what the pipeline writes is read here.
+    (tmp_path / "theirs").mkdir()
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import get_peft_model_state_dict
+
+    type(pipeline).save_lora_weights(
+        tmp_path / "theirs",
+        transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0"),
+        **_collate_lora_metadata({"transformer": policy.trainable_module}),
+    )
+    other = load(kind)
+    with torch.no_grad():
+        torch.testing.assert_close(other.predict(tuned(other, tmp_path / "theirs" / LORA_FILE), *batch), expected)
+
+
+# Of Z-Image two refiners of one block and two layers, each of four in the attention and three behind it. Of klein a joint block
+# of four, and four more for the prompt and as many behind, and two single blocks of two. Of FLUX.1 a joint block of eight and
+# four behind, and two single ones of three.
+TARGETS = {
+    "zimage": {"attention": 4 * 4, "all": 4 * 4 + 4 * 3},
+    "klein": {"attention": 4 + 2 * 2, "all": 4 + 2 * 2 + 4 + 4},
+    "flux": {"attention": 8 + 2 * 3, "all": 8 + 2 * 3 + 4},
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_layers_of_a_lora(load, kind):
+    for layers, count in TARGETS[kind].items():
+        policy = Policy(load(kind), rank=2, lora_layers=layers)
+        assert len(policy.state_dict()) == 2 * count
+
+
+# What is refused, and what is warned of --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["zimage", "flux"])
+def test_float16_is_refused(load, kind):
+    with pytest.raises(UserError, match="bf16"):
+        load(kind, mixed_precision="fp16")
+    assert load(kind, mixed_precision="bf16").network.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_weights_predict_in_their_own_precision(load, kind):
+    denoiser = load(kind, mixed_precision="bf16")
+    policy = Policy(denoiser, rank=2)
+    cond = denoiser.encode_prompts(PROMPTS[:1])
+    x, t = noise(denoiser, 0), torch.tensor([600.0], dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = policy(
+            x, t, Conditioning({name: v.bfloat16() if v.is_floating_point() else v for name, v in cond.tensors.items()})
+        )
+    assert found.isfinite().all()
+    assert found.shape == x.shape
+
+
+DISTILLED = {"zimage-turbo": "Z-Image", "klein-distilled": "FLUX.2-klein-base", "schnell": "FLUX.1-dev"}
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_distilled_kinds_are_warned_of(load, kind):
+    told = load(kind).caution
+    assert "few steps" in told
+    assert f"train {DISTILLED[kind]}, and put the LoRA into this one" in told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_others_are_not(load, kind):
+    assert load(kind).caution == ""
+
+
+@pytest.mark.parametrize("kind", ["flux", "schnell", "klein-distilled"])
+def test_a_negative_prompt_without_effect_is_refused(load, kind):
+    with pytest.raises(UserError, match="a negative prompt has no effect"):
+        load(kind).generate(["a tree"], [0], Drawing(1, 1.0, SIDE), negatives=["a blue tower"])
+
+
+def test_klein_edits_no_pictures(load):
+    with pytest.raises(UserError, match="edits no pictures"):
+        load("klein").generate(["a tree"], [0], Drawing(2, 1.0, SIDE), init=torch.zeros(1, 3, SIDE, SIDE), strength=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_at_home_is_of_the_pipelines_size(load, plain, kind):
+    """The real ones' VAE takes an eighth of the side, and the pipelines draw 1024 pixels; the tiny ones take a quarter."""
+    assert load(kind).default_resolution == 128 * plain(kind).vae_scale_factor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_size_that_does_not_divide_into_tokens_is_refused(load, kind):
+    with pytest.raises(UserError, match="sides must be multiples of 8"):
+        load(kind).latent_shape(SIDE + 4, SIDE)
