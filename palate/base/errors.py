@@ -10,12 +10,32 @@ class UserError(Exception):
     """What came, what was expected, what to do. The command line prints it on one line and exits with 2."""
 
 
+LISTED = 160
+"""Characters that a list of all choices may take; of a longer one the nearest are named."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The tail of a message about an unknown name: the closest known one, and all of them."""
-    known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    """The tail of a message about an unknown name: the closest known one, and all of them, or where they are many, three."""
+    known = sorted(short(str(choice), 60, quoted=False) for choice in choices)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f" ({hint}choose from {', '.join(known)})"
+    if len(", ".join(known)) <= LISTED:
+        return f" ({hint}choose from {', '.join(known)})"
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.0)
+    return f" ({hint}the nearest of {len(known)} are {', '.join(near)})"
+
+
+def short(value: object, most: int = 80, *, quoted: bool = True) -> str:
+    """A value as a message shows it: on one line, and of a long one the beginning."""
+    # Of what may be megabytes only the beginning is written out.
+    beginning = value[: 4 * most] if isinstance(value, str | bytes) else value
+    text = repr(beginning) if quoted else " ".join(str(beginning).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def said(error: BaseException, most: int = 160) -> str:
+    """What a library or a function of the user's says of its failure, on one line; its type where it says nothing."""
+    return short(str(error), most, quoted=False) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:

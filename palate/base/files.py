@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,6 +27,12 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def spellings(name: str) -> Iterator[str]:
+    """A relative path as it stands, and as another system writes it: with its separators, its encoding of accents."""
+    for written in dict.fromkeys((name, name.replace("\\", "/"))):
+        yield from dict.fromkeys((written, *(unicodedata.normalize(form, written) for form in ("NFC", "NFD"))))
 
 
 def replacing(final: Path, write: Callable[[str], object], name: str = ".") -> Path:

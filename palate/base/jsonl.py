@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.files import write_atomically
 
 JsonObject = dict[str, Any]
@@ -120,9 +120,3 @@ def _mend(stream: BinaryIO) -> None:
         stream.truncate(len(content) - len(last))
         return
     stream.write(b"\n")  # written by hand, without the end of its last line
-
-
-def short(value: object) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

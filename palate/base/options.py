@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import yaml
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, said, short
 
 Options = TypeVar("Options")
 
@@ -74,7 +74,7 @@ def parse(text: str, where: str) -> object:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} is not readable YAML: {said(error, 240)}") from error
 
 
 def dumps(content: object) -> str:
@@ -89,7 +89,7 @@ def overrides(words: Sequence[str]) -> dict[str, object]:
     while queue:
         word = queue.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise UserError(f"{word!r} is not an option; expected --name value")
+            raise UserError(f"{short(word)} is not an option; expected --name value")
         name, equals, text = word[2:].partition("=")
         if not equals:
             if not queue or queue[0].startswith("--"):
@@ -108,7 +108,7 @@ def checked(kind: type[Options], given: Mapping[str, object], command: str) -> O
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for name in given:
         if name not in known:
-            raise UserError(f"{command}: unknown option --{name}{nearest(name, known)}")
+            raise UserError(f"{command}: unknown option --{short(name, quoted=False)}{nearest(name, known)}")
     for name, leaf in known.items():
         if name not in given and leaf.default is leaf.default_factory is dataclasses.MISSING:
             raise UserError(f"{command} needs --{name}; '{command} --help' explains it")
@@ -132,11 +132,11 @@ def section(kind: type[Options], value: object, where: str) -> Options:
     """An options dataclass from a mapping of names to values; ``where`` begins the message of a :class:`UserError`."""
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} holds {value!r}; expected options such as {', '.join(known[:3])}")
+        raise UserError(f"{where} holds {short(value)}; expected options such as {', '.join(known[:3])}")
     hints, made = typing.get_type_hints(kind), dict[str, object]()
     for name, given in cast("Mapping[str, object]", value).items():
         if name not in known:
-            raise UserError(f"{where}: unknown option {name!r}{nearest(str(name), known)}")
+            raise UserError(f"{where}: unknown option {short(name)}{nearest(str(name), known)}")
         made[name] = typed(hints[name], given, name)
     return kind(**made)
 
@@ -195,9 +195,9 @@ def ranges(kind: type) -> dict[str, Range | OneOf]:
     """Option -> what it admits, of those options of a dataclass that say it in their annotation."""
     found: dict[str, Range | OneOf] = {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        for said in _said(hint):
-            if isinstance(said, Range | OneOf):
-                found[name] = said
+        for one in _said(hint):
+            if isinstance(one, Range | OneOf):
+                found[name] = one
     return found
 
 
@@ -227,21 +227,32 @@ WORDS = {
     tuple: "a list of texts",
     dict: "a mapping",
 }
+NOTHING = ("null", "none", "~", "[]", "{}")
 
 
 def typed(kind: Any, value: object, name: str) -> object:
     """``value`` as ``kind``; from the command line every value comes as text."""
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    if type(None) in options and (value is None or value == "null"):
-        return None
     kinds = [typing.get_origin(option) or option for option in options if option is not type(None)]
+    if is_nothing(value):
+        if type(None) in options:
+            return None
+        if empty := next((k for k in kinds if k in (tuple, dict)), None):
+            return empty()
     for origin in kinds:
         try:
             return _as(origin, value)
         except (TypeError, ValueError, OverflowError):
             continue
     expected = [*(WORDS.get(k, str(k)) for k in kinds), *(["null"] if type(None) in options else [])]
-    raise UserError(f"{name} is {value!r}; expected {' or '.join(expected)}")
+    raise UserError(f"{name} is {short(value)}; expected {' or '.join(expected)}")
+
+
+def is_nothing(value: object) -> bool:
+    """Whether a value is one of the words for nothing, which mean the same wherever an option may be empty."""
+    if isinstance(value, str):
+        return value.strip().lower() in NOTHING
+    return value is None or (isinstance(value, Sequence | Mapping) and not value)
 
 
 def _as(kind: Any, value: object) -> object:
@@ -287,9 +298,9 @@ def foreign(name: str, known: Iterable[str] = ()) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
         hint = nearest(module, known) if missing and difflib.get_close_matches(module, known, n=1) else ""
-        raise UserError(f"{name}: {error}; expected package.module:function, importable from here{hint}") from error
-    except Exception as error:  # of the user's own code, which may raise anything
-        raise UserError(f"{name}: importing {module} raised {type(error).__name__}: {error}; mend it") from error
+        raise UserError(f"{name}: {said(error)}; expected package.module:function, importable from here{hint}") from error
+    except (Exception, SystemExit) as error:  # of the user's own code, which may raise anything
+        raise UserError(f"{name}: importing {module} raised {type(error).__name__}: {said(error)}; mend it") from error
     if not callable(function):
         raise UserError(f"{name} is {type(function).__name__}; expected a function")
     return function

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.data.cache import TensorCache
 from palate.data.encoded import EncodedPair, EncodedPairs, EncodedPicture, EncodedPictures
-from palate.data.images import check_resolution, crop_position, decode, square
+from palate.data.images import check_resolution, converted, crop_position, decode, square
 from palate.data.pairs import LikedPicture, PreferencePair
 
 PIXELS_AT_ONCE = 2**19
@@ -100,6 +100,7 @@ def encode(
             variants = []
             for flip in (False, True) if random_flip else (False,):
                 parts = {"kind": "latents", "model": encoders.image_fingerprint, "image": digest, "resolution": resolution}
+                parts |= {"colours": "srgb"} if converted(image) else {}  # entries of old did without the profile
                 key = cache.key(**parts, crop=position, flip=flip, **common)
                 variants.append(key)
                 if pictures.lacks(key):

@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.base import hub
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, said, short
 from palate.base.jsonl import decode
 from palate.data import shards, votes
-from palate.data.values import BadValueError, Home, Row
+from palate.data.values import BadValueError, Home, Row, unpack
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FOLDER_FILES = ("metadata.jsonl", "metadata.csv", "rankings.jsonl")
 ENDINGS = (".parquet", ".tar")
-EXPECTED = "parquet, JSONL, JSON, CSV or tar"
+ARROW = ("state.json", "dataset_info.json")  # beside the *.arrow files of a folder that datasets' save_to_disk wrote
+TEXTS = ("txt", "caption", "text")
+DATA = (
+    ".parquet",
+    ".tar",
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".arrow",
+    ".zip",
+    ".gz",
+    ".tgz",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".7z",
+    ".rar",
+)
+EXPECTED = "parquet, JSONL, JSON, CSV, tar or arrow"
 # Our name of a column, and the names it has in files. Pick-a-Pic: caption, jpg_0, jpg_1; imagefolder: *file_name, text;
 # HPD v2: file_path or image_path, human_preference, rank; ImageReward: generations, ranking, or image_path, rank.
 COLUMNS = {
@@ -60,9 +81,23 @@ LAYOUTS = (
     ("prompt", "image", "label"),
     ("prompt", "image"),
 )
+# What a row is must be told by every row alike: these never come without being known from the first rows of a file.
+DECIDING = tuple(name for name in COLUMNS if name not in ("weight", "rater", "has_label", "are_different", "prompt_id"))
+SAMPLE = {"jsonl": 256, "json": 256, "tar": 16}
+"""Rows that are looked at for columns, of formats that name them row by row."""
+CODINGS = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+COMPRESSED = (
+    (b"\x1f\x8b", "gunzip"),
+    (b"BZh", "bunzip2"),
+    (b"\xfd7zXZ", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "unzstd"),
+    (b"7z\xbc\xaf", "7z x"),
+    (b"Rar!", "unrar x"),
+)
 # Whose values tell of a row without being read here.
 APART = ("best", "uid_0", "uid_1", "prompt_id")
 CHUNK, MAX_OBJECT = 1 << 16, 1 << 24
+csv.field_size_limit(MAX_OBJECT)  # a column that nobody reads may hold pictures in base64
 
 
 class DamagedError(UserError):
@@ -74,8 +109,9 @@ class File:
     """A file that was recognised."""
 
     path: Path
-    format: str  # "parquet" | "jsonl" | "json" | "csv" | "votes" | "tar" | "captions"
+    format: str  # "parquet" | "arrow" | "jsonl" | "json" | "csv" | "votes" | "tar" | "captions"
     names: dict[str, str]  # our name -> column of the file
+    present: frozenset[str]  # columns of the file, or of its first rows
     layout: tuple[str, ...]
     home: Home
     votes: Mapping[str, str]  # how a database of votes is read
@@ -112,28 +148,89 @@ def find(source: str | Path) -> list[Place]:
     if path.is_file():
         return [Place(path)]
     if path.is_dir():
-        known = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-        found = known[:1] or sorted(p for ending in ENDINGS for p in path.rglob(f"*{ending}"))
-        if not found:
-            found = sorted(p for name in FOLDER_FILES for p in path.glob(f"*/{name}"))
-            if len(found) > 1:
-                listed = ", ".join(str(p.parent) for p in found[:5])
-                raise UserError(f"folder {path} holds several sets of pictures; name one of them: {listed}")
-        if not found and next(_captioned(path), None) is not None:
-            found = [path]
-        if not found:
-            raise UserError(
-                f"folder {path} has no preference pairs: expected {', '.join(FOLDER_FILES)}, *.parquet, *.tar, or pictures "
-                "with a .txt beside each"
-            )
-        return [Place(p) for p in found]
+        return [Place(p) for p in _find_in_folder(path)]
     found = sorted(Path(name) for name in glob.glob(str(source), recursive=True) if Path(name).is_file())
     if found:
         return [Place(p) for p in found]
     name, _, split = str(source).partition(":")
     if hub.is_hub_id(name) and Path(name).suffix not in (*ENDINGS, ".jsonl", ".json", ".csv", ".db"):
         return _find_on_hub(name, split)
-    raise UserError(f"{source} does not exist: expected a {EXPECTED} file of preference pairs, or a folder")
+    raise UserError(f"{short(str(source), 120)} does not exist: expected a {EXPECTED} file of preference pairs, or a folder")
+
+
+def _find_in_folder(path: Path) -> list[Path]:
+    known = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+    if known:
+        return known[:1]
+    if saved := _saved_to_disk(path):
+        return saved
+    if found := sorted(p for p in _files(path) if p.suffix.lower() in ENDINGS):
+        return found
+    found = sorted(p for name in FOLDER_FILES for p in path.glob(f"*/{name}"))
+    if len(found) > 1:
+        listed = ", ".join(str(p.parent) for p in found[:3])
+        raise UserError(
+            f"folder {path} holds {len(found)} sets of pictures; name one of them: {short(listed, 200, quoted=False)}"
+        )
+    if not found and Captioned.of(path).pairs:
+        found = [path]
+    if not found:
+        raise UserError(
+            f"folder {path} has no preference pairs: expected {', '.join(FOLDER_FILES)}, *.parquet, *.tar, or pictures with a "
+            f".txt or .caption beside each; {_what_there_is(path)}"
+        )
+    return found
+
+
+def _saved_to_disk(path: Path) -> list[Path]:
+    """The files of a folder that ``save_to_disk`` of the datasets library wrote, in order; of several splits the only one."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(p.parent for p in path.glob("*/state.json"))
+        if len(splits) != 1:
+            listed = ", ".join(map(str, splits[:3]))
+            raise UserError(f"folder {path} holds {len(splits)} splits of a saved data set; name one of them: {listed}")
+        return _saved_to_disk(splits[0])
+    if not (path / "state.json").is_file():
+        return []
+    try:
+        names = [part["filename"] for part in decode((path / "state.json").read_bytes())["_data_files"]]
+        found = [path / name for name in names]
+        if found and all(p.is_file() and p.parent == path for p in found):
+            return found
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise UserError(f"folder {path} is a saved data set whose state.json does not name its arrow files: save it again")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (p for p in folder.rglob("*") if p.is_file() and not shards.is_litter(p.relative_to(folder).as_posix()))
+
+
+def _what_there_is(folder: Path) -> str:
+    """What a folder holds instead, and the one command that makes it usable where there is one."""
+    names = [p.relative_to(folder).as_posix() for p in _files(folder)]
+    if packed := sorted(name for name in names if name.lower().endswith((".zip", ".tar.gz", ".tgz", ".7z", ".rar"))):
+        return f"it holds {short(packed[0], 60)}: {unpack(packed[0])}"
+    if tables := sorted(name for name in names if name.lower().endswith(DATA)):
+        return f"it holds {short(tables[0], 60)}: name that file"
+    kinds = Counter(Path(name).suffix or "no ending" for name in names)
+    listed = ", ".join(f"{n} with {short(end, 20, quoted=False)}" for end, n in kinds.most_common(4))
+    return f"it holds {len(names)} files{': ' if listed else ''}{listed}"
+
+
+def unread(source: str, places: Sequence[Place]) -> Counter[str]:
+    """What lies in a folder beside the files that are read and looks like data, by reason; nothing for other sources."""
+    folder, read = Path(source), {place.path for place in places}
+    if not folder.is_dir() or any(place.remote or place.path.is_dir() for place in places):
+        return Counter()
+    near = {p for place in places for p in place.path.parent.iterdir()} | set(folder.iterdir())
+    others = [p for p in near if p not in read and p.name.lower().endswith(DATA) and not shards.is_litter(p.name)]
+    others = [p for p in others if p.is_file() and p.name not in (*ARROW, "dataset_dict.json", "dataset_infos.json")]
+    return (
+        Counter({f"other files of data, not read ({short(min(p.name for p in others), 40)})": len(others)})
+        if others
+        else Counter()
+    )
 
 
 def _find_on_hub(repo: str, split: str) -> list[Place]:
@@ -162,13 +259,30 @@ def _find_on_hub(repo: str, split: str) -> list[Place]:
     return [Place(Path(name), repo) for name in chosen]
 
 
-def _captioned(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Pictures with a text of the same name beside them, by name."""
-    for text in sorted(folder.rglob("*.txt")):
-        for ending in shards.PICTURES:
-            if (picture := text.with_suffix(f".{ending}")).is_file():
-                yield picture, text
-                break
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures and the texts of the same name beside them, and what has no partner, by reason."""
+
+    pairs: list[tuple[Path, Path]]
+    left_out: Counter[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Captioned:
+        """All below a folder, by name; endings count in capitals too."""
+        pictures, texts = {}, {}
+        for path in sorted(_files(folder)):
+            ending = path.suffix.lower().removeprefix(".")
+            kind = pictures if ending in shards.PICTURES else texts if ending in TEXTS else {}
+            kind.setdefault(path.with_suffix(""), []).append(path)
+        pairs, left_out = [], Counter()
+        for name, found in pictures.items():
+            beside = sorted(texts.pop(name, ()), key=lambda path: TEXTS.index(path.suffix.lower()[1:]))
+            pairs += [(found[0], beside[0])] if beside else []
+            left_out["pictures without a text"] += 0 if beside else len(found)
+            left_out["further pictures of one name"] += len(found) - 1 if beside else 0
+            left_out["further texts of one name"] += max(0, len(beside) - 1)
+        left_out["texts without a picture"] = sum(map(len, texts.values()))
+        return cls(sorted(pairs, key=lambda pair: pair[1]), +left_out)
 
 
 # Recognising -----------------------------------------------------------------------------------------------------------
@@ -179,7 +293,8 @@ def open_file(place: Place, mapping: Mapping[str, str], voting: Mapping[str, str
     path = place.local()
     if path.is_dir():
         names = {name: aliases[0] for name, aliases in COLUMNS.items()}
-        return File(path, "captions", names, ("prompt", "image"), Home(path, path), voting)
+        present = frozenset(("prompt", "image"))
+        return File(path, "captions", names, present, ("prompt", "image"), Home(path, path), voting)
     try:
         with path.open("rb") as stream:
             head = stream.read(4096)
@@ -188,18 +303,34 @@ def open_file(place: Place, mapping: Mapping[str, str], voting: Mapping[str, str
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text:
         raise DamagedError(f"{path} is empty: expected preference pairs as {EXPECTED}")
-    if head.startswith(b"\x1f\x8b"):
-        raise UserError(f"{path} is compressed: unpack it with gunzip first")
+    _refuse_packed(path, head)
     if head.startswith(votes.HEAD):
         next(votes.vote_rows(path, **voting), None)  # refuses what is no database of votes
         present, file_format = list(votes.COLUMNS), "votes"
     elif head.startswith(b"PAR1"):
         present, file_format = _parquet_columns(path), "parquet"
+    elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        present, file_format = _arrow_columns(path), "arrow"
     else:
         present, file_format = _first_columns(path, head, text)
     names = _resolve(path, present, mapping)
     home = Home(path.parent, _root(path), path.parent / path.stem)
-    return File(path, file_format, names, _layout(path, present, names), home, voting)
+    return File(path, file_format, names, frozenset(present), _layout(path, present, names), home, voting)
+
+
+def _refuse_packed(path: Path, head: bytes) -> None:
+    """Refuse what must be unpacked or converted first, with the command that does it."""
+    for mark, command in COMPRESSED:
+        if head.startswith(mark):
+            raise UserError(f"{path} is compressed: unpack it first ({command} {short(path.name, 60)})")
+    if head.startswith(b"PK\x03\x04"):
+        if path.suffix.lower() in (".xlsx", ".ods"):
+            raise UserError(f"{path} is a workbook: save its sheet as CSV in UTF-8 beside the pictures, and name that")
+        raise UserError(f"{path} is a zip archive: {unpack(path.name)}, and name the folder that holds the pictures")
+    for mark, coding in CODINGS:
+        if head.startswith(mark):
+            name = short(path.name, 60)
+            raise UserError(f"{path} is text in {coding}, not UTF-8: convert it (iconv -f {coding} -t UTF-8 {name} -o NEW)")
 
 
 def _root(path: Path) -> Path:
@@ -209,7 +340,7 @@ def _root(path: Path) -> Path:
 
 
 def _first_columns(path: Path, head: bytes, text: bytes) -> tuple[list[str], str]:
-    """Columns and format of what is told by its first row."""
+    """Columns and format of what is told by its first rows: a column that some of them lack is a column all the same."""
     if shards.is_tar(head):
         file_format, rows, what = "tar", shards.sample_rows(path), "sample could be read; expected a webdataset shard"
     elif text.startswith(b"{"):
@@ -218,10 +349,12 @@ def _first_columns(path: Path, head: bytes, text: bytes) -> tuple[list[str], str
         file_format, rows, what = "json", _list_rows(path), "entry is a JSON object; expected a list of objects"
     else:
         return _csv_header(path), "csv"
-    first = next((row for row in rows if isinstance(row, dict)), None)
-    if first is None:
+    first = [row for row in itertools.islice(rows, SAMPLE[file_format]) if isinstance(row, dict)]
+    if not first:
+        first = [row for row in itertools.islice(rows, 1 << 20) if isinstance(row, dict)][:1]
+    if not first:
         raise DamagedError(f"{path}: no {what}")
-    return list(first), file_format
+    return list(dict.fromkeys(name for row in first for name in row)), file_format
 
 
 def own_names(columns: Mapping[str, str]) -> dict[str, str]:
@@ -234,13 +367,29 @@ def own_names(columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def _resolve(path: Path, present: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
+    """Our names to the columns of a file; blanks and capitals in them make no difference."""
+    plain = {_plainly(column): column for column in reversed(present)} | {column: column for column in present}
     for ours, theirs in mapping.items():
-        if theirs not in present:
-            raise UserError(f"{path}: columns maps {ours!r} to {theirs!r}, which is missing{nearest(theirs, present)}")
+        if theirs not in present and _plainly(theirs) not in plain:
+            raise UserError(f"{path}: columns maps {ours!r} to {short(theirs)}, which is missing{nearest(theirs, present)}")
+    given = {ours: theirs if theirs in present else plain[_plainly(theirs)] for ours, theirs in mapping.items()}
     return {
-        name: mapping.get(name) or next((alias for alias in aliases if alias in present), name)
+        name: given.get(name) or next((plain[alias] for alias in aliases if alias in plain), name)
         for name, aliases in COLUMNS.items()
     }
+
+
+def _plainly(column: object) -> str:
+    """``Image 0`` and `` image_0`` as ``image_0``."""
+    return re.sub(r"[\s-]+", "_", str(column).strip()).lower()
+
+
+def late(file: File, row: Row) -> str | None:
+    """A column that would tell what the rows are, comes in this row, and was in none of the first; None if there is no such."""
+    if file.format not in SAMPLE or file.present.issuperset(row):
+        return None
+    known = {alias for name in DECIDING for alias in COLUMNS[name]}
+    return next((name for name in row if name not in file.present and _plainly(name) in known), None)
 
 
 def _layout(path: Path, present: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
@@ -252,8 +401,8 @@ def _layout(path: Path, present: Sequence[str], names: Mapping[str, str]) -> tup
     closest = min(LAYOUTS, key=lambda layout: len(missing[layout]) / len(layout))
     name = missing[closest][0]
     raise UserError(
-        f"{path}: column {' or '.join(map(repr, COLUMNS[name]))} is missing{nearest(name, present)}; expected "
-        f"{', '.join(closest)}; if it has another name, say so with columns: {{{name}: ITS NAME}}"
+        f"{path}: column {' or '.join(map(repr, COLUMNS[name]))} is missing{nearest(name, [str(c) for c in present])}; "
+        f"expected {', '.join(closest)}; if it has another name, say so with columns: {{{name}: ITS NAME}}"
     )
 
 
@@ -267,6 +416,7 @@ def rows(file: File, *, everything: bool = False) -> Iterator[Row | BadValueErro
     """
     kinds = {
         "parquet": lambda file: _parquet_rows(file, everything),
+        "arrow": lambda file: _arrow_rows(file, everything),
         "votes": lambda file: votes.vote_rows(file.path, **file.votes),
         "captions": lambda file: _caption_rows(file.path),
         "tar": lambda file: shards.sample_rows(file.path),
@@ -316,7 +466,7 @@ def _parquet_columns(path: Path) -> list[str]:
     try:
         return list(pq.read_schema(path).names)
     except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{path} is not a complete parquet file ({error}): copy or download it again") from None
+        raise DamagedError(f"{path} is not a complete parquet file ({said(error)}): copy or download it again") from None
 
 
 def _parquet_rows(file: File, everything: bool) -> Iterator[Row | BadValueError]:
@@ -334,7 +484,47 @@ def _parquet_rows(file: File, everything: bool) -> Iterator[Row | BadValueError]
                     done += 1
                     yield row
     except (pa.ArrowException, OSError) as error:
-        yield BadValueError("(rest of file)", f"is damaged after {done} rows ({error}): copy or download it again")
+        yield BadValueError("(rest of file)", f"is damaged after {done} rows ({said(error)}): copy or download it again")
+
+
+def _arrow_batches(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Schema and batches of an arrow file, or of the stream that ``save_to_disk`` writes; read as they are asked for."""
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    try:
+        reader = pa.ipc.open_file(source)
+        return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+    except pa.ArrowInvalid:
+        source.seek(0)
+        stream = pa.ipc.open_stream(source)
+        return stream.schema, iter(stream)
+
+
+def _arrow_columns(path: Path) -> list[str]:
+    import pyarrow as pa
+
+    try:
+        return list(_arrow_batches(path)[0].names)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(f"{path} is not a complete arrow file ({said(error)}): copy or save it again") from None
+
+
+def _arrow_rows(file: File, everything: bool) -> Iterator[Row | BadValueError]:
+    import pyarrow as pa
+
+    done = 0
+    try:
+        schema, batches = _arrow_batches(file.path)
+        wanted = [f.name for f in schema if f.name in file.names.values() or (everything and _plain(f.type))]
+        for batch in batches:
+            batch.validate(full=True)
+            for start in range(0, batch.num_rows, 16):
+                for row in batch.select(wanted).slice(start, 16).to_pylist():
+                    done += 1
+                    yield row
+    except (pa.ArrowException, OSError, ValueError) as error:
+        yield BadValueError("(rest of file)", f"is damaged after {done} rows ({said(error)}): copy or save it again")
 
 
 def _plain(kind: pa.DataType) -> bool:
@@ -345,11 +535,11 @@ def _plain(kind: pa.DataType) -> bool:
 
 
 def _caption_rows(folder: Path) -> Iterator[Row | BadValueError]:
-    for picture, text in _captioned(folder):
+    for picture, text in Captioned.of(folder).pairs:
         try:
             prompt = text.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            yield BadValueError("prompt", f"of {text.name} cannot be read ({error})")
+            yield BadValueError("prompt", f"of {short(text.name)} cannot be read ({said(error)})")
         else:
             yield {"prompt": prompt, "image": picture.relative_to(folder).as_posix()}
 
@@ -399,14 +589,35 @@ def _list_rows(path: Path) -> Iterator[Row | BadValueError]:
 def _csv_rows(path: Path) -> Iterator[Row | BadValueError]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield from csv.DictReader(stream)
+            for row in csv.DictReader(stream, delimiter=_delimiter(path)):
+                more = row.pop(None, [])  # type: ignore[call-overload]
+                if any(more):  # the last column would be cut short
+                    yield BadValueError(
+                        "(whole line)", f"has {len(more)} fields more than the header: quote texts that hold it"
+                    )
+                else:
+                    yield row
     except (UnicodeDecodeError, csv.Error) as error:
-        yield BadValueError("(rest of file)", f"is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({error})")
+        yield BadValueError(
+            "(rest of file)", f"is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({said(error)})"
+        )
 
 
 def _csv_header(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            return list(csv.DictReader(stream).fieldnames or [])
+            return list(csv.DictReader(stream, delimiter=_delimiter(path)).fieldnames or [])
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({error})") from None
+        raise UserError(f"{path} is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({said(error)})") from None
+
+
+def _delimiter(path: Path) -> str:
+    """What separates the columns: that of comma, semicolon and tab by which the header gives most columns that we know."""
+    known = {alias for aliases in COLUMNS.values() for alias in aliases}
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        header = stream.readline(CHUNK)
+
+    def count(delimiter: str) -> int:
+        return sum(_plainly(name) in known for name in next(csv.reader([header], delimiter=delimiter), []))
+
+    return max(",;\t", key=count)

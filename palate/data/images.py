@@ -2,59 +2,214 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import random
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, said
 
 # Only formats that PIL reads by itself: some others (EPS) start external programs on data from outside.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+OPTIONAL = {"AVIF": features.check_module("avif"), "JPEG2000": features.check_codec("jpg_2000")}
+"""Those that some builds of PIL lack."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(name for name, present in OPTIONAL.items() if present))
 MAX_PIXELS = 8192 * 8192
+LEAST_SIDE, LONGEST = 4, 10
+"""Of the pictures that data may hold: the shorter side in pixels, and how many times as long the other one may be."""
+SAME = 3
+"""Levels of 256 by which a profile may differ from sRGB and still be taken for it."""
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # now bounds colour profiles alone: texts are left out before PIL sees the file
+OTHERS = (
+    (b"%PDF", "a PDF document", "pdftoppm -png IN OUT"),
+    (b"8BPS", "a Photoshop file", "magick IN OUT.png"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 picture, which this Pillow does not read", "opj_decompress -i IN -o OUT.png"),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000 picture, which this Pillow does not read", "opj_decompress -i IN -o OUT.png"),
+    (b"\xff\x0a", "a JPEG XL picture", "djxl IN OUT.png"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL picture", "djxl IN OUT.png"),
+    (b"v/1\x01", "an OpenEXR picture", "magick IN OUT.png"),
+    (b"#?RADIANCE", "a Radiance picture", "magick IN OUT.png"),
+)
+"""How files begin that are often taken for pictures we read, what they are, and what converts them."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode a picture completely: upright RGB, 8 bits a sample, transparency on white, the first frame of an animation.
+    """Decode a picture completely: upright sRGB, 8 bits a sample, transparency on white, the first frame of an animation.
 
-    Raises ``ValueError`` with the reason: empty, not a picture, truncated or damaged, more than ``MAX_PIXELS``.
+    Colours of another profile are converted. What a file holds besides its picture is not read and refuses nothing.
+    Raises ``ValueError`` with the reason: empty, not a picture, truncated or damaged, more than ``MAX_PIXELS``, samples
+    without a fixed white.
     """
     if not data:
         raise ValueError("is empty (0 bytes)")
+    data, formats = _pixels_only(data), (*FORMATS, "TGA") if _is_tga(data) else FORMATS
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             size = image.size
             image.verify()  # checksums of PNG, which load() does not compare
     except UnidentifiedImageError:
-        raise ValueError(f"is not a picture (expected one of {', '.join(FORMATS)})") from None
+        raise ValueError(_what(data)) from None
     # PIL's plugins raise nearly anything on damaged data: OSError, SyntaxError, struct.error, DecompressionBombError.
     except Exception as error:
-        raise ValueError(f"cannot be decoded ({error})") from None
+        raise ValueError(f"cannot be decoded ({said(error)})") from None
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"is too large ({size[0]} x {size[1]} pixels, at most {MAX_PIXELS} are read)")
+    _refuse_wide(data)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _rgb(ImageOps.exif_transpose(image))
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            image.load()
+            _refuse_without_white(image)
+            return _rgb(_upright(image))
+    except _NoWhiteError:
+        raise
     except Exception as error:
-        raise ValueError(f"cannot be decoded ({error})") from None
+        raise ValueError(f"cannot be decoded ({said(error)})") from None
+
+
+def decode_usable(data: bytes) -> Image.Image:
+    """As :func:`decode`, of a picture that shows something: placeholders of dead links are often a single pixel.
+
+    Raises ``ValueError`` also for one with a side below ``LEAST_SIDE``, or more than ``LONGEST`` times as long as wide.
+    """
+    image = decode(data)
+    shorter, longer = sorted(image.size)
+    if shorter < LEAST_SIDE:
+        raise ValueError(f"is {image.width} x {image.height} pixels, a placeholder (a side must have {LEAST_SIDE} or more)")
+    if longer > LONGEST * shorter:
+        raise ValueError(f"is {image.width} x {image.height} pixels (one side may be {LONGEST} times as long as the other)")
+    return image
+
+
+def converted(data: bytes) -> bool:
+    """Whether decoding a file may convert its colours: what was computed before that was done is then out of date."""
+    return data[:4] in (b"II*\0", b"MM\0*") or any(mark in data for mark in (b"iCCP", b"ICC_PROFILE", b"ICCP"))
+
+
+def _what(data: bytes) -> str:
+    """What a file is that is no picture we read, and what converts it."""
+    for head, name, command in OTHERS:
+        if data.startswith(head):
+            return f"is {name}: convert it ({command})"
+    if data[4:8] == b"ftyp":
+        kind = "an AVIF picture, which this Pillow does not read" if data[8:11] == b"avi" else "a HEIC picture or a film"
+        return f"is {kind}: convert it (heif-convert IN OUT.png)"
+    begins = data[:512].lstrip().lower()
+    if begins.startswith((b"<!doctype html", b"<html")):
+        return "is not a picture but a web page, as dead links give"
+    if begins.startswith((b"<svg", b"<?xml")):
+        return "is a drawing (SVG): convert it (rsvg-convert IN -o OUT.png)"
+    if data.startswith(b"version https://git-lfs"):
+        return "is not a picture but a pointer of Git LFS: fetch the files (git lfs pull)"
+    return f"is not a picture (expected one of {', '.join((*FORMATS, 'TGA'))})"
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Type and whole bytes of the chunks of a PNG; what is cut short comes as it is, and ends them."""
+    place = 8
+    while place < len(data):
+        (length,) = struct.unpack(">I", data[place : place + 4].ljust(4, b"\0"))
+        yield data[place + 4 : place + 8], data[place : place + length + 12]
+        place += length + 12
+
+
+def _pixels_only(data: bytes) -> bytes:
+    """A PNG without its texts: programs keep whole workflows there, beyond what PIL is willing to read."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    # ImageMagick keeps in a text how a picture was held.
+    kept = [c for kind, c in _chunks(data) if kind not in (b"tEXt", b"zTXt", b"iTXt") or c[8:29] == b"Raw profile type exif"]
+    return data[:8] + b"".join(kept)
+
+
+def _is_tga(data: bytes) -> bool:
+    """Whether a file is surely TGA, whose header alone is so short that nearly any bytes could be one."""
+    if data[-18:-1] == b"TRUEVISION-XFILE.":
+        return True
+    if len(data) < 18 or data[1] != 0 or data[2] not in (2, 3) or data[16] not in (8, 16, 24, 32):
+        return False
+    width, height = struct.unpack("<HH", data[12:16])
+    return width * height > 0 and len(data) == 18 + data[0] + width * height * data[16] // 8
+
+
+def _refuse_wide(data: bytes) -> None:
+    """Refuse colours that are told by number (H.273) and are not sRGB's: PIL would read them as if they were."""
+    place = data.find(b"colrnclx", 0, 1 << 14) if data[4:8] == b"ftyp" else -1
+    code = data[place + 8 : place + 12] if place >= 0 else b""
+    if data.startswith(b"\x89PNG"):
+        chunk = next((c for kind, c in _chunks(data) if kind == b"cICP"), b"")
+        code = bytes((0, chunk[8], 0, chunk[9])) if len(chunk) >= 12 else b""
+    if len(code) == 4 and (code[1] in (9, 11, 12) or code[3] in (8, 16, 18)):
+        raise ValueError("has colours of high dynamic range or a wide gamut without a profile: save it as sRGB with 8 bits")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say; damaged ones say nothing."""
+    with contextlib.suppress(Exception):
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+class _NoWhiteError(ValueError):
+    """Samples of which nobody knows which value is white."""
+
+
+def _refuse_without_white(image: Image.Image) -> None:
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))  # of TIFF; the other formats have 16 at most
+    wide = max(bits if isinstance(bits, tuple) else (bits,)) > 16
+    if image.mode == "F":
+        raise _NoWhiteError("has floating-point samples, which have no fixed white: save it with 8 bits a sample")
+    if image.mode.startswith("I") and (wide or _outside(image)):
+        raise _NoWhiteError("has samples of 32 bits or with a sign, which have no fixed white: save it with 8 or 16 bits")
+
+
+def _outside(image: Image.Image) -> bool:
+    samples = np.asarray(image)
+    return bool(samples.min() < 0 or samples.max() > 65535)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point samples have no fixed white; save it with 8 bits a sample")
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16 bits a sample; PIL's own conversion would clip at 255
-        samples = np.asarray(image).clip(0, 65535).astype(np.float32)
-        return Image.fromarray((samples / 257).round().astype(np.uint8)).convert("RGB")
+        grey = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
+        return _srgb(Image.fromarray(grey), profile).convert("RGB")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        image = image.convert("RGBA")
+        opaque = _srgb(image.convert("RGB"), profile)
+        opaque.putalpha(image.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque).convert("RGB")
+    return _srgb(image if image.mode in ("RGB", "CMYK", "L") else image.convert("RGB"), profile).convert("RGB")
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """In the colours of sRGB; the values of a picture without a profile, or with one that is damaged, are sRGB's."""
+    if not profile or (change := _change(profile, image.mode)) is None:
+        return image
+    return ImageCms.applyTransform(image, change) or image
+
+
+@functools.lru_cache(maxsize=16)
+def _change(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None where it is sRGB by another name: its values are left as they are."""
+    try:
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        change = ImageCms.buildTransform(theirs, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None  # damaged, or of another kind of picture
+    if mode not in ("RGB", "L"):
+        return change
+    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3) if mode == "RGB" else steps[None]
+    probe = Image.fromarray(grid)
+    moved = np.asarray(ImageCms.applyTransform(probe, change)).astype(int) - np.asarray(probe.convert("RGB"))
+    return change if abs(moved).max() > SAME else None
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:

@@ -21,6 +21,7 @@ from palate.data.values import BadValueError, Row
 
 # After the row that is one too many, how far to look for others to tell about.
 LISTED, LOOKAHEAD = 5, 1000
+LINE = 200  # characters of bad rows in one message
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,22 @@ class Reader:
         pairs = tqdm(reader._iterate(look=False), desc="finding absolute winners", unit=" pairs", disable=None)
         return selection.absolute_winners((pair.prompt, pair.pictures, pair.label) for pair in pairs)
 
+    @functools.cached_property
+    def _unseen(self) -> Counter[str]:
+        """What the folder holds that no row shows, by reason."""
+        found = formats.unread(self.source, self.places)
+        for place in self.places:
+            if not place.remote and place.path.is_dir():
+                found += formats.Captioned.of(place.path).left_out
+        return found
+
     def _iterate(self, *, look: bool) -> Iterator[Item]:
         """With ``look`` every picture is decoded, and one that cannot be makes its row a bad one."""
         reading = self.reading
         winners = self._winners if reading.absolute_winners else None
         chosen = selection.Selection(winners, reading.deduplicate, reading.max_pairs_per_prompt)
         self.counts = counts = Counts(left_out=chosen.left_out)
+        counts.left_out.update(self._unseen)
         rows = self._rows()
         for file, number, row in rows:
             for item in self._read(file, number, row, look):
@@ -177,10 +188,13 @@ class Reader:
             assert isinstance(file, File)
             if (bad := next((value for value in row.values() if isinstance(value, BadValueError)), None)) is not None:
                 raise bad
-            if row.get(file.names["has_label"]) is False:
+            if (column := formats.late(file, row)) is not None:
+                what = f"is in none of the first {formats.SAMPLE[file.format]} rows, by which the file is read"
+                raise BadValueError(column, f"{what}: write it in every row, or move this row to the beginning")
+            if not self._says(file.names["has_label"], row):
                 self.counts.unlabelled += 1
                 return []
-            if row.get(file.names["are_different"]) is False:
+            if not self._says(file.names["are_different"], row):
                 self.counts.identical += 1
                 return []
             return self._items(file, number, row, look)
@@ -188,6 +202,11 @@ class Reader:
             name = file.name if isinstance(file, Path) else file.path.name
             self.counts.bad.append(BadRow(number, bad.column, bad.reason, name))
             return []
+
+    @staticmethod
+    def _says(column: str, row: Row) -> bool:
+        """Whether a row may be kept as far as that column goes; one that has no such column may."""
+        return column not in row or values.truth(column, row[column])
 
     def _items(self, file: File, number: int, row: Row, look: bool) -> Sequence[Item]:
         names, layout = file.names, file.layout
@@ -229,17 +248,23 @@ class Reader:
 
     def _too_many_bad_rows(self) -> UserError:
         bad = self.counts.bad
-        listed = "; ".join(str(row) for row in bad[:LISTED])
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for row in bad[:LISTED]:
+            alike.setdefault((row.file, row.column, row.reason), []).append(f"row {row.row}")
+        told = [f"{name}, {', '.join(rows)}, column {column}: {why}" for (name, column, why), rows in alike.items()]
+        # As many as a line holds, and at least one.
+        listed = [one for i, one in enumerate(told) if i == 0 or len("; ".join(told[: i + 1])) <= LINE]
+        more = "; ..." if len(listed) < len(told) or len(bad) > LISTED else ""
         return UserError(
-            f"at least {len(bad)} bad rows in {self.source}, but max_bad_rows is {self.reading.max_bad_rows}: {listed}"
-            f"{'; ...' if len(bad) > LISTED else ''}. Repair them, or set max_bad_rows to skip that many"
+            f"at least {len(bad)} bad rows in {self.source}, but max_bad_rows is {self.reading.max_bad_rows}: "
+            f"{'; '.join(listed)}{more}. Repair them, or set max_bad_rows to skip that many"
         )
 
     def _nothing(self) -> UserError:
         counts = self.counts
         if counts.ties_dropped:
             return UserError(f"{self.source} has only ties ({counts.ties_dropped} pairs): keep them as half with ties: keep")
-        if counts.left_out:
+        if counts.left_out and not counts.bad and not counts.unlabelled and not counts.identical:
             told = ", ".join(f"{n} {reason}" for reason, n in counts.left_out.items())
             return UserError(f"nothing of {self.source} is left: {told}; ask for less")
         met = f"{counts.rows} rows, {counts.unlabelled} without a label, {len(counts.bad)} bad"

@@ -8,12 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from palate.data.values import BadValueError
+from palate.base.errors import said
+from palate.data.values import BadValueError, short
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "ppm", "pgm", "tga")
 TEXTS = {"txt": "prompt", "text": "prompt", "caption": "prompt"}
 MAX_MEMBER = 1 << 28
 """Bytes of the largest member that is read: memory must not depend on what a file claims."""
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file of that path is what macOS and Windows leave beside others, which nobody put there."""
+    *folders, last = name.replace("\\", "/").split("/")
+    return last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini") or "__MACOSX" in folders
 
 
 def is_tar(head: bytes) -> bool:
@@ -38,7 +45,7 @@ def sample_rows(path: Path) -> Iterator[dict[str, object] | BadValueError]:
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
             while (member := shard.next()) is not None:
                 shard.members.clear()  # tarfile would keep the headers of all
-                if not member.isfile():
+                if not member.isfile() or is_litter(member.name):
                     continue
                 head, _, name = member.name.rpartition("/")
                 base, _, extension = name.partition(".")
@@ -46,15 +53,22 @@ def sample_rows(path: Path) -> Iterator[dict[str, object] | BadValueError]:
                     yield row
                     row, done = {}, done + 1
                 key = (head, base)
-                row.update(_columns(extension, member, shard))
+                _add(row, _columns(extension, member, shard), member.name)
             if not _ends(shard, stream):
                 raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         # The sample that was being read may be half of one.
-        yield BadValueError("(rest of file)", f"is damaged after {done} samples ({error}): copy or download it again")
+        yield BadValueError("(rest of file)", f"is damaged after {done} samples ({said(error)}): copy or download it again")
         return
     if key is not None:
         yield row
+
+
+def _add(row: dict[str, object], columns: dict[str, object], name: str) -> None:
+    """A member's columns to those of its sample; of two members that give the same column neither counts."""
+    for column, value in columns.items():
+        twice = column in row and row[column] != value
+        row[column] = BadValueError(column, f"is given twice, again by {short(name)}") if twice else value
 
 
 def _ends(shard: tarfile.TarFile, stream: BinaryIO) -> bool:
@@ -81,7 +95,7 @@ def _columns(extension: str, member: tarfile.TarInfo, shard: tarfile.TarFile) ->
             raise ValueError("is not an object")
         text = data.decode("utf-8-sig").strip()
     except (ValueError, RecursionError) as error:
-        return {"": BadValueError(extension, f"of {member.name} cannot be read ({error})")}
+        return {"": BadValueError(extension, f"of {short(member.name)} cannot be read ({said(error)})")}
     return {TEXTS.get(extension.lower(), extension): text}
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from palate.data.images import decode
+from palate.base import errors
+from palate.base.files import spellings
+from palate.data.images import decode_usable
 
-WORDS = {"true": 1.0, "false": 0.0}  # as CSV files and sidecar files write truth
-
+WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "t": 1.0, "f": 0.0, "y": 1.0, "n": 0.0}
+"""As CSV files and sidecar files write truth."""
+PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 Row = Mapping[str, object]
 """A row of a file by column; its values are what the file holds, and not checked yet."""
@@ -32,6 +36,20 @@ class Home(NamedTuple):
     folder: Path  # paths are relative to it
     root: Path  # and never lead out of this one
     second: Path | None = None  # tried for names that the first has not: HPD's train.json names pictures of train/
+
+
+def truth(column: str, value: object) -> bool:
+    """True or false, however the program that wrote the file writes it: ``True``, ``"false"``, ``0.0``, ``"1"``, ``no``."""
+    if value is None or value == "":
+        raise BadValueError(column, "is missing: expected true or false in every row, or no such column")
+    written = value.strip().lower() if isinstance(value, str) else value
+    try:
+        found = float(WORDS.get(written, written) if isinstance(written, str) else written)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if found not in (0.0, 1.0):
+        raise BadValueError(column, f"must be true or false, found {short(value)}")
+    return found == 1.0
 
 
 def prompt(column: str, value: object) -> str:
@@ -71,7 +89,9 @@ def label(names: Mapping[str, str], row: Row, layout: tuple[str, ...]) -> float:
         return number(names["label"], row.get(names["label"]), highest=1.0)
     if "best" in layout:
         best, *uids = (row.get(names[name]) for name in ("best", "uid_0", "uid_1"))
-        if best in ("tie", "none", "", None) or uids[0] == uids[1]:
+        if best is None or best == "":
+            raise BadValueError(names["best"], "is missing: expected one of the pair's pictures, or 'tie'")
+        if (isinstance(best, str) and best.strip().lower() in ("tie", "none")) or uids[0] == uids[1]:
             return 0.5
         if best not in uids:
             raise BadValueError(names["best"], f"must be one of the pair's pictures or 'tie', found {short(best)}")
@@ -122,7 +142,7 @@ def picture(column: str, value: object, home: Home, *, look: bool = True) -> byt
         raise BadValueError(column, "is missing")
     where = ""
     if isinstance(value, str):
-        where, value = f"{value!r} ", _read_inside(column, value, home)
+        where, value = f"{short(value)} ", _read_inside(column, value, home)
     if not isinstance(value, bytes):
         raise BadValueError(column, f"must be a picture's bytes or path, found {short(value)}")
     if look and (reason := _defect(value)):
@@ -132,32 +152,82 @@ def picture(column: str, value: object, home: Home, *, look: bool = True) -> byt
 
 def _read_inside(column: str, name: str, home: Home) -> bytes:
     """A file's bytes; a data file from outside must not make us read other files than its own."""
-    inside = True
+    if reason := _no_path(name):
+        raise BadValueError(column, f"holds {short(name, 40)}, {reason}")
+    if Path(name).is_absolute() or re.match(r"[A-Za-z]:[\\/]", name):
+        raise BadValueError(column, _absolute(name, home))
     try:
-        for folder in (home.folder, home.second):
-            if folder is not None and inside:
-                path = (folder / name).resolve()
-                inside = not Path(name).is_absolute() and path.is_relative_to(home.root.resolve())
-                if inside and path.is_file():
+        for written in spellings(name):
+            for folder in (home.folder, home.second):
+                if folder is not None and (path := folder / written).is_file():
+                    if not path.resolve().is_relative_to(home.root.resolve()):
+                        raise BadValueError(column, _outside(name, path))
                     return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character
-        raise BadValueError(column, f"{name!r} cannot be read ({error})") from None
-    if not inside:
-        raise BadValueError(column, f"{name!r} leads outside the folder of the file; paths must be relative and stay inside")
-    raise BadValueError(column, f"{name!r} does not exist (paths are relative to {home.folder})")
+        raise BadValueError(column, f"{short(name)} cannot be read ({errors.said(error, 60)})") from None
+    raise BadValueError(column, _missing(name, home))
+
+
+def _no_path(value: str) -> str:
+    """Why a text names no file, where it tells so itself."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
+        return "an address: download the pictures, and name the files"
+    if "\0" in value:
+        return "which cannot be read: it has a null character"
+    if value.startswith("data:") or (len(value) > 200 and re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", value[:400])):
+        return "which looks like a picture in base64: decode it, and save it as a file or as bytes in parquet"
+    if len(value) > 1024:
+        return f"a text of {len(value)} characters: expected the path of a picture"
+    return ""
+
+
+def _absolute(name: str, home: Home) -> str:
+    if not Path(name).is_relative_to(home.folder.absolute()):
+        return f"{short(name)} leads outside the folder of the file (an absolute path); paths must be relative and stay inside"
+    inside = short(str(Path(name).relative_to(home.folder.absolute())))
+    return f"{short(name)} is an absolute path; paths must be relative to the folder of the file: write {inside}"
+
+
+def _outside(name: str, path: Path) -> str:
+    if ".." in Path(name.replace("\\", "/")).parts:
+        return f"{short(name)} leads outside the folder of the file; paths must be relative and stay inside"
+    if path.is_symlink():
+        return f"{short(name)} is a link that leads outside the folder of the file: copy the picture there (cp -L)"
+    return f"{short(name)} lies in a linked folder that leads outside the folder of the file: copy it there (cp -rL)"
+
+
+def _missing(name: str, home: Home) -> str:
+    if ".." in Path(name.replace("\\", "/")).parts:
+        return f"{short(name)} leads outside the folder of the file; paths must be relative and stay inside"
+    if (link := home.folder / name).is_symlink():
+        return f"{short(name)} is a link to {short(str(link.readlink()))}, which does not exist"
+    if packed := _packed(home.folder):
+        return f"{short(name)} does not exist; {short(packed, 40)} beside it may hold it: {unpack(packed)}"
+    return f"{short(name)} does not exist (paths are relative to {home.folder})"
+
+
+@lru_cache(maxsize=8)
+def _packed(folder: Path) -> str:
+    """The first archive in a folder; once a folder, which may hold a million pictures."""
+    return min((p.name for p in folder.iterdir() if p.name.lower().endswith(PACKED)), default="") if folder.is_dir() else ""
+
+
+def unpack(name: str) -> str:
+    """The command that unpacks an archive of that name where it lies."""
+    known = {".zip": "unzip", ".7z": "7z x", ".rar": "unrar x"}
+    return f"unpack it ({next((c for end, c in known.items() if name.lower().endswith(end)), 'tar xf')} {short(name, 40)})"
 
 
 @lru_cache(maxsize=16)
 def _defect(data: bytes) -> str:
     """Why a picture cannot be used, or nothing. Neighbouring rows often show the same picture: it is decoded once."""
     try:
-        decode(data)
+        decode_usable(data)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def short(value: object) -> str:
+def short(value: object, most: int = 60) -> str:
     """A value, or its beginning."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return errors.short(value, most)

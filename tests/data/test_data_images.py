@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from palate.base.errors import UserError
 from palate.data import images
-from palate.data.images import check_resolution, crop_position, decode, square
+from palate.data.images import FORMATS, check_resolution, converted, crop_position, decode, decode_usable, square
 
 
 def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
@@ -163,3 +163,157 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
 def test_resolution_must_be_a_multiple_of_eight(resolution):
     with pytest.raises(UserError, match="multiple of 8"):
         check_resolution(resolution)
+
+
+# What stands beside a picture, and what its values mean ----
+
+
+@pytest.mark.parametrize("kind", ["text", "compressed", "international", "damaged", "profile", "exif"])
+def test_what_stands_beside_a_picture_refuses_nothing(kind):
+    info, options, image = PngImagePlugin.PngInfo(), {}, noise(20, 12)
+    if kind in ("text", "compressed"):
+        for i in range(40):  # more than Pillow reads of one, and of all together
+            info.add_text(f"workflow {i}", "x" * 2_000_000, zip=kind == "compressed")
+    elif kind == "international":
+        info.add_itxt("workflow", "x" * 2_000_000, zip=True)
+    elif kind == "damaged":
+        info.add(b"zTXt", b"workflow\0\0no zlib")
+    elif kind == "profile":
+        options["icc_profile"] = np.random.default_rng(0).bytes(2_000_000)
+    else:
+        options["exif"] = b"Exif\0\0nothing of the sort"
+    data = encoded(image, pnginfo=info, **options)
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(image))
+
+
+def test_a_wrong_checksum_of_a_text_refuses_nothing_and_one_of_pixels_does():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("a", "b")
+    data = encoded(noise(20, 12), pnginfo=info)
+    place = data.index(b"tEXt")
+    decode(data[: place + 5] + b"!" + data[place + 6 :])
+    place = data.index(b"IDAT")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode(data[: place + 9] + b"!" + data[place + 10 :])
+
+
+@pytest.mark.parametrize("file_format", [name for name in FORMATS if name != "GIF"] + ["TGA"])
+def test_all_formats_are_read(file_format):
+    image = noise(40, 24)
+    lossless = {
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "WEBP": {"lossless": True},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+    }
+    found = decode(encoded(image, file_format, **lossless.get(file_format, {})))
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(image)).max() <= 12
+    assert found.size == image.size
+
+
+@pytest.mark.parametrize("file_format", [*FORMATS, "TGA"])
+@pytest.mark.parametrize("part", [0.3, 0.7])
+def test_a_cut_picture_of_any_format_is_refused(file_format, part):
+    data = encoded(noise(40, 24), file_format)
+    with pytest.raises(ValueError, match=r"^(is|cannot be|has)"):
+        decode(data[: int(len(data) * part)])
+
+
+@given(st.binary(min_size=1, max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_bytes_that_are_no_picture_are_never_taken_for_one(data):
+    with pytest.raises(ValueError, match=r"^(is|cannot be|has)"):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"\n <html>", "web page"),
+        (b"%PDF-1.7", "pdftoppm"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "heif-convert"),
+        (b"<svg xmlns=''/>", "rsvg-convert"),
+        (b"8BPS\0\1", "magick"),
+        (b"\xff\x0a\0\0", "djxl"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    ],
+)
+def test_what_is_taken_for_a_picture_is_told_with_what_converts_it(data, said):
+    with pytest.raises(ValueError, match=said):
+        decode(data)
+
+
+def gamma(power: float) -> bytes:
+    """A grey profile of that gamma, as ICC.1 lays it out: header, one table of two tags."""
+    import struct
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(power * 256)) + bytes(2)
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    table = struct.pack(">I", 2)
+    for sign, offset, size in ((b"wtpt", 156, 20), (b"kTRC", 176, 16)):
+        table += sign + struct.pack(">II", offset, size)
+    body = table + white + curve
+    head = struct.pack(">I4sI4s4s4s", 128 + len(body), b"", 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + body
+
+
+def test_values_with_srgb_by_any_name_are_left_as_they_are():
+    image = noise(20, 12)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(np.asarray(decode(encoded(image, icc_profile=profile))), np.asarray(image))
+
+
+def test_values_of_another_profile_are_converted():
+    # Of gamma 1 the value 55 is the light 0.2157, which sRGB writes as 1.055 * 0.2157 ** (1 / 2.4) - 0.055 = 0.502: 128.
+    grey = Image.new("L", (8, 8), 55)
+    for mode in ("L", "I;16"):
+        image = grey if mode == "L" else Image.fromarray(np.full((8, 8), 55 * 257, dtype=np.uint16))
+        data = encoded(image, icc_profile=gamma(1.0))
+        assert converted(data)
+        assert decode(data).getpixel((0, 0)) == pytest.approx((128,) * 3, abs=1)
+    assert not converted(encoded(grey))
+
+
+def test_transparency_is_kept_where_colours_are_converted():
+    image = Image.new("LA", (8, 8), (55, 0))
+    assert decode(encoded(image, icc_profile=gamma(1.0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("primaries", "transfer", "fine"), [(1, 13, True), (9, 16, False), (12, 13, False), (1, 18, False)])
+def test_colours_told_by_number(primaries, transfer, fine):
+    info = PngImagePlugin.PngInfo()
+    info.add(b"cICP", bytes((primaries, transfer, 0, 1)))
+    data = encoded(noise(8, 8), pnginfo=info)
+    if fine:
+        decode(data)
+    else:
+        with pytest.raises(ValueError, match="high dynamic range or a wide gamut"):
+            decode(data)
+
+
+@pytest.mark.parametrize(("dtype", "value", "grey"), [("uint16", 32896, 128), ("uint16", 65535, 255), ("uint8", 128, 128)])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_samples_of_sixteen_bits(dtype, value, grey, file_format):
+    image = Image.fromarray(np.full((8, 8), value, dtype=dtype))
+    assert decode(encoded(image, file_format)).getpixel((0, 0)) == (grey,) * 3
+
+
+@pytest.mark.parametrize("value", [0, 200, 70000, -3])
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_samples_without_a_fixed_white_are_refused(dtype, value):
+    with pytest.raises(ValueError, match=r"^has .*no fixed white"):
+        decode(encoded(Image.fromarray(np.full((8, 8), value, dtype=dtype)), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    ("size", "fine"), [((1, 1), False), ((2000, 1), False), ((3, 8), False), ((4, 4), True), ((8, 81), False), ((8, 80), True)]
+)
+def test_placeholders(size, fine):
+    data = encoded(noise(*size))
+    assert decode(data).size == size
+    if fine:
+        assert decode_usable(data).size == size
+    else:
+        with pytest.raises(ValueError, match=f"is {size[0]} x {size[1]} pixels"):
+            decode_usable(data)
