@@ -7,7 +7,7 @@ import torch
 
 from palate.base.errors import UserError
 from palate.miniature import world
-from palate.names.judges import find_judges
+from palate.names.judges import NamedJudge, find_judges
 
 
 def test_judges_of_every_form(judge_dir):
@@ -101,3 +101,45 @@ def test_unknown_names_are_refused(name, message, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         find_judges([name])
+
+
+# What a fingerprint holds ----
+
+
+def test_a_function_is_known_by_its_source_and_by_what_it_uses_beside_it(tmp_path, monkeypatch):
+    import importlib
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    texts = {"fp_judge": "from fp_helper import level\n\ndef f(images, prompts):\n    return [level] * len(prompts)\n"}
+    texts |= {"fp_helper": "level = 1\n", "fp_apart": "level = 1\n"}
+
+    def fingerprint(**changed: str) -> str:
+        for name, text in {**texts, **changed}.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return find_judges(["fp_judge:f"])["fp_judge:f"].fingerprint()
+
+    first = fingerprint()
+    assert fingerprint() == first
+    assert fingerprint(fp_apart="level = 2\n") == first
+    assert fingerprint(fp_helper="level = 2\n") != first
+    assert fingerprint(fp_judge=texts["fp_judge"] + "# other\n") != first
+    # And so is a sum that holds it.
+    total = "2*fp_judge:f + jpeg_compressibility"
+    before = find_judges([total])[total].fingerprint()
+    fingerprint(fp_helper="level = 3\n")
+    assert find_judges([total])[total].fingerprint() != before
+
+
+def test_a_file_that_an_option_names_is_part_of_the_fingerprint(tmp_path):
+    file = tmp_path / "questions.jsonl"
+
+    def fingerprint(text: str) -> str:
+        file.write_text(text)
+        return NamedJudge("x", "vlm_strict", options={"questions": str(file), "layer": 3}).fingerprint()
+
+    assert fingerprint("a") == fingerprint("a")
+    assert fingerprint("a") != fingerprint("b")

@@ -155,7 +155,9 @@ def find(source: str | Path) -> list[Place]:
     name, _, split = str(source).partition(":")
     if hub.is_hub_id(name) and Path(name).suffix not in (*ENDINGS, ".jsonl", ".json", ".csv", ".db"):
         return _find_on_hub(name, split)
-    raise UserError(f"{short(str(source), 120)} does not exist: expected a {EXPECTED} file of preference pairs, or a folder")
+    raise UserError(
+        f"{short(str(source), 120, quoted=False)} does not exist: expected a {EXPECTED} file of preference pairs, or a folder"
+    )
 
 
 def _find_in_folder(path: Path) -> list[Path]:

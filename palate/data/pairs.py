@@ -248,10 +248,10 @@ class Reader:
 
     def _too_many_bad_rows(self) -> UserError:
         bad = self.counts.bad
-        alike: dict[tuple[str, str, str], list[str]] = {}
+        alike: dict[tuple[str, str, str], list[BadRow]] = {}
         for row in bad[:LISTED]:
-            alike.setdefault((row.file, row.column, row.reason), []).append(f"row {row.row}")
-        told = [f"{name}, {', '.join(rows)}, column {column}: {why}" for (name, column, why), rows in alike.items()]
+            alike.setdefault((row.file, row.column, row.reason), []).append(row)
+        told = [str(first) + _also(rest) for first, *rest in alike.values()]
         # As many as a line holds, and at least one.
         listed = [one for i, one in enumerate(told) if i == 0 or len("; ".join(told[: i + 1])) <= LINE]
         more = "; ..." if len(listed) < len(told) or len(bad) > LISTED else ""
@@ -270,6 +270,10 @@ class Reader:
         met = f"{counts.rows} rows, {counts.unlabelled} without a label, {len(counts.bad)} bad"
         first = f"; the first bad one: {counts.bad[0]}" if counts.bad else ""
         return UserError(f"{self.source} is empty: no preference pairs ({met}{first}). Check that it is the file you meant")
+
+
+def _also(rows: Sequence[BadRow]) -> str:
+    return f" (the same in {', '.join(f'row {row.row}' for row in rows)})" if rows else ""
 
 
 def read(source: str | Path, reading: Reading | None = None, *, keep_columns: bool = False) -> Reader:

@@ -310,6 +310,11 @@ def _common_keys(sides: Sequence[Side], names: Sequence[str]) -> tuple[list[tupl
             file = side.scores[name]
             for key in keys:
                 picture = side.pictures[key].file
+                if file.stale(side.folder, side.pictures[key]):
+                    raise UserError(
+                        f"judge {name} scored {side.folder / picture} before that picture or its prompt changed; run: "
+                        f"palate score {side.folder} --judges {name}"
+                    )
                 if picture in file.scores:
                     continue
                 if picture not in file.bad:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from palate.base.errors import UserError
-from palate.base.jsonl import JsonObject, append_lines, read_lines, read_object, short, write_object
+from palate.base.errors import UserError, short
+from palate.base.files import spellings
+from palate.base.jsonl import JsonObject, append_lines, read_lines, read_object, write_object
+from palate.data.shards import PICTURES, is_litter
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
 Value = TypeVar("Value")
@@ -70,20 +73,37 @@ def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Pictu
     pictures: list[Picture] = []
     known: dict[object, int] = {}
     for number, row in read_lines(path, may_be_cut=True):
-        picture = _picture(f"{path}, line {number}", row)
+        picture = _as_on_disk(folder, _picture(f"{path}, line {number}", row))
         for what, value in (("file", picture.file), ("prompt, seed and index", picture.key)):
             if (before := known.setdefault(value, number)) != number:
-                raise UserError(f"{path}, line {number}: the same {what} as line {before} ({value!r}); remove one")
+                raise UserError(f"{path}, line {number}: the same {what} as line {before} ({short(value)}); remove one")
         pictures.append(picture)
     if not pictures:
         raise UserError(f"{path} names no pictures; expected one JSON object a line with file, prompt, seed, index, model")
     missing = [p.file for p in pictures if check_files and not (folder / p.file).is_file()]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of the {len(pictures)} pictures in {MANIFEST}, the first is {missing[0]}; "
-            "generate them again, or remove their lines"
+            f"{folder} lacks {len(missing)} of the {len(pictures)} pictures in {MANIFEST}, the first is "
+            f"{short(missing[0], quoted=False)}; generate them again, or remove their lines"
         )
     return pictures
+
+
+def unlisted(folder: str | Path, pictures: Sequence[Picture]) -> list[str]:
+    """Pictures beside those of the manifest that it does not name; those that others were edited from are none."""
+    named = {name for p in pictures for name in (p.file, p.init_image)}
+    folders = {Path(folder), *((Path(folder) / p.file).parent for p in pictures)}
+    near = [path for place in folders if place.is_dir() for path in place.iterdir() if path.is_file()]
+    found = (p for p in near if p.suffix.lower().removeprefix(".") in PICTURES and not is_litter(p.name))
+    return sorted({p.relative_to(folder).as_posix() for p in found} - named)
+
+
+def _as_on_disk(folder: Path, picture: Picture) -> Picture:
+    """With the name that the file has here, where the manifest writes it as another system would."""
+    if (folder / picture.file).is_file():
+        return picture
+    found = next((name for name in spellings(picture.file) if (folder / name).is_file()), picture.file)
+    return replace(picture, file=found)
 
 
 def append_manifest(folder: str | Path, pictures: Sequence[Picture]) -> None:
@@ -117,10 +137,24 @@ class ScoreFile:
     """By file, higher is better."""
     bad: Mapping[str, str] = field(default_factory=dict)
     """Pictures without a score, and why."""
+    of: Mapping[str, str] = field(default_factory=dict)
+    """By file, what was scored: :func:`content` of picture and prompt; earlier versions did not write it."""
+
+    def stale(self, folder: Path, picture: Picture) -> bool:
+        """Whether picture or prompt is another one than was scored; a score that does not tell of which it is, is none."""
+        return picture.file in self.of and self.of[picture.file] != content(folder / picture.file, picture.prompt)
 
     def header(self) -> dict[str, str]:
         """What all its scores have in common, whoever asked."""
         return {"judge": self.judge, "kind": self.kind, "fingerprint": self.fingerprint, "role": self.role}
+
+
+def content(file: Path, prompt: str) -> str:
+    """16 hexadecimal digits that change with a picture's bytes and with its prompt; empty where it cannot be read."""
+    try:
+        return hashlib.sha256(hashlib.sha256(file.read_bytes()).digest() + prompt.encode(errors="replace")).hexdigest()[:16]
+    except (OSError, ValueError):
+        return ""
 
 
 def score_path(folder: str | Path, judge: str) -> Path:
@@ -141,19 +175,24 @@ def read_scores(path: str | Path) -> ScoreFile:
         raise UserError(f"{path}: its first line must be an object with judge, kind, fingerprint, role; score again")
     scores: dict[str, float] = {}
     bad: dict[str, str] = {}
+    of: dict[str, str] = {}
     for number, row in lines:
         file, score = row.get("file"), row.get("score")
-        known = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not isinstance(file, str) or not (known or (score is None and "error" in row)):
+        is_score = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        if not isinstance(file, str) or not (is_score or (score is None and "error" in row)):
             raise UserError(f'{path}, line {number}: expected {{"file": ..., "score": number}}, found {short(row)}')
-        scores.pop(file, None)
-        bad.pop(file, None)
+        for known in (scores, bad, of):
+            known.pop(file, None)
+        if isinstance(row.get("of"), str):
+            of[file] = row["of"]
         if isinstance(score, int | float):
             scores[file] = float(score)
         else:
             bad[file] = str(row["error"])
-    known = {name: header[name] for name in ("judge", "kind", "fingerprint", "role")}
-    return ScoreFile(**known, serves=tuple(map(str, header.get("serves") or ())), scores=scores, bad=bad)
+    told = {name: header[name] for name in ("judge", "kind", "fingerprint", "role")}
+    serves = header.get("serves")
+    serves = tuple(map(str, serves)) if isinstance(serves, list) else ()
+    return ScoreFile(**told, serves=serves, scores=scores, bad=bad, of=of)
 
 
 def read_all_scores(folder: str | Path) -> dict[str, ScoreFile]:
@@ -162,10 +201,14 @@ def read_all_scores(folder: str | Path) -> dict[str, ScoreFile]:
     return {scores.judge: scores for scores in found}
 
 
-def append_scores(path: str | Path, lines: Sequence[tuple[str, float | str]], header: ScoreFile) -> None:
-    """Add scores, or why there is none, by file; the header comes first in a new file."""
+def append_scores(
+    path: str | Path, lines: Sequence[tuple[str, float | str]], header: ScoreFile, of: Mapping[str, str] | None = None
+) -> None:
+    """Add scores, or why there is none, by file, and of what they are; the header comes first in a new file."""
     rows = [
-        {"file": file, "score": found} if isinstance(found, float) else {"file": file, "score": None, "error": found}
+        {"file": file, "score": found, **({"of": of[file]} if of and of.get(file) else {})}
+        if isinstance(found, float)
+        else {"file": file, "score": None, "error": found}
         for file, found in lines
     ]
     path = Path(path)
@@ -238,8 +281,10 @@ def differences(sides: Sequence[Side], allowed: bool) -> list[str]:
 def _picture(where: str, row: JsonObject) -> Picture:
     def needed(name: str, kind: type[Value], otherwise: object = None) -> Value:
         value = row.get(name, otherwise)
+        value = _whole(value) if kind is int else value
         if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-            raise UserError(f"{where}: {name} must be {'text' if kind is str else 'a whole number'}, found {short(value)}")
+            what = "text" if kind is str else "a whole number"
+            raise UserError(f"{where}: {name} must be {what}, found {short(row.get(name))}")
         return value
 
     file, prompt = needed("file", str), needed("prompt", str)
@@ -247,7 +292,7 @@ def _picture(where: str, row: JsonObject) -> Picture:
     for path in (file, init_image or ""):
         parts = path.replace("\\", "/").split("/")
         if path.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in path:
-            raise UserError(f"{where}: {path!r} leads outside the folder; paths must be relative and stay inside")
+            raise UserError(f"{where}: {short(path)} leads outside the folder; paths must be relative and stay inside")
     negative, metadata = row.get("negative"), row.get("metadata", {})
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"{where}: negative must be text, found {short(negative)}")
@@ -263,3 +308,14 @@ def _picture(where: str, row: JsonObject) -> Picture:
         metadata=metadata,
         init_image=init_image,
     )
+
+
+def _whole(value: object) -> object:
+    """A whole number as other programs write it, ``1.0`` or ``"1"``; anything else as it is."""
+    try:
+        number = float(value) if isinstance(value, str | float) else math.nan
+    except ValueError:
+        return value
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+        return int(value)  # all its digits, beyond what a float holds
+    return int(number) if math.isfinite(number) and number.is_integer() else value

@@ -34,7 +34,7 @@ def from_judge(judge: Judge) -> Reward:
     """A judge as a reward: it reads the text of the prompts, not what their list tells of them."""
 
     def reward(images: Float[Tensor, "b 3 h w"], prompts: Sequence[Prompt]) -> object:
-        return judge(images, [prompt.text for prompt in prompts])
+        return judge(images.clone(), [prompt.text for prompt in prompts])  # one of the user's own may change them
 
     return reward
 

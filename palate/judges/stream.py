@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.base.errors import UserError
-from palate.data.images import decode, to_tensor
+from palate.base.errors import UserError, short
+from palate.data.images import decode_usable, to_tensor
+from palate.judges.guard import AnswerError, JudgeError, read_answer
 
 if TYPE_CHECKING:
     from palate.judges import Judge
@@ -54,8 +55,9 @@ def score_files(
     ``4 * batch_size`` pictures to find each other. Every item is answered once; those of one batch come together, so the
     order of the indices is that of the items only where nothing had to wait.
 
-    Bad pictures do not stop the others: missing, empty, truncated, no picture, too large. An animation counts by its first
-    frame, transparency is laid on white, 16 bits a sample are reduced to 8 (:func:`palate.data.images.decode`).
+    Bad pictures do not stop the others: missing, empty, truncated, no picture, too large, a placeholder. An animation counts
+    by its first frame, transparency is laid on white, 16 bits a sample are reduced to 8
+    (:func:`palate.data.images.decode_usable`).
 
     Args:
         judge: a :class:`palate.judges.Judge`; if it has ``preprocess(images) -> pixels`` and ``score_pixels(pixels, prompts)``
@@ -65,9 +67,10 @@ def score_files(
         workers: threads that read and decode.
 
     Raises:
-        UserError: what the judge itself raises, or a batch size or number of workers below 1.
+        UserError: what the judge itself raises, or a batch size or number of workers below 1. A :class:`JudgeError` has the
+            index of an item as its ``row``.
     """
-    loads = ((lambda path=path: to_tensor([decode(_read(path))]), prompt) for path, prompt in items)
+    loads = ((lambda path=path: to_tensor([decode_usable(_read(path))]), prompt) for path, prompt in items)
     return score_stream(judge, loads, batch_size=batch_size, workers=workers)
 
 
@@ -88,8 +91,15 @@ def _scores(
 
     def batch(size: tuple[int, ...]) -> Iterator[tuple[int, float | BadPicture]]:
         rows = waiting.pop(size)
-        with torch.no_grad():
-            scores = call(torch.cat([x for _, x, _ in rows]), [prompt for _, _, prompt in rows]).float().tolist()
+        try:
+            with torch.no_grad():
+                answer = call(torch.cat([x for _, x, _ in rows]), [prompt for _, _, prompt in rows])
+            scores = read_answer(answer, len(rows))[0].tolist()
+        except JudgeError as error:
+            error.row = rows[error.row or 0][0]
+            raise
+        except AnswerError as error:
+            raise JudgeError(f"the judge {error}: picture {rows[0][0]} (prompt {short(rows[0][2])})", rows[0][0]) from None
         for (index, _, _), score in zip(rows, scores, strict=True):
             yield index, score if math.isfinite(score) else BadPicture(f"was scored {score} by the judge")
 

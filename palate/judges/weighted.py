@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from palate.judges import Judge
+from palate.judges.guard import read_answer
 
 
 class Weighted:
@@ -18,5 +19,7 @@ class Weighted:
         self.parts = tuple(parts)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        scores = [weight * judge(images, prompts).to(images.device) for weight, judge in self.parts]
+        scores = [
+            weight * read_answer(judge(images, prompts), len(images))[0].to(images.device) for weight, judge in self.parts
+        ]
         return torch.stack(scores).sum(dim=0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,36 +53,35 @@ class NamedJudge:
 
     def load(self, device: str | torch.device = "cpu") -> Judge:
         from palate.judges import load_judge
+        from palate.judges.guard import Guarded
         from palate.judges.weighted import Weighted
 
         if self.kind == "weighted":
             return Weighted([(weight, part.load(device)) for weight, part in self.parts])
         if self.kind == "function":
-            return foreign(self.name)
+            return Guarded(foreign(self.name), self.name)
         judge = load_judge(self.kind, self.folder or self.url, device=device, **self.options)
         if isinstance(judge, RemoteJudge):
             judge.expected = self.served
         return judge
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the judge's kind, options or weights.
+        """16 hexadecimal digits that change with the judge's kind, options or weights, and with the files that options name.
 
-        Of weights above 2 MB the size and both ends are read, so that it takes no time. A remote judge has the fingerprint that
-        its server tells; of one that tells none, and of a model behind an endpoint, only the address and names are known.
+        A function of one's own is known by its source and that of the modules beside it which it uses. Of weights above 2 MB
+        the size and both ends are read, so that it takes no time. A remote judge has the fingerprint that its server tells; of
+        one that tells none, and of a model behind an endpoint, only the address and names are known.
         """
         if self.served is not None and self.served.fingerprint:
             return self.served.fingerprint
         about = [self.kind, self.url, dict(self.options), [[weight, part.fingerprint()] for weight, part in self.parts]]
         about += [self.name if self.kind == "function" else "", *([asdict(self.served)] if self.served else [])]
         digest = hashlib.sha256(json.dumps(about).encode())
-        for path in sorted(self.folder.rglob("*")) if self.folder else ():
-            if path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".json", ".txt"):
-                digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode())  # type: ignore[arg-type]
-                with path.open("rb") as file:
-                    digest.update(file.read(SAMPLED))
-                    if path.stat().st_size > SAMPLED:
-                        file.seek(-SAMPLED, os.SEEK_END)
-                        digest.update(file.read())
+        named = (Path(value).expanduser() for value in self.options.values() if isinstance(value, str) and value)
+        for place in (self.folder, *(path for path in named if path.exists())):
+            _add_files(digest, place)
+        for path in sources(foreign(self.name)) if self.kind == "function" else ():
+            digest.update(f"{path.name} ".encode() + path.read_bytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -99,6 +99,57 @@ class NamedJudge:
         from palate.evaluation.manifest import ScoreFile
 
         return ScoreFile(self.name, self.kind, self.fingerprint(), self.role, self.serves)
+
+
+def _add_files(digest: hashlib._Hash, place: Path | None) -> None:
+    """A file, or those of a folder that hold weights, settings or words; of large ones the size and both ends."""
+    if place is None:
+        return
+    folder = place if place.is_dir() else place.parent
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.is_file() and (path == place or path.suffix in (".safetensors", ".pt", ".pth", ".json", ".txt")):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(SAMPLED))
+                if path.stat().st_size > SAMPLED:
+                    file.seek(-SAMPLED, os.SEEK_END)
+                    digest.update(file.read())
+
+
+def sources(function: object) -> list[Path]:
+    """The file that a function stands in, and those beside it that it imports, and so on; none where there is no source."""
+    name = getattr(function, "__module__", None) or type(function).__module__
+    text = getattr(sys.modules.get(name), "__file__", None) or ""
+    if not text.endswith(".py"):
+        return []
+    first = Path(text).resolve()
+    # Where its top module lies; of what is installed, the package alone is its own.
+    root = first.parents[name.count(".") + (first.name == "__init__.py")]
+    root = root / name.partition(".")[0] if "site-packages" in root.parts else root
+    waiting, found = [first], dict[Path, None]()
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.is_relative_to(root):
+            found[path] = None
+            waiting += _imported(path, root)
+    return list(found)
+
+
+def _imported(path: Path, root: Path) -> Iterator[Path]:
+    """The files below ``root`` that a file of Python imports, wherever in it."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        base, within = root, ""
+        if isinstance(node, ast.ImportFrom):
+            base, within = (path.parents[node.level - 1] if node.level else root), node.module or ""
+        for name in (within, *names):
+            parts = [*within.split("."), *(name.split(".") if name != within else ())]
+            place = base.joinpath(*filter(None, parts))
+            yield from (file.resolve() for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file())
 
 
 def find_judges(names: Iterable[str]) -> dict[str, NamedJudge]:

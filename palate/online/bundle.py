@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import NoReturn
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.data.images import to_pictures
 from palate.data.prompts import Prompt
+from palate.judges.guard import AnswerError, culprit, failure, read_answer
 from palate.judges.reward import Reward, RewardError
 
 PAUSE = 1.0
@@ -219,29 +219,19 @@ class RewardBundle:
                     f"{who} found no free memory for {b} pictures at once: lower sample_batch_size, or evaluation_batch_size "
                     "where it is held out"
                 ) from error
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if attempt == self.retries:
-                    problem = f"raised {type(error).__name__}: {error}"
-                    self._fail(who, problem, pending, self._culprit(reward, pending), error)
+                    self._fail(who, failure(error), pending, self._culprit(reward, pending), error)
             time.sleep(PAUSE * 2**attempt)
             attempt += 1
 
     def _checked(self, who: str, answer: object, pending: Pending) -> tuple[Tensor, object]:
         """Scores ``(b,)`` on the CPU, float32, and what came with them."""
-        scores, info = answer, None
-        if isinstance(answer, tuple) and len(cast(tuple[object, ...], answer)) == 2:
-            scores, info = cast(tuple[object, object], answer)
-        if scores is None:
-            self._fail(who, "returned nothing", pending)
         try:
-            found = scores.detach().cpu() if isinstance(scores, Tensor) else torch.as_tensor(np.asarray(scores))
-            found = found.to(torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
-            self._fail(who, f"returned {type(scores).__name__}, which does not read as numbers", pending, None, error)
-        b = len(pending.prompts)
-        if tuple(found.shape) not in {(b,), (b, 1), *([()] if b == 1 else [])}:
-            self._fail(who, f"returned scores of shape {tuple(found.shape)} where ({b},) was expected", pending)
-        found = found.reshape(b)
+            found, info = read_answer(answer, len(pending.prompts))
+        except AnswerError as error:
+            self._fail(who, str(error), pending)
+        found = found.detach().cpu()
         bad = ~found.isfinite()
         if bad.any():
             row = int(bad.int().argmax())
@@ -256,20 +246,8 @@ class RewardBundle:
         return ask() if self.timeout is None else _within(self.timeout, ask)
 
     def _culprit(self, reward: Reward, pending: Pending) -> int | None:
-        """The image on which a reward raises, found by halving; None if it does not raise on a single one."""
-        low, high = 0, len(pending.prompts)
-        while True:
-            middle = max((low + high) // 2, low + 1)
-            try:
-                self._ask(reward, pending.images[low:middle], pending.prompts[low:middle])
-            except Exception:
-                if middle - low == 1:
-                    return low
-                high = middle
-            else:
-                low = middle
-                if low >= high:
-                    return None
+        """The image on which a reward raises."""
+        return culprit(lambda part: self._ask(reward, pending.images[part], pending.prompts[part]), len(pending.prompts))
 
     def _fail(
         self, who: str, problem: str, pending: Pending, row: int | None = None, cause: BaseException | None = None
@@ -282,7 +260,7 @@ class RewardBundle:
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pictures(pending.images[where : where + 1].nan_to_num())[0].save(path)
             saved = f", saved as {path}"
-        text = f"{who} {problem}: {which} (prompt {pending.prompts[where].text!r}{saved})"
+        text = f"{who} {problem}: {which} (prompt {short(pending.prompts[where].text)}{saved})"
         raise RewardError(" ".join(text.split())) from cause
 
 

@@ -233,6 +233,7 @@ def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress:
         UserError: a picture that the judge gives no finite score.
     """
     from palate.data.images import decode, to_tensor
+    from palate.judges.guard import JudgeError
     from palate.judges.stream import score_stream
 
     where: list[str] = []
@@ -250,10 +251,13 @@ def judge_margins(named: NamedJudge, pairs: Any, batch_size: int = 32, progress:
 
     scores: dict[int, float] = {}
     stream = score_stream(named.load(device()), items(), batch_size=batch_size, workers=2)
-    for index, found in tqdm(stream, desc=named.name, unit=" pictures", disable=not progress):
-        if not isinstance(found, float):
-            raise UserError(f"{where[index]}: a picture {found}")
-        scores[index] = found
+    try:
+        for index, found in tqdm(stream, desc=named.name, unit=" pictures", disable=not progress):
+            if not isinstance(found, float):
+                raise UserError(f"{where[index]}: a picture {found}")
+            scores[index] = found
+    except JudgeError as error:
+        raise UserError(f"{error}; it is of {where[error.row or 0]}") from error
     return [scores[a] - scores[b] for a, b in zip(shown[::2], shown[1::2], strict=True)]
 
 

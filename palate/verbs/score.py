@@ -31,7 +31,7 @@ def main(words: list[str]) -> int:
 
 
 def _score(first: list[str], options: ScoreOptions) -> None:
-    from palate.evaluation.manifest import read_manifest
+    from palate.evaluation.manifest import read_manifest, unlisted
     from palate.evaluation.scoring import score_folder
     from palate.evaluation.statistics import mean_difference
     from palate.evaluation.tables import columns
@@ -43,6 +43,8 @@ def _score(first: list[str], options: ScoreOptions) -> None:
     folder = first[0]
     pictures = read_manifest(folder, check_files=False)  # missing ones are told of as all bad pictures are
 
+    if beside := unlisted(folder, pictures):
+        print(f"{len(beside)} pictures in {folder} are not in its manifest, such as {beside[0]}: not scored", file=sys.stderr)
     rows = [("judge", "mean", "95 % interval", "pictures", "prompts", "bad")]
     for name, named in judges.items():
         try:

@@ -90,3 +90,108 @@ def test_mistakes(palate, folder, tmp_path):
     path.write_text(json.dumps({**json.loads(head), "fingerprint": "other"}) + "\n" + "".join(rest))
     code, _, errors = palate("score", folder, judges="jpeg_compressibility")
     assert (code, "whose fingerprint is 'other'" in errors) == (2, True)
+
+
+# What a score belongs to ----
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "scores/jpeg_incompressibility.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("change", ["picture", "prompt", "both"])
+def test_what_changed_is_scored_again_and_said_so(palate, folder, change):
+    palate("score", folder, judges="jpeg_incompressibility")
+    before = dict(read_all_scores(folder)["jpeg_incompressibility"].scores)
+    written = len(lines_of(folder))
+    if change != "prompt":
+        Image.new("RGB", (16, 16)).save(folder / "5.png")
+    if change != "picture":
+        path = folder / "manifest.jsonl"
+        path.write_text(path.read_text().replace('"prompt 0"', '"another"', 1))
+    code, _, errors = palate("score", folder, judges="jpeg_incompressibility")
+    count = 2 if change == "both" else 1
+    assert (code, f"jpeg_incompressibility: {count} pictures or prompts changed since" in errors) == (0, True)
+    after = read_all_scores(folder)["jpeg_incompressibility"].scores
+    assert (after["5.png"] < before["5.png"]) == (change != "prompt")
+    assert {f: s for f, s in after.items() if f != "5.png"} == {f: s for f, s in before.items() if f != "5.png"}
+    assert len(lines_of(folder)) == written + count
+    assert "changed" not in palate("score", folder, judges="jpeg_incompressibility")[2]
+
+
+def test_a_picture_that_became_bad_has_no_score_any_more(palate, folder):
+    palate("score", folder, judges="jpeg_incompressibility")
+    (folder / "5.png").write_bytes(b"no picture")
+    palate("score", folder, judges="jpeg_incompressibility")
+    found = read_all_scores(folder)["jpeg_incompressibility"]
+    assert "5.png" not in found.scores
+    assert "5.png" in found.bad
+
+
+def test_files_of_earlier_versions_are_read_and_scored_again(palate, folder):
+    palate("score", folder, judges="jpeg_incompressibility")
+    path = folder / "scores/jpeg_incompressibility.jsonl"
+    before = read_all_scores(folder)["jpeg_incompressibility"]
+    head, *rest = lines_of(folder)
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "of"}) + "\n" for row in (head, *rest)))
+    assert read_all_scores(folder)["jpeg_incompressibility"].scores == before.scores
+    code, _, errors = palate("score", folder, judges="jpeg_incompressibility")
+    assert (code, "5 pictures or prompts were scored by an earlier version" in errors) == (0, True)
+    assert read_all_scores(folder)["jpeg_incompressibility"] == before
+
+
+def test_a_comparison_does_not_use_stale_scores(palate, folder, tmp_path):
+    import shutil
+
+    (folder / "4.png").write_bytes((folder / "3.png").read_bytes())
+    palate("score", folder, judges="jpeg_incompressibility")
+    other = tmp_path.parent / f"{tmp_path.name}-other"
+    shutil.copytree(folder, other)
+    code, _, errors = palate("compare", folder, other, output_dir=tmp_path.parent / f"{tmp_path.name}-page")
+    assert code == 0, errors
+    Image.new("RGB", (16, 16)).save(other / "5.png")
+    code, _, errors = palate("compare", folder, other, output_dir=tmp_path.parent / f"{tmp_path.name}-page2")
+    assert (code, "5.png before that picture or its prompt changed; run: palate score" in errors) == (2, True)
+
+
+def test_a_function_whose_source_changed_scores_anew(palate, folder):
+    import sys
+
+    def score(level: float) -> tuple[list[float], str]:
+        (folder / "own_level.py").write_text(f"def f(images, prompts):\n    return [{level}] * len(prompts)\n")
+        sys.modules.pop("own_level", None)
+        code, _, errors = palate("score", folder, judges="[own_level:f]")
+        assert code == 0, errors
+        return sorted(set(read_all_scores(folder)["own_level:f"].scores.values())), errors
+
+    assert score(1.5)[0] == [1.5]
+    found, errors = score(22.5)
+    assert found == [22.5]
+    assert "own_level:f: its source changed since own_level-f.jsonl was written: all is scored again" in errors
+    assert "source changed" not in score(22.5)[1]
+
+
+def test_pictures_that_the_manifest_does_not_name_are_told_of(palate, folder):
+    Image.new("RGB", (8, 8)).save(folder / "more.PNG")
+    errors = palate("score", folder, judges="jpeg_incompressibility")[2]
+    assert f"1 pictures in {folder} are not in its manifest, such as more.PNG: not scored" in errors
+
+
+FAILS = [("return {'a': 1}", "returned a dict ('a')"), ("import sys; sys.exit(3)", "called sys.exit(3)")]
+
+
+@pytest.mark.parametrize("verb", ["score", "label", "accuracy"])
+@pytest.mark.parametrize(("body", "said"), FAILS)
+def test_a_judge_of_ones_own_that_fails_is_one_line(palate, folder, pairs_dir, verb, body, said):
+    import sys
+
+    (folder / "own_bad.py").write_text(f"def f(images, prompts):\n    {body}\n")
+    sys.modules.pop("own_bad", None)
+    options = {"score": {}, "label": {"output": "x.parquet"}, "accuracy": {"output": "x.json"}}[verb]
+    code, _, errors = palate(verb, folder if verb == "score" else pairs_dir, judges="[own_bad:f]", **options)
+    assert code == 2
+    line = errors.splitlines()[-1]
+    assert f"judge own_bad:f {said}" in line
+    assert "prompt" in line
+    assert ("0.png" if verb == "score" else "row 1") in line
+    assert not list(folder.glob("x.*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -73,7 +74,9 @@ def test_by_hand_index_and_model_may_be_left_out(folder):
         ([{**A, "file": "../a.png"}], "leads outside the folder"),
         ([{**A, "file": "/etc/passwd"}], "leads outside the folder"),
         ([{**A, "prompt": ""}], "prompt must be text"),
-        ([{**A, "seed": "7"}], "seed must be a whole number, found '7'"),
+        ([{**A, "seed": "seven"}], "seed must be a whole number, found 'seven'"),
+        ([{**A, "seed": 1.5}], "seed must be a whole number, found 1.5"),
+        ([{**A, "seed": "1e400"}], "seed must be a whole number, found '1e400'"),
         ([{**A, "index": True}], "index must be a whole number"),
         ([{**A, "metadata": 3}], "metadata must be an object"),
         ([A, {**A, "file": "gone.png", "seed": 9}], "lacks 1 of the 2 pictures in manifest.jsonl, the first is gone.png"),
@@ -116,3 +119,36 @@ def test_scores_append_and_the_last_line_counts(folder):
     path.write_text('{"file": "a.png", "score": 1}\n')
     with pytest.raises(UserError, match="first line must be"):
         manifest.read_scores(path)
+
+
+# As other programs and systems write it ----
+
+
+WHOLE = [(1.0, 1), ("1", 1), ("1.0", 1), (" 7 ", 7), ("18446744073709551615", 2**64 - 1), (-3.0, -3)]
+
+
+@pytest.mark.parametrize(("written", "seed"), WHOLE)
+def test_whole_numbers_as_other_programs_write_them(folder, written, seed):
+    rows(folder, {**A, "seed": written, "index": 0.0})
+    (found,) = manifest.read_manifest(folder)
+    assert (found.seed, found.index, type(found.seed)) == (seed, 0, int)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_names_as_other_systems_write_them(folder, form, separator):
+    name = unicodedata.normalize(form, "été/über.png")
+    other = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], name)
+    (folder / name).parent.mkdir()
+    (folder / name).write_bytes(b"x")
+    rows(folder, {**A, "file": other.replace("/", separator)})
+    assert [p.file for p in manifest.read_manifest(folder)] == [name]
+
+
+def test_pictures_that_no_line_names(folder):
+    (folder / "more").mkdir()
+    (folder / "b.png").unlink()
+    for name in ("a.png", "b.JPG", "notes.txt", "._a.png", "more/c.png", "more/d.webp"):
+        (folder / name).write_bytes(b"x")
+    rows(folder, A, {**A, "file": "more/c.png", "seed": 9})
+    assert manifest.unlisted(folder, manifest.read_manifest(folder)) == ["b.JPG", "more/d.webp"]
