@@ -47,16 +47,16 @@ def snapshot(repo: str, patterns: Sequence[str], *, otherwise: str, kind: str = 
         raise _not_had(repo, error, otherwise) from error
 
 
-def files(repo: str, *, otherwise: str, kind: str = "model") -> list[str]:
+def files(repo: str, *, otherwise: str, revision: str | None = None, kind: str = "model") -> list[str]:
     """Names of the files of a repository; without a network, of those that are on this machine. Errors as :func:`fetch`."""
     _settle()
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        return HfApi().list_repo_files(repo, repo_type=kind)
+        return HfApi().list_repo_files(repo, revision=revision, repo_type=kind)
     except Exception as error:
         try:
-            folder = Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+            folder = Path(snapshot_download(repo, revision=revision, repo_type=kind, local_files_only=True))
         except Exception:
             raise _not_had(repo, error, otherwise) from error
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

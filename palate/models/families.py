@@ -146,6 +146,13 @@ def check_refiner(name: str, *, revision: str | None = None) -> None:
     missing = [p for p in ("unet", "text_encoder_2", "tokenizer_2") if Path(name).is_dir() and not Path(name, p).is_dir()]
     if missing:
         raise UserError(f"the refiner {name} lacks {', '.join(f'{p}/' for p in missing)}; download it again")
+    from palate.models.parts import Source
+    from palate.models.refiner import check_parts
+
+    try:
+        check_parts(Source(name, "cpu", **({} if revision is None else {"revision": revision})))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be loaded as a refiner: {first_line(error)}") from error
 
 
 def _pipeline_class(name: str, revision: str | None) -> str:

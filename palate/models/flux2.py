@@ -25,6 +25,8 @@ LAYERS = (9, 18, 27)
 class PatchVae(Vae):
     """Scaled latents are patches of 2 x 2, each channel normalised by the VAE's own statistics."""
 
+    kind: ClassVar[str] = "AutoencoderKLFlux2"
+
     def __init__(self, source: Source, dtype: torch.dtype, part_name: str):
         super().__init__(source, dtype, part_name)
         self.factor *= 2

@@ -18,6 +18,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import FLOW, RectifiedFlow, Schedule, from_config
 from palate.models.denoiser import Card, Features, Kohya
 from palate.models.drawing import Drawing, check_strength
+from palate.models.fit import Config, check_class, check_sampler, text_config
 from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
 from palate.models.refiner import Refiner
 
@@ -69,9 +70,11 @@ class Latent:
         self._scheduler_config = config = self._source.scheduler_config()
         self.sampler = str(config.get("_class_name", "unknown"))
         self.schedule = self._read_schedule(config)
+        check_sampler(config, name)
         self.vae, self.texts = self.vae_kind(self._source, dtype, self.part_name), self._text_encoders(self._source, dtype)
+        self._check_parts()
         self.network = self._source.read(getattr(diffusers, self.card.network), self.part, torch_dtype=dtype)
-        self.default_resolution = int(self.network.config.get("sample_size") or self.side) * self.vae.factor
+        self.default_resolution = _side(self.network.config.get("sample_size", self.side), name, self.part) * self.vae.factor
         self._prompts = Remembered(self.encode_prompts, self.unconditional)
 
     def _read_schedule(self, config: Mapping[str, Any]) -> Schedule:
@@ -81,6 +84,22 @@ class Latent:
             kind = f"a {FLOW}" if self.flow else "one of the DDPM, DDIM, PNDM or Euler kind"
             raise UserError(f"{self.name} has the sampler {self.sampler}, but a {self.card.pipeline} needs {kind}")
         return replace(found, last=None) if self.spaced and isinstance(found, RectifiedFlow) else found
+
+    def _check_parts(self) -> None:
+        """Raise ``UserError`` unless all parts are there and fit each other; reads configurations only."""
+        import diffusers
+
+        self._source.check_files([self.part, "vae", *(f"text_encoder{text.ending}" for text in self.texts)])
+        network = self._source.config(getattr(diffusers, self.card.network), self.part)
+        check_class(network, self.part, self.name, self.card.network)
+        self._check_fit(network)
+
+    def _check_fit(self, network: Config) -> None:
+        """Raise ``UserError`` unless the network takes what the other parts give, by their configurations."""
+
+    def _clip_configs(self) -> list[Config]:
+        """Of the text encoders, where all are CLIP's."""
+        return [text_config(self.name, f"text_encoder{text.ending}", **self._source.plain) for text in self.texts]
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         """In the order of the pipeline's parts; beside a network whose weights are of ``dtype``."""
@@ -269,6 +288,15 @@ class Latent:
 
         save = getattr(diffusers, self.card.pipeline).save_lora_weights
         save(folder, **{f"{self.part}_lora_layers": layers}, **metadata)
+
+
+def _side(sample_size: object, name: str, part: str) -> int:
+    """Of a network's square latents."""
+    if not isinstance(sample_size, int):
+        raise UserError(
+            f"{part}/config.json of {name} tells no sample_size ({sample_size}); expected a whole number, such as 64"
+        )
+    return sample_size
 
 
 @contextmanager

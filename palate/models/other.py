@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from palate.base.errors import UserError, first_line
 from palate.models.drawing import Drawing
+from palate.models.fit import check_sampler
+from palate.models.parts import Source, check_finite
 from palate.models.refiner import Refiner
 
 
@@ -28,19 +31,32 @@ class OtherPipeline:
         from diffusers import AutoPipelineForText2Image
 
         self.name = name
+        self._check(name, source.get("revision"))
         try:
             self._pipeline = AutoPipelineForText2Image.from_pretrained(
                 name, torch_dtype=dtype, use_safetensors=True, **source
             ).to(device)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"{name} cannot be loaded to draw with: {first_line(error)}") from error
         self._pipeline.set_progress_bar_config(disable=True)
+        for part, module in self._pipeline.components.items():
+            if isinstance(module, nn.Module):
+                check_finite(module, f"{part} of {name}")
         self._takes = set(inspect.signature(self._pipeline.__call__).parameters)
         parts = self._pipeline.components
         self.network: nn.Module = parts.get("transformer") or parts["unet"]
         self.sampler = str(self._pipeline.scheduler.config.get("_class_name", "unknown"))
         side = getattr(self._pipeline, "default_sample_size", None) or self.network.config.sample_size
         self.default_resolution = int(side) * int(getattr(self._pipeline, "vae_scale_factor", 1))
+
+    def _check(self, name: str, revision: str | None) -> None:
+        """Raise ``UserError`` where its scheduler is of a class that this diffusers has not."""
+        source = Source(name, "cpu", **({} if revision is None else {"revision": revision}))
+        try:
+            config = source.scheduler_config()
+        except (OSError, ValueError):
+            return  # some families have their scheduler elsewhere; the pipeline tells what it lacks
+        check_sampler(config, name)
 
     def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
         """None: such pipelines warn of prompts that they cut."""

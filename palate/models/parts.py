@@ -6,15 +6,17 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from palate.base import hub
 from palate.base.errors import UserError, first_line
 from palate.diffusion.denoising import Conditioning
+from palate.models.fit import check_class
 
 LORA = ".lora_"
 """In the names of all of a LoRA's parameters, and of no others."""
@@ -28,6 +30,7 @@ class Source:
 
     def __init__(self, name: str, device: str | torch.device, **options: str):
         self.name, self.device, self.options = name, torch.device(device), options
+        self._listed: list[str] | None = None
         self.plain = {k: v for k, v in options.items() if k != "variant"}  # configurations and tokenizers have no variants
 
     def config(self, kind: Any, part: str | None) -> dict[str, Any]:
@@ -65,20 +68,88 @@ class Source:
 
     def read(self, kind: Any, part: str, **options: object) -> Any:
         """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones."""
+        where = f"{part} of {self.name}"
         try:
-            module, found = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True, **options, **self.options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{part} of {self.name} cannot be loaded: {first_line(error)}{self._variants(part)}") from error
-        if found["missing_keys"]:
-            missing = sorted(found["missing_keys"])
-            raise UserError(f"{part} of {self.name} lacks {len(missing)} weights, the first is {missing[0]}; download it again")
+            module = read_part(kind, self.name, where, subfolder=part, **options, **self._options_of(part))
+        except UserError as error:
+            raise UserError(f"{error}{self._variants(part)}") from error
         return module.to(self.device).eval().requires_grad_(False)
+
+    def _options_of(self, part: str) -> dict[str, str]:
+        """Without the variant where this part has plain files alone: one may be had in half precision and the others not."""
+        return self.options if "variant" not in self.options or self._has(part, self.options["variant"]) else self.plain
+
+    def _has(self, part: str, variant: str) -> bool:
+        """Whether a part has files of a variant, such as diffusion_pytorch_model.fp16.safetensors; of a hub, by its list."""
+        return any(f".{variant}." in name or f".{variant}-" in name for name in self.files(part))
+
+    def files(self, part: str) -> list[str]:
+        """Names of a part's files with weights; empty where that is not known without fetching them."""
+        if Path(self.name).exists():
+            names = [path.name for path in Path(self.name, part).glob("*")]
+        else:
+            names = [n.removeprefix(f"{part}/") for n in self._on_hub() if n.startswith(f"{part}/")]
+        return [name for name in names if name.endswith((".safetensors", ".bin"))]
+
+    def _on_hub(self) -> list[str]:
+        if self._listed is None:
+            self._listed = hub.files(
+                self.name, otherwise="Name a folder, or leave out --variant", revision=self.options.get("revision")
+            )
+        return self._listed
+
+    def check_files(self, parts: Sequence[str]) -> None:
+        """Raise ``UserError`` unless a folder has weights of each part, and some part those of the variant asked for."""
+        variant = self.options.get("variant")
+        if variant is not None and not any(self._has(part, variant) for part in parts):
+            raise UserError(f"no part of {self.name} has files of variant {variant}: leave out --variant")
+        for part in parts if Path(self.name).exists() else []:
+            found, wanted = self.files(part), self._options_of(part).get("variant")
+            if not found:
+                raise UserError(f"{part} of {self.name} cannot be loaded: {part}/ holds no weights; download it again")
+            if wanted is None and not any(_plain(name) for name in found):
+                raise UserError(f"{part} of {self.name} cannot be loaded: it has no plain weights{self._variants(part)}")
 
     def _variants(self, part: str) -> str:
         """Advice where a folder holds only weights such as diffusion_pytorch_model.fp16.safetensors."""
-        found = {path.name.split(".")[1] for path in Path(self.name, part).glob("*.*.safetensors")}
-        found = {name for name in found if not name.startswith("safetensors")} - {self.options.get("variant", "")}
-        return f"; its files are of variant {' and '.join(sorted(found))}: add --variant {min(found)}" if found else ""
+        names = self.files(part) if Path(self.name).exists() else []
+        found = {name.split(".")[1].split("-")[0] for name in names if not _plain(name)} - {self.options.get("variant", "")}
+        if not found or any(map(_plain, names)):
+            return ""
+        return f"; its files are of variant {' and '.join(sorted(found))}: add --variant {min(found)}"
+
+
+def _plain(name: str) -> bool:
+    """Whether a file of weights is of no variant: model.safetensors, model-00001-of-00002.safetensors."""
+    return name.count(".") == 1
+
+
+def read_part(kind: Any, name: str, what: str, **options: Any) -> Any:
+    """A module by its class's ``from_pretrained``, refused if any weight is missing, for libraries fill in random ones, or is
+    not finite.
+
+    Args:
+        what: the module, as messages call it.
+    """
+    try:
+        module, found = kind.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"{what} lacks {len(missing)} weights, the first is {missing[0]}; download it again")
+    check_finite(module, what)
+    return module
+
+
+def check_finite(module: nn.Module, what: str) -> None:
+    """Raise ``UserError`` if a weight of ``module``, called ``what``, is NaN or infinite."""
+    wrong = [n for n, p in module.named_parameters() if not p.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"{what} holds NaN or infinity ({len(wrong)} of its weights, the first is {wrong[0]}): it is damaged, or its "
+            "training went astray; give another"
+        )
 
 
 class Vae:
@@ -90,9 +161,12 @@ class Vae:
     part_name: what people call the network whose latents are decoded.
     """
 
+    kind: ClassVar[str] = "AutoencoderKL"
+
     def __init__(self, source: Source, dtype: torch.dtype, part_name: str):
         self._source, self._module, self._part_name = source, None, part_name
-        config = source.config(source.kind("vae"), "vae")
+        self.config = config = source.config(source.kind("vae"), "vae")
+        check_class(config, "vae", source.name, self.kind)
         self._dtype = dtype if dtype == torch.float16 and config.get("force_upcast") is False else torch.float32
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
 
@@ -196,6 +270,11 @@ class TextEncoder:
                 raise UserError(f"the {folder} of {name} has no words; expected vocab.json and merges.txt in {folder}/")
             part = f"text_encoder{self.ending}"
             encoder = self._source.read(self._source.kind(part), part, dtype=self._dtype)
+            if len(tokenizer) > encoder.config.vocab_size:
+                raise UserError(
+                    f"the {folder} of {name} has {len(tokenizer)} words, and its text encoder knows "
+                    f"{encoder.config.vocab_size}: they are parts of different models"
+                )
             # Of a tokenizer without a limit, model_max_length is a huge number.
             length = self._length or min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             tokenizer.model_max_length = length

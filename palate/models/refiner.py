@@ -8,12 +8,32 @@ import torch
 from torch import Tensor
 
 from palate.diffusion.denoising import Conditioning
+from palate.models.fit import check_added, check_channels, check_class, check_sampler, check_text_width, text_config
 from palate.models.parts import Remembered, Source, TextEncoder, zeros_like
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     from palate.models.drawing import Drawing
+
+
+TIME_IDS = {True: 5, False: 6}
+"""How many numbers beside the text the U-Net takes, by ``requires_aesthetics_score``: size, crop, and score or target size."""
+
+
+def check_parts(source: Source) -> None:
+    """Raise ``UserError`` unless all parts are there and fit each other; reads configurations only."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
+
+    source.check_files(["unet", "text_encoder_2"])
+    check_sampler(source.scheduler_config(), source.name)
+    network = source.config(UNet2DConditionModel, "unet")
+    check_class(network, "unet", source.name, "UNet2DConditionModel")
+    check_channels(network, {}, "unet", source.name)  # latents are those of SDXL, of four channels
+    text = text_config(source.name, "text_encoder_2", **source.plain)
+    check_text_width(network, [text], source.name)
+    scored = bool(source.config(StableDiffusionXLImg2ImgPipeline, None).get("requires_aesthetics_score", False))
+    check_added(network, source.name, int(text["projection_dim"]), TIME_IDS[scored])
 
 
 class Refiner:
@@ -38,6 +58,7 @@ class Refiner:
 
         self.name, self.start = name, start
         read = Source(name, device, **source)
+        check_parts(read)
         self._text = TextEncoder(read, "_2")
         self._unet = read.read(UNet2DConditionModel, "unet", torch_dtype=dtype)
         self._prediction_type = read.scheduler_config().get("prediction_type", "epsilon")

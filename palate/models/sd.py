@@ -11,6 +11,7 @@ from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
 from palate.models.features import UNET_LAYERS, encoder_features
+from palate.models.fit import Config, check_added, check_channels, check_text_width
 from palate.models.latent import Latent
 from palate.models.parts import Source, TextEncoder
 
@@ -39,6 +40,12 @@ class StableDiffusion(Latent):
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return (TextEncoder(source),)
+
+    def _check_fit(self, network: Config) -> None:
+        texts = self._clip_configs()
+        check_channels(network, self.vae.config, self.part, self.name)
+        check_text_width(network, texts, self.name)
+        check_added(network, self.name, pooled=None)
 
     def _pipeline_options(self) -> dict[str, object]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

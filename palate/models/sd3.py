@@ -12,6 +12,7 @@ from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card
 from palate.models.features import TRANSFORMER_LAYERS, block_features
+from palate.models.fit import Config, check_channels
 from palate.models.latent import Latent
 from palate.models.parts import Source, TextEncoder, large
 
@@ -55,6 +56,9 @@ class StableDiffusion3(Latent):
         if not source.has("text_encoder_3"):
             return clip
         return *clip, TextEncoder(source, "_3", dtype=large(dtype, source.device), length=T5_LENGTH)
+
+    def _check_fit(self, network: Config) -> None:
+        check_channels(network, self.vae.config, self.part, self.name)
 
     def _pipeline_options(self) -> dict[str, object]:
         return {} if len(self.texts) == 3 else {"text_encoder_3": None, "tokenizer_3": None}

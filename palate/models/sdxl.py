@@ -12,6 +12,7 @@ from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
 from palate.models.features import UNET_LAYERS, encoder_features
+from palate.models.fit import Config, check_added, check_channels, check_text_width
 from palate.models.latent import Latent
 from palate.models.parts import Source, TextEncoder, zeros_like
 from palate.models.sd import LORA_TARGETS
@@ -47,6 +48,12 @@ class StableDiffusionXL(Latent):
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return TextEncoder(source), TextEncoder(source, "_2")
+
+    def _check_fit(self, network: Config) -> None:
+        texts = self._clip_configs()
+        check_channels(network, self.vae.config, self.part, self.name)
+        check_text_width(network, texts, self.name)
+        check_added(network, self.name, pooled=int(texts[1]["projection_dim"]))
 
     def _pipeline_options(self) -> dict[str, object]:
         return {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}
