@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
+from logging import Handler, LogRecord
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palate.base.errors import UserError, first_line
 from palate.base.files import replacing
+from palate.base.machine import tell
 from palate.models.denoiser import Denoiser, Drawer
-from palate.models.files import LORA_FILE
-from palate.models.parts import LORA
+from palate.models.files import LORA_FILE, lora_in
+from palate.models.lora_file import (
+    Layer,
+    check_kind,
+    check_names,
+    find_lora,
+    layers_of,
+    names_in,
+    placed,
+    short_name,
+    told_config,
+)
+from palate.models.parts import LORA, read_part
 
 
 def tuned(denoiser: Drawer, path: Path) -> nn.Module:
@@ -28,122 +44,288 @@ def tuned(denoiser: Drawer, path: Path) -> nn.Module:
     """
     network: Any = denoiser.network
     if path.is_dir():
-        try:
-            return type(network).from_pretrained(str(path)).to(network.device).eval().requires_grad_(False)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be put into {denoiser.name}: {first_line(error)}") from error
-    load_lora(denoiser, network, path)
+        found = read_part(type(network), str(path), str(path))
+        own, other = ({n: p.shape for n, p in module.named_parameters()} for module in (network, found))
+        if own != other:
+            raise UserError(f"{path} is not shaped like the network of {denoiser.name}: name the model it was trained from")
+        return found.to(network.device).eval().requires_grad_(False)
+    load_lora(denoiser, network, path, idle=True)
     return network.eval().requires_grad_(False)
 
 
-def put_loras(denoiser: Drawer, network: nn.Module, loras: Sequence[tuple[Path, float]]) -> None:
-    """Put LoRA files of any layout that diffusers reads into ``network`` (and the text encoders), each at its scale.
+def put_loras(denoiser: Drawer, network: nn.Module, loras: Sequence[tuple[Path, float]], *, alone: bool = False) -> None:
+    """Put LoRA files into ``network`` (and the text encoders), each at its scale.
 
     Those that the network has already, as of :func:`tuned`, stay at scale 1.
 
+    Args:
+        alone: only the network is measured: a LoRA of a text encoder is refused.
+
     Raises:
-        UserError: a file does not fit the model, or is damaged.
+        UserError: a file does not fit the model, holds more than a LoRA, or is damaged.
     """
     if not loras:
         return
     pipeline: Any = denoiser.pipeline(network)
+    parts = _parts(pipeline, network)
     scales = {str(name): 1.0 for name in getattr(network, "peft_config", {})}
     for number, (path, scale) in enumerate(loras):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
-            _load(denoiser, pipeline, path, f"lora{number}")
+            file = lora_in(path)
+            layers = _layers(denoiser, pipeline, file, trained=alone)
+            _tell_idle(file, layers)
+            _put(denoiser, parts, file, layers, f"lora{number}")
         scales[f"lora{number}"] = scale
     pipeline.set_adapters(list(scales), list(scales.values()))
     network.eval().requires_grad_(False)
 
 
-def find_lora(path: str | Path) -> Path:
-    """The file of a LoRA named by itself or by its folder; of its weights only the names are read.
+def load_lora(denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: bool = False) -> None:
+    """Put a LoRA of any layout into ``network`` (the denoiser's own or a twin), in float32 as in training.
+
+    Args:
+        idle: whether one that changes nothing, and cannot learn to, will do.
 
     Raises:
-        UserError: it is missing, no safetensors file, holds no LoRA, or more than its matrices, or not every alpha.
-    """
-    path = Path(path)
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"no LoRA at {path}: expected a .safetensors file, or a folder with {LORA_FILE}")
-    try:
-        with safe_open(file, "pt") as opened:
-            names = list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is no readable safetensors file ({first_line(error)}); a LoRA is expected") from error
-    if not any("lora" in name for name in names):
-        raise UserError(f"{file} holds no LoRA: none of its {len(names)} weights is named as one")
-    alphas, layers = (sum(name.endswith(end) for name in names) for end in (".alpha", ".lora_down.weight"))
-    if 0 < alphas < layers:
-        raise UserError(f"{file} has an alpha for {alphas} of its {layers} layers: the strength of the others is not known")
-    if others := [name for name in names if name.startswith(("text_encoder", "lora_te")) or "dora" in name]:
-        raise UserError(
-            f"{file} also changes what is not trained here ({len(others)} weights, such as {others[0]}): "
-            "give a plain LoRA of the U-Net alone"
-        )
-    return file
-
-
-def tells_alpha(file: Path) -> bool:
-    """Whether a LoRA file tells its strength: diffusers' in the metadata, kohya's in a number for every layer."""
-    with safe_open(file, "pt") as opened:
-        return "lora_adapter_metadata" in (opened.metadata() or {}) or any(n.endswith(".alpha") for n in opened.keys())  # noqa: SIM118
-
-
-def load_lora(denoiser: Drawer, network: nn.Module, path: str | Path) -> None:
-    """Put a LoRA in diffusers' or kohya's layout into ``network`` (the denoiser's own or a twin), in float32 as in training.
-
-    Raises:
-        UserError: as :func:`find_lora`, or it does not fit the model.
+        UserError: as :func:`palate.models.lora_file.find_lora`, or it does not fit the model, or can never learn.
     """
     file = find_lora(path)
-    _load(denoiser, denoiser.pipeline(network), file, "default")
-    with safe_open(file, "pt") as opened:
-        given = sum(name.endswith(".weight") and "lora" in name for name in opened.keys())  # noqa: SIM118
-    found = [parameter for name, parameter in network.named_parameters() if LORA in name]
-    if len(found) != given:
-        raise UserError(
-            f"{file} does not fit {denoiser.name}: {len(found)} of its {given} matrices found their layer; "
-            "was it trained for another family of models?"
-        )
-    for parameter in found:
-        parameter.data = parameter.data.float()
+    layers = _layers(denoiser, None, file, trained=True)
+    if not idle and all(layer.dead for layer in layers):
+        raise UserError(f"{file} changes nothing and cannot learn to ({_why_idle(layers)}): leave it out, or give another")
+    _tell_idle(file, layers)
+    _put(denoiser, {_part(denoiser, network): network}, file, layers, "default")
+    for name, parameter in network.named_parameters():
+        if LORA in name:
+            parameter.data = parameter.data.float()
 
 
-def _load(denoiser: Drawer, pipeline: Any, file: Path, adapter: str) -> None:
+def _part(denoiser: Drawer, network: nn.Module) -> str:
+    return str(getattr(denoiser, "part", "transformer" if "Transformer" in type(network).__name__ else "unet"))
+
+
+def _parts(pipeline: Any, network: nn.Module) -> dict[str, nn.Module]:
+    """What a pipeline puts LoRAs into, the network first."""
+    found = {n: m for n, m in pipeline.components.items() if n in pipeline._lora_loadable_modules and m is not None}
+    return dict(sorted(found.items(), key=lambda item: item[1] is not network))
+
+
+def _layers(denoiser: Drawer, pipeline: Any, file: Path, *, trained: bool) -> list[Layer]:
+    """The layers of a file; of a family that only draws, by diffusers' names for them."""
+    names = names_in(file)
+    check_kind(file, names)
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {first_line(error)}; download it again") from error
+    if not hasattr(denoiser, "card") and not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names):
+        tensors = _converted(denoiser, pipeline, file, tensors)
+    check_names(file, list(tensors), trained=trained)
+    return layers_of(file, tensors)
+
+
+def _converted(denoiser: Drawer, pipeline: Any, file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What diffusers makes of a layout that it knows for this family alone; refused if it warns, which is of what it drops."""
     from diffusers.utils import logging
 
-    kept = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # of a file that does not fit, diffusers logs a line for every layer
+    said = _Said()
+    logger, kept = logging.get_logger("diffusers"), logging.get_verbosity()
+    logger.addHandler(said)
+    logging.disable_default_handler()
+    logging.set_verbosity(logging.WARNING)
     try:
-        _put(pipeline, file, adapter)
-    except KeyError as error:
-        raise UserError(f"{file} cannot be put into {denoiser.name}: {error.args[0]} is missing") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        mismatch = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
-        why = f"{mismatch} Was it trained for another family of models?" if mismatch else first_line(error)
-        raise UserError(f"{file} cannot be put into {denoiser.name}: {why}") from error
+        found = pipeline.lora_state_dict(dict(tensors))
+    except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"{file} cannot be put into {denoiser.name}: {first_line(error)}") from error
     finally:
+        logger.removeHandler(said)
+        logging.enable_default_handler()
         logging.set_verbosity(kept)
+    if said.messages:
+        raise UserError(f"{file} cannot be put into {denoiser.name} whole: {short_name(said.messages[0])}")
+    layers, alphas = found if isinstance(found, tuple) else (found, None)
+    return {**layers, **{name: torch.tensor(float(x)) for name, x in (alphas or {}).items()}}
 
 
-def _put(pipeline: Any, file: Path, adapter: str) -> None:
-    tensors = load_file(file)
-    if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"{file} holds numbers that are not finite; it cannot be used")
-    alphas = {name: float(x) for name, x in tensors.items() if name.endswith(".alpha")}
-    if len(set(alphas.values())) < 2:
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
-        return
-    # diffusers gives attention layers the commonest alpha of a kohya file, not their own: so all get one.
-    one = max(alphas.values())
-    for name, alpha in alphas.items():
-        up = f"{name.removesuffix('.alpha')}.lora_up.weight"
-        tensors[name] = torch.tensor(one)
-        if up in tensors:
-            tensors[up] = tensors[up].float() * (alpha / one)
-    pipeline.load_lora_weights(tensors, adapter_name=adapter)
+class _Said(Handler):
+    """Keeps what a library warns of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def _why_idle(layers: Sequence[Layer]) -> str:
+    return "every alpha is 0" if all(layer.alpha == 0 for layer in layers) else "its matrices, or their alphas, are 0"
+
+
+def _tell_idle(file: Path, layers: Sequence[Layer]) -> None:
+    idle = [layer for layer in layers if layer.idle]
+    if len(idle) == len(layers):
+        tell(f"{file} changes nothing: {_why_idle(layers)}")
+    elif without := [layer for layer in idle if layer.alpha == 0]:
+        tell(f"{len(without)} of the {len(layers)} layers of {file} have an alpha of 0 and change nothing")
+
+
+# Into a model --------------------------------------------------------------------------------------------------------------
+
+
+def _put(denoiser: Drawer, parts: dict[str, nn.Module], file: Path, layers: Sequence[Layer], adapter: str) -> None:
+    """Every layer of a file into the part that has it; refused unless each finds its place and arrives as it was."""
+    first = next(iter(parts))
+    by_part: dict[str, dict[str, Layer]] = {}
+    lost = []
+    tables = {part: _table(denoiser, module, network=part == first) for part, module in parts.items()}
+    for layer in layers:
+        part, name = placed(layer.named)
+        where = tables.get(part or first, {})
+        module = where.get(name) or where.get(name.removeprefix("text_model_"))
+        if module is None:
+            lost.append((layer.named, name, list(where.values())))
+        elif module in by_part.setdefault(part or first, {}):
+            raise UserError(f"{file} holds the layer {module} twice, by different names; it is damaged")
+        else:
+            by_part[part or first][module] = layer
+    for part, of_part in by_part.items():
+        for module, layer in of_part.items():
+            _check_shape(denoiser, file, module, layer, _base(parts[part].get_submodule(module)).weight.shape)
+    if lost:
+        named, name, there = lost[0]
+        close = ", ".join(get_close_matches(name, [module.replace(".", "_") for module in there], n=3))
+        raise UserError(
+            f"{file} cannot be put into {denoiser.name}: it does not fit, {len(lost)} of its {len(layers)} layers are not in "
+            f"the model, such as {short_name(named)}{f' (the nearest there: {close})' if close else ''}"
+        )
+    for part, of_part in by_part.items():
+        _inject(denoiser, parts[part], part, file, of_part, adapter)
+
+
+def _base(module: nn.Module) -> Any:
+    return getattr(module, "base_layer", module)
+
+
+def _table(denoiser: Drawer, module: nn.Module, *, network: bool) -> dict[str, str]:
+    """The layers that can have a LoRA, by all names with underscores that programs have for them."""
+    wanted = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names = [n for n, m in module.named_modules() if isinstance(_base(m), wanted) and ".base_layer" not in n and LORA not in n]
+    found = {name.replace(".", "_"): name for name in names}
+    kohya = getattr(denoiser, "kohya", None) if network else None
+    if kohya is None:
+        return found
+    for name in names:
+        try:
+            found.setdefault(placed(kohya.name(name))[1], name)
+        except (KeyError, ValueError, IndexError):  # a layer for which kohya's scripts have no name
+            continue
+    return found
+
+
+def _check_shape(denoiser: Drawer, file: Path, module: str, layer: Layer, weight: torch.Size) -> None:
+    down, up = layer.tensors["down"].shape, layer.tensors["up"].shape
+    where = f"{file} cannot be put into {denoiser.name}: size mismatch for {module}"
+    if down[:1] != up[1:2] or not layer.rank:
+        raise UserError(
+            f"{where}: its two matrices have ranks {down[0]} and {up[1] if len(up) > 1 else 0}; the file is damaged"
+        )
+    if len(down) != len(weight) or (up[0], *down[1:]) != tuple(weight) or any(side != 1 for side in up[2:]):
+        raise UserError(
+            f"{where}: its LoRA changes weights of {_shape((up[0], *down[1:]))}, the model has {_shape(weight)} there. "
+            "Was it trained for another family of models?"
+        )
+    for role in ("bias", "magnitude"):
+        if role in layer.tensors and layer.tensors[role].numel() != weight[0]:
+            raise UserError(f"{where}: its {role} holds {layer.tensors[role].numel()} numbers; expected {weight[0]}")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _inject(denoiser: Drawer, model: nn.Module, part: str, file: Path, layers: Mapping[str, Layer], adapter: str) -> None:
+    """By PEFT; what arrives is compared with what the file holds, for PEFT skips what it has no place for."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.utils import set_peft_model_state_dict
+
+    state = _state(layers, one := _one_alpha(layers.values()))
+    try:
+        config = LoraConfig(**_config(layers, one, told_config(file, part)))
+        with _quiet():
+            inject_adapter_in_model(config, model, adapter_name=adapter, state_dict=state, low_cpu_mem_usage=True)
+            set_peft_model_state_dict(model, state, adapter, low_cpu_mem_usage=True)
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        mismatch = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        why = f"what it tells of its ranks is not what it holds ({short_name(mismatch)})" if mismatch else first_line(error)
+        raise UserError(f"{file} cannot be put into {denoiser.name}: {why}") from error
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    _check_arrived(denoiser, model, file, state, adapter)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        yield
+
+
+def _one_alpha(layers: Iterable[Layer]) -> float | None:
+    """The alpha of all layers; of several the greatest, which :func:`_state` then makes that of all."""
+    alphas = [layer.alpha for layer in layers if layer.alpha is not None]
+    return max(alphas, key=abs, default=None)
+
+
+def _state(layers: Mapping[str, Layer], one: float | None) -> dict[str, Tensor]:
+    """The tensors by PEFT's names. Different alphas become one, at the same change: other readers mix up several."""
+    state = {}
+    for module, layer in layers.items():
+        up, alpha = layer.tensors["up"], layer.alpha
+        if one is not None and alpha is not None and alpha != one:
+            up = up.float() * (alpha / one)
+        found = {"lora_A.weight": layer.tensors["down"], "lora_B.weight": up}
+        found |= {"lora_B.bias": layer.tensors["bias"]} if "bias" in layer.tensors else {}
+        if "magnitude" in layer.tensors:
+            found["lora_magnitude_vector"] = layer.tensors["magnitude"]
+        state |= {f"{module}.{end}": tensor for end, tensor in found.items()}
+    return state
+
+
+def _config(layers: Mapping[str, Layer], one: float | None, told: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of PEFT's ``LoraConfig``: as told, or by the shapes; without an alpha the strength of every layer is 1."""
+    modules = list(layers)
+    if told is not None and one is None:
+        return {"target_modules": modules, **told}
+    ranks = {module: layer.rank for module, layer in layers.items()}
+    rank = Counter(ranks.values()).most_common()[0][0]
+    others = {f"^{module}": r for module, r in ranks.items() if r != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank if one is None else one,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others) if one is None else {},
+        "target_modules": modules,
+        "use_dora": any("magnitude" in layer.tensors for layer in layers.values()),
+        "lora_bias": any("bias" in layer.tensors for layer in layers.values()),
+    }
+
+
+def _check_arrived(denoiser: Drawer, model: nn.Module, file: Path, state: Mapping[str, Tensor], adapter: str) -> None:
+    found = {
+        name.replace(f".{adapter}", ""): p for name, p in model.named_parameters() if LORA in name and f".{adapter}" in name
+    }
+    found = {name.removesuffix(".weight") if "magnitude" in name else name: p for name, p in found.items()}
+    wrong = [n for n in state if n not in found or not _same(found[n], state[n])] + [n for n in found if n not in state]
+    if wrong:
+        raise UserError(
+            f"{file} cannot be put into {denoiser.name}: {len(wrong)} of its {len(state)} matrices did not arrive, such as "
+            f"{short_name(wrong[0])}"
+        )
+
+
+def _same(ours: Tensor, given: Tensor) -> bool:
+    return torch.equal(ours.detach().cpu().flatten(), given.to(ours.dtype).flatten())
 
 
 def save_lora(denoiser: Denoiser, network: nn.Module, folder: str | Path) -> Path:

@@ -71,7 +71,7 @@ def assemble(recipe: Recipe) -> Assembled:
         raise UserError("evaluation_prompts are given but no judges; add --judges '[mini-heldout]' or kind:folder")
     check_refiner_fits(options.refiner, model.pretrained_model_name_or_path, revision=model.revision)
     if recipe.policy.pretrained_lora is not None:
-        from palate.models.lora import find_lora
+        from palate.models.lora_file import find_lora
 
         find_lora(recipe.policy.pretrained_lora)
     if recipe.online.train_prompts is None:

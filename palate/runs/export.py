@@ -93,7 +93,7 @@ def export(name: str, options: ExportOptions, *, progress: bool = False) -> list
         raise UserError(f"{name} holds a whole U-Net, no LoRA: use --format lora-from-full, merged-unet or pipeline")
     told = []
     if is_lora:
-        from palate.models.lora import find_lora, tells_alpha
+        from palate.models.lora_file import find_lora, tells_alpha
 
         if not tells_alpha(find_lora(found.tuned)):
             told.append(f"{found.tuned} tells no alpha: taken as equal to the rank (strength 1), as all readers do")
@@ -147,7 +147,7 @@ def _find(name: str, base: str | None) -> NamedModel:
     elif folder.is_dir() and (folder / "config.json").is_file():
         tuned = folder
     else:
-        from palate.models.lora import find_lora
+        from palate.models.lora_file import find_lora
 
         if not folder.exists() and is_hub_id(name):
             raise UserError(f"{name} is not on this machine; download it first: hf download {name} --local-dir DIR")

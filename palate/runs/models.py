@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
+from palate.base.hub import is_hub_id
 from palate.base.machine import device
 from palate.miniature import world
-from palate.models.files import LORA_FILE, weights_of
+from palate.models.files import LORA_FILE, PEFT_FILE, lora_in, weights_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,10 +41,12 @@ class Lora:
         """
         head, colon, tail = text.rpartition(":")
         name, scale = (head, tail) if colon and not Path(text).expanduser().exists() else (text, "1")
-        path = Path(name).expanduser()
-        path = path / LORA_FILE if path.is_dir() else path
+        path = lora_in(Path(name).expanduser())
         if not path.is_file():
-            raise UserError(f"lora {text!r}: there is no {path}; expected a .safetensors file or its folder, or PATH:scale")
+            how = f"; one of a hub is downloaded first: hf download {name} --local-dir DIR" if is_hub_id(name) else ""
+            raise UserError(
+                f"lora {text!r}: there is no {path}; expected a .safetensors file or its folder, or PATH:scale{how}"
+            )
         try:
             strength = float(scale)
         except ValueError:
@@ -104,19 +107,19 @@ class NamedModel:
 
         denoiser = load_base(self.base, revision=self.revision, variant=self.variant)
         base = twin(denoiser.network, share=True)
-        return Finished(denoiser, self._put(denoiser), base)
+        return Finished(denoiser, self._put(denoiser, alone=True), base)
 
     def load_tuned(self) -> tuple[Denoiser, nn.Module]:
         """The model and its tuned network, in full precision. Raises UserError if its family is not trained."""
         denoiser = load_base(self.base, revision=self.revision, variant=self.variant)
         return denoiser, self._put(denoiser)
 
-    def _put(self, denoiser: Drawer) -> nn.Module:
-        """What was trained, and the LoRAs, into the model; the network to use."""
+    def _put(self, denoiser: Drawer, *, alone: bool = False) -> nn.Module:
+        """What was trained, and the LoRAs, into the model; the network to use. alone: nothing but it may change."""
         from palate.models.lora import put_loras, tuned
 
         network = denoiser.network if self.tuned is None else tuned(denoiser, self.tuned)
-        put_loras(denoiser, network, [(lora.path, lora.scale) for lora in self.loras])
+        put_loras(denoiser, network, [(lora.path, lora.scale) for lora in self.loras], alone=alone)
         return network
 
 
@@ -137,6 +140,8 @@ def find_model(
     """
     folder = Path(name).expanduser()
     added = tuple(map(Lora.parse, loras))
+    for lora in added:
+        _check_lora(lora.path)
     parts = [folder.name, *(_lora_label(lora) for lora in added), *([Path(refiner).name] if refiner else [])]
     recipe, weights = None, None
     if (folder / "recipe.yaml").is_file():
@@ -200,8 +205,15 @@ def _base(name: str) -> str:
 
 
 def _lora_label(lora: Lora) -> str:
-    name = lora.path.parent.name if lora.path.name == LORA_FILE else lora.path.stem
+    name = lora.path.parent.name if lora.path.name in (LORA_FILE, PEFT_FILE) else lora.path.stem
     return name if lora.scale == 1 else f"{name} at {lora.scale:g}"
+
+
+def _check_lora(path: Path) -> None:
+    """What the names in a file tell, before any weights are read."""
+    from palate.models.lora_file import check_kind, names_in
+
+    check_kind(path, names_in(path))
 
 
 def _digest(path: Path) -> str:

@@ -20,7 +20,8 @@ from palate.models.families import load_denoiser
 from palate.models.files import KOHYA_FILE
 from palate.models.kohya import save_kohya
 from palate.models.layouts import extract_lora, save_diffusers, save_network, save_pipeline
-from palate.models.lora import find_lora, load_lora, lora_layers, put_loras, tells_alpha
+from palate.models.lora import load_lora, lora_layers, put_loras
+from palate.models.lora_file import find_lora, tells_alpha
 from palate.models.policy import Policy
 
 

@@ -1,0 +1,290 @@
+"""What a LoRA file of another program holds, tensor by tensor: every one is understood, or the file is refused by its name.
+
+Names of layers come in many forms, dotted as in diffusers and PEFT, or with underscores as kohya's scripts write them; see
+:func:`placed`. Values are read as they are: the change of a layer is ``alpha / rank * up @ down``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from palate.base.errors import UserError, first_line
+from palate.base.hub import is_hub_id
+from palate.models.files import LORA_FILE, lora_in
+
+ROLES = {
+    "down": (
+        *(".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight"),
+        *(".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"),
+    ),
+    "up": (
+        *(".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight"),
+        *(".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight"),
+    ),
+    "mid": (".lora_mid.weight",),
+    "bias": (".lora_B.bias", ".lora_B.default.bias"),
+    "magnitude": (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight"),
+    "alpha": (".alpha",),
+}
+"""How the names of a layer's tensors end, by what they are."""
+
+OTHER_KINDS = {
+    "a LoHa (LyCORIS)": (".hada_",),
+    "a LoKr (LyCORIS)": (".lokr_",),
+    "a DoRA in kohya's layout": (".dora_scale",),
+    "a file with whole differences of weights": (".diff", ".diff_b", ".set_weight"),
+    "an OFT": (".oft_", ".boft_", ".oft_blocks", ".oft_diag"),
+    "an IA3": (".on_input", ".ia3_"),
+    "a GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
+    "a VeRA": (".vera_",),
+    "a file with trained norms": (".w_norm", ".b_norm"),
+    "a file with trained words": ("bundle_emb.", "emb_params", "string_to_param", ".lora_embedding_"),
+}
+"""What is no LoRA, by what stands in the names of its tensors."""
+
+TEXT = {
+    "text_encoder_3.": "text_encoder_3",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+    "lora_te3_": "text_encoder_3",
+    "lora_te2_": "text_encoder_2",
+    "lora_te1_": "text_encoder",
+    "lora_te_": "text_encoder",
+    "text_model.": "text_encoder",
+}
+NETWORK = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "lora_unet_", "lora_transformer_")
+PEFT = "base_model.model."
+
+
+def placed(stem: str) -> tuple[str | None, str]:
+    """A layer's name in a file -> the text encoder it is in, or None for the network; and its name there, with underscores.
+
+    >>> placed("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q")
+    (None, 'mid_block_attentions_0_transformer_blocks_0_attn1_to_q')
+    >>> placed("lora_te2_text_model_encoder_layers_0_self_attn_q_proj")
+    ('text_encoder_2', 'text_model_encoder_layers_0_self_attn_q_proj')
+    """
+    stem = stem.removeprefix(PEFT)
+    prefix = next((p for p in (*TEXT, *NETWORK) if stem.startswith(p)), "")
+    part = TEXT.get(prefix)
+    rest = stem if prefix == "text_model." else stem.removeprefix(prefix).removeprefix(PEFT)
+    name = rest.replace(".", "_").replace("_processor_", "_")
+    return (part, _of_text(name)) if part else (None, f"{name}_0" if name.endswith("_to_out") else name)
+
+
+def _of_text(name: str) -> str:
+    """Attention in text encoders has names of its own; older files have those of the network."""
+    olds = {
+        "_self_attn_to_q": "q_proj",
+        "_self_attn_to_k": "k_proj",
+        "_self_attn_to_v": "v_proj",
+        "_self_attn_to_out": "out_proj",
+    }
+    return next((f"{name.removesuffix(old)}_self_attn_{new}" for old, new in olds.items() if name.endswith(old)), name)
+
+
+@dataclass
+class Layer:
+    """The tensors of one layer, by what they are in :data:`ROLES`."""
+
+    named: str
+    """As the file has it."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return self.tensors["down"].shape[0]
+
+    @property
+    def alpha(self) -> float | None:
+        return float(self.tensors["alpha"]) if "alpha" in self.tensors else None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing."""
+        return self.alpha == 0 or not (self.tensors["down"].any() and self.tensors["up"].any())
+
+    @property
+    def dead(self) -> bool:
+        """Whether it changes nothing and cannot learn to: the gradient of either matrix is a multiple of the other."""
+        return self.alpha == 0 or not (self.tensors["down"].any() or self.tensors["up"].any())
+
+
+def find_lora(path: str | Path) -> Path:
+    """The file of a LoRA that is trained on or exported, named by itself or by its folder; only the names in it are read.
+
+    Raises:
+        UserError: it is missing, no safetensors file, holds no LoRA, or more than the matrices of the network, or not every
+            alpha.
+    """
+    file = lora_in(Path(path).expanduser())
+    if not file.is_file():
+        how = f"; a LoRA of a hub is downloaded first: hf download {path} --local-dir DIR" if is_hub_id(str(path)) else ""
+        raise UserError(f"no LoRA at {path}: expected a .safetensors file, or a folder with {LORA_FILE}{how}")
+    check_names(file, names_in(file), trained=True)
+    return file
+
+
+def names_in(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} cannot be put into a model: it is no readable safetensors file ({first_line(error)}); a LoRA is expected"
+        ) from error
+
+
+def check_kind(file: Path, names: Sequence[str]) -> None:
+    """Raise ``UserError`` if names tell that the file is no LoRA, or of another kind than plain ones, of whatever family."""
+    kinds = {name: None if _role(name) else _kind(name) for name in names}
+    if not any("lora" in name.lower() or kinds[name] or _role(name) for name in names):
+        raise UserError(f"{file} holds no LoRA: none of its {len(names)} weights is named as one")
+    for kind in OTHER_KINDS:
+        if of_kind := [name for name in names if kinds[name] == kind]:
+            raise UserError(
+                f"{file} is {kind}, or holds parts of one ({_such(of_kind, names)}): only plain LoRA and LoCon are read. "
+                "Merge it into the model with the program that made it, and give that model"
+            )
+
+
+def check_names(file: Path, names: Sequence[str], *, trained: bool) -> None:
+    """Raise ``UserError`` unless all names are those of a LoRA's tensors, and, with ``trained``, of those that are trained."""
+    check_kind(file, names)
+    if unknown := [name for name in names if _role(name) is None]:
+        raise UserError(
+            f"{file} holds what is no part of a LoRA ({_such(unknown, names)}): only matrices and their alphas are read"
+        )
+    ends = Counter(map(_role, names))
+    if 0 < ends["alpha"] < ends["down"]:
+        raise UserError(
+            f"{file} has an alpha for {ends['alpha']} of its {ends['down']} layers: the strength of the others is not known"
+        )
+    if trained:
+        _check_trained(file, names)
+
+
+def _check_trained(file: Path, names: Sequence[str]) -> None:
+    roles = {name: _role(name) for name in names}
+    of_text = [n for n in names if placed(_stem(n))[0] is not None]
+    dora = [n for n in names if roles[n] == "magnitude"]
+    biases = [n for n in names if roles[n] == "bias"]
+    for others, what in ((dora, "is a DoRA"), (biases, "has biases"), (of_text, "changes a text encoder")):
+        if others:
+            raise UserError(
+                f"{file} {what}, and so also changes what is not trained here ({_such(others, names)}): "
+                "give a plain LoRA of the network alone"
+            )
+
+
+def _such(some: Sequence[str], of: Sequence[str]) -> str:
+    return f"{len(some)} of its {len(of)} tensors, such as {short_name(some[0])}"
+
+
+def short_name(name: str) -> str:
+    """A name of a file, which may be anything, on one line and not longer than it needs to be."""
+    name = " ".join(name.split())
+    return name if len(name) <= 120 else f"{name[:60]}...{name[-50:]}"
+
+
+def _kind(name: str) -> str | None:
+    for kind, marks in OTHER_KINDS.items():
+        if any(name.endswith(m) or (m.endswith(("_", ".")) and m in name) for m in marks):
+            return kind
+    return None
+
+
+def _role(name: str) -> str | None:
+    return next((role for role, ends in ROLES.items() if name.endswith(ends)), None)
+
+
+def _stem(name: str) -> str:
+    ends = (end for ends in ROLES.values() for end in ends if name.endswith(end))
+    return name.removesuffix(max(ends, key=len, default=""))
+
+
+def layers_of(file: Path, tensors: Mapping[str, Tensor]) -> list[Layer]:
+    """The layers of a file whose names were checked.
+
+    Raises:
+        UserError: numbers that are not finite or no floating point, halves without the other, a layer that comes twice.
+    """
+    layers: dict[tuple[str | None, str], Layer] = {}
+    for name, tensor in tensors.items():
+        role, stem = _role(name), _stem(name)
+        assert role is not None
+        tensor = _readable(file, name, tensor, role)
+        layer = layers.setdefault(placed(stem), Layer(stem))
+        if role in layer.tensors:
+            raise UserError(f"{file} holds {short_name(name)} twice, under another name too; it is damaged")
+        layer.tensors[role] = tensor
+    for layer in layers.values():
+        _check_halves(file, layer, tensors)
+        if "mid" in layer.tensors:
+            _fold(layer.tensors)
+    return list(layers.values())
+
+
+def _readable(file: Path, name: str, tensor: Tensor, role: str) -> Tensor:
+    if role == "alpha" and tensor.numel() != 1:
+        raise UserError(f"{file}: {short_name(name)} holds {tensor.numel()} numbers; an alpha is one")
+    if role != "alpha" and not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{file}: {short_name(name)} is stored as {kind}; a LoRA in floating point is expected")
+    if not tensor.float().isfinite().all():
+        raise UserError(f"{file} holds numbers that are not finite ({short_name(name)}); it cannot be used")
+    return tensor if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) else tensor.float()
+
+
+def _check_halves(file: Path, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
+    for missing, there in (("down", "up"), ("up", "down")):
+        if missing not in layer.tensors:
+            names = [n for n in tensors if _stem(n) == layer.named]
+            end = ".lora_up.weight" if missing == "up" else ".lora_down.weight"
+            raise UserError(
+                f"{file} cannot be used: {short_name(layer.named + end)} is missing, the other half of "
+                f"{short_name(next((n for n in names if _role(n) == there), names[0]))}"
+            )
+
+
+def _fold(tensors: dict[str, Tensor]) -> None:
+    """Tucker's form of a convolution, up (out, r) of mid (r, r, k, k) of down (r, in), is a LoRA with ``mid down`` below."""
+    mid, down = tensors.pop("mid"), tensors["down"]
+    tensors["down"] = torch.einsum("rskl,si->rikl", mid.float(), down.float().flatten(1))
+
+
+def told_config(file: Path, part: str) -> dict[str, Any] | None:
+    """What a file, or PEFT's ``adapter_config.json`` beside it, tells of the LoRA of ``part``, as arguments of ``LoraConfig``.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    beside = file.with_name("adapter_config.json")
+    try:
+        with safe_open(file, "pt") as opened:
+            told = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        own = {key.removeprefix(f"{part}."): value for key, value in told.items() if key.startswith(f"{part}.")}
+        if not own and file.name == "adapter_model.safetensors" and beside.is_file():
+            given = json.loads(beside.read_text(encoding="utf-8"))
+            names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
+            own = {name: given[name] for name in names if name in given}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"what {file} tells of its LoRA cannot be read: {first_line(error)}; save it again") from error
+    return own or None
+
+
+def tells_alpha(file: Path) -> bool:
+    """Whether a LoRA tells its strength: diffusers' in the metadata, PEFT's beside it, kohya's in a number for every layer."""
+    with safe_open(file, "pt") as opened:
+        of_file = "lora_adapter_metadata" in (opened.metadata() or {})
+    beside = file.name == "adapter_model.safetensors" and file.with_name("adapter_config.json").is_file()
+    return of_file or beside or any(name.endswith(".alpha") for name in names_in(file))
