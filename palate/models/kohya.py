@@ -48,7 +48,8 @@ def save_kohya(
         name = kohya.name(module)
         tensors[f"{name}.lora_down.weight"] = layer.down.to("cpu", dtype).contiguous()
         tensors[f"{name}.lora_up.weight"] = layer.up.to("cpu", dtype).contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
+        alpha = torch.tensor(layer.alpha)
+        tensors[f"{name}.alpha"] = alpha.to(dtype) if alpha.to(dtype) == alpha else alpha
     metadata = {**_metadata(denoiser, kohya, layers), **about}
 
     def write(partial: str) -> None:

@@ -18,6 +18,7 @@ from palate.base.files import replacing
 from palate.models.denoiser import Denoiser
 from palate.models.lora import LoraLayer, lora_layers, save_lora
 from palate.models.parts import LORA
+from palate.models.rounding import to_dtype
 
 
 @contextmanager
@@ -39,6 +40,18 @@ def save_diffusers(denoiser: Denoiser, network: nn.Module, folder: str | Path, *
         return save_lora(denoiser, network, folder)
 
 
+def before_merging(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights that a LoRA is about to change, as ``dtype`` holds them, by their names after :func:`merge`."""
+    names = [name for name, layer in lora_layers(network).items() if not layer.idle]
+    return {f"{n}.weight": network.get_parameter(f"{n}.base_layer.weight").detach().to(dtype, copy=True) for n in names}
+
+
+def changed_weights(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
+    """The weights of ``base`` that are others in ``tuned``, a network of the same shape."""
+    after = dict(tuned.named_parameters())
+    return {name: p.detach() for name, p in base.named_parameters() if not torch.equal(p, after[name])}
+
+
 def merge(network: nn.Module) -> nn.Module:
     """The LoRA of ``network`` added to its weights (in place, in their own precision) and taken away."""
     if lora_layers(network):
@@ -49,7 +62,7 @@ def merge(network: nn.Module) -> nn.Module:
 
 def save_network(network: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a whole network for its class's ``from_pretrained``; a LoRA in it is merged. It is changed in place."""
-    return replacing(Path(folder), merge(network).to(dtype).save_pretrained)  # type: ignore[operator]
+    return replacing(Path(folder), to_dtype(merge(network), dtype, "the network").save_pretrained)  # type: ignore[operator]
 
 
 def save_pipeline(denoiser: Denoiser, network: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -58,9 +71,9 @@ def save_pipeline(denoiser: Denoiser, network: nn.Module, folder: str | Path, *,
     SDXL's VAE says in its configuration that it must be computed in float32; its stored precision may be half.
     """
     pipeline = denoiser.pipeline(merge(network))
-    for part in pipeline.components.values():
+    for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            part.to(dtype)
+            to_dtype(part, dtype, name)
     return replacing(Path(folder), pipeline.save_pretrained)
 
 

@@ -354,6 +354,11 @@ class LoraLayer:
         """What a reader divides by the rank to get the scale."""
         return self.scale * self.down.shape[0]
 
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing."""
+        return not (self.scale and self.down.any() and self.up.any())
+
 
 def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:
     """The trained LoRA of a network, as it is applied, by the name of the layer."""

@@ -25,6 +25,7 @@ FORMATS = {
     "pipeline": "a folder with the whole pipeline",
     "lora-from-full": "a folder with the LoRA nearest to a full training, in both layouts",
 }
+MERGED = ("merged-unet", "pipeline")
 DTYPES = ("fp32", "fp16", "bf16")
 ENERGY = Range(above=0, at_most=1, expected="a share above 0 and up to 1, such as 0.95")
 
@@ -112,26 +113,36 @@ def _pushed_run(name: str, repo: str) -> str:
 
 
 def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.dtype, *, progress: bool) -> list[str]:
+    import torch
+
     from palate.models import kohya, layouts
+    from palate.models.lora import lora_layers
+    from palate.models.rounding import check_lora, check_weights
 
     denoiser, network = found.load_tuned()
+    layers = lora_layers(network)
+    told = check_lora(layers, torch.float32 if options.format in MERGED else dtype) if layers else []
+    if options.format in MERGED:
+        before = layouts.before_merging(network, dtype) if layers else layouts.changed_weights(denoiser.network, network)
+        told = check_weights(before, layouts.merge(network), dtype)
     about = about_training(found.recipe, out.stem) if found.recipe else {"ss_output_name": out.stem}
     if options.format == "kohya":
-        return [f"wrote {kohya.save_kohya(denoiser, network, out, dtype=dtype, about=about)}"]
+        return [*told, f"wrote {kohya.save_kohya(denoiser, network, out, dtype=dtype, about=about)}"]
     if options.format == "diffusers":
-        return [f"wrote {layouts.save_diffusers(denoiser, network, out, dtype=dtype)}"]
+        return [*told, f"wrote {layouts.save_diffusers(denoiser, network, out, dtype=dtype)}"]
     if options.format == "merged-unet":
-        return [f"wrote {layouts.save_network(network, out, dtype=dtype)}"]
+        return [*told, f"wrote {layouts.save_network(network, out, dtype=dtype)}"]
     if options.format == "pipeline":
-        return [f"wrote {layouts.save_pipeline(denoiser, network, out, dtype=dtype)}"]
+        return [*told, f"wrote {layouts.save_pipeline(denoiser, network, out, dtype=dtype)}"]
     rank = 64 if options.rank is None and options.energy is None else options.rank
     extraction = layouts.extract_lora(
         denoiser, network, rank=rank, energy=options.energy, layers=options.lora_layers, progress=progress
     )
+    told = check_lora(lora_layers(denoiser.network), dtype)
     files = [layouts.save_diffusers(denoiser, denoiser.network, out, dtype=dtype)]
     if denoiser.kohya is not None:
         files.append(kohya.save_kohya(denoiser, denoiser.network, out / KOHYA_FILE, dtype=dtype, about=about))
-    return [extraction.sentence(), *(f"wrote {file}" for file in files)]
+    return [extraction.sentence(), *told, *(f"wrote {file}" for file in files)]
 
 
 def _find(name: str, base: str | None) -> NamedModel:

@@ -91,3 +91,39 @@ def test_mistakes_are_told_and_leave_nothing(palate, run, tmp_path, model_dir):
         assert message in err
         assert err.count("\n") == 1
         assert sorted(tmp_path.rglob("*")) == before
+
+
+LAYOUTS = [("kohya", "new.safetensors"), ("diffusers", "new"), ("merged-unet", "new"), ("pipeline", "new")]
+
+
+@pytest.mark.parametrize(("layout", "output"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1e6, "hold numbers above 65504, where fp16 ends: use --dtype bf16 or fp32"),
+        (1e-12, "is left in fp16"),
+        (0.0, "nothing to export"),
+    ],
+)
+def test_a_file_that_would_be_useless_is_not_written(palate, run, tmp_path, layout, output, value, message):
+    tensors = {n: torch.full_like(t, value) for n, t in load_file(run / DIFFUSERS).items()}
+    with safe_open(run / DIFFUSERS, "pt") as opened:
+        save_file(tensors, run / DIFFUSERS, metadata=opened.metadata())
+    code, said, err = palate("export", "out", format=layout, output=output, dtype="fp16")
+    assert (code, said) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert not (tmp_path / output).exists()
+
+
+@pytest.mark.parametrize(("layout", "output"), LAYOUTS[:2])
+def test_layers_that_a_file_loses_are_told(palate, run, tmp_path, layout, output):
+    tensors = load_file(run / DIFFUSERS)
+    first = next(n for n in tensors if n.endswith("lora_B.weight"))
+    tensors = {n: t + 1e-2 if "lora_B" in n else t for n, t in tensors.items()} | {first: torch.full_like(tensors[first], 1e-9)}
+    with safe_open(run / DIFFUSERS, "pt") as opened:
+        save_file(tensors, run / DIFFUSERS, metadata=opened.metadata())
+    code, said, err = palate("export", "out", format=layout, output=output, dtype="fp16")
+    assert code == 0, err
+    assert said.startswith("1 of ")
+    assert "lose their change in fp16: use --dtype fp32 to keep it" in said
+    assert palate("export", "out", format=layout, output=f"fine-{output}")[:2][1].startswith("wrote ")
