@@ -1,6 +1,6 @@
 """What a training run is known to hold in a GPU's memory: weights, gradients and optimizer, counted on the real architectures.
 
-Nothing is loaded or run: the U-Nets are built without storage. Activations are not in these sums.
+Nothing is loaded or run: the networks are built without storage. Activations are not in these sums.
 
 Usage: python benchmarks/memory.py
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from palate.models import sd3
 from palate.models.sd import LORA_TARGETS
 
 UNETS = {
@@ -32,10 +33,29 @@ UNETS = {
 }
 
 
-def lora_size(unet: nn.Module, rank: int, layers: str) -> int:
+TRANSFORMERS = {
+    "SD 3.5 medium": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    "SD 3.5 large": {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm",
+    },
+}
+
+
+def lora_size(network: nn.Module, rank: int, layers: tuple[str, ...]) -> int:
     """Numbers in the matrices of a LoRA: rank x (outputs + inputs) a layer, of a convolution inputs x kernel."""
-    ends = tuple(f".{target}" for target in LORA_TARGETS[layers])
-    shapes = [m.weight.shape for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and n.endswith(ends)]
+    ends = tuple(f".{target}" for target in layers)
+    shapes = [m.weight.shape for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and n.endswith(ends)]
     return sum(rank * (shape[0] + math.prod(shape[1:])) for shape in shapes)
 
 
@@ -48,17 +68,19 @@ def adafactor_size(unet: nn.Module) -> int:
 def encoder_sizes() -> dict[str, int]:
     """Parameters of the text encoders and of the VAE, all computed in float32 before training."""
     from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     common = {"vocab_size": 49408, "max_position_embeddings": 77}
     first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **common)
     second = CLIPTextConfig(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, **common
     )
+    t5 = T5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     with torch.device("meta"):
         parts = {
             "text encoder": CLIPTextModel(first),
             "SDXL's second text encoder": CLIPTextModelWithProjection(second),
+            "SD3's T5": T5EncoderModel(t5),
             "VAE": AutoencoderKL(
                 block_out_channels=(128, 256, 512, 512),
                 down_block_types=("DownEncoderBlock2D",) * 4,
@@ -78,15 +100,25 @@ def main() -> None:
         count = sum(p.numel() for p in unet.parameters())
         rows = []
         for rank, layers, optimizer, each in ((64, "attention", "adamw", 8), (64, "attention", "adamw_8bit", 2)):
-            rows.append((f"LoRA {rank}, {layers}, {optimizer}", count * 2, 0, lora_size(unet, rank, layers), each))
+            rows.append(
+                (f"LoRA {rank}, {layers}, {optimizer}", count * 2, 0, lora_size(unet, rank, LORA_TARGETS[layers]), each)
+            )
         for rank in (32, 16):
-            rows.append((f"LoRA {rank}, attention, adamw_8bit", count * 2, 0, lora_size(unet, rank, "attention"), 2))
-        rows.append(("LoRA 16, all, adamw_8bit", count * 2, 0, lora_size(unet, 16, "all"), 2))
+            rows.append(
+                (f"LoRA {rank}, attention, adamw_8bit", count * 2, 0, lora_size(unet, rank, LORA_TARGETS["attention"]), 2)
+            )
+        rows.append(("LoRA 16, all, adamw_8bit", count * 2, 0, lora_size(unet, 16, LORA_TARGETS["all"]), 2))
         rows.append(("full, adamw", 0, count * 4, count, 8))
         rows.append(("full, adafactor", 0, count * 4, count, 4 * adafactor_size(unet) / count))
         for trained, base, copy, numbers, each in rows:
             parts = (base, copy, 4 * numbers, 4 * numbers, each * numbers)
             print(f"| {name} | {trained} | " + " | ".join(f"{x / 1e9:.2f}" for x in (*parts, sum(parts))) + " |")
+    print("\n| model | parameters | LoRA numbers a rank, attention | all |\n| --- | ---: | ---: | ---: |")
+    for name, config in TRANSFORMERS.items():
+        with torch.device("meta"):
+            network = SD3Transformer2DModel(**config)
+        sizes = [lora_size(network, 1, layers) for layers in sd3.LORA_TARGETS.values()]
+        print(f"| {name} | " + " | ".join(f"{x:,}" for x in (sum(p.numel() for p in network.parameters()), *sizes)) + " |")
     print()
     for name, count in encoder_sizes().items():
         print(f"{name}: {count:,} parameters, {4 * count / 1e9:.2f} GB in float32")
