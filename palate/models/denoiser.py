@@ -42,12 +42,15 @@ class Kohya:
     """As ``ss_base_model_version``."""
     architecture: str
     """As ``modelspec.architecture``."""
-    prediction: str
-    """As ``modelspec.prediction_type``."""
+    prediction: str | None
+    """As ``modelspec.prediction_type``; None for a rectified flow, of which it has no name."""
     implementation: str = "diffusers"
     """As ``modelspec.implementation``."""
     second: bool = False
     """As ``ss_v2``: Stable Diffusion 2.x."""
+    parts: Callable[[str], tuple[str, ...]] | None = None
+    """A layer's name in diffusers -> those of the layers that are one there, itself among them, in order; None: all are alone.
+    ``name`` knows the first of them."""
 
 
 @runtime_checkable

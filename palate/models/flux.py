@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
-from palate.models.denoiser import Card
+from palate.models.denoiser import Card, Kohya
 from palate.models.latent import Latent, few_steps
 from palate.models.parts import Source, TextEncoder, large
 
@@ -80,3 +81,63 @@ class Flux(Latent):
     def _scaled(self, found: Tensor, resolution: int) -> Tensor:
         side = resolution // self.vae.factor // 2
         return F.pixel_shuffle(found.mT.unflatten(2, (side, side)), 2)
+
+    @property
+    def kohya(self) -> Kohya:
+        kind = "dev" if self.network.config.guidance_embeds else "schnell"
+        code = "https://github.com/black-forest-labs/flux"
+        return Kohya(kohya_name, "flux1", f"flux-1-{kind}", None, code, parts=together)
+
+
+# Names of layers, of FLUX.1 and FLUX.2 ----------------------------------------------------------------------------------------
+
+JOINT = {
+    "attn.to_q": "img_attn_qkv",
+    "attn.to_out.0": "img_attn_proj",
+    "attn.add_q_proj": "txt_attn_qkv",
+    "attn.to_add_out": "txt_attn_proj",
+    "ff.net.0.proj": "img_mlp_0",
+    "ff.net.2": "img_mlp_2",
+    "ff.linear_in": "img_mlp_0",
+    "ff.linear_out": "img_mlp_2",
+    "ff_context.net.0.proj": "txt_mlp_0",
+    "ff_context.net.2": "txt_mlp_2",
+    "ff_context.linear_in": "txt_mlp_0",
+    "ff_context.linear_out": "txt_mlp_2",
+}
+SINGLE = {"attn.to_q": "linear1", "proj_out": "linear2", "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
+BLOCKS = {"transformer_blocks": ("double_blocks", JOINT), "single_transformer_blocks": ("single_blocks", SINGLE)}
+TOGETHER = (
+    ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+)
+"""What is one layer in the original code; the last in the single blocks of FLUX.1."""
+
+
+def kohya_name(module: str) -> str:
+    """A layer by the name that kohya's LoRAs have for it, of layers that are one there for the first.
+
+    >>> kohya_name("single_transformer_blocks.3.attn.to_out")
+    'lora_unet_single_blocks_3_linear2'
+    """
+    blocks, number, layer = _place(module)
+    there, names = BLOCKS.get(blocks, ("", {}))
+    if layer not in names:
+        raise UserError(f"kohya's scripts have no name for the layer {module} of FLUX: use the layout of diffusers")
+    return f"lora_unet_{there}_{number}_{names[layer]}"
+
+
+def together(module: str) -> tuple[str, ...]:
+    """The layers that are one with this one in the original code, by their names here."""
+    blocks, number, layer = _place(module)
+    groups = TOGETHER[2:] if blocks == "single_transformer_blocks" else TOGETHER[:2]
+    found = next((group for group in groups if layer in group), None)
+    return (module,) if found is None else tuple(f"{blocks}.{number}.{name}" for name in found)
+
+
+def _place(module: str) -> tuple[str, str, str]:
+    """Kind of block, its number, and the layer in it."""
+    blocks, _, rest = module.partition(".")
+    number, _, layer = rest.partition(".")
+    return blocks, number, layer

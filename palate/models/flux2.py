@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import RectifiedFlow, Schedule
-from palate.models.denoiser import Card
+from palate.models.denoiser import Card, Kohya
+from palate.models.flux import kohya_name, together
 from palate.models.latent import Latent, few_steps
 from palate.models.parts import Source, TextEncoder, Vae, large
 from palate.models.qwen import chat, hidden_states
@@ -111,6 +112,12 @@ class Flux2Klein(Latent):
 
     def _scaled(self, found: Tensor, resolution: int) -> Tensor:
         return self.vae.scaled(found)
+
+    @property
+    def kohya(self) -> Kohya:
+        size = "9b" if self.network.config.num_attention_heads == 32 else "4b"
+        code = "https://github.com/black-forest-labs/flux2"
+        return Kohya(kohya_name, "flux2", f"Flux.2-klein-{size}", None, code, parts=together)
 
 
 def _grid(*sides: int, device: torch.device) -> Tensor:

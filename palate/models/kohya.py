@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +27,33 @@ def _with_one_alpha(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
     }
 
 
+def _fused(
+    network: nn.Module, layers: Mapping[str, LoraLayer], parts: Callable[[str], tuple[str, ...]]
+) -> dict[str, LoraLayer]:
+    """Layers that are one in the original code as one, by the name of the first of them."""
+    groups = dict.fromkeys(parts(name) for name in layers)
+    return {group[0]: layers[group[0]] if len(group) == 1 else _one(network, layers, group) for group in groups}
+
+
+def _one(network: nn.Module, layers: Mapping[str, LoraLayer], group: tuple[str, ...]) -> LoraLayer:
+    """The same change exactly: A of all parts in a column, B in a diagonal of blocks, alpha times their number.
+
+    A part without a LoRA has rows of zeros.
+    """
+    there = [layers[name] for name in group if name in layers]
+    down, scale = torch.cat([layer.down for layer in there]), max(layer.scale for layer in there) or 1.0
+    rows, at = [], 0
+    for name in group:
+        outputs = int(network.get_submodule(name).weight.shape[0])  # type: ignore[union-attr, index]
+        row = down.new_zeros(outputs, down.shape[0])
+        if layer := layers.get(name):
+            rank = layer.down.shape[0]
+            row[:, at : at + rank] = layer.up if layer.scale == scale else layer.up * (layer.scale / scale)
+            at += rank
+        rows.append(row)
+    return LoraLayer(down, torch.cat(rows), scale)
+
+
 def save_kohya(
     denoiser: Denoiser, network: nn.Module, path: str | Path, *, dtype: torch.dtype = torch.float32, about: Mapping[str, str]
 ) -> Path:
@@ -42,7 +69,8 @@ def save_kohya(
     kohya = denoiser.kohya
     if kohya is None:
         raise UserError(f"kohya's scripts have no layout for LoRAs of {denoiser.card.pipeline}: use that of diffusers")
-    path, layers = Path(path), _with_one_alpha(lora_layers(network))
+    path, found = Path(path), lora_layers(network)
+    layers = _with_one_alpha(found) if kohya.parts is None else _fused(network, found, kohya.parts)
     tensors = {}
     for module, layer in layers.items():
         name = kohya.name(module)
@@ -78,7 +106,7 @@ def _metadata(denoiser: Denoiser, kohya: Kohya, layers: Mapping[str, LoraLayer])
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{kohya.architecture}/lora",
         "modelspec.implementation": kohya.implementation,
-        "modelspec.prediction_type": kohya.prediction,
+        **({} if kohya.prediction is None else {"modelspec.prediction_type": kohya.prediction}),
         "modelspec.resolution": f"{denoiser.default_resolution}x{denoiser.default_resolution}",
     }
 

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import tiny_flow
 import torch
+from safetensors.torch import load_file
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import guided, join, transition
 from palate.diffusion.steps import ddim
+from palate.models import flux
 from palate.models.denoiser import Drawing
 from palate.models.families import load_denoiser
 from palate.models.files import LORA_FILE
-from palate.models.lora import tuned
+from palate.models.kohya import save_kohya
+from palate.models.lora import lora_layers, tuned
 from palate.models.policy import Policy
 
 SIDE, STEPS = 64, 3
@@ -227,12 +230,9 @@ def test_pictures_are_those_of_the_pipeline(load, plain, way):
 @pytest.mark.parametrize("layers", ["attention", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lora_reloads_at_the_trained_strength_here_and_in_plain_diffusers(load, plain, tmp_path, kind, layers):
-    denoiser = load(kind)
-    policy = Policy(denoiser, rank=4, lora_alpha=2.0, lora_layers=layers)
-    g = torch.Generator().manual_seed(1)
+    policy = moved(load, kind, layers)
+    denoiser = policy.denoiser
     with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=g)
         batch = noise(denoiser, 0), torch.tensor([600.0], dtype=torch.float64), denoiser.encode_prompts(PROMPTS[:1])
         path, expected = policy.save(tmp_path), policy(*batch)
         again, pipeline = load(kind), plain(kind)
@@ -270,6 +270,75 @@ def test_layers_of_a_lora(load, kind):
     for layers, count in TARGETS[kind].items():
         policy = Policy(load(kind), rank=2, lora_layers=layers)
         assert len(policy.state_dict()) == 2 * count
+
+
+# As kohya's scripts name the layers, and diffusers reads them (its converters of FLUX.1 and FLUX.2).
+DOUBLE = ["img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "img_mlp_0", "img_mlp_2", "txt_mlp_0", "txt_mlp_2"]
+NAMES = {
+    ("klein", "attention"): [f"double_blocks_0_{name}" for name in DOUBLE[:2]]
+    + [f"single_blocks_{i}_linear{k}" for i in (0, 1) for k in (1, 2)],
+    ("klein", "all"): [f"double_blocks_0_{name}" for name in DOUBLE]
+    + [f"single_blocks_{i}_linear{k}" for i in (0, 1) for k in (1, 2)],
+    ("flux", "attention"): [f"double_blocks_0_{name}" for name in DOUBLE[:4]] + [f"single_blocks_{i}_linear1" for i in (0, 1)],
+    ("flux", "all"): [f"double_blocks_0_{name}" for name in DOUBLE] + [f"single_blocks_{i}_linear1" for i in (0, 1)],
+}
+
+
+def moved(load, kind: str, layers: str) -> Policy:
+    """With a LoRA of rank 4 and strength 1/2 that changes something."""
+    policy, g = Policy(load(kind), rank=4, lora_alpha=2.0, lora_layers=layers), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=g)
+    return policy
+
+
+def change(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    down, up, alpha = (tensors[f"lora_unet_{name}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+    return alpha / len(down) * up @ down
+
+
+@pytest.mark.parametrize(("kind", "layers"), NAMES)
+def test_kohyas_twin_has_the_layers_of_the_original_code(load, tmp_path, kind, layers):
+    policy = moved(load, kind, layers)
+    file = save_kohya(policy.denoiser, policy.trainable_module, tmp_path / "twin.safetensors", about={})
+    tensors = load_file(file)
+    assert {name.partition(".")[0] for name in tensors} == {f"lora_unet_{name}" for name in NAMES[kind, layers]}
+    own = {name: layer.scale * layer.up @ layer.down for name, layer in lora_layers(policy.trainable_module).items()}
+    joint = [own[f"transformer_blocks.0.attn.{name}"] for name in ("to_q", "to_k", "to_v")]
+    assert torch.equal(change(tensors, "double_blocks_0_img_attn_qkv"), torch.cat(joint))
+    assert (
+        tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 3 * tensors["lora_unet_double_blocks_0_img_attn_proj.alpha"]
+    )
+    if kind == "flux":  # the feed-forward half of a single block's first layer is not trained
+        single = [own[f"single_transformer_blocks.1.attn.{name}"] for name in ("to_q", "to_k", "to_v")]
+        found = change(tensors, "single_blocks_1_linear1")
+        assert torch.equal(found[: 3 * 32], torch.cat(single))
+        assert found.shape == (3 * 32 + 4 * 32, 32)
+        assert not found[3 * 32 :].any()
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_kohyas_twin_of_klein_is_read_by_diffusers(load, plain, tmp_path, layers):
+    policy = moved(load, "klein", layers)
+    save_kohya(policy.denoiser, policy.trainable_module, tmp_path / "twin.safetensors", about={})
+    pipeline, other = plain("klein"), load("klein")
+    pipeline.load_lora_weights(tmp_path, weight_name="twin.safetensors")
+    x, t = noise(other, 0), torch.tensor([600.0], dtype=torch.float64)
+    with torch.no_grad():
+        cond = other.encode_prompts(PROMPTS[:1])
+        expected = policy(x, t, cond)
+        torch.testing.assert_close(other.predict(pipeline.transformer, x, t, cond), expected, rtol=1e-4, atol=1e-5)
+        assert (policy.reference(x, t, cond) - expected).abs().max() > 1e-3
+
+
+def test_a_layer_that_kohyas_scripts_do_not_name_is_told():
+    with pytest.raises(UserError, match=r"no name for the layer norm_out\.linear"):
+        flux.kohya_name("norm_out.linear")
+
+
+def test_z_image_has_no_twin(load):
+    assert load("zimage").kohya is None  # readers know its layers by the names of diffusers
 
 
 # What is refused, and what is warned of --------------------------------------------------------------------------------------
