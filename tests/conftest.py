@@ -213,6 +213,29 @@ def sd3_without_t5(tmp_path_factory, sd3_dir) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def flow_dir(tmp_path_factory, tokenizer_dir):
+    """Folders of the other families of rectified flow by their kind, each made when it is first asked for."""
+    import tiny_flow
+
+    base, made = tmp_path_factory.mktemp("flows"), {}
+    makers = {
+        "zimage": tiny_flow.zimage,
+        "zimage-turbo": lambda folder: tiny_flow.zimage(folder, shift=3.0),
+        "klein": tiny_flow.klein,
+        "klein-distilled": lambda folder: tiny_flow.klein(folder, is_distilled=True),
+        "flux": lambda folder: tiny_flow.flux(folder, tokenizer_dir),
+        "schnell": lambda folder: tiny_flow.flux(folder, tokenizer_dir, guidance_embeds=False),
+    }
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = makers[kind](base / kind)
+        return made[kind]
+
+    return folder
+
+
 def tiny_t5_tokenizer():
     """Of T5's kind, with words of our captions."""
     import tokenizers

@@ -6,23 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_flow
 from safetensors.torch import load_file
 
 from palate.evaluation.manifest import read_manifest
 from palate.training.log import read_log
 
 SIDE = 64
-FAMILIES = {
-    "zimage": lambda folder, _: tiny_flow.zimage(folder),
-    "klein": lambda folder, _: tiny_flow.klein(folder),
-    "flux": tiny_flow.flux,
-}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request, tmp_path_factory, tokenizer_dir):
-    return FAMILIES[request.param](tmp_path_factory.mktemp("flows") / request.param, tokenizer_dir)
+@pytest.fixture(params=["zimage", "klein", "flux"])
+def folder(request, flow_dir):
+    return flow_dir(request.param)
 
 
 def losses(folder: str) -> list[float]:

@@ -9,7 +9,8 @@ import pytest
 
 from palate.runs import recipe
 
-REAL = [name for name in recipe.built_in() if name.startswith(("sd15-", "sd35-", "sdxl-"))]
+FLOWS = ("zimage", "klein", "flux")
+REAL = [name for name in recipe.built_in() if name.partition("-")[0] in ("sd15", "sd35", "sdxl", *FLOWS)]
 ONLINE = [name for name in recipe.built_in() if name.startswith("ddpo-")]
 
 
@@ -17,21 +18,22 @@ def test_there_are_those_of_the_papers_and_for_one_gpu():
     assert {"sd15-dpo", "sdxl-dpo", "sd15-ncp-dpo", "sdxl-ncp-dpo", "sdxl-ncp-cpo", "sdxl-ncp-sft", "sdxl-sft"} <= set(REAL)
     assert {"sd15-cpo", "sd15-ncp-cpo"} <= set(REAL)
     assert {"sd35-dpo-24gb", "sd35-ncp-dpo-24gb"} <= set(REAL)
+    assert {"zimage-dpo-24gb", "klein-dpo-24gb", "flux-dpo-40gb"} <= set(REAL)
     assert {f"sdxl-dpo-{size}gb" for size in (12, 16, 24)} <= set(REAL)
     assert {"ddpo-sd14", "ddpo-sd14-full", "ddpo-sd15-24gb", "ddpo-sdxl-lora", "ddpo-sdxl-24gb"} <= set(ONLINE)
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_recipe_trains_at_small_size(palate, name, sdxl_dir, sd3_dir):
+def test_a_recipe_trains_at_small_size(palate, name, sdxl_dir, sd3_dir, flow_dir):
     made = recipe.load(name)
     assert "Not run with these weights by us" in recipe.find(name).read_text()
     tiny = {"resolution": 64, "max_train_steps": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2}
     tiny |= {"mixed_precision": "no", "validation_prompts": "[]", "validation_fraction": 0, "logging_steps": 1}
     if made.training.optimizer == "adamw_8bit":  # needs a GPU
         tiny["optimizer"] = "adamw"
-    models = {"sdxl": sdxl_dir, "sd35": sd3_dir}
-    if name[:4] in models:
-        tiny["pretrained_model_name_or_path"] = models[name[:4]]
+    family = name.partition("-")[0]
+    if family != "sd15":
+        tiny["pretrained_model_name_or_path"] = {"sdxl": sdxl_dir, "sd35": sd3_dir}.get(family) or flow_dir(family)
     code, _, err = palate("train", name, lr_warmup_steps=0, **tiny)
     assert code == 0, err
     lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]

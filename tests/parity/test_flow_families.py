@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny_flow
 import torch
 from safetensors.torch import load_file
 
@@ -25,39 +24,18 @@ PROMPTS = ["a red house on the left", "a very long prompt of many words " * 60, 
 KINDS = ["zimage", "klein", "flux"]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer_dir):
-    """By kind, each made when it is first asked for."""
-    base, made = tmp_path_factory.mktemp("flows"), {}
-    makers = {
-        "zimage": tiny_flow.zimage,
-        "zimage-turbo": lambda folder: tiny_flow.zimage(folder, shift=3.0),
-        "klein": tiny_flow.klein,
-        "klein-distilled": lambda folder: tiny_flow.klein(folder, is_distilled=True),
-        "flux": lambda folder: tiny_flow.flux(folder, tokenizer_dir),
-        "schnell": lambda folder: tiny_flow.flux(folder, tokenizer_dir, guidance_embeds=False),
-    }
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = makers[kind](base / kind)
-        return str(made[kind])
-
-    return folder
+@pytest.fixture
+def load(flow_dir):
+    return lambda kind, **options: load_denoiser(str(flow_dir(kind)), **options)
 
 
 @pytest.fixture
-def load(folders):
-    return lambda kind, **options: load_denoiser(folders(kind), **options)
-
-
-@pytest.fixture
-def plain(folders):
+def plain(flow_dir):
     """The pipeline as diffusers reads it."""
     from diffusers import DiffusionPipeline
 
     def read(kind):
-        pipeline = DiffusionPipeline.from_pretrained(folders(kind))
+        pipeline = DiffusionPipeline.from_pretrained(flow_dir(kind))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
