@@ -8,8 +8,8 @@ from typing import Annotated
 
 import pytest
 
-from palate.base.errors import UserError
-from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges, checked, overrides, ranges
+from palate.base.errors import UserError, nearest
+from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges, checked, overrides, ranges, typed
 from palate.online.options import OnlineOptions
 from palate.runs.sections import DataOptions, EvaluationOptions, PolicyOptions
 from palate.training.options import TrainOptions
@@ -71,3 +71,63 @@ def test_every_bound_of_a_recipe_is_checked(kind: type) -> None:
         outside = "no such word" if isinstance(admitted, OneOf) else "-1"
         with pytest.raises(UserError, match=f"^{name} is "):
             checked(kind, {name: outside}, "palate train")
+
+
+# One word for nothing, and short messages ----
+
+NOTHING = ["null", "none", "None", "NULL", " null ", "~", "[]", "{}", None, [], (), {}]
+
+
+@pytest.mark.parametrize("word", NOTHING, ids=map(repr, NOTHING))
+@pytest.mark.parametrize(
+    ("kind", "empty"),
+    [
+        (int | None, None),
+        (str | None, None),
+        (tuple[str, ...], ()),
+        (dict[str, str], {}),
+        (tuple[str, ...] | dict[str, str], ()),
+    ],
+)
+def test_all_words_for_nothing_mean_the_same(kind, empty, word):
+    found = typed(kind, word, "x")
+    assert (found, type(found)) == (empty, type(empty))
+
+
+@pytest.mark.parametrize("kind", [int, float, bool])
+@pytest.mark.parametrize("word", NOTHING, ids=map(repr, NOTHING))
+def test_what_may_not_be_empty_is_refused(kind, word):
+    with pytest.raises(UserError, match=r"^x is .*; expected"):
+        typed(kind, word, "x")
+
+
+def test_text_that_may_not_be_empty_may_be_that_word():
+    assert typed(str, "none", "x") == "none"
+
+
+@pytest.mark.parametrize("word", ["null", "none", "[]"])
+@pytest.mark.parametrize(
+    "name", ["held_out_rewards", "evaluation_prompts", "judges", "validation_data", "columns", "max_train_steps", "refiner"]
+)
+def test_nothing_from_the_command_line(name, word):
+    from palate.runs.recipe import OPTIONS, load
+
+    recipe = load("miniature-dpo", overrides([f"--{name}", word]))
+    assert not getattr(getattr(recipe, OPTIONS[name]), name)
+
+
+def test_messages_show_the_beginning_of_what_is_long():
+    for value in ("x" * 10_000, ["y" * 10_000], {"z" * 10_000: 1}, "two\nlines" * 100):
+        with pytest.raises(UserError) as caught:
+            typed(int, value, "x")
+        assert len(str(caught.value)) < 160
+        assert "\n" not in str(caught.value)
+
+
+def test_of_many_names_the_nearest_three_are_named():
+    names = [f"judge-number-{i}" for i in range(42)]
+    assert nearest("judge-numbr-7", names) == (
+        " (did you mean 'judge-number-7'? the nearest of 42 are judge-number-7, judge-number-37, judge-number-27)"
+    )
+    assert nearest("b", ["a", "c"]) == " (choose from a, c)"
+    assert len(nearest("x" * 5000, ["y" * 5000] * 50)) < 300

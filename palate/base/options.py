@@ -162,7 +162,7 @@ class Range:
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
-        return "" if admitted else f"{value}; expected {self.expected}"
+        return "" if admitted else f"{short(value, quoted=False)}; expected {self.expected}"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class OneOf:
     def refusal(self, value: str | tuple[str, ...]) -> str:
         """As :meth:`Range.refusal`."""
         texts = value if isinstance(value, tuple) else (value,)
-        return next((f"{text!r}{nearest(str(text), self.choices)}" for text in texts if text not in self.choices), "")
+        return next((f"{short(text)}{nearest(str(text), self.choices)}" for text in texts if text not in self.choices), "")
 
 
 def at_least(least: int) -> Range:
@@ -237,8 +237,10 @@ def typed(kind: Any, value: object, name: str) -> object:
     if is_nothing(value):
         if type(None) in options:
             return None
-        if empty := next((k for k in kinds if k in (tuple, dict)), None):
-            return empty()
+        if tuple in kinds:
+            return ()
+        if dict in kinds:
+            return {}
     for origin in kinds:
         try:
             return _as(origin, value)

@@ -243,7 +243,7 @@ def _find_on_hub(repo: str, split: str) -> list[Place]:
         # Pictures as files of their own: all are fetched.
         return find(hub.snapshot(repo, ["*"], kind="dataset", otherwise=otherwise))
     described = sorted(name for name in names if Path(name).name in FOLDER_FILES)
-    found = sorted(name for name in names if name.endswith(ENDINGS)) or described
+    found = sorted(name for name in names if name.lower().endswith(ENDINGS)) or described
     if not found:
         raise UserError(
             f"the data set {repo} holds no *.parquet, *.tar or metadata.jsonl; its own scripts are never run: download it, and "
@@ -251,7 +251,7 @@ def _find_on_hub(repo: str, split: str) -> list[Place]:
         )
     of_split = [name for name in found if (split or "train") in re.split(r"[^A-Za-z0-9]+", name)]
     if split and not of_split:
-        raise UserError(f"the data set {repo} has no files of a split {split!r}: it holds {', '.join(found[:5])}")
+        raise UserError(f"the data set {repo} has no files of a split {short(split)}: it holds {', '.join(found[:5])}")
     chosen = of_split or found
     if found is described:
         folder = hub.snapshot(
@@ -364,7 +364,7 @@ def own_names(columns: Mapping[str, str]) -> dict[str, str]:
     ours = {alias: name for name, aliases in COLUMNS.items() for alias in aliases}
     for name in columns:
         if name not in ours:
-            raise UserError(f"columns: unknown name {name!r} on the left{nearest(name, ours)}")
+            raise UserError(f"columns: unknown name {short(name)} on the left{nearest(name, ours)}")
     return {ours[name]: column for name, column in columns.items()}
 
 
@@ -373,7 +373,9 @@ def _resolve(path: Path, present: Sequence[str], mapping: Mapping[str, str]) -> 
     plain = {_plainly(column): column for column in reversed(present)} | {column: column for column in present}
     for ours, theirs in mapping.items():
         if theirs not in present and _plainly(theirs) not in plain:
-            raise UserError(f"{path}: columns maps {ours!r} to {short(theirs)}, which is missing{nearest(theirs, present)}")
+            raise UserError(
+                f"{path}: columns maps {short(ours)} to {short(theirs)}, which is missing{nearest(theirs, present)}"
+            )
     given = {ours: theirs if theirs in present else plain[_plainly(theirs)] for ours, theirs in mapping.items()}
     return {
         name: given.get(name) or next((plain[alias] for alias in aliases if alias in plain), name)

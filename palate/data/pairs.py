@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from tqdm import tqdm
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.data import formats, selection, values
 from palate.data.formats import DamagedError, File, Place
 from palate.data.options import Reading
@@ -86,6 +86,11 @@ class Counts:
     identical: int = 0  # rows of Pick-a-Pic with are_different = False
     left_out: Counter[str] = field(default_factory=Counter)  # by the wish for winners, no repeats, so many a prompt
     bad: list[BadRow] = field(default_factory=list)
+
+    def by_reason(self) -> dict[str, int]:
+        """What was met and not used, as it is told; ties and bad rows apart."""
+        found = {"without a label": self.unlabelled, "showing one picture twice": self.identical, **self.left_out}
+        return {reason: n for reason, n in found.items() if n}
 
 
 class Reader:
@@ -312,7 +317,7 @@ def read(source: str | Path, reading: Reading | None = None, *, keep_columns: bo
     reader = Reader(str(source), formats.find(source), reading, keep_columns=keep_columns)
     weights = reading.vote_weights
     if weights != "equal" and not any(isinstance(f, File) and f.format == "votes" for f in reader._opened.values()):
-        raise UserError(f"vote_weights is {weights!r}, but {source} holds no votes of palate vote: leave it out")
+        raise UserError(f"vote_weights is {short(weights)}, but {source} holds no votes of palate vote: leave it out")
     if reading.absolute_winners and reader.single:
         raise UserError(f"{source} holds single pictures, which win over no other: leave out absolute_winners")
     return reader

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, said, short
 from palate.base.files import write_atomically
 from palate.base.jsonl import decode, lines
 from palate.data.prompts import Prompt
@@ -41,7 +41,7 @@ def load_prompt_set(name: str, path: str | Path | None = None, *, cache_dir: str
         UserError: an unknown name, no file and no network, or a file of another format.
     """
     if name not in SETS:
-        raise UserError(f"no prompt set {name!r}{nearest(name, SETS)}")
+        raise UserError(f"no prompt set {short(name)}{nearest(name, SETS)}")
     found = SETS[name]
     file = Path(path).expanduser() if path else _fetched(name, Path(cache_dir or "~/.cache/palate/prompts").expanduser())
     try:
@@ -49,7 +49,7 @@ def load_prompt_set(name: str, path: str | Path | None = None, *, cache_dir: str
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; expected the file of {name}, which lies at {found.url}") from None
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {said(error)}"
         raise UserError(f"{file} is not the file of {name} ({reason}); expected that of {found.url}") from error
     if not prompts:
         raise UserError(f"{file} has no prompts; expected the file of {name}, which lies at {found.url}")
@@ -68,8 +68,8 @@ def _fetched(name: str, folder: Path) -> Path:
             content = answer.read()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the prompts of {name} are not on this machine and could not be fetched ({error}). Download {url} where there "
-            f"is a network, and put it at {file}, or give its place: {name}:FILE"
+            f"the prompts of {name} are not on this machine and could not be fetched ({said(error, 80)}). Download {url} where "
+            f"there is a network, and put it at {file}, or give its place: {name}:FILE"
         ) from error
     write_atomically(file, content)
     return file

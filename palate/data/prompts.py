@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, said, short
 from palate.base.jsonl import JsonObject, decode, lines
 
 LISTS = {
@@ -52,17 +52,19 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected a text file with one prompt a line, or JSONL with 'prompt'") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it (iconv -f CODING -t UTF-8 OLD -o NEW)"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected a file of prompts") from None
     told = lines(text)
     if not told:
         raise UserError(f"{path} has no prompts: write one a line")
-    if path.suffix == ".jsonl" or _object(told[0][1]) is not None:
+    if path.suffix.lower() == ".jsonl" or _object(told[0][1]) is not None:
         return [_prompt(path, number, line) for number, line in told]
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         raise UserError(f"{path} is JSON, but not one object a line: convert it to JSONL with 'prompt', or to plain text")
-    if path.suffix in (".tsv", ".csv", ".parquet"):
+    if path.suffix.lower() in (".tsv", ".csv", ".parquet"):
         raise UserError(f"{path} is a table: write its column of prompts to a text file, one prompt a line")
     return [Prompt(line) for _, line in told]
 
@@ -81,14 +83,14 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
         raise UserError(f'{where}: not a JSON object; expected one such as {{"prompt": "a red boat"}} a line')
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        columns = ", ".join(sorted(row)) or "none"
-        raise UserError(f"{where}: 'prompt' must be a non-empty string, found {prompt!r} (columns: {columns})")
+        columns = short(", ".join(sorted(row)) or "none", quoted=False)
+        raise UserError(f"{where}: 'prompt' must be a non-empty string, found {short(prompt)} (columns: {columns})")
     negative = row.get("negative", row.get("negative_prompt"))
     if not isinstance(negative, str | None):
-        raise UserError(f"{where}: 'negative' must be a string, found {negative!r}")
+        raise UserError(f"{where}: 'negative' must be a string, found {short(negative)}")
     metadata = row.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise UserError(f"{where}: 'metadata' must be an object, found {metadata!r}")
+        raise UserError(f"{where}: 'metadata' must be an object, found {short(metadata)}")
     others = {name: value for name, value in row.items() if name not in ("prompt", "negative", "negative_prompt", "metadata")}
     return Prompt(prompt.strip(), negative, others | metadata)
 
@@ -96,7 +98,7 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
 def built_in(name: str) -> list[Prompt]:
     """One of :data:`LISTS`; raises ``UserError`` for another name."""
     if name not in LISTS:
-        raise UserError(f"no list of prompts {name!r}{nearest(name, LISTS)}")
+        raise UserError(f"no list of prompts {short(name)}{nearest(name, LISTS)}")
     return read_prompts(Path(__file__).parent / "prompt_lists" / LISTS[name])
 
 
@@ -122,8 +124,8 @@ def from_function(function: Callable[[], Any], name: str) -> list[Prompt]:
             if _is_one(made):
                 made = [made, *(function() for _ in range(DRAWS - 1))]
             made = list(made)
-    except Exception as error:
-        raise UserError(f"{name} raised {type(error).__name__}: {error}; expected a list of prompts, or one") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{name} raised {type(error).__name__}: {said(error)}; expected a list of prompts, or one") from error
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
@@ -134,7 +136,7 @@ def from_function(function: Callable[[], Any], name: str) -> list[Prompt]:
         prompt = one if isinstance(one, Prompt) else Prompt(one) if isinstance(one, str) else None
         prompt = Prompt(one[0], None, one[1]) if prompt is None and _is_one(one) else prompt
         if prompt is None or not prompt.text.strip():
-            raise UserError(f"{name} made {one!r}; expected a text, or (text, metadata) with a dictionary")
+            raise UserError(f"{name} made {short(one)}; expected a text, or (text, metadata) with a dictionary")
         prompts.append(prompt)
     return prompts
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.files import write_atomically
 from palate.data.images import decode, square
 from palate.data.prompts import Prompt
@@ -45,7 +45,9 @@ def find(prompts: Sequence[Prompt], home: str | Path, for_all: str | Path | None
     for prompt in prompts:
         given = prompt.metadata.get(INIT)
         if given is None and for_all is None:
-            raise UserError(f"prompt {prompt.text!r} names no {INIT}, others do; add one, or give --init_image for the rest")
+            raise UserError(
+                f"prompt {short(prompt.text)} names no {INIT}, others do; add one, or give --init_image for the rest"
+            )
         path = Path(for_all).expanduser() if given is None and for_all is not None else _inside(Path(home), given, prompt)
         if path not in names:
             names[path] = f"{FOLDER}/{_digest(path, prompt)}.png"
@@ -80,16 +82,18 @@ def starting(files: Mapping[str, Path], folder: str | Path, resolution: int) -> 
 
 def _inside(home: Path, given: object, prompt: Prompt) -> Path:
     if not isinstance(given, str) or not given or "\0" in given:
-        raise UserError(f"{INIT} of prompt {prompt.text!r} is {given!r}; expected a path such as photos/cat.png")
+        raise UserError(f"{INIT} of prompt {short(prompt.text)} is {short(given)}; expected a path such as photos/cat.png")
     path = home / given
     if not path.resolve().is_relative_to(home.resolve()):
-        raise UserError(f"{INIT} {given!r} of prompt {prompt.text!r} leads outside {home.resolve()}; put the picture inside")
+        raise UserError(
+            f"{INIT} {short(given)} of prompt {short(prompt.text)} leads outside {home.resolve()}; put the picture inside"
+        )
     return path
 
 
 def _digest(path: Path, prompt: Prompt) -> str:
     """Of the file, after it has been decoded once: a damaged picture is told before weights are read."""
-    where = f"{INIT} {path} of prompt {prompt.text!r}"
+    where = f"{INIT} {path} of prompt {short(prompt.text)}"
     try:
         data = path.read_bytes()
         decode(data)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from os.path import isfile  # pathlib's raises for a name that is too long
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,7 +81,7 @@ def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Pictu
         pictures.append(picture)
     if not pictures:
         raise UserError(f"{path} names no pictures; expected one JSON object a line with file, prompt, seed, index, model")
-    missing = [p.file for p in pictures if check_files and not (folder / p.file).is_file()]
+    missing = [p.file for p in pictures if check_files and not isfile(folder / p.file)]
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} of the {len(pictures)} pictures in {MANIFEST}, the first is "
@@ -100,9 +101,7 @@ def unlisted(folder: str | Path, pictures: Sequence[Picture]) -> list[str]:
 
 def _as_on_disk(folder: Path, picture: Picture) -> Picture:
     """With the name that the file has here, where the manifest writes it as another system would."""
-    if (folder / picture.file).is_file():
-        return picture
-    found = next((name for name in spellings(picture.file) if (folder / name).is_file()), picture.file)
+    found = next((name for name in spellings(picture.file) if isfile(folder / name)), picture.file)
     return replace(picture, file=found)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 from palate.base.hub import is_hub_id, snapshot
 from palate.base.options import keywords
 
@@ -66,7 +66,7 @@ KINDS: dict[str, Kind] = {
 
 def kind_of(name: str) -> Kind:
     if name not in KINDS:
-        raise UserError(f"unknown judge {name!r}{nearest(name, KINDS)}")
+        raise UserError(f"unknown judge {short(name)}{nearest(name, KINDS)}")
     return KINDS[name]
 
 
@@ -89,16 +89,16 @@ def find_place(kind: str, where: str | Path | None) -> Path | str | None:
     of, text = kind_of(kind), str(where or "")
     if of.place == "nothing":
         if text:
-            raise UserError(f"judge {kind} needs no weights, but {text!r} was given; leave it out")
+            raise UserError(f"judge {kind} needs no weights, but {short(text)} was given; leave it out")
         return None
     if text.startswith(("http://", "https://")):
         if of.place == "folder":
             raise UserError(f"judge {kind} reads weights, it cannot ask {text}; give a folder, or remote:{text}")
         return text
     if of.place == "url":
-        raise UserError(f"judge {kind} needs a URL such as {kind}:http://127.0.0.1:8300; got {text!r}")
+        raise UserError(f"judge {kind} needs a URL such as {kind}:http://127.0.0.1:8300; got {short(text)}")
     if not text and not of.hub:
-        raise UserError(f"judge {kind!r} needs the folder of its model; none was given")
+        raise UserError(f"judge {short(kind)} needs the folder of its model; none was given")
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return folder

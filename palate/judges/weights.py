@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.base.errors import UserError, first_line, nearest
+from palate.base.errors import UserError, first_line, nearest, short
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,7 +32,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise UserError(f"dtype is {self.dtype!r}{nearest(self.dtype, DTYPES)}")
+            raise UserError(f"dtype is {short(self.dtype)}{nearest(self.dtype, DTYPES)}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

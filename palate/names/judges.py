@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 from palate.base.options import foreign
 from palate.judges import KINDS, check_judge
 from palate.judges.remote import Identity, RemoteJudge, identity
@@ -208,7 +208,7 @@ def _find(name: str) -> NamedJudge:
         return NamedJudge(name, "function")
     bare = [k for k, v in KINDS.items() if v.place == "nothing" or (v.hub and ":" not in name)]
     forms = [*world.JUDGES, *bare, *(f"{k}:{v.place.upper()}" for k, v in KINDS.items() if k not in bare)]
-    raise UserError(f"no judge {name!r}{nearest(name, [*forms, 'package.module:function'])}")
+    raise UserError(f"no judge {short(name)}{nearest(name, [*forms, 'package.module:function'])}")
 
 
 def _checked(name: str, kind: str, where: str, options: dict[str, Any], role: str) -> NamedJudge:
@@ -226,7 +226,7 @@ def _options(name: str, where: str) -> tuple[str, dict[str, Any]]:
     where, question, text = where.partition("?")
     pairs = parse_qsl(text, keep_blank_values=True)
     if (question and not pairs) or any(not value for _, value in pairs):
-        raise UserError(f"judge {name!r}: expected options as ?name=value&name=value after its folder or URL")
+        raise UserError(f"judge {short(name)}: expected options as ?name=value&name=value after its folder or URL")
     return where, {**dict(pairs), **({"model": model} if model else {})}
 
 

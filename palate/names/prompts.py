@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 from palate.base.options import foreign
 from palate.data import prompt_sets, prompts
 from palate.data.prompts import Prompt
@@ -36,5 +36,5 @@ def find_prompts(name: str | Path) -> list[Prompt]:
         return prompts.from_function(foreign(text, prompt_sets.SETS), text)
     if re.fullmatch(r"[\w-]+", text):
         known = [*prompts.LISTS, *prompt_lists.NAMES, *prompt_sets.SETS]
-        raise UserError(f"no file and no list of prompts {text!r}{nearest(text, known)}")
+        raise UserError(f"no file and no list of prompts {short(text)}{nearest(text, known)}")
     return prompts.read_prompts(path)

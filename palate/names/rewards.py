@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.options import foreign
 from palate.judges import KINDS
 from palate.names.judges import NamedJudge, find_judges
@@ -80,7 +80,7 @@ def _weight(name: str, weight: int | float | str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"the weight of reward {name} is {weight!r}; expected a number, such as rewards: {{{name}: 1.0}}")
+        raise UserError(f"the weight of reward {name} is {short(weight)}; expected a number, such as rewards: {{{name}: 1.0}}")
     return number
 
 

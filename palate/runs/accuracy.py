@@ -92,14 +92,20 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
     for pair in reader:
         labels.append(pair.label)
         prompts.append(pair.prompt)
-    bad = [str(row) for row in reader.counts.bad]
+    bad, left_out = [str(row) for row in reader.counts.bad], reader.counts.by_reason()
     found = [
         Accuracy(name, named.kind, accuracy(judge_margins(named, reader, progress=progress), labels, prompts))
         for name, named in judges.items()
     ]
     for model in models:
         found += _implicit(model, reader, options, progress)
-    about = {"pairs": len(labels), "ties": sum(label == 0.5 for label in labels), "prompts": len(set(prompts)), "bad_rows": bad}
+    about = {
+        "pairs": len(labels),
+        "ties": sum(label == 0.5 for label in labels),
+        "prompts": len(set(prompts)),
+        "bad_rows": bad,
+        "left_out": left_out,
+    }
     told = {**about, "source": source, "accuracy": [asdict(one) for one in found]}
     settings = {"timesteps": options.timesteps, "seed": options.seed} if models else {}
     write_atomically(options.output, (json.dumps({**told, **settings}, indent=2, ensure_ascii=False) + "\n").encode())

@@ -119,9 +119,7 @@ def _say_counts(counts: Counts, what: str) -> None:
     parts = {
         "ties dropped": counts.ties_dropped,
         "ties kept": counts.ties_kept,
-        "without a label": counts.unlabelled,
-        "showing one picture twice": counts.identical,
-        **counts.left_out,
+        **counts.by_reason(),
         "bad rows skipped": len(counts.bad),
     }
     told = [f"{counts.rows} rows: {counts.pairs} {what}", *(f"{n} {reason}" for reason, n in parts.items() if n)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tqdm import tqdm
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 from palate.base.machine import device
 from palate.base.options import POSITIVE, OneOf, check_ranges
 from palate.data import pickapic
@@ -79,7 +79,7 @@ class LabelOptions:
         if self.soft and len(self.judges) > 1:
             raise UserError("soft labels need one judge: margins of several have different units; leave out --soft")
         if not self.output.endswith(".parquet"):
-            raise UserError(f"output is {self.output!r}; expected a file name that ends in .parquet")
+            raise UserError(f"output is {short(self.output)}; expected a file name that ends in .parquet")
 
     def thresholds(self) -> list[float]:
         """One for each judge, in order."""
@@ -92,7 +92,7 @@ class LabelOptions:
             if not usable:
                 raise UserError(f"threshold is {value}{f' for {name}' if name else ''}; expected 0 or more")
             if name and name not in self.judges:
-                raise UserError(f"threshold names {name!r}{nearest(name, self.judges)}, which is not among the judges")
+                raise UserError(f"threshold names {short(name)}{nearest(name, self.judges)}, which is not among the judges")
         return [float(given.get(judge, 0)) for judge in self.judges]
 
 
@@ -177,6 +177,8 @@ def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> La
             kinds.setdefault(name, set()).add(kind_of(value))
     for row in reader.counts.bad:
         print(f"skipped {row}", file=sys.stderr)
+    for reason, count in reader.counts.by_reason().items():
+        print(f"{count} {reason}", file=sys.stderr)
     labelled, disagreements, changed = before, 0, None
     if judges:
         margins = list(zip(*(judge_margins(j, reader, options.batch_size, progress) for j in judges.values()), strict=True))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 from palate.base.options import foreign, keywords, typed
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _objective(name: str) -> tuple[Callable[..., Tensor], Evidence]:
     if name in known:
         return known[name]
     if ":" not in name:
-        raise UserError(f"no objective named {name!r}{nearest(name, known)}; or package.module:function")
+        raise UserError(f"no objective named {short(name)}{nearest(name, known)}; or package.module:function")
     function = foreign(name)
     first = next(iter(inspect.signature(function).parameters.values()), None)
     annotation = str(first.annotation) if first is not None else ""
@@ -75,7 +75,7 @@ def _objective(name: str) -> tuple[Callable[..., Tensor], Evidence]:
 def complete_objective(options: object) -> dict[str, Any]:
     """An objective as a recipe gives it, with its defaults. Raises UserError: an unknown name or keyword, or out of range."""
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
-        raise UserError(f"objective is {options!r}; expected a name such as {{name: dpo, beta: 5000}}")
+        raise UserError(f"objective is {short(options)}; expected a name such as {{name: dpo, beta: 5000}}")
     name, given = options["name"], {k: v for k, v in options.items() if k != "name"}
     function, evidence = _objective(name)
     auto = {"beta": AUTO} if given.get("beta") == AUTO else {}
@@ -118,10 +118,10 @@ def complete_space(options: object) -> dict[str, Any] | list[dict[str, Any]]:
     made = []
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
-            raise UserError(f"space is {part!r}; expected a name such as {{name: perceptual, layers: mid}}")
+            raise UserError(f"space is {short(part)}; expected a name such as {{name: perceptual, layers: mid}}")
         name, given = part["name"], {k: v for k, v in part.items() if k != "name"}
         if name not in SPACES:
-            raise UserError(f"no space named {name!r}{nearest(name, SPACES)}")
+            raise UserError(f"no space named {short(name)}{nearest(name, SPACES)}")
         weight = {"weight": typed(float, given.pop("weight", 1.0), "weight of a space")} if isinstance(options, list) else {}
         made.append({"name": name, **weight, **keywords(getattr(spaces, name), given, f"space {name}")})
     complete = made if isinstance(options, list) else made[0]

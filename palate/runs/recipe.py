@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 from palate.base.files import write_atomically
 from palate.base.options import dumps, help_lines, indented, parse, section
 from palate.online.options import Arithmetic, OnlineOptions
@@ -133,7 +133,7 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
         raise UserError(f"no recipe file at {name}; 'palate recipes' lists those that come with Palate")
-    raise UserError(f"no recipe named {name!r}{nearest(name, known)}; or give the path of a .yaml file")
+    raise UserError(f"no recipe named {short(name)}{nearest(name, known)}; or give the path of a .yaml file")
 
 
 def load(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -171,7 +171,7 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:
         content[head] = named
         return
     if tail and head not in SECTIONS:
-        raise UserError(f"unknown option --{key}: no section {head!r}{nearest(head, SECTIONS)}")
+        raise UserError(f"unknown option --{key}: no section {short(head)}{nearest(head, SECTIONS)}")
     name = tail or head
     if OPTIONS.get(name) is None or (tail and OPTIONS[name] != head):
         close = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.5)
@@ -188,7 +188,7 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     made: dict[str, Any] = {}
     for name, value in content.items():
         if name not in SECTIONS:
-            raise UserError(f"{where}: unknown section {name!r}{nearest(str(name), SECTIONS)}")
+            raise UserError(f"{where}: unknown section {short(name)}{nearest(str(name), SECTIONS)}")
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
             made[name] = section(kind, {} if value is None else value, f"{where}: {name}")  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
             made[name] = {"name": value} if isinstance(value, str) else value
             if name == "objective" and not isinstance(made[name], dict):
                 complete_objective(made[name])  # which refuses it
-            elif not isinstance(made[name], dict | list):
+            elif not all(isinstance(part, dict) for part in (made[name] if isinstance(made[name], list) else [made[name]])):
                 complete_space(made[name])
     return Recipe(**made)
 

@@ -27,6 +27,8 @@ def _measure(first: list[str], options: AccuracyOptions) -> None:
     found, about = measure(first[0], options, progress=sys.stderr.isatty())
     for row in about["bad_rows"]:
         print(f"skipped {row}", file=sys.stderr)
+    for reason, number in about["left_out"].items():
+        print(f"{number} {reason}", file=sys.stderr)
     rows = [("who", "accuracy", "95 % interval", "own ties")]
     for one in found:
         rate = one.accuracy

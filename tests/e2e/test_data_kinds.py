@@ -111,3 +111,23 @@ def test_choices_and_validation_data(palate, votes, pairs_dir, tmp_path):
     code, _, errors = palate("train", train_data="held.jsonl", validation_data="held.jsonl", output_dir="other")
     assert code == 2
     assert "no prompt that the validation data has not" in errors
+
+
+@pytest.mark.parametrize("verb", ["train", "label", "accuracy"])
+def test_what_is_left_out_is_told_whoever_reads(palate, votes, pairs_dir, tmp_path, verb):
+    for vote in votes:
+        for side in ("chosen", "rejected"):
+            (tmp_path / vote[side]).write_bytes((pairs_dir / vote[side]).read_bytes())
+    rows = [{**vote, "has_label": ["True", "false", 0.0][min(i, 2)] if i < 3 else 1} for i, vote in enumerate(votes)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judges = {"judges": "[jpeg_compressibility]"}
+    if verb == "train":
+        code, _, errors = palate("train", train_data="x.jsonl", max_train_steps=1)
+        assert about()["unlabelled"] == 2
+    elif verb == "label":
+        code, _, errors = palate("label", "x.jsonl", output="out.parquet", **judges)
+    else:
+        code, _, errors = palate("accuracy", "x.jsonl", output="out.json", **judges)
+        assert json.loads(Path("out.json").read_text())["left_out"] == {"without a label": 2}
+    assert code == 0, errors
+    assert "2 without a label" in errors
