@@ -199,7 +199,6 @@ class Latent:
         strength: float = 1.0,
         progress: bool = False,
     ) -> list[Image.Image]:
-        self.latent_shape(drawing.resolution, drawing.resolution)  # refuses sides that the network cannot have
         options: dict[str, object] = {} if refiner is None else {"denoising_end": refiner.start}
         starts = self._starts(init, strength, drawing)
         if starts is not None:
