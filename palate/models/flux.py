@@ -34,7 +34,8 @@ class Flux(Latent):
         "all": (*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD),
     }
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
-    patch, flow, spaced, no_fp16, negated = 2, True, True, True, False
+    patch, flow, spaced, no_fp16 = 2, True, True, True
+    negated, edited = False, False
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return TextEncoder(source), TextEncoder(source, "_2", dtype=large(dtype, source.device), length=512)

@@ -43,7 +43,7 @@ class Latent:
     refined: ClassVar[bool] = False
     """Whether a refiner can finish its pictures."""
     edited: ClassVar[bool] = True
-    """Whether pictures can be edited: whether there is a pipeline from image to image."""
+    """Whether pictures can be edited: whether there is a pipeline from image to image that takes latents."""
     negated: bool = True
     """Whether its pictures are drawn with classifier-free guidance, which takes negative prompts."""
     vae_kind: ClassVar[type[Vae]] = Vae

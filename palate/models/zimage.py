@@ -32,7 +32,7 @@ class ZImage(Latent):
         "all": (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     }
     text_recipe = "layer -2"
-    patch, flow, spaced, no_fp16 = 2, True, True, True
+    patch, flow, spaced, no_fp16, edited = 2, True, True, True, False
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return (TextEncoder(source, dtype=large(dtype, source.device), length=512, template=chat(thinking=True)),)

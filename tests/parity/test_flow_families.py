@@ -364,9 +364,10 @@ def test_a_negative_prompt_without_effect_is_refused(load, kind):
         load(kind).generate(["a tree"], [0], Drawing(1, 1.0, SIDE), negatives=["a blue tower"])
 
 
-def test_klein_edits_no_pictures(load):
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_pictures_are_edited(load, kind):
     with pytest.raises(UserError, match="edits no pictures"):
-        load("klein").generate(["a tree"], [0], Drawing(2, 1.0, SIDE), init=torch.zeros(1, 3, SIDE, SIDE), strength=0.5)
+        load(kind).generate(["a tree"], [0], Drawing(2, 1.0, SIDE), init=torch.zeros(1, 3, SIDE, SIDE), strength=0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
