@@ -27,10 +27,12 @@ from palate.models.lora_file import (
     check_kind,
     check_names,
     find_lora,
+    is_named,
     layers_of,
     names_in,
     placed,
     short_name,
+    stem_of,
     told_config,
 )
 from palate.models.parts import LORA, read_part
@@ -73,7 +75,7 @@ def put_loras(denoiser: Drawer, network: nn.Module, loras: Sequence[tuple[Path, 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
             file = lora_in(path)
-            layers = _layers(denoiser, pipeline, file, trained=alone)
+            layers = _layers(denoiser, parts, file, trained=alone)
             _tell_idle(file, layers)
             _put(denoiser, parts, file, layers, f"lora{number}")
         scales[f"lora{number}"] = scale
@@ -90,12 +92,12 @@ def load_lora(denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: b
     Raises:
         UserError: as :func:`palate.models.lora_file.find_lora`, or it does not fit the model, or can never learn.
     """
-    file = find_lora(path)
-    layers = _layers(denoiser, None, file, trained=True)
+    file, parts = find_lora(path), {_part(denoiser, network): network}
+    layers = _layers(denoiser, parts, file, trained=True)
     if not idle and all(layer.dead for layer in layers):
         raise UserError(f"{file} changes nothing and cannot learn to ({_why_idle(layers)}): leave it out, or give another")
     _tell_idle(file, layers)
-    _put(denoiser, {_part(denoiser, network): network}, file, layers, "default")
+    _put(denoiser, parts, file, layers, "default")
     for name, parameter in network.named_parameters():
         if LORA in name:
             parameter.data = parameter.data.float()
@@ -111,21 +113,28 @@ def _parts(pipeline: Any, network: nn.Module) -> dict[str, nn.Module]:
     return dict(sorted(found.items(), key=lambda item: item[1] is not network))
 
 
-def _layers(denoiser: Drawer, pipeline: Any, file: Path, *, trained: bool) -> list[Layer]:
-    """The layers of a file; of a family that only draws, by diffusers' names for them."""
+def _layers(denoiser: Drawer, parts: dict[str, nn.Module], file: Path, *, trained: bool) -> list[Layer]:
+    """The layers of a file; where a family's LoRAs come in layouts that diffusers alone knows, as diffusers reads them."""
     names = names_in(file)
     check_kind(file, names)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}; download it again") from error
-    if not hasattr(denoiser, "card") and not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names):
-        tensors = _converted(denoiser, pipeline, file, tensors)
+    if getattr(denoiser, "kohya", None) is None and not _known(denoiser, parts, names):
+        tensors = _converted(denoiser, file, tensors)
     check_names(file, list(tensors), trained=trained)
     return layers_of(file, tensors)
 
 
-def _converted(denoiser: Drawer, pipeline: Any, file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _known(denoiser: Drawer, parts: dict[str, nn.Module], names: Sequence[str]) -> bool:
+    """Whether all names are those of layers of the model."""
+    first = next(iter(parts))
+    tables = {part: _table(denoiser, module, network=part == first) for part, module in parts.items()}
+    return all(is_named(name) and _find(tables, first, stem_of(name)) is not None for name in names)
+
+
+def _converted(denoiser: Drawer, file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What diffusers makes of a layout that it knows for this family alone; refused if it warns, which is of what it drops."""
     from diffusers.utils import logging
 
@@ -135,7 +144,7 @@ def _converted(denoiser: Drawer, pipeline: Any, file: Path, tensors: dict[str, T
     logging.disable_default_handler()
     logging.set_verbosity(logging.WARNING)
     try:
-        found = pipeline.lora_state_dict(dict(tensors))
+        found = _pipeline_class(denoiser).lora_state_dict(dict(tensors))
     except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{file} cannot be put into {denoiser.name}: {first_line(error)}") from error
     finally:
@@ -146,6 +155,13 @@ def _converted(denoiser: Drawer, pipeline: Any, file: Path, tensors: dict[str, T
         raise UserError(f"{file} cannot be put into {denoiser.name} whole: {short_name(said.messages[0])}")
     layers, alphas = found if isinstance(found, tuple) else (found, None)
     return {**layers, **{name: torch.tensor(float(x)) for name, x in (alphas or {}).items()}}
+
+
+def _pipeline_class(denoiser: Drawer) -> Any:
+    import diffusers
+
+    card = getattr(denoiser, "card", None)
+    return type(denoiser.pipeline()) if card is None else getattr(diffusers, card.pipeline)
 
 
 class _Said(Handler):
@@ -182,10 +198,9 @@ def _put(denoiser: Drawer, parts: dict[str, nn.Module], file: Path, layers: Sequ
     tables = {part: _table(denoiser, module, network=part == first) for part, module in parts.items()}
     for layer in layers:
         part, name = placed(layer.named)
-        where = tables.get(part or first, {})
-        module = where.get(name) or where.get(name.removeprefix("text_model_"))
+        module = _find(tables, first, layer.named)
         if module is None:
-            lost.append((layer.named, name, list(where.values())))
+            lost.append((layer.named, name, list(tables.get(part or first, {}).values())))
         elif module in by_part.setdefault(part or first, {}):
             raise UserError(f"{file} holds the layer {module} twice, by different names; it is damaged")
         else:
@@ -202,6 +217,14 @@ def _put(denoiser: Drawer, parts: dict[str, nn.Module], file: Path, layers: Sequ
         )
     for part, of_part in by_part.items():
         _inject(denoiser, parts[part], part, file, of_part, adapter)
+
+
+def _find(tables: Mapping[str, dict[str, str]], first: str, named: str) -> str | None:
+    """The layer that a file calls so."""
+    part, name = placed(named)
+    where = tables.get(part or first, {})
+    # Of an attention's output some files name the list that it is in, and of a CLIP encoder the model around it.
+    return next((where[n] for n in (name, f"{name}_0", name.removeprefix("text_model_")) if n in where), None)
 
 
 def _base(module: nn.Module) -> Any:

@@ -78,7 +78,7 @@ def placed(stem: str) -> tuple[str | None, str]:
     part = TEXT.get(prefix)
     rest = stem if prefix == "text_model." else stem.removeprefix(prefix).removeprefix(PEFT)
     name = rest.replace(".", "_").replace("_processor_", "_")
-    return (part, _of_text(name)) if part else (None, f"{name}_0" if name.endswith("_to_out") else name)
+    return part, _of_text(name) if part else name
 
 
 def _of_text(name: str) -> str:
@@ -130,7 +130,10 @@ def find_lora(path: str | Path) -> Path:
     if not file.is_file():
         how = f"; a LoRA of a hub is downloaded first: hf download {path} --local-dir DIR" if is_hub_id(str(path)) else ""
         raise UserError(f"no LoRA at {path}: expected a .safetensors file, or a folder with {LORA_FILE}{how}")
-    check_names(file, names_in(file), trained=True)
+    names = names_in(file)
+    check_kind(file, names)
+    _check_alphas(file, names)
+    _check_trained(file, names)
     return file
 
 
@@ -164,18 +167,22 @@ def check_names(file: Path, names: Sequence[str], *, trained: bool) -> None:
         raise UserError(
             f"{file} holds what is no part of a LoRA ({_such(unknown, names)}): only matrices and their alphas are read"
         )
+    _check_alphas(file, names)
+    if trained:
+        _check_trained(file, names)
+
+
+def _check_alphas(file: Path, names: Sequence[str]) -> None:
     ends = Counter(map(_role, names))
     if 0 < ends["alpha"] < ends["down"]:
         raise UserError(
             f"{file} has an alpha for {ends['alpha']} of its {ends['down']} layers: the strength of the others is not known"
         )
-    if trained:
-        _check_trained(file, names)
 
 
 def _check_trained(file: Path, names: Sequence[str]) -> None:
     roles = {name: _role(name) for name in names}
-    of_text = [n for n in names if placed(_stem(n))[0] is not None]
+    of_text = [n for n in names if placed(stem_of(n))[0] is not None]
     dora = [n for n in names if roles[n] == "magnitude"]
     biases = [n for n in names if roles[n] == "bias"]
     for others, what in ((dora, "is a DoRA"), (biases, "has biases"), (of_text, "changes a text encoder")):
@@ -207,7 +214,13 @@ def _role(name: str) -> str | None:
     return next((role for role, ends in ROLES.items() if name.endswith(ends)), None)
 
 
-def _stem(name: str) -> str:
+def is_named(name: str) -> bool:
+    """Whether a tensor is named as a part of a LoRA."""
+    return _role(name) is not None
+
+
+def stem_of(name: str) -> str:
+    """The layer that a tensor is of, as the file has it."""
     ends = (end for ends in ROLES.values() for end in ends if name.endswith(end))
     return name.removesuffix(max(ends, key=len, default=""))
 
@@ -220,7 +233,7 @@ def layers_of(file: Path, tensors: Mapping[str, Tensor]) -> list[Layer]:
     """
     layers: dict[tuple[str | None, str], Layer] = {}
     for name, tensor in tensors.items():
-        role, stem = _role(name), _stem(name)
+        role, stem = _role(name), stem_of(name)
         assert role is not None
         tensor = _readable(file, name, tensor, role)
         layer = layers.setdefault(placed(stem), Layer(stem))
@@ -248,7 +261,7 @@ def _readable(file: Path, name: str, tensor: Tensor, role: str) -> Tensor:
 def _check_halves(file: Path, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
     for missing, there in (("down", "up"), ("up", "down")):
         if missing not in layer.tensors:
-            names = [n for n in tensors if _stem(n) == layer.named]
+            names = [n for n in tensors if stem_of(n) == layer.named]
             end = ".lora_up.weight" if missing == "up" else ".lora_down.weight"
             raise UserError(
                 f"{file} cannot be used: {short_name(layer.named + end)} is missing, the other half of "
