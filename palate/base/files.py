@@ -30,9 +30,13 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]
 
 
 def spellings(name: str) -> Iterator[str]:
-    """A relative path as it stands, and as another system writes it: with its separators, its encoding of accents."""
-    for written in dict.fromkeys((name, name.replace("\\", "/"))):
-        yield from dict.fromkeys((written, *(unicodedata.normalize(form, written) for form in ("NFC", "NFD"))))
+    """A relative path as it stands, and as other systems may have it: separators, accents, capitals of its ending."""
+    found: dict[str, None] = {}
+    for written in (name, name.replace("\\", "/")):
+        for form in (written, *(unicodedata.normalize(kind, written) for kind in ("NFC", "NFD"))):
+            stem, point, ending = form.rpartition(".")
+            found |= dict.fromkeys((form, stem + point + ending.lower(), stem + point + ending.upper()))
+    yield from found
 
 
 def replacing(final: Path, write: Callable[[str], object], name: str = ".") -> Path:

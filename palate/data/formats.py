@@ -464,17 +464,15 @@ def _grouped(found: Iterator[Row | BadValueError], names: Mapping[str, str]) -> 
 
 
 def _parquet_columns(path: Path) -> list[str]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return list(pq.read_schema(path).names)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # on damaged files Arrow raises nearly anything
         raise DamagedError(f"{path} is not a complete parquet file ({said(error)}): copy or download it again") from None
 
 
 def _parquet_rows(file: File, everything: bool) -> Iterator[Row | BadValueError]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     done = 0
@@ -487,7 +485,7 @@ def _parquet_rows(file: File, everything: bool) -> Iterator[Row | BadValueError]
                 for row in batch.to_pylist():
                     done += 1
                     yield row
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:
         yield BadValueError("(rest of file)", f"is damaged after {done} rows ({said(error)}): copy or download it again")
 
 
@@ -506,16 +504,14 @@ def _arrow_batches(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
 
 
 def _arrow_columns(path: Path) -> list[str]:
-    import pyarrow as pa
 
     try:
         return list(_arrow_batches(path)[0].names)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:
         raise DamagedError(f"{path} is not a complete arrow file ({said(error)}): copy or save it again") from None
 
 
 def _arrow_rows(file: File, everything: bool) -> Iterator[Row | BadValueError]:
-    import pyarrow as pa
 
     done = 0
     try:
@@ -527,7 +523,7 @@ def _arrow_rows(file: File, everything: bool) -> Iterator[Row | BadValueError]:
                 for row in batch.select(wanted).slice(start, 16).to_pylist():
                     done += 1
                     yield row
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except Exception as error:
         yield BadValueError("(rest of file)", f"is damaged after {done} rows ({said(error)}): copy or save it again")
 
 

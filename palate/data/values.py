@@ -16,6 +16,8 @@ from palate.data.images import decode_usable
 
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "t": 1.0, "f": 0.0, "y": 1.0, "n": 0.0}
 """As CSV files and sidecar files write truth."""
+BASE64 = ("iVBORw0KGgo", "/9j/4", "UklGR", "R0lGOD")
+"""How PNG, JPEG, WebP and GIF begin as text in base64."""
 PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 Row = Mapping[str, object]
@@ -174,7 +176,7 @@ def _no_path(value: str) -> str:
         return "an address: download the pictures, and name the files"
     if "\0" in value:
         return "which cannot be read: it has a null character"
-    if value.startswith("data:") or (len(value) > 200 and re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", value[:400])):
+    if value.startswith(("data:", *BASE64)) or (len(value) > 200 and re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", value[:400])):
         return "which looks like a picture in base64: decode it, and save it as a file or as bytes in parquet"
     if len(value) > 1024:
         return f"a text of {len(value)} characters: expected the path of a picture"

@@ -319,6 +319,8 @@ def test_names_as_other_systems_write_them(tmp_path):
     (tmp_path / "img" / composed).write_bytes(picture(1))
     for name in ("img\\" + composed, "img/" + unicodedata.normalize("NFD", composed), "img/" + composed):
         assert len(list(read(jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "image": name}])))) == 1
+    assert len(list(read(jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "image": "img\\\\" + composed[:-3] + "PNG"}])))) == 1
+    jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "image": "img/" + composed}])
     (tmp_path / "img" / composed).rename(tmp_path / "img" / unicodedata.normalize("NFD", composed))
     assert len(list(read(tmp_path / "x.jsonl"))) == 1
 
@@ -335,10 +337,11 @@ def test_names_as_other_systems_write_them(tmp_path):
         ("dead.png", "is a link to '/nowhere/1.png', which does not exist"),
         ("https://example.com/1.png", "an address: download the pictures"),
         ("data:image/png;base64,AAAA", "looks like a picture in base64"),
+        ("/9j/4AAQSkZJRgABAQ", "looks like a picture in base64"),
         ("iVBORw0KGgo" * 3000, "looks like a picture in base64"),
         ("a long story, " * 3000, "a text of 42000 characters"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_what_names_no_picture_of_the_set(tmp_path, value, said):
     (tmp_path / "away").mkdir()

@@ -258,6 +258,42 @@ def gamma(power: float) -> bytes:
     return head.ljust(128, b"\0") + body
 
 
+P3 = [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]  # columns: r, g, b in XYZ (D50)
+SRGB = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+
+
+def primaries(matrix: list[list[float]], power: float) -> bytes:
+    """A profile of an RGB space with those primaries and one gamma."""
+    import struct
+
+    def xyz(*values: float) -> bytes:
+        return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+    tags = [(b"wtpt", xyz(0.9642, 1.0, 0.8249))]
+    for i, letter in enumerate((b"r", b"g", b"b")):
+        tags.append((letter + b"XYZ", xyz(*(row[i] for row in matrix))))
+        tags.append((letter + b"TRC", b"curv" + bytes(4) + struct.pack(">IH", 1, round(power * 256)) + bytes(2)))
+    table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for sign, content in tags:
+        table += sign + struct.pack(">II", start + len(body), len(content))
+        body += content
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"", 0x02400000, b"mntr", b"RGB ", b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + table + body
+
+
+@pytest.mark.parametrize("colour", [(200, 100, 100), (90, 160, 80), (60, 90, 180), (128, 128, 128)])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_wide_colours_are_converted_as_the_matrices_say(colour, file_format):
+    light = np.linalg.solve(SRGB, np.array(P3) @ (np.array(colour) / 255) ** 2.2)
+    expected = np.where(light > 0.0031308, 1.055 * light.clip(0) ** (1 / 2.4) - 0.055, 12.92 * light) * 255
+    image = Image.new("RGB", (16, 16), colour)
+    options = {} if file_format in ("PNG", "TIFF") else {"quality": 100}
+    data = encoded(image, file_format, icc_profile=primaries(P3, 2.2), **options)
+    assert np.abs(np.array(decode(data).getpixel((8, 8))) - expected.clip(0, 255)).max() <= 4
+    assert converted(data) or file_format == "AVIF"  # read only since colours are converted
+
+
 def test_values_with_srgb_by_any_name_are_left_as_they_are():
     image = noise(20, 12)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
