@@ -167,6 +167,8 @@ class Vae:
         self._source, self._module, self._part_name = source, None, part_name
         self.config = config = source.config(source.kind("vae"), "vae")
         check_class(config, "vae", source.name, self.kind)
+        if not config.get("block_out_channels"):
+            raise UserError(f"the VAE of {source.name} is a {self.kind}, which is not supported; use an AutoencoderKL")
         self._dtype = dtype if dtype == torch.float16 and config.get("force_upcast") is False else torch.float32
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
 
