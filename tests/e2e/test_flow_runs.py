@@ -60,3 +60,11 @@ def test_its_own_pictures_are_learned_from(palate, folder):
     assert code == 0, errors
     assert len(losses("out")) == 2
     assert any(bool(x.any()) for name, x in trained("out").items() if "lora_B" in name)
+
+
+def test_half_precision_and_checkpointing(palate, folder):
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": "true", "lora_layers": "all", "max_train_steps": 1}
+    code, _, errors = palate("train", pretrained_model_name_or_path=folder, resolution=SIDE, **options)
+    assert code == 0, errors
+    assert all(bool(x.isfinite().all()) for x in trained("out").values())
+    assert any(bool(x.any()) for name, x in trained("out").items() if "lora_B" in name)
