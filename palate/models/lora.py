@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from palate.base.errors import UserError, first_line
 from palate.base.files import replacing
 from palate.base.machine import tell
-from palate.models.denoiser import Denoiser, Drawer
+from palate.models.denoiser import Denoiser, Drawer, Kohya
 from palate.models.files import LORA_FILE, lora_in
 from palate.models.lora_file import (
     Layer,
@@ -121,10 +121,16 @@ def _layers(denoiser: Drawer, parts: dict[str, nn.Module], file: Path, *, traine
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}; download it again") from error
-    if getattr(denoiser, "kohya", None) is None and not _known(denoiser, parts, names):
+    if _one_to_one(denoiser) is None and not _known(denoiser, parts, names):
         tensors = _converted(denoiser, file, tensors)
     check_names(file, list(tensors), trained=trained)
     return layers_of(file, tensors)
+
+
+def _one_to_one(denoiser: Drawer) -> Kohya | None:
+    """Kohya's names for the family's layers, where each layer has one of its own; otherwise diffusers takes them apart."""
+    kohya = getattr(denoiser, "kohya", None)
+    return None if kohya is None or kohya.parts is not None else kohya
 
 
 def _known(denoiser: Drawer, parts: dict[str, nn.Module], names: Sequence[str]) -> bool:
@@ -236,7 +242,7 @@ def _table(denoiser: Drawer, module: nn.Module, *, network: bool) -> dict[str, s
     wanted = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     names = [n for n, m in module.named_modules() if isinstance(_base(m), wanted) and ".base_layer" not in n and LORA not in n]
     found = {name.replace(".", "_"): name for name in names}
-    kohya = getattr(denoiser, "kohya", None) if network else None
+    kohya = _one_to_one(denoiser) if network else None
     if kohya is None:
         return found
     for name in names:
