@@ -39,5 +39,12 @@ def said(error: BaseException, most: int = 160) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of a library's message; of an error without one, its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The beginning of a library's message, on one line; of an error without one, its type.
+
+    Where a line ends with a colon the reason stands on the next, which is told too. What is longer than 200 characters loses
+    its middle: paths stand there, and reasons at the end.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = next((number for number, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    text = " ".join(lines[: told + 1])
+    return text if len(text) <= 200 else f"{text[:120]}...{text[-77:]}"
