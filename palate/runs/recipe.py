@@ -93,6 +93,11 @@ class Recipe:
         return _plain(dataclasses.asdict(self))
 
 
+def defaults() -> dict[str, Any]:
+    """What every option stands at that a recipe does not name; objective and space, whose options have no list, left out."""
+    return {name: values for name, values in Recipe().as_dict().items() if name not in ("objective", "space")}
+
+
 SECTIONS = {f.name: f for f in fields(Recipe)}
 OPTIONS: dict[str, str] = {
     leaf.name: section

@@ -192,7 +192,8 @@ def _check_output(recipe: Recipe, out: Path) -> None:
             raise UserError(f"{out} holds no checkpoint to resume from; leave out --resume_from_checkpoint to begin anew")
         read_run(out)  # the page and the card tell of it in the end
         # Without its weights, which are read where they are needed.
-        checkpoints.check_recipe(checkpoints.Checkpoint(path, {}, {}, _saved_recipe(path)), recipe.as_dict())
+        saved = checkpoints.Checkpoint(path, {}, {}, _saved_recipe(path))
+        checkpoints.check_recipe(saved, recipe.as_dict(), defaults=recipes.defaults())
     elif found is not None:
         raise UserError(
             f"{out} already holds a run; continue it with --resume_from_checkpoint latest, or name another --output_dir"
@@ -241,6 +242,7 @@ def _train(
             options=options,
             states=states,
             recipe=recipe.as_dict(),
+            defaults=recipes.defaults(),
             on_sample=samples.draw if recipe.evaluation.validation_prompts else None,
             on_evaluate=on_evaluate,
         )

@@ -138,16 +138,23 @@ def latest(output_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def check_recipe(checkpoint: Checkpoint, recipe: Mapping[str, object], may_differ: Collection[str] = MAY_DIFFER) -> None:
+def check_recipe(
+    checkpoint: Checkpoint,
+    recipe: Mapping[str, object],
+    may_differ: Collection[str] = MAY_DIFFER,
+    defaults: Mapping[str, object] | None = None,
+) -> None:
     """Refuse to go on with another recipe than the checkpoint's.
 
     Args:
         may_differ: names of keys or whole sections, at any depth, in which the two may differ.
+        defaults: what options stood at that the checkpoint does not name, for it was written before there were such.
 
     Raises:
         UserError: names the keys that differ, with both values.
     """
-    saved, now = dict(_flat(checkpoint.recipe)), dict(_flat(json.loads(json.dumps(recipe, default=str))))
+    now, unsaid = (dict(_flat(json.loads(json.dumps(values, default=str)))) for values in (recipe, defaults or {}))
+    saved = {key: value for key, value in unsaid.items() if key in now} | dict(_flat(checkpoint.recipe))
     differing = [key for key in {**saved, **now} if saved.get(key) != now.get(key) and not set(key) & set(may_differ)]
     if differing:
         changes = ", ".join(f"{'.'.join(key)} was {saved.get(key)!r}, is {now.get(key)!r}" for key in differing)

@@ -65,6 +65,7 @@ def train(
     options: TrainOptions,
     states: Mapping[str, Stateful] | None = None,
     recipe: Mapping[str, object] | None = None,
+    defaults: Mapping[str, object] | None = None,
     on_sample: Callable[[int], object] | None = None,
     on_evaluate: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
@@ -77,6 +78,7 @@ def train(
         states: by name, what else checkpoints keep: of the hooks, say.
         recipe: everything that decides the result, as plain nested values; stored in checkpoints, and resuming is refused if
             it differs (``checkpoints.check_recipe``). The options alone if not given.
+        defaults: what the recipe's options stand at where an older checkpoint does not name them.
         on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only.
         on_evaluate: likewise every ``eval_steps``; what it returns joins the log.
 
@@ -85,7 +87,7 @@ def train(
             that is not finite (the state before it is saved first).
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint.
     """
-    run = _Run(step, policy, data, options, dict(states or {}), dict(recipe or asdict(options)))
+    run = _Run(step, policy, data, options, dict(states or {}), dict(recipe or asdict(options)), dict(defaults or {}))
     start = run.restore()
     with _Signals() as signals, run.open_log(start) as log, run.progress_bar(start) as bar:
         if start >= run.total:
@@ -130,8 +132,10 @@ class _Run:
         options: TrainOptions,
         states: dict[str, Stateful],
         recipe: dict[str, object],
+        defaults: dict[str, object],
     ):
-        self.step, self.policy, self.data, self.options, self.states, self.recipe = step, policy, data, options, states, recipe
+        self.step, self.policy, self.data, self.options, self.states = step, policy, data, options, states
+        self.recipe, self.defaults = recipe, defaults
         if len(data) == 0:
             raise UserError("there are no pairs to train on")
         self.place = Place(policy, options)
@@ -172,7 +176,7 @@ class _Run:
         return done
 
     def _load(self, checkpoint: checkpoints.Checkpoint) -> int:
-        checkpoints.check_recipe(checkpoint, self.recipe)
+        checkpoints.check_recipe(checkpoint, self.recipe, defaults=self.defaults)
         state = checkpoint.state
         for name, now, remedy in (
             (

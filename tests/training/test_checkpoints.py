@@ -45,6 +45,18 @@ def test_another_recipe_is_refused_by_name(tmp_path):
     checkpoints.check_recipe(loaded, {**RECIPE, "objective": {"name": "cpo"}}, may_differ={"objective"})
 
 
+def test_an_option_that_a_checkpoint_does_not_know_stood_at_its_default(tmp_path):
+    loaded = checkpoints.load(save(tmp_path))
+    newer = {**RECIPE, "training": {**RECIPE["training"], "optimizer": "adamw"}}
+    with pytest.raises(UserError, match=r"training.optimizer was None, is 'adamw'"):
+        checkpoints.check_recipe(loaded, newer)
+    checkpoints.check_recipe(loaded, newer, defaults={"training": {"optimizer": "adamw", "learning_rate": 0.3}})
+    with pytest.raises(UserError, match=r"training.optimizer was 'sgd', is 'adamw'"):
+        checkpoints.check_recipe(loaded, newer, defaults={"training": {"optimizer": "sgd"}})
+    # What it does know counts, not the default; and what this recipe does not have is no difference.
+    checkpoints.check_recipe(loaded, RECIPE, defaults={"training": {"learning_rate": 0.3, "optimizer": "adamw"}})
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "recipe.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "noise"])
 def test_damage_is_named(tmp_path, name, damage):
