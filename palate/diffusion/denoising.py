@@ -16,6 +16,7 @@ from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.base.seeds import normal
+from palate.diffusion.densities import Density, uniform
 from palate.diffusion.schedule import Schedule, Times
 
 T = TypeVar("T")
@@ -114,8 +115,9 @@ def draw(
     t_min: int = 0,
     t_max: int | None = None,
     shared: int = 1,
+    density: Density = uniform,
 ) -> Noised:
-    """Noise a batch, each item at a time drawn uniformly from t_min .. t_max (inclusive; None means the last time).
+    """Noise a batch, each item at a time of t_min .. t_max (inclusive; None means the last time), drawn by the density.
 
     x0 (b, ...) and cond with b rows; seeds (b // shared,) int64. With shared = 2 the rows i and i + b / 2 (winners first, then
     losers) share time, noise and seed, as in Diffusion-DPO (arXiv 2311.12908, supplement S9). Raises UserError for times
@@ -128,7 +130,7 @@ def draw(
     if len(cond) != b or seeds.shape[0] * shared != b:
         raise ValueError(f"{b} items need {b} rows of conditioning and {b} / {shared} seeds; got {len(cond)} and {len(seeds)}")
     seeds = seeds.repeat(shared)
-    t = schedule.uniform(seeds, t_min, t_max, TIME, x0.device)
+    t = density(schedule, seeds, t_min, t_max, TIME, x0.device)
     noise = normal(seeds, tuple(x0.shape[1:]), NOISE, x0.device, x0.dtype)
     xt = schedule.add_noise(x0, noise, t)
     return Noised(x0, noise, xt, t, cond, schedule.target(x0, noise, t), seeds)

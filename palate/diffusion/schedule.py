@@ -108,6 +108,14 @@ class Schedule(ABC):
         """A time of low .. high (inclusive) for each item, uniformly; row i depends on (seeds[i], stream) alone."""
 
     @abstractmethod
+    def span(self, low: int, high: int) -> tuple[float, float]:
+        """The part of the time axis, 0 (data) to 1 (noise), that the times low .. high take."""
+
+    @abstractmethod
+    def at_share(self, share: Float64[Tensor, " b"]) -> Times:
+        """The times there on the axis, (b,)."""
+
+    @abstractmethod
     def path(self, num_inference_steps: int, spacing: str | None = None, shape: Sequence[int] | None = None) -> Path:
         """The times of so many steps of sampling, for latents of a shape that ends in height and width.
 
@@ -206,6 +214,13 @@ class VariancePreserving(Schedule):
     def uniform(self, seeds: Num[Tensor, " b"], low: int, high: int, stream: int, device: torch.device | str) -> Times:
         return integers(seeds, low, high, stream, device)
 
+    def span(self, low: int, high: int) -> tuple[float, float]:
+        """Each integer stands for the part of the axis from it to the next one."""
+        return low / self.num_train_timesteps, (high + 1) / self.num_train_timesteps
+
+    def at_share(self, share: Float64[Tensor, " b"]) -> Times:
+        return (share * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
     def path(self, num_inference_steps: int, spacing: str | None = None, shape: Sequence[int] | None = None) -> Path:
         """Spaced as by the schedulers of diffusers (arXiv 2305.08891, table 2).
 
@@ -280,6 +295,12 @@ class RectifiedFlow(Schedule):
 
     def uniform(self, seeds: Num[Tensor, " b"], low: int, high: int, stream: int, device: torch.device | str) -> Times:
         return low + (high - low) * uniform(seeds, stream, device)
+
+    def span(self, low: int, high: int) -> tuple[float, float]:
+        return low / self.num_train_timesteps, high / self.num_train_timesteps
+
+    def at_share(self, share: Float64[Tensor, " b"]) -> Times:
+        return share * self.num_train_timesteps
 
     def path(self, num_inference_steps: int, spacing: str | None = None, shape: Sequence[int] | None = None) -> Path:
         """Evenly spaced in sigma from 1 on, then shifted. Raises ValueError without a shape where the shift depends on it."""

@@ -1,4 +1,4 @@
-"""Objectives and spaces: names and keywords in a recipe to functions."""
+"""Objectives, draws and spaces: names and keywords in a recipe to functions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from palate.base.options import foreign, keywords, typed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from palate.diffusion.schedule import Schedule
+    from palate.diffusion.denoising import Conditioning
+    from palate.diffusion.densities import Density
+    from palate.diffusion.schedule import Path, Schedule
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Finished, Policy
     from palate.spaces.perceptual import Features
     from palate.spaces.space import Space
+    from palate.training.fits import Draws
+    from palate.training.options import TrainOptions
 
 
 AUTO = "auto"
@@ -108,6 +112,27 @@ def bind_objective(complete: Mapping[str, Any]) -> Objective:
     auto = complete.get("beta") == AUTO
     keywords = {k: v for k, v in complete.items() if k != "name"} | ({"beta": math.nan} if auto else {})
     return Objective(functools.partial(function, **keywords), evidence, auto)
+
+
+def draws_of(options: TrainOptions, path: Path | None = None, *, no_prompt: Conditioning | None = None) -> Draws:
+    """What training draws for each item; path: of sampling, where there is any."""
+    from palate.training.fits import Draws
+
+    density = _density(options, path)
+    return Draws(options.t_min, options.t_max, options.snr_gamma, options.caption_dropout, no_prompt, density)
+
+
+def _density(options: TrainOptions, path: Path | None) -> Density:
+    from palate.diffusion import densities
+
+    if options.time_density == "logit_normal":
+        return densities.logit_normal(options.time_mean, options.time_std)
+    if options.time_density == "shifted":
+        return densities.shifted(options.time_shift)
+    if options.time_density == "grid":
+        assert path is not None  # Recipe refuses it otherwise
+        return densities.grid(path)
+    return densities.uniform
 
 
 def complete_space(options: object) -> dict[str, Any] | list[dict[str, Any]]:

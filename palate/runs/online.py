@@ -18,7 +18,7 @@ from palate.names.rewards import NamedReward
 from palate.online.rollouts import Replay, Rollouts, SamplingPlan
 from palate.runs.assembly import Assembled, Online
 from palate.runs.loading import drawing_of, resolution_of
-from palate.runs.methods import bind_space
+from palate.runs.methods import bind_space, draws_of
 from palate.runs.recipe import Recipe, write
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def rollouts_of(
     from palate.online.conditions import encode
     from palate.online.trajectories import Guided, trajectory_step
     from palate.training import steps
-    from palate.training.fits import Draws
 
     options, objective, resolution = recipe.online, recipe.method, resolution_of(recipe, denoiser)
+    shape = denoiser.latent_shape(resolution, resolution)
     if objective.evidence == "trajectories":
         step = trajectory_step(
             policy,
@@ -75,8 +75,8 @@ def rollouts_of(
         make = steps.pair_step if objective.evidence == "pairs" else steps.sample_step
         acting: Any = Guided(policy, options.trained_scale) if options.trained_scale != 1 else policy
         space = bind_space(recipe.space, policy)
-        draws = Draws(recipe.training.t_min, recipe.training.t_max, recipe.training.snr_gamma)
-        step = make(acting, space, objective.function, draws)
+        path = policy.schedule.path(options.sample_num_steps, options.timestep_spacing, shape)
+        step = make(acting, space, objective.function, draws_of(recipe.training, path))
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
     with torch.no_grad():
         prompts = encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts)
@@ -86,7 +86,7 @@ def rollouts_of(
         found.prompts,
         prompts,
         SamplingPlan(
-            denoiser.latent_shape(resolution, resolution),
+            shape,
             denoiser.decode,
             keep_means=objective.names("moved"),
         ),

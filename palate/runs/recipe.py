@@ -57,10 +57,14 @@ class Recipe:
 
     def _check_online(self) -> None:
         """Objective, rollouts and loop must fit together."""
-        evidence = self.method.evidence
+        evidence, density = self.method.evidence, self.training.time_density
         if self.online.train_prompts is None:
             if evidence == "trajectories":
                 raise UserError(f"objective {self.objective['name']} learns from the model's own pictures: name train_prompts")
+            if density == "grid":
+                raise UserError(
+                    "time_density grid is for online training, where the model samples: use shifted, or name train_prompts"
+                )
             if given := _given(self.online):
                 raise UserError(
                     f"without train_prompts these options do nothing: {given}; name train_prompts, or leave them out"
@@ -84,6 +88,11 @@ class Recipe:
         if evidence != "trajectories" and self.online.kl_weight:
             raise UserError(
                 f"kl_weight does nothing with objective {self.objective['name']}, which has no likelihoods: leave it out"
+            )
+        if evidence == "trajectories" and density != "uniform":
+            raise UserError(
+                f"time_density {density} does nothing with objective {self.objective['name']}, which is trained at the steps "
+                "of sampling: leave it out"
             )
         if evidence == "trajectories" and self.space != {"name": "latent"}:
             raise UserError(f"objective {self.objective['name']} measures likelihoods, not errors: leave out space")

@@ -27,7 +27,7 @@ from palate.runs.compare import Samples, compare_models
 from palate.runs.evidence import counts_of, encoded_of, learnable, reader_of, validation_reader
 from palate.runs.export import about_training
 from palate.runs.loading import at_home, denoiser_of, policy_of
-from palate.runs.methods import bind_space
+from palate.runs.methods import bind_space, draws_of
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -144,12 +144,11 @@ def _step_of(recipe: Recipe, denoiser: Denoiser, policy: Policy, space: Space) -
     import torch
 
     from palate.training import steps
-    from palate.training.fits import Draws
 
     options, objective = recipe.training, recipe.method
     with torch.no_grad():
         nothing = denoiser.unconditional() if options.caption_dropout else None
-    draws = Draws(options.t_min, options.t_max, options.snr_gamma, options.caption_dropout, nothing)
+    draws = draws_of(options, no_prompt=nothing)
     make = steps.pair_step if objective.evidence == "pairs" else steps.sample_step
     return make(policy, space, objective.function, draws, auto_beta=objective.auto_beta)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from palate.base.seeds import integers
 from palate.diffusion.batches import PairBatch, SampleBatch
 from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw
+from palate.diffusion.densities import Density, uniform
 from palate.diffusion.schedule import Schedule
 from palate.spaces import Space
 
@@ -25,6 +26,7 @@ class Draws:
         snr_gamma: errors are weighted by ``Schedule.min_snr_weight``; None for all times alike.
         caption_dropout: share of items whose prompt is left out.
         no_prompt: what stands for no prompt, one row (``Denoiser.unconditional``); what it lacks, such as a framing, stays.
+        density: of the times between their bounds.
     """
 
     t_min: int = 0
@@ -32,6 +34,7 @@ class Draws:
     snr_gamma: float | None = None
     caption_dropout: float = 0.0
     no_prompt: Conditioning | None = None
+    density: Density = uniform
 
     def captions(self, cond: Mapping[str, Tensor], seeds: Tensor) -> Conditioning:
         """The conditioning of a batch, its rows ``n len(seeds)``, without the prompts that are dropped.
@@ -98,8 +101,8 @@ def noise_batch(policy: MeasuredPolicy, space: Space, batch: PairBatch | SampleB
     """Pairs with ``shared=2``, single pictures with 1."""
     device = next(iter(policy.parameters())).device
     latents, cond = batch.latents.to(device, torch.float32), draws.captions(batch.cond, batch.seeds).to(device)
-    t_min = max(draws.t_min, space.t_min)
-    return draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=draws.t_max, shared=shared)
+    bounds = {"t_min": max(draws.t_min, space.t_min), "t_max": draws.t_max}
+    return draw(policy.schedule, latents, cond, batch.seeds, **bounds, shared=shared, density=draws.density)
 
 
 def measured_fits(

@@ -88,7 +88,7 @@ def implicit_margins(
     """By how much the policy orders each pair better than its reference does, winner first; and the pairs' labels; ``(n,)``.
 
     The implicit reward is a mean over times and noise (Diffusion-DPO, eq. 14, inside the sigmoid), so the margins of a pair
-    are averaged over ``timesteps`` draws, one in each of as many equal parts of the time axis.
+    are averaged over ``timesteps`` draws, one in each of as many equal parts of the time axis, whichever times training draws.
     Times and noise depend on ``seed`` and the pair's index alone: calls at different stages of training, or of different
     policies, compare.
     """

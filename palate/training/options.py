@@ -11,6 +11,7 @@ from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, che
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+TIME_DENSITIES = ("uniform", "logit_normal", "shifted", "grid")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 REPORTERS = ("none", "tensorboard")
 SNR_GAMMA = Range(above=0, below=math.inf, expected="a positive number such as 5, or null for none")
@@ -48,6 +49,15 @@ class TrainOptions:
     """Least time drawn; content and colours are decided at late times, texture at early ones."""
     t_max: int | None = None
     """Greatest time drawn; the schedule's last unless given."""
+    time_density: Annotated[str, OneOf(*TIME_DENSITIES)] = "uniform"
+    """How times are drawn between these bounds: ``uniform``, ``logit_normal`` (most in the middle), ``shifted`` (most where
+    there is much noise), or ``grid``: the times at which online training samples."""
+    time_mean: float = 0.0
+    """Of ``logit_normal``: the mean of the logit of t / T; above 0 for more noise."""
+    time_std: Annotated[float, POSITIVE] = 1.0
+    """Of ``logit_normal``: the standard deviation of the logit."""
+    time_shift: Annotated[float, POSITIVE] = 3.0
+    """Of ``shifted``: u of 0 to 1 becomes time_shift u / (1 + (time_shift - 1) u); 1 is ``uniform``."""
     snr_gamma: Annotated[float, SNR_GAMMA] | None = None
     """Min-SNR weighting of the errors by time, 5 in the paper; all times alike unless given."""
     caption_dropout: Annotated[float, Range(at_least=0, at_most=1, expected="a share from 0 to 1")] = 0.0
@@ -89,5 +99,9 @@ class TrainOptions:
         check_ranges(self)
         if self.t_min < 0 or (self.t_max is not None and self.t_max < self.t_min):
             raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
+        owned = {"time_mean": "logit_normal", "time_std": "logit_normal", "time_shift": "shifted"}
+        for name, density in owned.items():
+            if getattr(self, name) != getattr(type(self), name) and self.time_density != density:
+                raise UserError(f"{name} does nothing under time_density {self.time_density}: it is for {density}")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise UserError("lr_scheduler constant has no warm-up: use constant_with_warmup, or lr_warmup_steps 0")

@@ -14,7 +14,8 @@ from palate.base.errors import UserError
 from palate.base.seeds import mix
 from palate.diffusion.batches import SampleBatch
 from palate.diffusion.denoising import Conditioning, Fit, Pair, draw
-from palate.diffusion.schedule import VariancePreserving
+from palate.diffusion.densities import shifted
+from palate.diffusion.schedule import RectifiedFlow, VariancePreserving
 from palate.objectives.pairs import cpo, dpo
 from palate.objectives.samples import kto, sft
 from palate.spaces import latent
@@ -173,6 +174,28 @@ def test_snr_gamma_weighs_the_errors_themselves(prediction_type):
         torch.testing.assert_close(weighted[name], plain[name] * weight)
     losses, _ = sample_step(policy, latent(), sft, Draws(snr_gamma=2.0))(batch)
     torch.testing.assert_close(losses, plain["winner_error"] * weight * batch.weight)
+
+
+def test_snr_gamma_weighs_the_errors_of_a_flow_too():
+    policy, batch = moved_policy(), batch_of()
+    policy.schedule = RectifiedFlow()
+    sigma = draw(policy.schedule, batch.latents[:3], Conditioning({"x": torch.zeros(3, 1)}), batch.seeds).t / 1000
+    # The velocity's error times sigma^2 is that of x0, which weighs min(snr, gamma).
+    weight = (((1 - sigma) / sigma).square().clamp(max=2.0) * sigma.square()).float()
+    plain, weighted = (pair_step(policy, latent(), dpo, Draws(snr_gamma=g))(batch)[1] for g in (None, 2.0))
+    for name in ("winner_error", "loser_advantage", "margin"):
+        torch.testing.assert_close(weighted[name], plain[name] * weight)
+    beta = [automatic_beta(policy, latent(), TinyPairs(), Draws(snr_gamma=g)) for g in (None, 2.0)]
+    assert beta[1] > beta[0]  # errors are smaller, so the unit is
+
+
+def test_automatic_beta_is_measured_at_the_times_that_training_draws():
+    policy = moved_policy()
+    plain, late, last = (
+        automatic_beta(policy, latent(), TinyPairs(), draws)
+        for draws in (Draws(), Draws(density=shifted(1e4)), Draws(t_min=99))
+    )
+    assert late == last != plain  # a shift of 10,000 leaves but the last time
 
 
 def test_dropped_captions_are_decided_by_the_items_own_seed():
