@@ -159,6 +159,11 @@ class Schedule(ABC):
         alpha, sigma = self.marginals(t.cpu())
         return (alpha / sigma).square()
 
+    def gain(self, t: Times) -> Float64[Tensor, " b"]:
+        """|dx0 / doutput|, (b,) float64, on the CPU: sigma / alpha of the noise, 1 of x0, sigma of v and of flow."""
+        (_, b), _ = PREDICTIONS[self.prediction_type].inverse(*self.marginals(t.cpu()))
+        return b.abs()
+
     def min_snr_weight(self, t: Times, gamma: float) -> Float[Tensor, " b"]:
         """Weight of the error at a time, (b,) float32: Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, sec. 3.4).
 
@@ -168,8 +173,7 @@ class Schedule(ABC):
         snr = self.snr(t)
         if self.prediction_type == "epsilon":
             return (gamma / snr).clamp(max=1).float()
-        (_, b), _ = PREDICTIONS[self.prediction_type].inverse(*self.marginals(t.cpu()))
-        return (snr.clamp(max=gamma) * b.square()).float()
+        return (snr.clamp(max=gamma) * self.gain(t).square()).float()
 
 
 def combine(of: Linear, xt: Float[Tensor, " b *d"], output: Float[Tensor, " b *d"]) -> Float[Tensor, " b *d"]:

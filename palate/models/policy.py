@@ -143,10 +143,10 @@ class Policy:
             return self.denoiser.predict(self._old, xt, t, cond)
 
     @torch.no_grad()
-    def advance_old(self) -> None:
-        """After an update: the old policy follows."""
+    def advance_old(self, decay: float | None = None) -> None:
+        """The old policy follows; it keeps ``decay`` of itself, unless given as much as :meth:`track_old` was told."""
         for now, old in zip(self.parameters(), self._old_weights().values(), strict=True):
-            old.lerp_(now, 1 - self.old_decay)
+            old.lerp_(now, 1 - (self.old_decay if decay is None else decay))
 
     def _old_weights(self) -> dict[str, Tensor]:
         if self._old is None:

@@ -2,7 +2,8 @@
 
 A function that names `reference` costs a pass of the reference model. One that names `label` learns from liked and disliked
 pictures: the probability that a picture is liked, 1 or 0 for a plain vote; without it there are only the liked ones. One that
-names `reference_point` gets the running mean of R - L, the same number for a whole batch.
+names `reference_point` gets the running mean of R - L, the same number for a whole batch. One that names `old` costs a pass of
+the policy that drew the pictures, which lags behind; `gain` and `sigma` are numbers of the item's time.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.diffusion.denoising import Fit
+from palate.base.errors import UserError
+from palate.diffusion.denoising import Fit, upcast
 
-__all__ = ["kto", "sft"]  # what a recipe may name
+__all__ = ["kto", "nft", "sft"]  # what a recipe may name
 
 
 def sft(policy: Fit) -> Float[Tensor, " b"]:
@@ -39,3 +41,34 @@ def kto(
     """
     u = beta / 2 * (reference.error - policy.error - reference_point.clamp(min=0))
     return liked_weight * label * torch.sigmoid(-u) + disliked_weight * (1 - label) * torch.sigmoid(u)
+
+
+def nft(
+    policy: Fit,
+    reference: Fit,
+    old: Fit,
+    label: Float[Tensor, " b"],
+    gain: Float[Tensor, " b"],
+    *,
+    mix: float = 1.0,
+    scale: float = 5.0,
+    reference_weight: float = 1e-4,
+) -> Float[Tensor, " b"]:
+    """DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117, eq. 5 and sec. 3.3), (b,).
+
+    Two models are implied by the policy and the old one that drew the picture: a better one with the residual e+ = mix p +
+    (1 - mix) o, and a worse one with e- = (1 + mix) o - mix p. The better one is to be right where the picture is good, the
+    worse one where it is bad: scale / mix (label E(e+) + (1 - label) E(e-)) + reference_weight mean (p - r)^2. E(e) is the mean
+    square error of x0 over its mean size, gain mean(e^2) / mean|e|, the size without gradients. p, o, r: residuals of policy,
+    old and reference. In terms of residuals the target is gone, so this holds for whatever a model predicts.
+    """
+    if not 0 < mix <= 1:
+        raise UserError(f"objective nft: mix is {mix}; expected more than 0 and at most 1")
+    p, o, r = (upcast(fit.residual).flatten(1) for fit in (policy, old, reference))
+
+    def error(e: Tensor) -> Tensor:
+        size = (gain * e.detach().abs().mean(1)).clamp(min=1e-5)
+        return (gain[:, None] * e).square().mean(1) / size
+
+    both = label * error(mix * p + (1 - mix) * o) + (1 - label) * error((1 + mix) * o - mix * p)
+    return scale / mix * both + reference_weight * (p - r).square().mean(1)

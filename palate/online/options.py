@@ -11,7 +11,7 @@ from palate.base.options import NOT_NEGATIVE, Count, OneOf, Range, check_ranges
 from palate.diffusion.schedule import SPACINGS
 
 ADVANTAGES = ("tracker", "group", "round")
-WEIGHTINGS = ("softmax", "percentile", "streaming_percentile", "threshold")
+WEIGHTINGS = ("softmax", "percentile", "streaming_percentile", "threshold", "advantage")
 ABOVE_0 = Range(above=0, expected="a positive number")  # or infinity: no limit
 
 
@@ -80,7 +80,8 @@ class OnlineOptions:
     """Training ends once the KL divergence of a picture's whole way exceeds this, in nats per latent element."""
     weighting: Annotated[str, OneOf(*WEIGHTINGS)] = "softmax"
     """For objectives of single pictures: ``softmax`` of the rewards, or only the best: ``percentile`` of the round,
-    ``streaming_percentile`` of all rounds so far, ``threshold``."""
+    ``streaming_percentile`` of all rounds so far, ``threshold``; or ``advantage``: all alike, each labelled as good, 1, or bad,
+    0, by 1/2 + advantage / (2 ``adv_clip``)."""
     temperature: Annotated[float, ABOVE_0] = 5.0
     """Of the softmax, in units of the reward."""
     standardise_rewards: bool = False
@@ -91,6 +92,9 @@ class OnlineOptions:
     """Share of the pictures, in percent, that is left out."""
     threshold: float | None = None
     """Least reward that is kept under ``weighting: threshold``."""
+    old_decay: Annotated[float, Range(at_least=0, at_most=1, expected="0 to 1")] = 0.5
+    """For objectives that compare with the policy that drew the pictures (nft, awm): before round n that one keeps the
+    lesser of 0.001 n and this of itself, and takes the rest from the policy in training."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -117,7 +121,9 @@ class OnlineOptions:
                 f"{what} measures the pictures of a prompt against one another, and group_size 1 draws one of each: every "
                 "picture would be its own average and nothing learned; raise group_size"
             )
-        if self.per_prompt and self.weighting in ("streaming_percentile", "threshold"):
+        if self.weighting == "advantage" and math.isinf(self.adv_clip):
+            raise UserError("weighting advantage makes labels of 0 to 1 of what adv_clip cuts off: give it a number, such as 5")
+        if self.per_prompt and self.weighting in ("streaming_percentile", "threshold", "advantage"):
             raise UserError(f"per_prompt does nothing under weighting {self.weighting}: leave it out, or use percentile")
         if self.tracker_min_count > self.tracker_buffer_size:
             raise UserError(

@@ -32,7 +32,7 @@ from palate.diffusion.steps import ddim
 from palate.online import advantages
 from palate.online.conditions import Encoded
 from palate.online.options import Arithmetic, OnlineOptions
-from palate.training.fits import TrainablePolicy
+from palate.training.fits import TrainablePolicy, lagging
 from palate.training.source import Abandoned, BudgetSpent, Processes
 from palate.training.steps import Step
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from palate.online.bundle import Pending, RewardBundle
 
 PICTURE, PLAN = 101, 102  # what a number is drawn for
+HOLDING = 0.001
+"""With every round the old policy holds on to so much more of itself (DiffusionNFT's code, arXiv 2509.16117)."""
 
 
 Item = tuple[int, ...]
@@ -54,11 +56,13 @@ class SamplingPlan:
         shape: of the latents of a picture.
         decode: latents to pictures in [0, 1].
         keep_means: for objectives that ask how far a step has moved.
+        by_old: the policy that lags behind draws, for objectives that compare with it; it follows where a round begins.
     """
 
     shape: tuple[int, ...]
     decode: Callable[[Tensor], Tensor]
     keep_means: bool = False
+    by_old: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +135,7 @@ class Rollouts:
         self.means: list[float] = []  # the mean reward of every round, all on one scale
         self.queries = 0
         self.round = -1
+        self.followed = 0  # the round for which the old policy was last brought up to date; at the start it is the policy
         self.before = self._memory()  # as it was before the round at hand
         self.data: dict[str, Tensor] = {}  # the round at hand; rows are pictures
         self.plan: list[Item] = []
@@ -165,6 +170,7 @@ class Rollouts:
             BudgetSpent: the policy is farther from the reference than ``kl_budget``.
         """
         processes = processes or Processes()
+        self._follow(number)
         n, self.before = self.options.samples_per_round, self._memory()
         share, rest = divmod(n, processes.count)
         if rest:
@@ -205,6 +211,7 @@ class Rollouts:
             )
         latents, label = self.data["latents"], torch.ones(len(rows))
         if self.evidence == "samples":
+            label = self.data["label"][first] if "label" in self.data else label
             return SampleBatch(latents[first], cond.tensors, label, self.data["weight"][first], seeds)
         second, total = torch.tensor([row[1] for row in rows]), self.data["total"]
         weight = (total[first] != total[second]).float()  # equals teach nothing
@@ -217,7 +224,7 @@ class Rollouts:
     def state_dict(self, position: int) -> dict[str, Any]:
         """All that is needed to go on from item ``position`` of the endless sequence of rounds."""
         number, within = divmod(position, len(self))
-        also = {"prompts": self._listed()}
+        also = {"prompts": self._listed(), "followed": self.followed}
         if within:
             return {"memory": self._memory(), "round": self.round, "data": self.data, "plan": self.plan, **also}
         # At the border of two rounds only what they remember counts; the one at hand may have been drawn for nothing.
@@ -229,7 +236,7 @@ class Rollouts:
                 f"the checkpoint was trained on other prompts than these {len(self.prompts)}, or in another order; resume with "
                 "the list as it was"
             )
-        memory = state["memory"]
+        memory, self.followed = state["memory"], state.get("followed", 0)
         self.tracker.load_state_dict(memory["tracker"])
         self.rewards.load_state_dict(memory["rewards"])
         self.seen, self.means, self.queries = list(memory["seen"]), list(memory["means"]), memory["queries"]
@@ -238,6 +245,12 @@ class Rollouts:
             self.plan = [tuple(rows) for rows in state["plan"]]
 
     # Parts ----------------------------------------------------------------------------------------------------------------
+
+    def _follow(self, number: int) -> None:
+        """The old policy comes nearer to the one in training: once for a round, also where it is begun again."""
+        if self.sampling.by_old and number > self.followed:
+            lagging(self.policy).advance_old(min(HOLDING * number, self.options.old_decay))
+            self.followed = number
 
     def _listed(self) -> str:
         """A digest of all that is drawn."""
@@ -304,6 +317,7 @@ class Rollouts:
         parts: dict[str, list[Tensor]] = {"latents": [], "log_prob": [], "thumbnail": [], "prompt": [torch.tensor(which)]}
         pending: list[Pending] = []
         kl = torch.zeros(len(self.path), dtype=torch.float64)
+        predict = lagging(self.policy).old if self.sampling.by_old else self.policy
         refer = guided(self.policy.reference, options.trained_scale)
         bar = tqdm(
             total=len(share),
@@ -330,7 +344,7 @@ class Rollouts:
                 kl[k] += Transition(step.mean[:measured], step.std[:measured]).kl(base).double().sum().cpu()
 
             drawn = sample(
-                self.policy,
+                predict,
                 self.policy.schedule,
                 self.path,
                 cond,
@@ -383,9 +397,7 @@ class Rollouts:
         self.data["total"] = total
         told: dict[str, int | float] = {}
         if self.evidence == "trajectories":
-            found = self._advantages(prompts, total)
-            told["advantage_clipped"] = float((found.abs() > options.adv_clip).float().mean())
-            self.data["advantage"] = found.clamp(-options.adv_clip, options.adv_clip)
+            self.data["advantage"] = self._clipped_advantages(prompts, total, told)
             self.plan = []
             for epoch in range(options.inner_epochs):
                 for row in _shuffled(len(prompts), mix(seed, epoch)):
@@ -397,6 +409,9 @@ class Rollouts:
         if self.evidence == "pairs":
             rows = [*advantages.ranked_pairs(prompts, total)]
             told["ties"] = sum(float(total[w]) == float(total[l]) for w, l in rows)
+        elif options.weighting == "advantage":
+            self.data["label"] = 0.5 + self._clipped_advantages(prompts, total, told) / (2 * options.adv_clip)
+            rows = [(row,) for row in range(len(prompts))]
         elif options.weighting == "softmax":
             weights = advantages.softmax_weights(
                 prompts,
@@ -418,6 +433,12 @@ class Rollouts:
             epoch += 1
         self.plan = self.plan[: len(self)]
         return told
+
+    def _clipped_advantages(self, prompts: list[str], total: Tensor, told: dict[str, int | float]) -> Tensor:
+        """Advantages as they are learned from; tells how many were cut off."""
+        found, limit = self._advantages(prompts, total), self.options.adv_clip
+        told["advantage_clipped"] = float((found.abs() > limit).float().mean())
+        return found.clamp(-limit, limit)
 
     def _advantages(self, prompts: list[str], total: Tensor) -> Tensor:
         options = self.options

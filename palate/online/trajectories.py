@@ -36,8 +36,8 @@ class Guided:
         with torch.no_grad():
             return guided(lagging(self.policy).old, self.guidance_scale)(xt, t, cond)
 
-    def advance_old(self) -> None:
-        lagging(self.policy).advance_old()
+    def advance_old(self, decay: float | None = None) -> None:
+        lagging(self.policy).advance_old(decay)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.policy.parameters()

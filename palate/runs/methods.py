@@ -101,7 +101,8 @@ def _try_objective(objective: Callable[..., Tensor], evidence: Evidence) -> None
 
     nothing = Fit(torch.zeros(1, 1))
     fit = Pair(nothing, nothing) if evidence == "pairs" else nothing
-    known = {"policy": fit, "reference": fit, "label": torch.ones(1), "reference_point": torch.zeros(())}
+    known = {"policy": fit, "reference": fit, "old": fit, "label": torch.ones(1), "reference_point": torch.zeros(())}
+    known |= dict.fromkeys(("gain", "sigma"), torch.ones(1))
     known |= dict.fromkeys(("log_prob", "old_log_prob", "advantage", "moved"), torch.zeros(1))
     objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})
 

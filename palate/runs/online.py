@@ -77,6 +77,9 @@ def rollouts_of(
         space = bind_space(recipe.space, policy)
         path = policy.schedule.path(options.sample_num_steps, options.timestep_spacing, shape)
         step = make(acting, space, objective.function, draws_of(recipe.training, path))
+    if objective.names("old"):
+        policy.track_old(1.0)
+        step.after = None  # the old policy drew the round, so it stays until the next one
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
     with torch.no_grad():
         prompts = encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts)
@@ -89,6 +92,7 @@ def rollouts_of(
             shape,
             denoiser.decode,
             keep_means=objective.names("moved"),
+            by_old=objective.names("old"),
         ),
         rewards=_bundle(recipe, found.rewards, denoiser.device),
         options=options,

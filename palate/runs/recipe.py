@@ -65,6 +65,10 @@ class Recipe:
                 raise UserError(
                     "time_density grid is for online training, where the model samples: use shifted, or name train_prompts"
                 )
+            if self.method.names("old"):
+                raise UserError(
+                    f"objective {self.objective['name']} compares with the policy that drew the pictures: name train_prompts"
+                )
             if given := _given(self.online):
                 raise UserError(
                     f"without train_prompts these options do nothing: {given}; name train_prompts, or leave them out"
@@ -75,6 +79,7 @@ class Recipe:
                 f"train_data {self.data.train_data} would not be read: with train_prompts the model draws what it learns "
                 "from; leave one of the two out"
             )
+        self._check_old()
         arithmetic = Arithmetic.of(self.online, evidence)
         if self.method.auto_beta:
             raise UserError("beta auto is chosen from pairs that are there before training: name a number in online training")
@@ -96,6 +101,18 @@ class Recipe:
             )
         if evidence == "trajectories" and self.space != {"name": "latent"}:
             raise UserError(f"objective {self.objective['name']} measures likelihoods, not errors: leave out space")
+
+    def _check_old(self) -> None:
+        """An objective that compares with the policy that drew, and the options of that policy."""
+        name = self.objective["name"]
+        if not self.method.names("old"):
+            if "old_decay" in _given(self.online).split(", "):
+                raise UserError(f"old_decay does nothing with objective {name}, which names no old policy: leave it out")
+            return
+        if self.policy.train_method != "lora":
+            raise UserError(f"objective {name} keeps a second LoRA beside the same weights: use train_method lora")
+        if self.method.evidence == "samples" and self.method.names("label") and self.online.weighting != "advantage":
+            raise UserError(f"objective {name} learns from good and bad pictures: set weighting advantage")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries and lists, as written to ``recipe.yaml``."""

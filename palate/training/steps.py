@@ -5,6 +5,8 @@ An objective gets what its signature names. Beside hyperparameters, which have a
 - ``policy``, ``reference``, ``old``: the fits of the model in training, of the one before training, and of one that lags behind
   (``Policy.track_old``). Each costs a pass; only the policy's has gradients.
 - ``label``: that of the pair or picture.
+- ``gain``, of single pictures: how far x0 moves with the model's output at the item's time, ``Schedule.gain``; ``sigma``: how
+  much noise there is.
 - ``reference_point``, of single pictures: the running mean of the advantage R - L over all earlier updates.
 """
 
@@ -145,7 +147,7 @@ def sample_step(
         pictures: ``error`` and, with a reference, ``agreement`` (1 where the advantage's sign is the vote's, 0.5 where it is
         0). Of both, with a reference: ``advantage``.
     """
-    named = _named(objective, (*MODELS, "label", "reference_point"))
+    named = _named(objective, (*MODELS, "label", "reference_point", "gain", "sigma"))
     with_label = "label" in named
     follows = {"reference_point": "advantage"} if "reference_point" in named else {}
 
@@ -158,6 +160,10 @@ def sample_step(
         label, given = items.label.to(device), dict[str, Fit | Tensor](fits)
         if with_label:
             given["label"] = label
+        if "gain" in named:
+            given["gain"] = policy.schedule.gain(noised.t).float().to(device)
+        if "sigma" in named:
+            given["sigma"] = policy.schedule.marginals(noised.t.cpu())[1].float().to(device)
         given |= {name: torch.tensor(state.get(name, 0.0), device=device) for name in follows}
         losses = outside_autocast(objective, device, **given, **beta) * items.weight.to(device) * (1 if with_label else label)
         if isinstance(batch, PairBatch):

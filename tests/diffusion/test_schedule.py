@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palate.base.errors import UserError
-from palate.diffusion.schedule import VariancePreserving, from_config
+from palate.diffusion.schedule import RectifiedFlow, VariancePreserving, from_config
 from palate.diffusion.steps import ddim_step
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -64,6 +64,15 @@ def test_min_snr_weights_golden():
     last = torch.tensor([999])
     assert zero_snr.min_snr_weight(last, 5.0).item() == 0
     assert replace(zero_snr, prediction_type="epsilon").min_snr_weight(last, 5.0).item() == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(t=times, prediction_type=st.sampled_from((*PREDICTION_TYPES, "flow")))
+def test_gain_is_how_far_x0_moves_with_the_output(t: int, prediction_type: str):
+    s = RectifiedFlow() if prediction_type == "flow" else replace(schedule, prediction_type=prediction_type)
+    t_, xt, output = torch.tensor([t]), latents(1), latents(2)
+    moved = s.to_x0(output + 1, xt, t_) - s.to_x0(output, xt, t_)
+    torch.testing.assert_close(moved.abs(), s.gain(t_).view(-1, 1, 1, 1).expand_as(moved), rtol=1e-6, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)

@@ -26,6 +26,7 @@ from palate.training.steps import pair_step, sample_step
 OBJECTIVES = {
     **{name: {"beta": "auto"} for name in ("cdpo", "dpo", "dspo", "hinge", "ipo", "kto", "mapo", "sdpo")},
     "cpo": {"beta": "auto", "bc_weight": 1.0},
+    "nft": {"reference_weight": 0.1},
     "orpo": {},
     "sft": {},
 }
@@ -80,6 +81,8 @@ def test_two_steps(family, tmp_path, objective, space):
 
     def run(folder: str, **options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         policy = Policy(load(), rank=2)
+        if chosen.names("old"):
+            policy.track_old(0.9)
         before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         draws = Draws(caption_dropout=0.5, no_prompt=nothing, snr_gamma=5.0)
         step = make(

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palate.diffusion.denoising import Fit
+from palate.base.errors import UserError
+from palate.diffusion.denoising import Conditioning, Fit, draw
+from palate.diffusion.schedule import RectifiedFlow, from_config
 from palate.objectives import samples
 
 
@@ -49,3 +51,73 @@ def test_kto_pulls_to_liked_pictures_and_away_from_disliked_ones():
     samples.kto(Fit(residual), Fit(residual.detach()), labels, point, beta=8.0).sum().backward()
     # d / dL of sigmoid(-beta / 2 (R - L)) at 0 is beta / 8 = 1; d L / d residual = 0.6.
     torch.testing.assert_close(residual.grad, torch.tensor([[0.6], [-0.6]], dtype=torch.float64))
+
+
+# Objectives that compare with the policy that drew --------------------------------------------------------------------------
+
+
+def rows(*values: float) -> Fit:
+    return Fit(torch.tensor([values], dtype=torch.float64))
+
+
+def number(x: float) -> torch.Tensor:
+    return torch.tensor([x], dtype=torch.float64)
+
+
+def test_nft_golden():
+    # mix 0.5, p (0.2, -0.4), o (0.4, 0): e+ = (0.3, -0.2), e- = 1.5 o - 0.5 p = (0.5, 0.2).
+    # mean e+^2 = 0.065, mean |e+| = 0.25; mean e-^2 = 0.145, mean |e-| = 0.35.
+    # gain 2: E+ = 2 * 0.065 / 0.25 = 0.52, E- = 2 * 0.145 / 0.35 = 0.8285714.
+    # label 0.7: 0.7 * 0.52 + 0.3 * 0.8285714 = 0.6125714; times 5 / 0.5 = 6.1257143.
+    # r (0.2, 0): mean (p - r)^2 = 0.08, times 0.1.
+    policy, old, reference = rows(0.2, -0.4), rows(0.4, 0.0), rows(0.2, 0.0)
+    found = samples.nft(policy, reference, old, number(0.7), number(2.0), mix=0.5, reference_weight=0.1)
+    assert found.item() == pytest.approx(6.1257143 + 0.008, abs=1e-6)
+    # The size of an error is not below 1e-5, in units of x0: 4 * 1e-16 / 1e-5 for an error of 1e-8 at gain 2.
+    nothing = rows(1e-8)
+    tiny = samples.nft(nothing, nothing, nothing, number(1.0), number(2.0), scale=1.0)
+    assert tiny.item() == pytest.approx(4e-16 / 1e-5, rel=1e-9)
+    for mix in (0.0, 1.5):
+        with pytest.raises(UserError, match=r"mix is .*; expected"):
+            samples.nft(policy, reference, old, number(0.7), number(2.0), mix=mix)
+
+
+def of_x0(schedule, outputs, noised, label, mix):
+    """The authors' own form: x0 as the better and the worse model predict it."""
+    policy, old, reference = outputs
+    better, worse = mix * policy + (1 - mix) * old, (1 + mix) * old - mix * policy
+    found = 0.0
+    for weight, output in ((label, better), (1 - label, worse)):
+        error = schedule.to_x0(output, noised.xt, noised.t) - noised.x0
+        found += weight * error.square().flatten(1).mean(1) / error.abs().flatten(1).mean(1).clamp(min=1e-5)
+    return 5.0 / mix * found + 1e-4 * (policy - reference).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+@pytest.mark.parametrize("mix", [0.1, 1.0])
+def test_nft_is_that_of_the_authors_whatever_the_model_predicts(kind: str, mix: float):
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    schedule = RectifiedFlow() if kind == "flow" else from_config({**betas, "prediction_type": kind})
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(6, 2, 3, generator=generator, dtype=torch.float64)
+    noised = draw(schedule, x0, Conditioning({"a": torch.zeros(6, 1)}), torch.arange(6), t_min=5)
+    outputs = [noised.target + 0.1 * torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    label = torch.linspace(0, 1, 6, dtype=torch.float64)
+    policy, old, reference = (Fit(output - noised.target) for output in outputs)
+    found = samples.nft(policy, reference, old, label, schedule.gain(noised.t), mix=mix)
+    torch.testing.assert_close(found, of_x0(schedule, outputs, noised, label, mix), rtol=1e-9, atol=1e-12)
+
+
+def test_nft_pulls_to_good_pictures_and_away_from_bad_ones():
+    """On the policy that drew, where both implied models are the same, the gradients of label 1 and 0 are opposite."""
+    start = torch.tensor([[0.3, -0.1]], dtype=torch.float64)
+    gradients = []
+    for label in (1.0, 0.5, 0.0):
+        residual = start.clone().requires_grad_()
+        samples.nft(Fit(residual), Fit(start), Fit(start), number(label), number(1.0), mix=0.7).sum().backward()
+        gradients.append(residual.grad)
+    good, neither, bad = gradients
+    torch.testing.assert_close(good, -bad)
+    torch.testing.assert_close(neither, torch.zeros_like(neither))
+    # 5 / mix * mix * 2 p / 2 / mean|p| = 5 p / 0.2
+    torch.testing.assert_close(good, 5 * start / 0.2)
