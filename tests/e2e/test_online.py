@@ -53,6 +53,8 @@ WAYS = {
     "rwr": {"objective": "sft"},
     "rwr in perceptual space": {"objective": "sft", "space": "perceptual", "guidance_in_training": "false"},
     "sparse rwr": {"objective": "sft", "weighting": "percentile", "percentile": 50},
+    "nft": {"objective": "nft", "weighting": "advantage", "sample_eta": 0, "time_density": "grid", "inner_epochs": 2},
+    "kto": {"objective": "kto", "objective.beta": 500, "weighting": "advantage"},
     "online dpo": {"objective": "dpo", "group_size": 2, "updates_per_round": 1, "train_batch_size": 2},
     "online dpo in perceptual space": {
         "objective": "dpo",
@@ -155,8 +157,16 @@ def test_best_weights_that_are_compared_on_what_they_were_chosen_by(online, pala
     assert "Warning: these weights" not in (tmp_path / "out" / "best" / "README.md").read_text()
 
 
-def test_resumed_equals_uninterrupted(online, tmp_path):
-    watched = {"held_out_rewards": "[jpeg_incompressibility]", "eval_steps": 1, "held_out_pictures": 2, "train_batch_size": 2}
+@pytest.mark.parametrize(
+    "way", [{}, {"objective": "nft", "weighting": "advantage", "advantage": "round", "time_density": "grid"}]
+)
+def test_resumed_equals_uninterrupted(online, tmp_path, way):
+    watched = way | {
+        "held_out_rewards": "[jpeg_incompressibility]",
+        "eval_steps": 1,
+        "held_out_pictures": 2,
+        "train_batch_size": 2,
+    }
     assert online(output_dir="a", **watched)[0] == 0
     assert online(output_dir="b", checkpointing_steps=1, max_train_steps=3, **watched)[0] == 0
     code, _, errors = online(output_dir="b", resume_from_checkpoint="latest", checkpointing_steps=1, **watched)
@@ -209,6 +219,15 @@ def test_sdxl(online, tmp_path, sdxl_dir, objective):
         ({"space": "perceptual"}, "measures likelihoods"),
         ({"sample_eta": 0}, "no likelihood"),
         ({"objective": "sft", "kl_weight": 0.1}, "kl_weight does nothing with objective sft"),
+        ({"objective": "nft"}, "objective nft learns from good and bad pictures: set weighting advantage"),
+        (
+            {"objective": "nft", "train_prompts": None},
+            "nft compares with the policy that drew the pictures: name train_prompts",
+        ),
+        ({"objective": "nft", "weighting": "advantage", "train_method": "full"}, "use train_method lora"),
+        ({"objective": "nft", "weighting": "advantage", "objective.mix": 0}, "mix is 0.0; expected more than 0"),
+        ({"objective": "sft", "old_decay": 0.3}, "old_decay does nothing with objective sft"),
+        ({"objective": "sft", "weighting": "advantage", "adv_clip": "inf"}, "give it a number, such as 5"),
         ({"train_data": "votes.db"}, "train_data votes.db would not be read"),
         ({"train_prompts": None, "objective": "dpo"}, "these options do nothing: rounds, samples_per_round, "),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import signal
 import sys
 from pathlib import Path
@@ -482,3 +483,83 @@ def test_negative_prompts_are_encoded_beside_the_others():
     assert found.tensors["text"][:, 0].tolist() == [3, 5, 5]
     assert found.tensors["negative/text"][:, 0].tolist() == [4, 0, 0]
     assert sorted(asked) == sorted({"dog", "blur", "horse", "a dog"})
+
+
+# The policy that lags behind -----------------------------------------------------------------------------------------------
+
+
+class Lagging(TinyPolicy):
+    """Also keeps how it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = copy.deepcopy(self.trainable_module).requires_grad_(False)
+        self.kept = []
+
+    def old(self, xt, t, cond):
+        with torch.no_grad():
+            return self.before(xt) + cond.tensors["text"][:, :, None, None]
+
+    def advance_old(self, decay=None):
+        self.kept.append(decay)
+        for now, old in zip(self.parameters(), self.before.parameters(), strict=True):
+            old.data.lerp_(now.data, 1 - decay)
+
+
+def double(policy):
+    with torch.no_grad():
+        policy.trainable_module.weight.mul_(2)
+
+
+def test_the_old_policy_draws():
+    policy = Lagging()
+    source = rollouts(policy, "nft", weighting="advantage", advantage="round")
+    source.begin(0)
+    double(policy)
+    again = rollouts(policy, "nft", weighting="advantage", advantage="round")
+    again.begin(0)
+    assert torch.equal(source.data["latents"], again.data["latents"])
+    by_itself = rollouts(policy, "kto", weighting="advantage", advantage="round")
+    by_itself.begin(0)
+    assert not torch.equal(source.data["latents"], by_itself.data["latents"])
+
+
+def test_the_old_policy_follows_once_for_a_round_however_often_that_is_begun():
+    policy, failing = Lagging(), Brightness()
+    source = rollouts(policy, "nft", weighting="advantage", advantage="round", old_decay=0.0025, rewards=failing)
+    for number in range(5):
+        source.begin(number)
+    assert policy.kept == [0.001, 0.002, 0.0025, 0.0025]  # the first round is drawn by the policy as it begins
+
+    def fail(pending):
+        raise UserError("no")
+
+    failing.wait = fail
+    with pytest.raises(UserError, match="no"):
+        source.begin(5)
+    saved = source.state_dict(5 * len(source))
+    failing.wait = lambda pending: None
+    resumed = rollouts(policy, "nft", weighting="advantage", advantage="round", old_decay=0.0025)
+    resumed.load_state_dict(saved)
+    for known in (source, resumed):
+        known.begin(5)
+    assert len(policy.kept) == 5
+    resumed.begin(6)
+    assert len(policy.kept) == 6
+
+
+def test_labels_are_advantages_between_0_and_1():
+    # Rewards 1, 1, 1, 9 twice: mean 3, std sqrt(12) = 3.4641; advantages -0.57735 and 1.73205, cut off at 1.5.
+    scores = iter([torch.tensor([1.0, 1.0, 1.0, 9.0])] * 2)
+    brightness = Brightness(lambda images, prompts: next(scores))
+    source = rollouts(TinyPolicy(), "kto", weighting="advantage", advantage="round", adv_clip=1.5, rewards=brightness)
+    told = source.begin(0)
+    assert told["advantage_clipped"] == 0.25
+    batch = source.batch(range(8), torch.arange(8))
+    expected = torch.tensor([0.5 - 0.57735 / 3] * 3 + [1.0])[torch.tensor([row[0] % 4 for row in source.plan])]
+    torch.testing.assert_close(batch.label, expected, atol=1e-5, rtol=0)
+    assert torch.equal(batch.weight, torch.ones(8))
+    # Without it every picture is a liked one, weighted by the softmax.
+    plain = rollouts(TinyPolicy(), "kto")
+    plain.begin(0)
+    assert torch.equal(plain.batch(range(8), torch.arange(8)).label, torch.ones(8))

@@ -18,7 +18,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import join
 from palate.diffusion.steps import ddim
 from palate.objectives.pairs import dpo
-from palate.objectives.samples import sft
+from palate.objectives.samples import kto, nft, sft
 from palate.objectives.trajectories import ddpo_is, ddpo_sf
 from palate.online.options import Arithmetic, OnlineOptions
 from palate.online.rollouts import Replay, Rollouts, SamplingPlan
@@ -29,8 +29,22 @@ from palate.training.options import TrainOptions
 from palate.training.steps import pair_step, sample_step
 
 PROMPTS = [Prompt(text) for text in ("a dog", "a cat", "a tree", "a house", "a boat")]
-OBJECTIVES = {"ddpo_is": ddpo_is, "ddpo_sf": ddpo_sf, "sft": sft, "dpo": functools.partial(dpo, beta=50.0)}
-EVIDENCE = {"ddpo_is": "trajectories", "ddpo_sf": "trajectories", "sft": "samples", "dpo": "pairs"}
+OBJECTIVES = {
+    "ddpo_is": ddpo_is,
+    "ddpo_sf": ddpo_sf,
+    "sft": sft,
+    "dpo": functools.partial(dpo, beta=50.0),
+    "kto": kto,
+    "nft": nft,
+}
+EVIDENCE = {
+    "ddpo_is": "trajectories",
+    "ddpo_sf": "trajectories",
+    "sft": "samples",
+    "dpo": "pairs",
+    "kto": "samples",
+    "nft": "samples",
+}
 
 
 @dataclass
@@ -77,7 +91,7 @@ def rollouts(policy, objective="ddpo_is", *, rewards=None, replay=None, decode=d
         policy,
         prompts,
         join(Conditioning({"text": text}), Conditioning({"text": torch.zeros_like(text)})),
-        SamplingPlan((2, 4, 4), decode),
+        SamplingPlan((2, 4, 4), decode, by_old=objective == "nft"),
         rewards=rewards or Brightness(),
         options=OnlineOptions(**given),
         evidence=EVIDENCE[objective],
