@@ -17,7 +17,7 @@ from torch import Tensor
 from palate.base.seeds import normal
 from palate.diffusion.denoising import Conditioning, upcast
 from palate.diffusion.schedule import Path, Schedule, Times
-from palate.diffusion.steps import Rule
+from palate.diffusion.steps import Rule, ddim
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(xt (b, ...), t (b,), cond of b rows) -> the model's output (b, ...)."""
@@ -121,6 +121,7 @@ def sample(
     *,
     guidance_scale: float,
     rule: Rule,
+    noisy: range | None = None,
     judged_scale: float | None = None,
     keep_means: bool = False,
     device: torch.device | str = "cpu",
@@ -128,6 +129,7 @@ def sample(
 ) -> Trajectory:
     """Draw b trajectories of latents of `shape`; all noise of item i derives from seeds[i]. Everything is float32.
 
+    noisy: the steps that are taken by the rule; all others by DDIM without noise. All unless given.
     judged_scale: the guidance under which the log-probabilities are told; `guidance_scale` unless given. With 1 they are those
     of the model without guidance, at one more pass a step: what training without guidance compares with.
     on_step: called with k, the latents before step k and its transition.
@@ -141,10 +143,10 @@ def sample(
     log_probs: list[Tensor] = []
     means: list[Tensor] = []
     for k in range(len(path)):
-        times = path.at(k, b, device)
-        step = transition(act, schedule, x, *times, cond, rule=rule)
+        times, taken = path.at(k, b, device), rule if noisy is None or k in noisy else ddim(0.0)
+        step = transition(act, schedule, x, *times, cond, rule=taken)
         after = step.mean + step.std * normal(seeds, shape, FIRST_STEP + k, device, torch.float32)
-        judged = step if judge is act else transition(judge, schedule, x, *times, cond, rule=rule)
+        judged = step if judge is act else transition(judge, schedule, x, *times, cond, rule=taken)
         log_probs.append(judged.log_prob(after))
         if keep_means:
             means.append(judged.mean)

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import NOT_NEGATIVE, Count, OneOf, Range, check_ranges
+from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges
+from palate.base.seeds import mix
 from palate.diffusion.schedule import SPACINGS
+from palate.diffusion.steps import Rule, cps, ddim, flow_sde
 
+RULES = {"cps": 0.8, "flow_sde": 0.7}
+"""Rules of sampling beside ``ddim``, and how much noise they draw unless told (arXiv 2509.05952; 2505.05470)."""
+WINDOW = 103  # what a number is drawn for
 ADVANTAGES = ("tracker", "group", "round")
 WEIGHTINGS = ("softmax", "percentile", "streaming_percentile", "threshold", "advantage")
 ABOVE_0 = Range(above=0, expected="a positive number")  # or infinity: no limit
@@ -42,9 +47,14 @@ class OnlineOptions:
     group_size: Count = 1
     """Pictures of one prompt in a round; divides ``samples_per_round``."""
     sample_num_steps: Count = 50
-    """Steps of DDIM."""
+    """Steps in which a picture is drawn."""
+    sample_rule: Annotated[str, OneOf("ddim", *RULES)] = "ddim"
+    """How a step draws noise: ``ddim``; ``cps``, which keeps the noise level of each time exactly; ``flow_sde``, that of
+    Flow-GRPO, for models of rectified flow alone."""
+    sample_noise: Annotated[float, POSITIVE] | None = None
+    """Of ``cps`` (0.8 unless given, at most 1) and ``flow_sde`` (0.7)."""
     sample_eta: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Noise of each step: 1 as much as DDPM, 0 none (and no likelihood)."""
+    """Noise of each step of ``ddim``: 1 as much as DDPM, 0 none (and no likelihood)."""
     sample_guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
     """Of classifier-free guidance; 1 for none, at half the cost."""
     guidance_in_training: bool = True
@@ -59,6 +69,9 @@ class OnlineOptions:
     """First step of sampling that is trained, counted from 0."""
     window_size: Count | None = None
     """Steps from there on that are trained; all unless given."""
+    window_end: Count | None = None
+    """The window moves, and noise is drawn in it alone: each round its ``window_size`` steps lie anew anywhere from
+    ``window_start`` to before this step. Unless given it stays, and noise is drawn everywhere."""
     timestep_fraction: Annotated[float, Range(above=0, at_most=1, expected="more than 0 and at most 1")] = 1.0
     """Share of those steps that is trained, drawn for each picture anew."""
     advantage: Annotated[str, OneOf(*ADVANTAGES)] = "tracker"
@@ -105,12 +118,21 @@ class OnlineOptions:
                 f"group_size {self.group_size} does not divide samples_per_round {self.samples_per_round}; "
                 f"use {_divisors_near(self.samples_per_round, self.group_size)}"
             )
+        self._check_rule()
         if self.window_start + (self.window_size or 1) > self.sample_num_steps:
             raise UserError(
                 f"a window of {self.window_size or 1} steps from step {self.window_start} on does not fit into "
                 f"{self.sample_num_steps} steps; lower window_start or window_size, or raise sample_num_steps"
             )
-        if self.kl_budget is not None and not (self.kl_samples and self.sample_eta):
+        if self.window_end is not None:
+            if self.window_size is None:
+                raise UserError("window_end bounds a window that moves: name its window_size")
+            if not self.window_start + self.window_size <= self.window_end <= self.sample_num_steps:
+                raise UserError(
+                    f"window_end is {self.window_end}; expected {self.window_start + self.window_size} (window_start + "
+                    f"window_size) to {self.sample_num_steps} (sample_num_steps)"
+                )
+        if self.kl_budget is not None and not (self.kl_samples and self.draws_noise):
             raise UserError(
                 "kl_budget needs kl_samples, the number of pictures on which to measure it, and sample_eta: without noise no "
                 "step has a likelihood"
@@ -131,11 +153,39 @@ class OnlineOptions:
                 "rewards of a prompt: raise tracker_buffer_size, or lower tracker_min_count"
             )
 
+    def _check_rule(self) -> None:
+        rule = self.sample_rule
+        if rule == "ddim" and self.sample_noise is not None:
+            raise UserError("sample_noise does nothing under sample_rule ddim, whose noise is sample_eta: leave it out")
+        if rule != "ddim" and self.sample_eta != type(self).sample_eta:
+            raise UserError(f"sample_eta does nothing under sample_rule {rule}, whose noise is sample_noise: leave it out")
+        if rule == "cps" and self.sample_noise is not None and self.sample_noise > 1:
+            raise UserError(f"sample_noise is {self.sample_noise}; expected at most 1 under sample_rule cps: all noise is new")
+
+    @property
+    def rule(self) -> Rule:
+        """How a step is taken."""
+        if self.sample_rule == "ddim":
+            return ddim(self.sample_eta)
+        return {"cps": cps, "flow_sde": flow_sde}[self.sample_rule](self.sample_noise or RULES[self.sample_rule])
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a step has a likelihood."""
+        return self.sample_rule != "ddim" or self.sample_eta > 0
+
     @property
     def window(self) -> range:
-        """The numbers of the steps that are trained."""
+        """The numbers of the steps that are trained, the first ones where the window moves."""
         end = self.sample_num_steps if self.window_size is None else self.window_start + self.window_size
         return range(self.window_start, end)
+
+    def window_of(self, seed: int, number: int) -> range:
+        """The steps that are trained in round `number`."""
+        if self.window_end is None:
+            return self.window
+        by = mix(seed, WINDOW, number) % (self.window_end - self.window.stop + 1)
+        return range(self.window.start + by, self.window.stop + by)
 
     @property
     def trained_scale(self) -> float:

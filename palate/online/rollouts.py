@@ -28,7 +28,7 @@ from palate.data.prompts import Prompt, PromptSampler
 from palate.diffusion.batches import PairBatch, SampleBatch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import Transition, guided, sample, transition
-from palate.diffusion.steps import ddim
+from palate.diffusion.schedule import RectifiedFlow
 from palate.online import advantages
 from palate.online.conditions import Encoded
 from palate.online.options import Arithmetic, OnlineOptions
@@ -120,15 +120,19 @@ class Rollouts:
         replay: Replay | None = None,
         progress: bool = False,
     ):
-        if evidence == "trajectories" and options.sample_eta == 0:
+        if evidence == "trajectories" and not options.draws_noise:
             raise UserError("sample_eta is 0: nothing is drawn on the way, so there is no likelihood to train; use 1")
+        if options.sample_rule == "flow_sde" and not isinstance(policy.schedule, RectifiedFlow):
+            raise UserError(
+                "sample_rule flow_sde is a step of rectified flow, and this model is none: use cps, or ddim with sample_eta"
+            )
         self.policy, self.prompts, self.conditions, self.sampling = policy, list(prompts), conditions, sampling
         self.rewards, self.options, self.evidence, self.seed = rewards, options, evidence, seed
         self.sampler = PromptSampler(self.prompts, seed)
         self.places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
         self.arithmetic = Arithmetic.of(options, evidence)
         self.path = policy.schedule.path(options.sample_num_steps, options.timestep_spacing, sampling.shape)
-        self.rule = ddim(options.sample_eta)
+        self.rule = options.rule
         self.replay, self.progress = replay, progress
         self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)
         self.seen: list[float] = []  # every reward so far, for the streaming percentile
@@ -196,7 +200,7 @@ class Rollouts:
         cond = self._conditions(which, self.options.trained_scale)
         if self.evidence == "trajectories":
             step = torch.tensor([row[1] for row in rows])
-            times = step + self.options.window.start
+            times = step + self._window(self.round).start
             latents = self.data["latents"]
             return TrajectoryBatch(
                 xt=latents[first, step],
@@ -245,6 +249,9 @@ class Rollouts:
             self.plan = [tuple(rows) for rows in state["plan"]]
 
     # Parts ----------------------------------------------------------------------------------------------------------------
+
+    def _window(self, number: int) -> range:
+        return self.options.window_of(self.seed, number)
 
     def _follow(self, number: int) -> None:
         """The old policy comes nearer to the one in training: once for a round, also where it is begun again."""
@@ -301,7 +308,7 @@ class Rollouts:
             thumbnails=data.pop("thumbnail"),
             total=processes.gather(judged.total),
             raw={name: processes.gather(rows) for name, rows in judged.raw.items()},
-            kl=steps if measured_in_all and options.sample_eta > 0 else [],
+            kl=steps if measured_in_all and options.draws_noise else [],
         )
 
     def _draw_share(
@@ -313,7 +320,9 @@ class Rollouts:
         asked = self.sampler.draw(number, n // options.group_size, options.group_size)
         which = [self.places[id(asked[row])] for row in share]
         seeds = torch.tensor([mix(self.seed, PICTURE, number * n + row) for row in share])
-        keep = slice(options.window.start, options.window.stop + 1) if self.evidence == "trajectories" else slice(-1, None)
+        window = self._window(number)
+        noisy = None if options.window_end is None else window
+        keep = slice(window.start, window.stop + 1) if self.evidence == "trajectories" else slice(-1, None)
         parts: dict[str, list[Tensor]] = {"latents": [], "log_prob": [], "thumbnail": [], "prompt": [torch.tensor(which)]}
         pending: list[Pending] = []
         kl = torch.zeros(len(self.path), dtype=torch.float64)
@@ -335,7 +344,7 @@ class Rollouts:
             measured = max(0, min(len(part), options.kl_samples - share.start - start))
 
             def measure(k: int, x: Tensor, step: Transition, measured: int = measured, cond: Conditioning = cond) -> None:
-                if not measured:
+                if not measured or (noisy is not None and k not in noisy):
                     return
                 there = cond.rows(slice(measured))
                 base = transition(
@@ -352,10 +361,11 @@ class Rollouts:
                 self.sampling.shape,
                 guidance_scale=options.sample_guidance_scale,
                 rule=self.rule,
+                noisy=noisy,
                 judged_scale=options.trained_scale,
                 keep_means=self.sampling.keep_means,
                 device=device,
-                on_step=measure if options.sample_eta > 0 else None,
+                on_step=measure if options.draws_noise else None,
             )
             self._all_finite(drawn.latents, number * n + share.start + start, part)
             with torch.autocast(device.type, enabled=False):
@@ -363,9 +373,9 @@ class Rollouts:
             pending.append(self.rewards.submit(pictures, [self.prompts[i] for i in part]))
             parts["thumbnail"].append(F.adaptive_avg_pool2d(pictures.float(), 16))
             parts["latents"].append(drawn.latents[:, keep].cpu())
-            parts["log_prob"].append(drawn.log_prob[:, options.window.start : options.window.stop].cpu())
+            parts["log_prob"].append(drawn.log_prob[:, window.start : window.stop].cpu())
             if drawn.mean is not None:
-                parts.setdefault("mean", []).append(drawn.mean[:, options.window.start : options.window.stop].cpu())
+                parts.setdefault("mean", []).append(drawn.mean[:, window.start : window.stop].cpu())
             bar.update(len(part))
         bar.close()
         return parts, pending, kl

@@ -13,7 +13,6 @@ from palate.base.files import write_atomically
 from palate.base.machine import processes
 from palate.data.prompts import Prompt
 from palate.data.selection import same_prompt
-from palate.diffusion.steps import ddim
 from palate.names.rewards import NamedReward
 from palate.online.rollouts import Replay, Rollouts, SamplingPlan
 from palate.runs.assembly import Assembled, Online
@@ -67,7 +66,7 @@ def rollouts_of(
         step = trajectory_step(
             policy,
             objective.function,
-            rule=ddim(options.sample_eta),
+            rule=options.rule,
             guidance_scale=options.trained_scale,
             kl_weight=options.kl_weight,
         )

@@ -90,6 +90,11 @@ class Recipe:
                 f"objective ddpo_sf is right for one update a round, not {arithmetic.updates}: set updates_per_round and "
                 "inner_epochs to 1, or use ddpo_is"
             )
+        if evidence != "trajectories" and self.online.window_end is not None:
+            raise UserError(
+                f"window_end does nothing with objective {self.objective['name']}, which is not trained at steps of sampling: "
+                "leave it out"
+            )
         if evidence != "trajectories" and self.online.kl_weight:
             raise UserError(
                 f"kl_weight does nothing with objective {self.objective['name']}, which has no likelihoods: leave it out"

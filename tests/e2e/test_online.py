@@ -50,6 +50,14 @@ def online(palate, prompts_file):
 WAYS = {
     "ddpo_is": {"window_size": 1, "held_out_rewards": "[jpeg_incompressibility]", "eval_steps": 2, "held_out_pictures": 2},
     "trust region": {"objective": "ddpo_tr", "kl_weight": 0.1, "timestep_fraction": 0.5},
+    "a window of noise that moves": {
+        "sample_rule": "cps",
+        "sample_num_steps": 4,
+        "window_size": 1,
+        "window_end": 3,
+        "group_size": 2,
+        "advantage": "group",
+    },
     "rwr": {"objective": "sft"},
     "rwr in perceptual space": {"objective": "sft", "space": "perceptual", "guidance_in_training": "false"},
     "sparse rwr": {"objective": "sft", "weighting": "percentile", "percentile": 50},
@@ -219,6 +227,8 @@ def test_sdxl(online, tmp_path, sdxl_dir, objective):
         ({"space": "perceptual"}, "measures likelihoods"),
         ({"sample_eta": 0}, "no likelihood"),
         ({"objective": "sft", "kl_weight": 0.1}, "kl_weight does nothing with objective sft"),
+        ({"sample_rule": "flow_sde"}, "flow_sde is a step of rectified flow, and this model is none"),
+        ({"objective": "sft", "window_size": 1, "window_end": 2}, "window_end does nothing with objective sft"),
         ({"objective": "nft"}, "objective nft learns from good and bad pictures: set weighting advantage"),
         (
             {"objective": "nft", "train_prompts": None},

@@ -11,8 +11,11 @@ from tiny_rollouts import PROMPTS, Brightness, decode, rollouts, run, step_for
 from tiny_training import TinyPolicy
 
 from palate.base.errors import UserError
+from palate.base.seeds import mix
 from palate.data.prompts import Prompt
 from palate.diffusion.sampling import sample
+from palate.diffusion.schedule import RectifiedFlow
+from palate.diffusion.steps import ddim
 from palate.online.options import Arithmetic, OnlineOptions
 from palate.online.rollouts import Replay
 from palate.training import checkpoints
@@ -322,6 +325,15 @@ def test_a_run_that_its_budget_ends_is_measured_at_its_end(tmp_path, every):
         ({"advantage": "group"}, "advantage group measures .* raise group_size"),
         ({"per_prompt": True}, "per_prompt measures .* raise group_size"),
         ({"per_prompt": True, "group_size": 4, "weighting": "streaming_percentile"}, "per_prompt does nothing"),
+        ({"sample_noise": 0.5}, "sample_noise does nothing under sample_rule ddim"),
+        ({"sample_rule": "cps", "sample_eta": 0.0}, "sample_eta does nothing under sample_rule cps"),
+        ({"sample_rule": "cps", "sample_noise": 1.5}, "at most 1 under sample_rule cps"),
+        ({"sample_rule": "csp"}, "did you mean 'cps'"),
+        ({"window_end": 4}, "name its window_size"),
+        (
+            {"window_size": 2, "window_start": 3, "window_end": 4},
+            r"window_end is 4; expected 5 \(window_start \+ window_size\) to 50",
+        ),
         ({"tracker_buffer_size": 8}, "tracker_min_count 16 is never reached"),
     ],
 )
@@ -483,6 +495,81 @@ def test_negative_prompts_are_encoded_beside_the_others():
     assert found.tensors["text"][:, 0].tolist() == [3, 5, 5]
     assert found.tensors["negative/text"][:, 0].tolist() == [4, 0, 0]
     assert sorted(asked) == sorted({"dog", "blur", "horse", "a dog"})
+
+
+# Rules and windows ----------------------------------------------------------------------------------------------------------
+
+
+def in_flow():
+    """The two-channel model as one of rectified flow; its output is small, so its pictures are."""
+    policy = TinyPolicy()
+    policy.schedule = RectifiedFlow(shift=2.0)
+    return policy
+
+
+RULES = [{"sample_eta": 0.7}, {"sample_rule": "cps"}, {"sample_rule": "cps", "sample_noise": 0.3}, {"sample_rule": "flow_sde"}]
+
+
+@pytest.mark.parametrize("options", RULES)
+@pytest.mark.parametrize("make", [TinyPolicy, in_flow])
+@pytest.mark.parametrize("window", [{}, {"window_size": 2, "window_end": 3}])
+def test_the_first_ratio_is_1_under_every_rule(options, make, window):
+    if options.get("sample_rule") == "flow_sde" and make is TinyPolicy:
+        with pytest.raises(UserError, match="flow_sde is a step of rectified flow, and this model is none: use cps"):
+            rollouts(make(), **options)
+        return
+    policy = make()
+    source = rollouts(policy, **options, **window)
+    told = source.begin(0)
+    assert told["kl_path"] == 0
+    _, metrics = step_for(policy, "ddpo_is", source.options)(source.batch(range(len(source)), torch.zeros(len(source))))
+    assert metrics["log_ratio"].abs().max() < 1e-5
+    assert source.data["log_prob"].isfinite().all()
+
+
+def test_rules_draw_what_they_say():
+    assert OnlineOptions(sample_rule="cps").rule is not None
+    drawn_by = {str(options): drawn(**options)[0].data["latents"] for options in ({}, *RULES[:3])}
+    assert len({float(latents.sum()) for latents in drawn_by.values()}) == 4
+
+
+def test_noise_is_drawn_in_the_window_alone():
+    policy = TinyPolicy()
+    source = rollouts(policy, window_start=1, window_size=1, window_end=2, sample_num_steps=4)
+    told = source.begin(0)
+    assert [kl == 0 for kl in told["kl_steps"]] == [True] * 4
+    double(policy)
+    told = source.begin(1)
+    assert [kl > 0 for kl in told["kl_steps"]] == [False, True, False, False]
+    # From the latents after the window on, and from the start to it, pictures are those of the plain ODE.
+    window, way = source.data["latents"], source.path
+    seeds = torch.tensor([mix(0, 101, 8 + row) for row in range(8)])
+    plain = sample(
+        policy, policy.schedule, way, source._conditions(source.data["prompt"], 5.0), seeds, (2, 4, 4),
+        guidance_scale=5.0, rule=ddim(0.0),
+    )  # fmt: skip
+    torch.testing.assert_close(window[:, 0], plain.latents[:, 1])
+    assert not torch.allclose(window[:, 1], plain.latents[:, 2])
+
+
+def test_a_window_that_moves():
+    options = OnlineOptions(sample_num_steps=10, window_start=1, window_size=2, window_end=5)
+    starts = [options.window_of(3, number).start for number in range(60)]
+    assert set(starts) == {1, 2, 3}
+    assert starts == [options.window_of(3, number).start for number in range(60)]
+    assert starts != [options.window_of(4, number).start for number in range(60)]
+    assert all(len(options.window_of(3, number)) == 2 for number in range(60))
+    assert OnlineOptions(sample_num_steps=10, window_start=1, window_size=2).window_of(3, 7) == range(1, 3)
+    source = rollouts(TinyPolicy(), sample_num_steps=6, window_size=1, window_end=6)
+    for number in range(4):
+        source.begin(number)
+        batch = source.batch(range(2), torch.zeros(2))
+        assert batch.t.tolist() == [int(source.path.t[source.options.window_of(0, number).start])] * 2
+        resumed = rollouts(TinyPolicy(), sample_num_steps=6, window_size=1, window_end=6)
+        resumed.load_state_dict(source.state_dict(number * len(source) + 1))
+        again = resumed.batch(range(2), torch.zeros(2))
+        assert torch.equal(again.t, batch.t)
+        assert torch.equal(again.after, batch.after)
 
 
 # The policy that lags behind -----------------------------------------------------------------------------------------------

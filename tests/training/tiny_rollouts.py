@@ -16,7 +16,6 @@ from palate.base.seeds import normal
 from palate.data.prompts import Prompt
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import join
-from palate.diffusion.steps import ddim
 from palate.objectives.pairs import dpo
 from palate.objectives.samples import kto, nft, sft
 from palate.objectives.trajectories import ddpo_is, ddpo_sf
@@ -105,7 +104,7 @@ def step_for(policy, objective, online):
         return trajectory_step(
             policy,
             OBJECTIVES[objective],
-            rule=ddim(online.sample_eta),
+            rule=online.rule,
             guidance_scale=online.trained_scale,
             kl_weight=online.kl_weight,
         )
