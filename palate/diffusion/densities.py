@@ -6,6 +6,9 @@ an interval, one uniform number of the item picks a place in it, and the inverse
 and leave its shape.
 """
 
+# torch types the special functions in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownLambdaType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ from torch import Tensor
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Fit, upcast
 
-__all__ = ["kto", "nft", "sft"]  # what a recipe may name
+__all__ = ["awm", "kto", "nft", "sft"]  # what a recipe may name
 
 
 def sft(policy: Fit) -> Float[Tensor, " b"]:
@@ -54,7 +54,7 @@ def nft(
     scale: float = 5.0,
     reference_weight: float = 1e-4,
 ) -> Float[Tensor, " b"]:
-    """DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117, eq. 5 and sec. 3.3), (b,).
+    """DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), as in the authors' code, (b,).
 
     Two models are implied by the policy and the old one that drew the picture: a better one with the residual e+ = mix p +
     (1 - mix) o, and a worse one with e- = (1 + mix) o - mix p. The better one is to be right where the picture is good, the
@@ -72,3 +72,34 @@ def nft(
 
     both = label * error(mix * p + (1 - mix) * o) + (1 - label) * error((1 + mix) * o - mix * p)
     return scale / mix * both + reference_weight * (p - r).square().mean(1)
+
+
+def awm(
+    policy: Fit,
+    reference: Fit,
+    old: Fit,
+    label: Float[Tensor, " b"],
+    sigma: Float[Tensor, " b"],
+    *,
+    clip_range: float = 1.0,
+    power: float = 0.25,
+    old_weight: float = 1.0,
+    reference_weight: float = 1e-4,
+) -> Float[Tensor, " b"]:
+    """Advantage-weighted matching (Xue et al. 2025, arXiv 2509.25050), as in the authors' code, (b,).
+
+    Of the log-likelihood of a picture stands l = -sigma ((L + e)^power - e^power) / power, L the error, e = 1e-10; so rho =
+    exp(l - l_old), and with the advantage A = 2 label - 1 the loss is max(-A rho, -A clip(rho, 1 +- clip_range)) + old_weight
+    mean (p - o)^2 + reference_weight mean (p - r)^2. p, o, r: residuals of policy, old and reference.
+    """
+    if not 0 < power <= 1:
+        raise UserError(f"objective awm: power is {power}; expected more than 0 and at most 1")
+    p, o, r = (upcast(fit.residual).flatten(1) for fit in (policy, old, reference))
+    least = 1e-10
+
+    def likelihood(fit: Fit) -> Tensor:
+        return -sigma * ((fit.error + least) ** power - least**power) / power
+
+    rho, advantage = (likelihood(policy) - likelihood(old)).exp(), 2 * label - 1
+    pushed = torch.maximum(-advantage * rho, -advantage * rho.clamp(1 - clip_range, 1 + clip_range))
+    return pushed + old_weight * (p - o).square().mean(1) + reference_weight * (p - r).square().mean(1)

@@ -101,8 +101,8 @@ def noise_batch(policy: MeasuredPolicy, space: Space, batch: PairBatch | SampleB
     """Pairs with ``shared=2``, single pictures with 1."""
     device = next(iter(policy.parameters())).device
     latents, cond = batch.latents.to(device, torch.float32), draws.captions(batch.cond, batch.seeds).to(device)
-    bounds = {"t_min": max(draws.t_min, space.t_min), "t_max": draws.t_max}
-    return draw(policy.schedule, latents, cond, batch.seeds, **bounds, shared=shared, density=draws.density)
+    t_min, t_max = max(draws.t_min, space.t_min), draws.t_max
+    return draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=t_max, shared=shared, density=draws.density)
 
 
 def measured_fits(

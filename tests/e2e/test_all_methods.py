@@ -26,6 +26,7 @@ from palate.training.steps import pair_step, sample_step
 OBJECTIVES = {
     **{name: {"beta": "auto"} for name in ("cdpo", "dpo", "dspo", "hinge", "ipo", "kto", "mapo", "sdpo")},
     "cpo": {"beta": "auto", "bc_weight": 1.0},
+    "awm": {"reference_weight": 0.1},
     "nft": {"reference_weight": 0.1},
     "orpo": {},
     "sft": {},

@@ -62,6 +62,7 @@ WAYS = {
     "rwr in perceptual space": {"objective": "sft", "space": "perceptual", "guidance_in_training": "false"},
     "sparse rwr": {"objective": "sft", "weighting": "percentile", "percentile": 50},
     "nft": {"objective": "nft", "weighting": "advantage", "sample_eta": 0, "time_density": "grid", "inner_epochs": 2},
+    "awm": {"objective": "awm", "weighting": "advantage", "sample_eta": 0, "time_density": "grid", "old_decay": 0.3},
     "kto": {"objective": "kto", "objective.beta": 500, "weighting": "advantage"},
     "online dpo": {"objective": "dpo", "group_size": 2, "updates_per_round": 1, "train_batch_size": 2},
     "online dpo in perceptual space": {

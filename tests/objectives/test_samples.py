@@ -121,3 +121,41 @@ def test_nft_pulls_to_good_pictures_and_away_from_bad_ones():
     torch.testing.assert_close(neither, torch.zeros_like(neither))
     # 5 / mix * mix * 2 p / 2 / mean|p| = 5 p / 0.2
     torch.testing.assert_close(good, 5 * start / 0.2)
+
+
+def test_awm_golden():
+    # power 0.5, sigma 0.8: l = -1.6 (sqrt(L + 1e-10) - 1e-5). p (0.3, 0.4): sqrt(0.125) = 0.3535534; o (0.5, 0.5): 0.5.
+    # rho = exp(1.6 * 0.1464466) = exp(0.2343146) = 1.2640419. label 0.9: A = 0.8: -A rho = -1.0112335.
+    # Clipped at 1.1: -0.88, which is the larger. mean (p - o)^2 = (0.04 + 0.01) / 2 = 0.025.
+    # r (0.3, 0): mean (p - r)^2 = 0.08.
+    policy, old, reference = rows(0.3, 0.4), rows(0.5, 0.5), rows(0.3, 0.0)
+    weights = {"power": 0.5, "old_weight": 2.0, "reference_weight": 0.5}
+
+    def found(label: float, clip_range: float) -> float:
+        given = (policy, reference, old, number(label), number(0.8))
+        return samples.awm(*given, clip_range=clip_range, **weights).item()
+
+    assert found(0.9, 1.0) == pytest.approx(-1.0112335 + 0.05 + 0.04, abs=1e-6)
+    assert found(0.9, 0.1) == pytest.approx(-0.88 + 0.05 + 0.04, abs=1e-6)
+    # A bad picture, A = -0.8: 1.0112335 beats the clipped 0.88.
+    assert found(0.1, 0.1) == pytest.approx(1.0112335 + 0.05 + 0.04, abs=1e-6)
+    with pytest.raises(UserError, match=r"power is 0.0; expected"):
+        samples.awm(policy, reference, old, number(0.5), number(1.0), power=0.0)
+
+
+def test_awm_on_the_policy_that_drew_is_weighted_matching():
+    """There rho is 1, and its gradient that of A sigma ((L + e)^p) / p: errors of good pictures fall, of bad ones rise."""
+    start = torch.tensor([[0.3, -0.1]], dtype=torch.float64)
+    for label in (1.0, 0.5, 0.25, 0.0):
+        residual = start.clone().requires_grad_()
+        samples.awm(Fit(residual), Fit(start), Fit(start), number(label), number(0.6)).sum().backward()
+        # d/dp_i of A sigma L^(1/4) / (1/4) = A sigma L^(-3/4) 2 p_i / 2, L = 0.05
+        expected = (2 * label - 1) * 0.6 * 0.05**-0.75 * start
+        torch.testing.assert_close(residual.grad, expected, rtol=1e-6, atol=1e-12)
+
+
+@given(scale=st.floats(0, 2), label=st.floats(0, 1))
+def test_awm_keeps_near_the_policy_that_drew(scale: float, label: float):
+    old, policy = rows(0.5, -0.2), rows(0.5 + scale, -0.2)
+    near, far = (samples.awm(policy, old, old, number(label), number(0.5), old_weight=w).item() for w in (0.0, 3.0))
+    assert far - near == pytest.approx(3 * scale**2 / 2, abs=1e-9)
