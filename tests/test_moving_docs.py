@@ -54,8 +54,17 @@ def test_names_of_files():
     assert f"`{KOHYA_FILE}`" in text
 
 
-def test_options_on_the_page_of_moving_from_trl_exist():
-    text = (DOCS / "moving-from-trl-ddpo.md").read_text()
+def test_objectives_on_the_page_of_moving_from_flow_grpo_exist():
+    text = (DOCS / "moving-from-flow-grpo.md").read_text()
+    names = set(re.findall(r"objective.name: (\w+)", text))
+    assert len(names) == 5
+    keywords = {key for name in names for key in recipe.complete_objective({"name": name})}
+    assert set(re.findall(r"`objective\.(\w+)`", text)) <= keywords
+
+
+@pytest.mark.parametrize("page", ["moving-from-trl-ddpo.md", "moving-from-flow-grpo.md"])
+def test_options_on_the_pages_of_moving_to_online_training_exist(page):
+    text = (DOCS / page).read_text()
     sections = {name for name in recipe.SECTIONS if name != "objective"}
     named = {(s, n) for s, n in re.findall(r"`([a-z]+)\.([a-z_]+)", text) if s in sections}
     assert len(named) > 20
