@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, get_args, get_type_hints
 
 import pytest
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges, checked, overrides, ranges, typed
+from palate.data.options import Reading
+from palate.judges.alignment import Options as VisionJudge
+from palate.judges.remote import Options as RemoteJudge
 from palate.online.options import OnlineOptions
+from palate.runs.accuracy import AccuracyOptions
+from palate.runs.export import ExportOptions
+from palate.runs.label import LabelOptions
 from palate.runs.sections import DataOptions, EvaluationOptions, PolicyOptions
 from palate.training.options import TrainOptions
+from palate.verbs.compare import Options as CompareOptions
+from palate.verbs.generate import GenerateOptions
+from palate.verbs.score import ScoreOptions
+from palate.verbs.serve_judge import ServeOptions
+from palate.votes.study import VoteOptions
+
+
+def _types(hint: object) -> tuple[object, ...]:
+    return get_args(hint) or (hint,)
+
+
+NEEDED = {
+    AccuracyOptions: {},
+    CompareOptions: {},
+    DataOptions: {},
+    EvaluationOptions: {},
+    ExportOptions: {"format": "lora-from-full", "output": "o"},
+    GenerateOptions: {"prompts": "p", "output_dir": "o"},
+    LabelOptions: {"output": "o.parquet"},
+    OnlineOptions: {},
+    PolicyOptions: {},
+    Reading: {},
+    RemoteJudge: {},
+    ScoreOptions: {"judges": "[j]"},
+    ServeOptions: {},
+    TrainOptions: {},
+    VisionJudge: {},
+    VoteOptions: {},
+}
+"""Every set of options that takes numbers, and what it cannot be made without."""
+WHOLE = [(kind, f.name) for kind in NEEDED for f in fields(kind) if int in _types(get_type_hints(kind)[f.name])]
+SEEDS = [(kind, name) for kind, name in WHOLE if name.endswith("seed")]
+
 
 SHARE = Range(above=0, at_most=1, expected="a share above 0")
 
@@ -65,12 +104,54 @@ def test_words_of_the_command_line_are_checked_alike() -> None:
         checked(Example, overrides(["--count", "0"]), "x")
 
 
-@pytest.mark.parametrize("kind", [DataOptions, PolicyOptions, OnlineOptions, TrainOptions, EvaluationOptions])
-def test_every_bound_of_a_recipe_is_checked(kind: type) -> None:
+@pytest.mark.parametrize("kind", NEEDED)
+def test_every_bound_is_checked(kind: type) -> None:
     for name, admitted in ranges(kind).items():
-        outside = "no such word" if isinstance(admitted, OneOf) else "-1"
-        with pytest.raises(UserError, match=f"^{name} is "):
-            checked(kind, {name: outside}, "palate train")
+        if isinstance(admitted, OneOf):
+            outside = ["no such word"]
+        else:
+            ends = [admitted.at_least, admitted.above, admitted.at_most, admitted.below]
+            low, high = [end for end in ends[:2] if end is not None], [end for end in ends[2:] if end is not None]
+            outside = [*(str(end - 1) for end in low), *(str(end + 1) for end in high)]
+        for given in outside:
+            with pytest.raises(UserError, match=f"^{name} is "):
+                checked(kind, {**NEEDED[kind], name: given}, "palate train")
+
+
+@pytest.mark.parametrize(("kind", "name"), WHOLE, ids=[f"{kind.__name__}-{name}" for kind, name in WHOLE])
+@pytest.mark.parametrize("huge", [str(10**30), "-" + "9" * 40, "9" * 5000, "1e300"])
+def test_no_whole_number_is_without_an_end(kind: type, name: str, huge: str) -> None:
+    with pytest.raises(UserError, match=f"^{name} is ") as told:
+        checked(kind, {**NEEDED[kind], name: huge}, "palate train")
+    assert len(str(told.value)) < 200
+
+
+@pytest.mark.parametrize(("kind", "name"), SEEDS, ids=[f"{kind.__name__}-{name}" for kind, name in SEEDS])
+def test_every_seed_of_64_bits_is_taken_to_the_last_digit(kind: type, name: str) -> None:
+    for seed in (2**64 - 1, 2**63, 2**53 + 1, 0, -1, -(2**63)):
+        assert getattr(checked(kind, {**NEEDED[kind], name: str(seed)}, "x"), name) == seed
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(UserError, match=rf"^{name} is {seed}; expected a whole number from -2\*\*63 to 2\*\*64 - 1"):
+            checked(kind, {**NEEDED[kind], name: str(seed)}, "x")
+
+
+def test_there_are_seeds() -> None:
+    assert {name for _, name in SEEDS} == {"seed", "evaluation_seed"}
+    assert len(SEEDS) == 5
+
+
+def test_whole_numbers_are_read_digit_by_digit() -> None:
+    assert typed(int, "18446744073709551615", "seed") == 2**64 - 1
+    assert typed(int, "1e3", "steps") == typed(int, 1000.0, "steps") == 1000
+    for given in ("1.5", "", "abc", "inf", True):
+        with pytest.raises(UserError, match="expected a whole number"):
+            typed(int, given, "steps")
+
+
+def test_what_came_is_shown_in_short() -> None:
+    with pytest.raises(UserError) as told:
+        typed(float, "9" * 10_000 + "x", "rate")
+    assert len(str(told.value)) < 120
 
 
 # One word for nothing, and short messages ----
@@ -131,3 +212,8 @@ def test_of_many_names_the_nearest_three_are_named():
     )
     assert nearest("b", ["a", "c"]) == " (choose from a, c)"
     assert len(nearest("x" * 5000, ["y" * 5000] * 50)) < 300
+    assert len(nearest("x" * 100_000, names)) < 200
+
+
+def test_numbers_that_python_does_not_write_are_told():
+    assert short(10**5000) == short(-(10**5000), quoted=False) == short([10**5000]) == "a very large number"

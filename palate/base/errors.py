@@ -16,12 +16,12 @@ LISTED = 160
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The tail of a message about an unknown name: the closest known one, and all of them, or where they are many, three."""
-    known = sorted(short(str(choice), 60, quoted=False) for choice in choices)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    name, known = str(name)[:100], sorted(short(str(choice), 60, quoted=False) for choice in choices)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     if len(", ".join(known)) <= LISTED:
         return f" ({hint}choose from {', '.join(known)})"
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.0)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
     return f" ({hint}the nearest of {len(known)} are {', '.join(near)})"
 
 
@@ -29,7 +29,10 @@ def short(value: object, most: int = 80, *, quoted: bool = True) -> str:
     """A value as a message shows it: on one line, and of a long one the beginning."""
     # Of what may be megabytes only the beginning is written out.
     beginning = value[: 4 * most] if isinstance(value, str | bytes) else value
-    text = repr(beginning) if quoted else " ".join(str(beginning).split())
+    try:
+        text = repr(beginning) if quoted else " ".join(str(beginning).split())
+    except ValueError:  # a whole number of more digits than Python writes
+        text = "a very large number"
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

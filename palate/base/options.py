@@ -180,13 +180,31 @@ class OneOf:
         return next((f"{short(text)}{nearest(str(text), self.choices)}" for text in texts if text not in self.choices), "")
 
 
-def at_least(least: int) -> Range:
-    return Range(at_least=least, expected=f"at least {least}")
+def at_least(least: int, at_most: int | None = None) -> Range:
+    """The whole numbers from ``least`` on, which end somewhere: beyond a thousand million nothing that is counted here ends."""
+    expected = f"at least {least}" if at_most is None else f"{least} to {at_most}"
+    return Range(at_least=least, at_most=at_most or MANY, expected=expected)
 
 
+MANY = 10**9
 Count = Annotated[int, at_least(1)]
+BATCH = at_least(1, 2**16)
+"""Of what is held in memory at once."""
+Batch = Annotated[int, BATCH]
+STEPS = at_least(1, 1000)
+"""Of sampling: no schedule of these families has more times."""
+Steps = Annotated[int, STEPS]
+RANK = at_least(1, 4096)
+"""Of a LoRA: no layer of a model that is read here has more inputs and more outputs, so no change of it has a higher rank."""
+Rank = Annotated[int, RANK]
+SEED = Range(at_least=-(2**63), at_most=2**64 - 1, expected="a whole number from -2**63 to 2**64 - 1")
+"""What PyTorch takes; ComfyUI's greatest is the last of them."""
+Seed = Annotated[int, SEED]
 NOT_NEGATIVE = Range(at_least=0, below=math.inf, expected="0 or more")
 POSITIVE = Range(above=0, below=math.inf, expected="a positive number")
+GUIDANCE = Range(at_least=0, at_most=1000, expected="0 to 1000; 1 is none, 5 to 8 are usual")
+SECONDS = Range(above=0, at_most=10**7, expected="a positive number of seconds")
+Port = Annotated[int, Range(at_least=0, below=65536, expected="a number from 1 to 65535, or 0 for any")]
 FRACTION = Range(above=0, below=1, expected="a number between 0 and 1")
 
 
@@ -275,11 +293,21 @@ def _as(kind: Any, value: object) -> object:
         number = float(value)
         return _refuse() if math.isnan(number) else number
     if kind is int:
-        number = float(value)
-        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else _refuse()
+        return _whole(value)
     if kind is str:
         return str(value)
     return _refuse()
+
+
+def _whole(value: str | int | float) -> int:
+    """Digit by digit where it is written so: a float holds only the first sixteen, and seeds have twenty."""
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:  # 1e3 is a whole number too
+            pass
+    number = float(value)
+    return value if isinstance(value, int) else int(number) if number.is_integer() else _refuse()
 
 
 def _refuse() -> typing.NoReturn:

@@ -16,13 +16,14 @@ from jaxtyping import Float, Float32, Int64
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
-from palate.base.errors import UserError, said
+from palate.base.errors import UserError, said, short
 
 # Only formats that PIL reads by itself: some others (EPS) start external programs on data from outside.
 OPTIONAL = {"AVIF": features.check_module("avif"), "JPEG2000": features.check_codec("jpg_2000")}
 """Those that some builds of PIL lack."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(name for name, present in OPTIONAL.items() if present))
-MAX_PIXELS = 8192 * 8192
+MAX_SIDE = 8192
+MAX_PIXELS = MAX_SIDE**2
 LEAST_SIDE, LONGEST = 4, 10
 """Of the pictures that data may hold: the shorter side in pixels, and how many times as long the other one may be."""
 SAME = 3
@@ -236,6 +237,8 @@ def to_pictures(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
 
 def check_resolution(resolution: int) -> None:
     """Raise ``UserError`` unless the VAE's factor 8 divides ``resolution``."""
+    if resolution > MAX_SIDE:
+        raise UserError(f"resolution is {short(resolution, quoted=False)}; expected a multiple of 8 up to {MAX_SIDE}")
     if resolution < 8 or resolution % 8:
         below = max(8, resolution // 8 * 8)
         raise UserError(f"resolution is {resolution}, but it must be a positive multiple of 8: try {below} or {below + 8}")

@@ -126,7 +126,7 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, *, draws: int, seed: i
     ``sums (clusters, k)`` and ``counts (clusters,)`` are the totals of a cluster and its number of rows. How often each
     cluster is drawn decides everything, so a draw is one row of a matrix product, and k columns cost little more than one.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)
     clusters, parts = len(counts), []
     totals = np.column_stack([sums, counts])
     for size in _chunks(draws, clusters):
@@ -158,7 +158,7 @@ def sign_flip_test(
     if len(d) <= EXACT:
         patterns = (np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1
         return float((np.abs((1 - 2 * patterns) @ d) >= threshold).mean())
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)
     hits = 0
     for size in _chunks(draws, len(d)):
         # One random bit a sign.
@@ -304,7 +304,7 @@ def _redrawn(wins: np.ndarray, draws: int, seed: int) -> np.ndarray:
     if wins.ndim == 3:
         flat = wins.reshape(len(wins), m * m)
         return (resampled_means(flat, np.ones(len(wins)), draws=draws, seed=seed) * len(wins)).reshape(draws, m, m)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)
     drawn = np.zeros((draws, m, m))
     for i in range(m):
         for j in range(i):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch import Tensor
 from palate.base.errors import UserError
 from palate.base.hub import is_hub_id, snapshot
 from palate.base.jsonl import read_lines
+from palate.base.options import at_least
 from palate.judges.bertscore import BertScore
 from palate.judges.pictures import one_each
 from palate.judges.vision import Endpoint, LocalVision, VisionModel, VisionOptions, find_model
@@ -97,15 +98,12 @@ class Options(VisionOptions):
     """File of ``vlm_strict``, as :func:`read_questions` reads it."""
     bert: str = BERT
     """Folder or hub id of the text encoder of ``vlm_bertscore``."""
-    layer: int = BERT_LAYER
+    layer: Annotated[int, at_least(1, 1000)] = BERT_LAYER
     """Of that encoder, whose states are compared."""
 
 
 def prepare(kind: str, place: Path | str, options: Options) -> Callable[[str | torch.device], Judge]:
     """Around a folder in transformers' layout, or an endpoint's URL (ending in ``/v1`` as a rule) with its ``model``."""
-    counts = (options.layer, options.batch_size, options.max_tokens, options.concurrency)
-    if min(counts) < 1 or options.timeout <= 0 or options.retries < 0:
-        raise UserError(f"judge {kind}: layer, batch_size, max_tokens, concurrency and timeout must be positive")
     if kind == "vlm_strict" and not options.questions:
         raise UserError("judge vlm_strict needs ?questions=FILE.jsonl with prompt, questions and answers")
     questions = read_questions(Path(options.questions).expanduser()) if kind == "vlm_strict" else {}

@@ -77,7 +77,10 @@ def module_of(kind: str) -> ModuleType:
 def options_of(kind: str, given: Mapping[str, object]) -> object:
     """The options of a judge, complete and typed, as the record that its module names; unknown ones are refused."""
     record = module_of(kind).Options
-    return record(**keywords(record, given, f"judge {kind}"))
+    try:
+        return record(**keywords(record, given, f"judge {kind}"))
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith("judge ") else f"judge {kind}: {error}") from None
 
 
 def find_place(kind: str, where: str | Path | None) -> Path | str | None:

@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.base.options import SECONDS, Batch, at_least, check_ranges
 from palate.data.images import encoded
 from palate.judges.http import ask
 from palate.judges.pictures import one_each
@@ -34,13 +36,16 @@ class Identity:
 class Options:
     """How a served judge is asked."""
 
-    batch_size: int = 8
+    batch_size: Batch = 8
     """Pictures a request."""
-    concurrency: int = 2
+    concurrency: Annotated[int, at_least(1, 256)] = 2
     """Requests at a time."""
-    timeout: float = 120.0
+    timeout: Annotated[float, SECONDS] = 120.0
     """Seconds."""
-    retries: int = 4
+    retries: Annotated[int, at_least(0, 1000)] = 4
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 class RemoteJudge:
@@ -92,13 +97,7 @@ def _number(value: object) -> bool:
 
 
 def prepare(kind: str, place: str, options: Options) -> Callable[[str | torch.device], RemoteJudge]:
-    """Behind a URL such as ``http://127.0.0.1:8300``; whether the server is there is asked by :func:`identity`.
-
-    Raises:
-        UserError: numbers that make no sense.
-    """
-    if min(options.batch_size, options.concurrency) < 1 or options.timeout <= 0 or options.retries < 0:
-        raise UserError(f"judge {kind}:{place}: batch_size, concurrency and timeout must be positive, retries not negative")
+    """Behind a URL such as ``http://127.0.0.1:8300``; whether the server is there is asked by :func:`identity`."""
     return lambda _: RemoteJudge(place, options)
 
 

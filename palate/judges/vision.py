@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError, nearest
+from palate.base.options import SECONDS, Batch, at_least
 from palate.data.images import encoded, to_pictures
 from palate.judges.http import ask
 from palate.judges.weights import DTYPES, Options, model_in, reading
@@ -33,15 +34,15 @@ class VisionOptions(Options):
     """Name at an endpoint; its only one unless given."""
     dtype: str = "bfloat16"
     """Of a model on this machine."""
-    batch_size: int = 4
+    batch_size: Batch = 4
     """Pictures seen at once on this machine."""
-    max_tokens: int = 128
+    max_tokens: Annotated[int, at_least(1, 10**5)] = 128
     """Of an answer."""
-    concurrency: int = 4
+    concurrency: Annotated[int, at_least(1, 256)] = 4
     """Requests to an endpoint at a time."""
-    timeout: float = 120.0
+    timeout: Annotated[float, SECONDS] = 120.0
     """Seconds that an endpoint may take."""
-    retries: int = 4
+    retries: Annotated[int, at_least(0, 1000)] = 4
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError, first_line, nearest, short
+from palate.base.options import check_ranges
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,6 +34,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype is {short(self.dtype)}{nearest(self.dtype, DTYPES)}")
+        check_ranges(self)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

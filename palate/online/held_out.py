@@ -86,7 +86,7 @@ class HeldOut:
     def __init__(self, prompts: Sequence[Prompt], seed: int, rewards: RewardBundle, *, batch_size: int = 32):
         if not prompts:
             raise UserError("held-out rewards need prompts, and there are none")
-        self.prompts, self.seeds = list(prompts), [seed + i for i in range(len(prompts))]
+        self.prompts, self.seeds = list(prompts), [(seed + i) % 2**64 for i in range(len(prompts))]
         self.rewards, self.batch_size = rewards, batch_size
         self.forget()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges
+from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges, GUIDANCE, SECONDS, Batch, Steps, at_least
 from palate.base.seeds import mix
 from palate.diffusion.schedule import SPACINGS
 from palate.diffusion.steps import Rule, cps, ddim, flow_sde
@@ -31,31 +31,31 @@ class OnlineOptions:
     gives weights."""
     held_out_rewards: tuple[str, ...] = ()
     """Never trained on: measured during training, they choose the ``best/`` weights and raise the alarm."""
-    held_out_pictures: Count = 32
+    held_out_pictures: Batch = 32
     """Pictures on which held-out rewards are measured, every ``eval_steps``, always from the same noise: of the evaluation
     prompts that the comparison leaves over, then of the train prompts."""
-    reward_timeout: Annotated[float, ABOVE_0] | None = None
+    reward_timeout: Annotated[float, SECONDS] | None = None
     """Seconds that one call of a reward may take, trained on or held out."""
-    reward_retries: Annotated[int, NOT_NEGATIVE] = 0
+    reward_retries: Annotated[int, at_least(0, 1000)] = 0
     """How often a call that failed is repeated."""
     rounds: Count = 10
     """Times that pictures are drawn and learned from; ``max_train_steps`` may end training earlier."""
-    samples_per_round: Count = 256
+    samples_per_round: Annotated[int, at_least(1, 10**6)] = 256
     """Pictures drawn in a round, by all processes together."""
-    sample_batch_size: Count = 8
+    sample_batch_size: Batch = 8
     """Pictures drawn at once by a process."""
     group_size: Count = 1
     """Pictures of one prompt in a round; divides ``samples_per_round``."""
-    sample_num_steps: Count = 50
+    sample_num_steps: Steps = 50
     """Steps in which a picture is drawn."""
     sample_rule: Annotated[str, OneOf("ddim", *RULES)] = "ddim"
     """How a step draws noise: ``ddim``; ``cps``, which keeps the noise level of each time exactly; ``flow_sde``, that of
     Flow-GRPO, for models of rectified flow alone."""
     sample_noise: Annotated[float, POSITIVE] | None = None
     """Of ``cps`` (0.8 unless given, at most 1) and ``flow_sde`` (0.7)."""
-    sample_eta: Annotated[float, NOT_NEGATIVE] = 1.0
+    sample_eta: Annotated[float, Range(at_least=0, at_most=10, expected="0 to 10, mostly 0 to 1")] = 1.0
     """Noise of each step of ``ddim``: 1 as much as DDPM, 0 none (and no likelihood)."""
-    sample_guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
+    sample_guidance_scale: Annotated[float, GUIDANCE] = 5.0
     """Of classifier-free guidance; 1 for none, at half the cost."""
     guidance_in_training: bool = True
     """Whether the guided prediction is trained, as in the paper, or that of the prompt alone, at half the cost."""
@@ -65,7 +65,7 @@ class OnlineOptions:
     """Updates in which everything of a round is seen once; divides it."""
     inner_epochs: Count = 1
     """Times that a round is learned from."""
-    window_start: Annotated[int, NOT_NEGATIVE] = 0
+    window_start: Annotated[int, at_least(0)] = 0
     """First step of sampling that is trained, counted from 0."""
     window_size: Count | None = None
     """Steps from there on that are trained; all unless given."""
@@ -77,7 +77,7 @@ class OnlineOptions:
     advantage: Annotated[str, OneOf(*ADVANTAGES)] = "tracker"
     """``tracker``: against the prompt's latest rewards; ``group``: against the other pictures of the prompt in this round;
     ``round``: against all pictures of the round."""
-    tracker_buffer_size: Count = 32
+    tracker_buffer_size: Annotated[int, at_least(1, 10**6)] = 32
     """Rewards that the tracker keeps of a prompt."""
     tracker_min_count: Count = 16
     """A prompt with fewer is measured against the round."""
@@ -87,7 +87,7 @@ class OnlineOptions:
     """Advantages are cut off there."""
     kl_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of each step's exact KL divergence from the model before training; costs a pass of it."""
-    kl_samples: Annotated[int, NOT_NEGATIVE] = 8
+    kl_samples: Annotated[int, at_least(0)] = 8
     """Pictures of a round on whose way the KL divergence is measured; 0 for none."""
     kl_budget: Annotated[float, ABOVE_0] | None = None
     """Training ends once the KL divergence of a picture's whole way exceeds this, in nats per latent element."""

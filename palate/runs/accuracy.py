@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
-from palate.base.options import Count, OneOf, check_ranges
+from palate.base.options import Batch, Count, OneOf, Seed, Steps, at_least, check_ranges
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.statistics import WinRate
 from palate.miniature import world
@@ -37,17 +37,17 @@ class AccuracyOptions:
     space: Annotated[tuple[str, ...], OneOf(*SPACES, "run")] = ("run",)
     """Where implicit rewards are measured: ``latent``, ``perceptual``, both as ``'[latent, perceptual]'``, or ``run``: that
     of the run's own recipe."""
-    timesteps: Count = 10
+    timesteps: Steps = 10
     """Times, each with noise of its own, over which an implicit reward is averaged; 10 in the paper."""
-    seed: int = 0
+    seed: Seed = 0
     """Of times and noise."""
     resolution: int | None = None
     """Side of the pictures in pixels for implicit rewards; the run's, or the model's own."""
-    max_bad_rows: int = 0
+    max_bad_rows: Annotated[int, at_least(0)] = 0
     """So many unusable rows are listed and skipped."""
     max_pairs: Count | None = None
     """Read no more pairs than this."""
-    batch_size: Count = 8
+    batch_size: Batch = 8
     """Pairs measured at once."""
     cache_dir: str = "~/.cache/palate"
     """Encoded pictures and prompts are kept here."""
@@ -56,6 +56,10 @@ class AccuracyOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.resolution is not None:
+            from palate.data.images import check_resolution
+
+            check_resolution(self.resolution)
 
 
 @dataclass(frozen=True)

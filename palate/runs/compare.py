@@ -66,7 +66,7 @@ class Samples:
         prompts = list(self.options.validation_prompts)
         return self.denoiser.generate(
             prompts,
-            [self.options.evaluation_seed + i for i in range(len(prompts))],
+            [(self.options.evaluation_seed + i) % 2**64 for i in range(len(prompts))],
             self.drawing,
             network=network,
         )
@@ -96,7 +96,7 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
     recipe, out, began = found.recipe, found.out, time.monotonic()
     options = recipe.evaluation
     planned = plan(found.compared, model="", images_per_prompt=options.images_per_prompt)
-    planned = [dataclasses.replace(p, seed=options.evaluation_seed + i) for i, p in enumerate(planned)]
+    planned = [dataclasses.replace(p, seed=(options.evaluation_seed + i) % 2**64) for i, p in enumerate(planned)]
     prompts = [p.prompt for p in planned]
     pictures, refiner, drawing = {}, None, drawing_of(recipe, denoiser)
     if options.refiner is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from palate.base.errors import UserError
 from palate.base.hub import check_push, is_hub_id, push
-from palate.base.options import Count, OneOf, Range, check_ranges
+from palate.base.options import OneOf, Range, Rank, check_ranges
 from palate.models.files import KOHYA_FILE, network_of
 from palate.runs.card import CARD, PUBLIC
 from palate.runs.models import NamedModel, find_model
@@ -43,7 +43,7 @@ class ExportOptions:
     """Of a LoRA or U-Net by itself: the model it was trained on. A run knows its own."""
     dtype: Annotated[str, OneOf(*DTYPES)] = "fp32"
     """Of the written weights: ``fp32``, ``fp16`` or ``bf16``."""
-    rank: Count | None = None
+    rank: Rank | None = None
     """Of ``lora-from-full``: of every layer; 64 unless this or energy is given."""
     energy: Annotated[float, ENERGY] | None = None
     """Of ``lora-from-full``: the least rank, layer by layer, that holds this share of the squared change, such as 0.95."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError, nearest, short
 from palate.base.machine import device
-from palate.base.options import POSITIVE, OneOf, check_ranges
+from palate.base.options import POSITIVE, Batch, OneOf, at_least, check_ranges
 from palate.data import pickapic
 from palate.evaluation.labelling import (
     LabelCounts,
@@ -62,9 +62,9 @@ class LabelOptions:
     absolute_winner: bool = False
     """Keep only pairs that hold the one picture of their prompt that wins all its pairs; ``absolute_winners`` of training, as
     in the NCP paper, takes every picture that wins all its own."""
-    max_bad_rows: int = 0
+    max_bad_rows: Annotated[int, at_least(0)] = 0
     """Of an existing set: so many unusable rows are listed and skipped."""
-    batch_size: int = 32
+    batch_size: Batch = 32
     """Pictures judged at once."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,20 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import FRACTION, NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges
+from palate.base.options import (
+    FRACTION,
+    GUIDANCE,
+    POSITIVE,
+    Batch,
+    Count,
+    OneOf,
+    Range,
+    Rank,
+    Seed,
+    Steps,
+    at_least,
+    check_ranges,
+)
 from palate.data.options import Reading
 
 
@@ -65,7 +78,7 @@ class PolicyOptions:
     pretrained_lora: str | None = None
     """A LoRA (file, or folder of a run) to train on: the model with it is the reference, and the result holds the whole change.
     Its own rank, strength and layers stand in place of the three options below."""
-    rank: Count = 16
+    rank: Rank = 16
     """Of the LoRA matrices."""
     lora_alpha: Annotated[float, POSITIVE] | None = None
     """Strength of the LoRA is lora_alpha / rank; equal to rank unless given."""
@@ -88,19 +101,19 @@ class EvaluationOptions:
     """A text or JSONL file, a list such as ``miniature-unseen``, or ``module:function``; no comparison without it."""
     num_evaluation_prompts: Count | None = None
     """Only the first of them; all unless given."""
-    images_per_prompt: Count = 1
+    images_per_prompt: Annotated[int, at_least(1, 10**5)] = 1
     """Pictures of each prompt, from different noise."""
-    num_inference_steps: Count = 25
+    num_inference_steps: Steps = 25
     """Steps of the model's own sampler."""
-    guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
+    guidance_scale: Annotated[float, GUIDANCE] = 5.0
     """Of classifier-free guidance."""
     refiner: str | None = None
     """Folder or hub id of SDXL's refiner, which finishes the pictures of both models; none unless given."""
     refiner_start: Annotated[float, FRACTION] = 0.8
     """Share of the denoising that is done when the refiner takes over."""
-    evaluation_seed: Annotated[int, NOT_NEGATIVE] = 1234
+    evaluation_seed: Seed = 1234
     """Picture i is drawn from noise of this seed + i, by both models."""
-    evaluation_batch_size: Count = 8
+    evaluation_batch_size: Batch = 8
     """Pictures drawn at once."""
     judges: tuple[str, ...] = ()
     """``mini-heldout``, ``mini-pickscore``, ``mini-clip``, ``mini-aesthetic``; ``pickscore``, ``hpsv2.1``, ``imagereward`` and

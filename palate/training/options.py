@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges
+from palate.base.options import NOT_NEGATIVE, POSITIVE, Batch, Count, OneOf, Range, Seed, at_least, check_ranges
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -16,6 +16,8 @@ MIXED_PRECISIONS = ("no", "fp16", "bf16")
 REPORTERS = ("none", "tensorboard")
 SNR_GAMMA = Range(above=0, below=math.inf, expected="a positive number such as 5, or null for none")
 NORM = Range(above=0, expected="a positive number, or null for no limit")
+TIME = Range(at_least=0, below=10**6, expected="a time of the schedule, 0 to 999 in most")
+SHARE_KEPT = Range(at_least=0, below=1, expected="0 or more and below 1")
 DECAY = Range(above=0, below=1, expected="between 0 and 1, such as 0.999, or null for none")
 
 
@@ -31,7 +33,7 @@ class TrainOptions:
     """Folder of logs and checkpoints."""
     push_to_hub: str | None = None
     """``owner/name``: afterwards, upload weights and model card to this repository, private if it is new. Token: HF_TOKEN."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides order, times and noise."""
     optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adamw"
     """``adamw``; with less memory ``adamw_8bit`` (needs bitsandbytes and a GPU) or ``adafactor`` (fixed step, no momentum)."""
@@ -39,15 +41,15 @@ class TrainOptions:
     """Of the optimizer, after warm-up."""
     lr_scheduler: Annotated[str, OneOf(*LR_SCHEDULERS)] = "constant_with_warmup"
     """``constant``, ``constant_with_warmup``, ``linear`` (to 0) or ``cosine`` (to 0)."""
-    lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
+    lr_warmup_steps: Annotated[int, at_least(0)] = 0
     """Steps over which the learning rate rises; as in diffusers, the first update is made at 0."""
-    train_batch_size: Count = 4
+    train_batch_size: Batch = 4
     """Pairs per process in one forward pass."""
     gradient_accumulation_steps: Count = 1
     """Forward and backward passes per update."""
-    t_min: int = 0
+    t_min: Annotated[int, TIME] = 0
     """Least time drawn; content and colours are decided at late times, texture at early ones."""
-    t_max: int | None = None
+    t_max: Annotated[int, TIME] | None = None
     """Greatest time drawn; the schedule's last unless given."""
     time_density: Annotated[str, OneOf(*TIME_DENSITIES)] = "uniform"
     """How times are drawn between these bounds: ``uniform``, ``logit_normal`` (most in the middle), ``shifted`` (most where
@@ -68,13 +70,13 @@ class TrainOptions:
     """Passes over the data, rounded up to whole updates."""
     mixed_precision: Annotated[str, OneOf(*MIXED_PRECISIONS)] = "no"
     """``no``, ``fp16`` or ``bf16``: precision of the forward pass. Trainable weights and errors stay float32."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, SHARE_KEPT] = 0.9
     """Decay of AdamW's mean of gradients."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, SHARE_KEPT] = 0.999
     """Decay of AdamW's mean of squared gradients."""
-    adam_weight_decay: float = 1e-2
+    adam_weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-2
     """Of every optimizer, decoupled."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: Annotated[float, NOT_NEGATIVE] = 1e-8
     """Of AdamW."""
     max_grad_norm: Annotated[float, NORM] | None = 1.0
     """Gradients of a larger norm are scaled down to it; None for no limit."""
@@ -97,7 +99,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.t_min < 0 or (self.t_max is not None and self.t_max < self.t_min):
+        if self.t_max is not None and self.t_max < self.t_min:
             raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
         owned = {"time_mean": "logit_normal", "time_std": "logit_normal", "time_shift": "shifted"}
         for name, density in owned.items():

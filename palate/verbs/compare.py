@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from palate.base.errors import UserError
 from palate.base.machine import device
+from palate.base.options import Seed, at_least, check_ranges
 from palate.verbs import carry_out
 
 USAGE = "palate compare BASE OTHER [OTHER ...] [--option value ...]: folders with manifest.jsonl and scores/"
@@ -26,10 +28,13 @@ class Options:
     """Compare what the folders have in common although prompts, seeds or settings differ; what differs is told."""
     unseen: bool = False
     """The prompts were in none of the training pairs: the headline may say so."""
-    draws: int = 10_000
+    draws: Annotated[int, at_least(100, 10**6)] = 10_000
     """Of the bootstrap and the sign-flip test."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the same."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def main(words: list[str]) -> int:
@@ -39,8 +44,6 @@ def main(words: list[str]) -> int:
 def _compare(folders: list[str], options: Options) -> None:
     if len(folders) < 2:
         raise UserError(f"palate compare needs two folders or more: the base first; only {folders[0]} was given")
-    if options.draws < 100:
-        raise UserError(f"draws is {options.draws}; an interval needs at least 100")
 
     from palate.evaluation.folders import compare_folders, write_result
     from palate.evaluation.manifest import read_all_scores

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import FRACTION, NOT_NEGATIVE, Count, check_ranges
+from palate.base.options import FRACTION, GUIDANCE, Batch, Count, Seed, Steps, at_least, check_ranges
 from palate.verbs import carry_out
 
 USAGE = "palate generate MODEL --prompts P --output_dir DIR [--option value ...]"
@@ -31,15 +31,15 @@ class GenerateOptions:
     """Share of the denoising that is done when the refiner takes over."""
     model_name: str | None = None
     """What the manifest calls the model; its folder's name and its LoRAs unless given."""
-    images_per_prompt: Count = 1
+    images_per_prompt: Annotated[int, at_least(1, 10**5)] = 1
     """Pictures of each prompt, from different noise."""
     num_prompts: Count | None = None
     """Only the first of them; all unless given."""
-    seed: int = 0
+    seed: Seed = 0
     """With the prompt and the picture's number it decides the noise, the same for every model."""
-    num_inference_steps: Count = 25
+    num_inference_steps: Steps = 25
     """Steps of the model's own sampler."""
-    guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
+    guidance_scale: Annotated[float, GUIDANCE] = 5.0
     """Of classifier-free guidance."""
     init_image: str | None = None
     """A picture that is edited instead of drawing from noise alone, of all prompts that name none: a line of a JSONL file may
@@ -50,7 +50,7 @@ class GenerateOptions:
     """What no picture should show; a prompt's own ``negative`` goes before it."""
     resolution: int | None = None
     """Side in pixels, a multiple of 8; that of the run, or the model's own, unless given."""
-    batch_size: Count = 8
+    batch_size: Batch = 8
     """Pictures drawn at once."""
     mixed_precision: str = "no"
     """``no``, ``fp16`` or ``bf16``."""

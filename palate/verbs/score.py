@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 from palate.base.errors import UserError
 from palate.base.machine import device
+from palate.base.options import Batch, at_least, check_ranges
 from palate.verbs import carry_out
 
 USAGE = "palate score DIR --judges '[pickscore, aesthetic]' [--option value ...]"
@@ -19,10 +21,13 @@ class ScoreOptions:
     judges: tuple[str, ...]
     """Names of judges, such as ``mini-heldout``, ``pickscore``, ``pickscore:FOLDER``, ``jpeg_compressibility``; one after
     the other."""
-    batch_size: int = 32
+    batch_size: Batch = 32
     """Pictures judged at once."""
-    workers: int = 4
+    workers: Annotated[int, at_least(1, 256)] = 4
     """Threads that read pictures."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def main(words: list[str]) -> int:

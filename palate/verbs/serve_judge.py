@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from palate.base.errors import UserError
 from palate.base.machine import device
+from palate.base.options import Batch, Port, check_ranges
 from palate.verbs import asks_help, carry_out
 
 USAGE = "palate serve-judge NAME [--option value ...]"
@@ -19,12 +20,15 @@ class ServeOptions:
 
     host: str = "127.0.0.1"
     """Who may ask: this machine only; any other address needs a token in the environment variable PALATE_API_KEY."""
-    port: int = 8300
+    port: Port = 8300
     """Where; 0 for any free one."""
     device: str | None = None
     """``cpu`` or ``cuda``; the GPU if there is one."""
-    batch_size: int = 32
+    batch_size: Batch = 32
     """Pictures judged at once."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def main(words: list[str]) -> int:

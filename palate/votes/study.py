@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Annotated, NotRequired, TypedDict
 
 from palate.base.errors import UserError
-from palate.base.options import Count, OneOf, Range, check_ranges
+from palate.base.options import Count, OneOf, Port, Range, check_ranges
 from palate.data.votes import LABELS, QUESTIONS
 from palate.evaluation.manifest import Picture as Listed
 from palate.evaluation.manifest import Side, differences, read_manifest, read_settings
@@ -65,7 +65,7 @@ class VoteOptions:
 
     host: str = "127.0.0.1"
     """Address to listen on; anything but this machine alone, such as ``0.0.0.0``, needs the link that is printed."""
-    port: Annotated[int, Range(at_least=0, below=65536, expected="a number from 1 to 65535, or 0 for any")] = 8421
+    port: Port = 8421
     """If it is taken, the next free one."""
 
     def __post_init__(self) -> None:

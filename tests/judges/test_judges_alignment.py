@@ -306,13 +306,13 @@ def test_mistakes_are_named(endpoint, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("vqascore", {"layer": 0}, "judge vqascore: layer, batch_size, max_tokens, concurrency and timeout must be positive"),
-        ("vqascore", {"retries": -1}, "must be positive"),
+        ("vqascore", {"layer": 0}, "judge vqascore: layer is 0; expected 1 to 1000"),
+        ("vqascore", {"retries": -1}, "judge vqascore: retries is -1; expected 0 to 1000"),
         ("vqascore", {"dtype": "float8"}, "dtype is 'float8'"),
         ("vlm_strict", {}, "needs .questions="),
         ("vlm_strict", {"questions": "nowhere.jsonl"}, "nowhere.jsonl cannot be read"),
         ("vlm_bertscore", {"bert": "./nowhere"}, "no folder ./nowhere; expected that of a text encoder"),
-        ("remote", {"batch_size": 0}, "batch_size, concurrency and timeout must be positive, retries not negative"),
+        ("remote", {"batch_size": 0}, "judge remote: batch_size is 0; expected 1 to 65536"),
         ("vqascore", {"layers": 2}, "has no option 'layers' .did you mean 'layer'"),
     ],
 )
