@@ -165,6 +165,6 @@ class PromptSampler:
         for position in range(round * groups, (round + 1) * groups):
             number, row = divmod(position, n)
             if number not in orders:
-                orders[number] = np.random.default_rng([self.seed, number]).permutation(n)
+                orders[number] = np.random.default_rng([self.seed % 2**64, number]).permutation(n)
             drawn += [self.prompts[orders[number][row]]] * group_size
         return drawn

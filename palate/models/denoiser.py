@@ -186,6 +186,10 @@ class Denoiser(Drawer, Protocol):
         """Let VAE and text encoder leave memory; they are read again when next needed."""
         ...
 
+    def check_steps(self, num_inference_steps: int) -> None:
+        """Raise ``UserError`` unless the sampler of :meth:`generate` can take so many steps; draws nothing."""
+        ...
+
     def remember(self, prompts: list[str]) -> None:
         """Encode prompts now for :meth:`generate` later, when the text encoders may have left memory."""
         ...

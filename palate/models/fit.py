@@ -36,6 +36,28 @@ def check_sampler(config: Config, name: str) -> None:
         raise UserError(f"the scheduler of {name}, {_a(kind)}, cannot be made: {first_line(error)}") from error
 
 
+def check_steps(config: Config, num_inference_steps: int) -> None:
+    """Raise ``UserError`` unless the sampler that the configuration names can take so many steps.
+
+    One of times that are whole numbers, as DDIM is, may also begin one after the last that the model knows.
+    """
+    import diffusers
+
+    name = config["_class_name"]
+    sampler = getattr(diffusers, name).from_config(config)
+    try:
+        sampler.set_timesteps(num_inference_steps)
+        last = sampler.config.num_train_timesteps - 1
+        late = not hasattr(sampler, "sigmas") and float(sampler.timesteps.max()) > last
+        reason = f"the first would be of time {float(sampler.timesteps.max()):g}, the last time is {last}" if late else ""
+    except (ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        reason = first_line(error)
+    if reason:
+        raise UserError(
+            f"num_inference_steps is {num_inference_steps}, which {name} cannot take ({reason}): 25 to 50 are usual"
+        )
+
+
 def check_class(config: Config, part: str, name: str, expected: str) -> None:
     """Raise ``UserError`` unless a part of diffusers is of the class that is read here; one that names none passes."""
     kind = config.get("_class_name", expected)

@@ -18,7 +18,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import FLOW, RectifiedFlow, Schedule, from_config
 from palate.models.denoiser import Card, Features, Kohya
 from palate.models.drawing import Drawing, check_strength
-from palate.models.fit import Config, check_class, check_sampler, text_config
+from palate.models.fit import Config, check_class, check_sampler, check_steps, text_config
 from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
 from palate.models.refiner import Refiner
 
@@ -185,6 +185,10 @@ class Latent:
     def remember(self, prompts: list[str]) -> None:
         self._prompts.add(prompts)
 
+    def check_steps(self, num_inference_steps: int) -> None:
+        if not self.flow:  # whose times are no whole numbers: there are as many as are asked for
+            check_steps(self._scheduler_config, num_inference_steps)
+
     @torch.no_grad()
     def generate(
         self,
@@ -199,6 +203,7 @@ class Latent:
         strength: float = 1.0,
         progress: bool = False,
     ) -> list[Image.Image]:
+        self.check_steps(drawing.num_inference_steps)
         options: dict[str, object] = {} if refiner is None else {"denoising_end": refiner.start}
         starts = self._starts(init, strength, drawing)
         if starts is not None:

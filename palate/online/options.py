@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from palate.base.errors import UserError
-from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges, GUIDANCE, SECONDS, Batch, Steps, at_least
+from palate.base.options import (
+    GUIDANCE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SECONDS,
+    Batch,
+    Count,
+    OneOf,
+    Range,
+    Steps,
+    at_least,
+    check_ranges,
+)
 from palate.base.seeds import mix
 from palate.diffusion.schedule import SPACINGS
 from palate.diffusion.steps import Rule, cps, ddim, flow_sde

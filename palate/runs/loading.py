@@ -39,10 +39,11 @@ def resolution_of(recipe: Recipe, denoiser: Denoiser) -> int:
 
 
 def drawing_of(recipe: Recipe, denoiser: Denoiser) -> Drawing:
-    """How pictures are drawn of the model before and after training."""
+    """How pictures are drawn of the model before and after training. Raises UserError: steps that its sampler cannot take."""
     from palate.models.drawing import Drawing
 
     options = recipe.evaluation
+    denoiser.check_steps(options.num_inference_steps)
     resolution = resolution_of(recipe, denoiser)
     return Drawing(options.num_inference_steps, options.guidance_scale, resolution, options.evaluation_batch_size)
 
