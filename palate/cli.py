@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 
 VERBS = {
     "train": "align a model: palate train RECIPE [--option value ...]",
@@ -25,6 +25,10 @@ VERBS = {
 }
 
 
+LONGEST = 2000
+"""Of an error, in letters: nothing that others wrote is printed whole."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; 0 on success, 2 on a mistake of the user, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:  # where no better place has told what to lower
         if not _out_of_memory(error):
@@ -52,16 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         import errno
 
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+        # Of a place that a user named; without a name it is a mistake of ours, which keeps its traceback.
+        elsewhere = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+        if error.errno not in full and not (error.errno in elsewhere and isinstance(error.filename, str)):
             raise
+        what = "cannot be written" if error.errno in full else "cannot be read or written"
         where = error.filename or "the output folder"
-        print(f"error: {where} cannot be written: {error.strerror}; free some space or name another folder", file=sys.stderr)
+        told = f"error: {where} {what}: {error.strerror}; free some space or name another folder"
+        print(_one_line(told), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         step = getattr(stop, "step", None)  # of the loop, which has saved a checkpoint
         how = f"after step {step}; the same command with --resume_from_checkpoint latest goes on" if step else str(stop)
         print(f"stopped: {how or 'the same command begins again, what was encoded is kept'}", file=sys.stderr)
         return 130
+
+
+def _one_line(message: str) -> str:
+    """A message as a terminal shows it: on one line, without control characters, and cut in its middle beyond all measure."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -71,6 +86,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _dispatch(words: list[str]) -> int:
+    if words[1:] and words[0] in ("-h", "--help", "help") and words[1] in VERBS:
+        words = [words[1], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -81,7 +98,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        raise UserError(f"no command {verb!r}{nearest(verb, VERBS)}")
+        raise UserError(f"no command {short(verb)}{nearest(verb, VERBS)}")
     return importlib.import_module(f"palate.verbs.{verb.replace('-', '_')}").main(rest)
 
 

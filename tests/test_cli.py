@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from palate.base.errors import UserError
 from palate.base.machine import versions
-from palate.base.options import overrides
+from palate.base.options import BARE, overrides
 from palate.cli import VERBS, main
 from palate.runs import recipe
 
@@ -99,7 +100,8 @@ def test_mistakes(capsys, words, message):
 def test_overrides():
     found = overrides(["--a", "1", "--b=x=y", "--c", "[p, q]", "--d", "{r: 1e-4}", "--e", "-1", "--f", "no: w"])
     assert found == {"a": "1", "b": "x=y", "c": ["p", "q"], "d": {"r": 1e-4}, "e": "-1", "f": "no: w"}
-    for words in (["a"], ["--"], ["-a", "1"], ["--a"], ["--a", "--b"]):
+    assert overrides(["--a", "--b-c", "1", "--d"]) == {"a": BARE, "b_c": "1", "d": BARE}
+    for words in (["a"], ["--"], ["-a", "1"]):
         with pytest.raises(UserError):
             overrides(words)
 
@@ -138,15 +140,102 @@ def test_interrupted_before_training(capsys, monkeypatch):
     assert line.startswith("stopped: the same command begins again")
 
 
-@pytest.mark.parametrize(
-    "verb", ["generate", "label", "accuracy", "score", "compare", "report", "export", "vote", "serve-judge"]
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_is_given_wherever_it_is_asked_for(verb, capsys):
     assert main([verb, "--help"]) == 0
     asked_alone = capsys.readouterr().out
     assert asked_alone.startswith(f"palate {verb} ")
-    assert main([verb, "FOLDER", "--help"]) == 0
-    assert capsys.readouterr().out == asked_alone
+    for words in (
+        [verb, "-h"],
+        [verb, "FOLDER", "--help"],
+        [verb, "FOLDER", "-h"],
+        [verb, "--seed", "1", "--help"],
+        [verb, "FOLDER", "--seed", "--help"],
+        [verb, "FOLDER", "OTHER", "--no_such_option", "x", "--help"],
+        ["help", verb],
+        ["--help", verb],
+    ):
+        assert main(words) == 0, words
+        assert capsys.readouterr().out == asked_alone, words
+
+
+def test_every_error_is_one_readable_line(capsys, monkeypatch):
+    def failing(*_):
+        raise UserError("read \x1b[31m" + "x" * 100_000 + "\n\tthe end")
+
+    monkeypatch.setattr("palate.verbs.recipes.main", failing)
+    assert main(["recipes"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+    assert line.startswith("error: read ?[31mxxx")
+    assert line.endswith("x the end")
+    assert len(line) < 2100
+
+
+HOSTILE = ["x" * 40_000, "\x1b[2J\x07", "a\nb\nc", "é" * 3000]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("text", HOSTILE, ids=["long", "control", "lines", "accents"])
+def test_what_was_typed_is_never_printed_whole(verb, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--output_dir", "o", "--judges", text, "--prompts", text, "--output", text]
+    for words in ([verb, text], [verb, f"--{text}", "1"], [verb, "FOLDER", f"--{text}", "1"], [verb, text, *given]):
+        code = main(words)
+        said = capsys.readouterr()
+        assert code == 2, words[:2]
+        lines = said.err.splitlines()
+        assert lines[-1].startswith("error: ")
+        assert all(line.isprintable() and len(line) < 2100 for line in lines)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(capsys, monkeypatch):
+    def failing(*_):
+        Path("/proc/x/y").mkdir(parents=True)
+
+    monkeypatch.setattr("palate.verbs.recipes.main", failing)
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err.startswith("error: /proc/x cannot be read or written: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--use_8bit_adam"], "unknown option --use_8bit_adam (write --optimizer adamw_8bit; "),
+        (["--dry_run"], "unknown option --dry_run (there is none: "),
+        (["--beta", "3"], "did you mean --objective.beta?"),
+        (["--beta_dpo", "3"], "did you mean --objective.beta?"),
+        (["--lr", "3"], "did you mean --learning_rate?"),
+        (["--dataset_name", "x"], "did you mean --train_data?"),
+        (["--config", "x"], "the recipe stands first"),
+        (["--learning-rat", "3"], "did you mean --learning_rate?"),
+        (["--seed"], "seed lacks a value; expected a whole number"),
+        (["--output_dir", "--seed", "1"], "output_dir lacks a value; expected text"),
+        (["--objective"], "--objective lacks a value"),
+        (["--objective.beta"], "beta lacks a value"),
+        (["--space.layers"], "layers lacks a value"),
+    ],
+)
+def test_options_by_the_names_of_other_programs_and_without_a_value(capsys, words, message):
+    # In the recipe's first seconds: the options are read before anything else.
+    assert main(["train", "miniature-ncp-dpo", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_switches_may_stand_alone_and_hyphens_for_underscores():
+    given = overrides(["--gradient-checkpointing", "--learning-rate", "1e-4", "--random_flip", "--seed=3"])
+    made = recipe.load("miniature-dpo", given)
+    assert (made.policy.gradient_checkpointing, made.data.random_flip) == (True, True)
+    assert (made.training.learning_rate, made.training.seed) == (1e-4, 3)
+
+
+def test_names_of_other_programs_lead_to_options_that_exist():
+    for name, here in recipe.ELSEWHERE.items():
+        assert name not in recipe.OPTIONS
+        for known in re.findall(r"--([a-z_.]+)", here) if " " in here else [here]:
+            head = known.partition(".")[0]
+            assert head in recipe.OPTIONS or head in recipe.SECTIONS, (name, here)
 
 
 @pytest.mark.parametrize("verb", ["generate", "label", "accuracy", "score", "export", "vote", "serve-judge", "train"])

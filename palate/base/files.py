@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from palate.base.errors import UserError, first_line
+from palate.base.errors import UserError, first_line, short
+
+LONGEST_NAME = 255
+"""Bytes of a file's or folder's name, on nearly every disk."""
 
 
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
@@ -37,6 +42,44 @@ def spellings(name: str) -> Iterator[str]:
             stem, point, ending = form.rpartition(".")
             found |= dict.fromkeys((form, stem + point + ending.lower(), stem + point + ending.upper()))
     yield from found
+
+
+def check_folder(folder: str | Path, name: str) -> None:
+    """Try whether a folder can be made and written to; nothing is made. ``name`` is that of its option.
+
+    Raises:
+        UserError: it cannot.
+    """
+    path = Path(folder).expanduser().absolute()
+    try:
+        # That which is there already: a folder made for the trial might be removed under another process.
+        with tempfile.TemporaryFile(dir=nearest_there(path)) as probe:
+            probe.write(b"palate")
+    except OSError as error:
+        why = error.strerror
+    else:
+        why = "the name is too long" if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts) else ""
+    if why:
+        shown = short(str(folder), 100, quoted=False)
+        raise UserError(f"{name} {shown} cannot be written to ({why}): name another with --{name}")
+
+
+def nearest_there(place: str | Path) -> Path:
+    """A file or folder, or what there is of the way to it."""
+    path = Path(place).expanduser().absolute()
+    for one in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            one.lstat()
+            return one
+    return Path(path.anchor)
+
+
+def check_file(file: str | Path, name: str) -> None:
+    """As :func:`check_folder`, of the folder in which a file will be written."""
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise UserError(f"{name} {short(str(file), 100, quoted=False)} is a folder; expected the name of a file")
+    check_folder(path.parent, name)
 
 
 def replacing(final: Path, write: Callable[[str], object], name: str = ".") -> Path:

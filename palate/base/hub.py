@@ -15,10 +15,41 @@ from urllib.request import getproxies
 
 from palate.base.errors import UserError, first_line
 
+FOLDERS = {
+    *("checkpoint", "checkpoints", "data", "lora", "loras", "model", "models", "out", "output", "outputs", "pairs", "pictures"),
+    *("result", "results", "run", "runs", "tmp", "weights"),
+}
+"""Names that people, and these pages, give to folders."""
+FILES = {
+    ".bin",
+    ".ckpt",
+    ".csv",
+    ".db",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".png",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".tar",
+    ".txt",
+} | {
+    *(".yaml", ".yml", ".zip"),
+}
+
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` could be ``owner/model`` and is no path."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+    """Whether ``name`` could be ``owner/model`` and is no path: none that is there, none that looks like one, and none in a
+    folder of here, where it will be a slip of the pen."""
+    owner, _, repo = name.partition("/")
+    return (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", name) is not None
+        and not Path(name).exists()
+        and not Path(owner).exists()
+        and owner.lower() not in FOLDERS
+        and Path(repo).suffix.lower() not in FILES
+    )
 
 
 def fetch(repo: str, file: str, *, otherwise: str, revision: str | None = None, kind: str = "model") -> Path:
@@ -108,15 +139,24 @@ def push(folder: str | Path, repo: str, files: Sequence[str], *, message: str) -
     return str(url)
 
 
+PATIENCE = 5
+"""Seconds for the hub to take a call."""
+
+
 def _settle() -> None:
     if "huggingface_hub" not in sys.modules and not _network():
         os.environ["HF_HUB_OFFLINE"] = "1"  # only what was downloaded before, at once instead of after half a minute
 
 
 def _network() -> bool:
-    """Whether the hub has an address; behind a proxy that need not be known here."""
-    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    """Whether the hub can be reached; behind a proxy that need not be known here."""
+    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if getproxies():
+        return True
     try:
-        return bool(getproxies()) or bool(socket.getaddrinfo(host, 443))
-    except OSError:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        # The client itself would try five times, for half a minute.
+        with socket.create_connection((address.hostname, port), timeout=PATIENCE):
+            return True
+    except (OSError, ValueError):
         return False

@@ -82,8 +82,21 @@ def dumps(content: object) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+class _Bare:
+    """What an option has that stands without a value: true, of a switch; of another it is refused, once its name is known."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+BARE = _Bare()
+
+
 def overrides(words: Sequence[str]) -> dict[str, object]:
-    """``--name value`` and ``--name=value`` to a dictionary; values stay text, but for lists and mappings in YAML."""
+    """``--name value``, ``--name=value`` and switches alone to a dictionary, hyphens of names as underscores.
+
+    Values stay text, but for lists and mappings in YAML.
+    """
     found: dict[str, object] = {}
     queue = list(words)
     while queue:
@@ -91,9 +104,11 @@ def overrides(words: Sequence[str]) -> dict[str, object]:
         if not word.startswith("--") or len(word) == 2:
             raise UserError(f"{short(word)} is not an option; expected --name value")
         name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
         if not equals:
             if not queue or queue[0].startswith("--"):
-                raise UserError(f"--{name} lacks a value; switches are written --{name} true")
+                found[name] = BARE
+                continue
             text = queue.pop(0)
         found[name] = parse(text, f"--{name}") if text[:1] in ("[", "{") else text
     return found
@@ -252,6 +267,10 @@ def typed(kind: Any, value: object, name: str) -> object:
     """``value`` as ``kind``; from the command line every value comes as text."""
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     kinds = [typing.get_origin(option) or option for option in options if option is not type(None)]
+    if value is BARE:
+        if bool in kinds:
+            return True
+        raise UserError(f"--{name} lacks a value; expected {' or '.join(WORDS.get(k, str(k)) for k in kinds)}")
     if is_nothing(value):
         if type(None) in options:
             return None
@@ -352,6 +371,8 @@ def keywords(function: Callable[..., object], given: Mapping[str, object], what:
     made: dict[str, Any] = {}
     for name, parameter in known.items():
         value = given.get(name, parameter.default)
+        if value is BARE and hints.get(name) is not bool:
+            raise UserError(f"{what}: {name} lacks a value")
         # What comes unannotated from the command line is read as YAML.
         unnamed = parse(value, name) if isinstance(value, str) else value
         made[name] = typed(hints[name], value, f"{what}: {name}") if name in hints else unnamed

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 from tqdm import tqdm
 
 from palate.base.errors import UserError, short
+from palate.base.options import MANY
 from palate.data import formats, selection, values
 from palate.data.formats import DamagedError, File, Place
 from palate.data.options import Reading
@@ -138,6 +139,14 @@ class Reader:
                 found = formats.rows(file, everything=self.keep_columns)
                 yield from ((file, number, row) for number, row in enumerate(found, start=1))
 
+    def rows_about(self) -> int | None:
+        """About how many rows there are, of which some may yet be left out; None where only reading them would tell."""
+        counts = [None if isinstance(file, DamagedError) else formats.count_rows(file) for file in self._opened.values()]
+        known = [count for count in counts if count is not None]
+        if len(known) < len(self.places):
+            return self.reading.max_train_samples
+        return min(sum(known), self.reading.max_train_samples or sys.maxsize)
+
     def __iter__(self) -> Iterator[Any]:  # pairs, or single pictures
         return self._iterate(look=True)
 
@@ -145,7 +154,7 @@ class Reader:
     def _winners(self) -> set[bytes]:
         """The absolute winners of the whole source: found by reading it once more, without decoding pictures."""
         names = {name: getattr(self.reading, name) for name in ("columns", "vote_question", "vote_weights")}
-        reader = Reader(self.source, self.places, Reading(ties="keep", max_bad_rows=sys.maxsize, **names))
+        reader = Reader(self.source, self.places, Reading(ties="keep", max_bad_rows=MANY, **names))
         pairs = tqdm(reader._iterate(look=False), desc="finding absolute winners", unit=" pairs", disable=None)
         return selection.absolute_winners((pair.prompt, pair.pictures, pair.label) for pair in pairs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 from collections.abc import Iterable
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from palate.base.errors import UserError, first_line
-from palate.base.hub import fetch
+from palate.base.errors import UserError, first_line, short
+from palate.base.hub import fetch, is_hub_id
 
 if TYPE_CHECKING:
     import torch
@@ -165,13 +166,23 @@ def _pipeline_class(name: str, revision: str | None) -> str:
             f"{name} is not a diffusers pipeline folder: model_index.json is missing; "
             "expected the folder that save_pretrained of a pipeline wrote"
         )
-    if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"no model at {name}: expected a pipeline folder or a hub id such as owner/model")
+    if not folder.exists() and not is_hub_id(name):
+        shown = short(name, 100, quoted=False)
+        raise UserError(f"no model at {shown}: {_here(folder)}; expected a pipeline folder or a hub id such as owner/model")
     index = folder / "model_index.json" if folder.exists() else _fetch_index(name, revision)
     try:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model_index.json of {name} is damaged ({first_line(error)}); download the model again") from error
+
+
+def _here(missing: Path) -> str:
+    """Which folder on the way there is none of, and what is there instead."""
+    there = next((p for p in missing.parents if p.is_dir()), Path())
+    wanted = missing.relative_to(there).parts[0] if missing.is_relative_to(there) and missing != there else missing.name
+    names = [p.name for p in sorted(there.iterdir())[:1000] if p.is_dir()]
+    close = difflib.get_close_matches(wanted, names, n=1)
+    return f"{'here' if there == Path() else there} is no folder {short(wanted)}" + (f", but {close[0]!r}" if close else "")
 
 
 def _of_single_file(name: str) -> str:
@@ -202,6 +213,7 @@ def _of_single_file(name: str) -> str:
 def _fetch_index(name: str, revision: str | None) -> Path:
     short = name.split("/")[-1]
     how = (
+        f"If you meant a folder, there is none of this name here. "
         f"Without a network, run 'hf download {name} --local-dir models/{short}' where there is one, copy the folder here and "
         f"give --pretrained_model_name_or_path models/{short}"
     )

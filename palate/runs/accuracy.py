@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from palate.base.errors import UserError
-from palate.base.files import write_atomically
+from palate.base.files import check_file, check_folder, write_atomically
 from palate.base.options import Batch, Count, OneOf, Seed, Steps, at_least, check_ranges
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.statistics import WinRate
@@ -82,6 +82,7 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
     """
     from palate.data.pairs import read_pairs
 
+    check_file(options.output, "output")
     judges = find_judges(options.judges)
     models = [find_model(name, loras=options.lora) for name in options.model]
     if not judges and not models:
@@ -89,6 +90,8 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
     for model in models:
         if model.tuned is None and not model.loras:
             raise UserError(f"{model.label} is not tuned, so it prefers nothing to its base; give a run folder, or --lora FILE")
+    if models:
+        check_folder(options.cache_dir, "cache_dir")
     reader = read_pairs(
         world.find_pairs(source), ties="keep", max_bad_rows=options.max_bad_rows, max_train_samples=options.max_pairs
     )

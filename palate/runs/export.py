@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from palate.base.errors import UserError
+from palate.base.files import check_file
 from palate.base.hub import check_push, is_hub_id, push
 from palate.base.options import OneOf, Range, Rank, check_ranges
 from palate.models.files import KOHYA_FILE, network_of
@@ -82,6 +83,7 @@ def export(name: str, options: ExportOptions, *, progress: bool = False) -> list
     out = Path(options.output).expanduser()
     if out.exists():
         raise UserError(f"{out} is there already; name another output, or delete it")
+    check_file(out, "output")
     found = _find(name, options.pretrained_model_name_or_path)
     assert found.tuned is not None
     is_lora, dtype = (

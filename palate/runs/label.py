@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tqdm import tqdm
 
 from palate.base.errors import UserError, nearest, short
+from palate.base.files import check_file
 from palate.base.machine import device
 from palate.base.options import POSITIVE, Batch, OneOf, at_least, check_ranges
 from palate.data import pickapic
@@ -220,6 +221,7 @@ def _output(options: LabelOptions, source: str | None = None, files: Sequence[Pa
         raise UserError(f"output {out} is the set that is read, which would be lost; name another file")
     if out.exists():
         raise UserError(f"{out} is there already; name another output, or delete it")
+    check_file(out, "output")
     if source is not None and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"output {out} lies in {source}, with which it would be read the next time; name a file elsewhere")
     return out

@@ -18,7 +18,7 @@ from typing import Any
 
 from palate.base.errors import UserError, nearest, short
 from palate.base.files import write_atomically
-from palate.base.options import dumps, help_lines, indented, parse, section
+from palate.base.options import BARE, dumps, help_lines, indented, parse, section
 from palate.online.options import Arithmetic, OnlineOptions
 from palate.runs.methods import SPACES, Objective, bind_objective, complete_objective, complete_space
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions, PolicyOptions
@@ -145,6 +145,37 @@ OPTIONS: dict[str, str] = {
 """Leaf name -> section."""
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("beta", "beta_dpo"), "objective.beta"),
+    **dict.fromkeys(("dataset_name", "dataset", "train_data_dir", "instance_data_dir"), "train_data"),
+    **dict.fromkeys(("dataset_split_name", "split"), "the split follows the name of the data: --train_data owner/name:split"),
+    **dict.fromkeys(("lr", "train_learning_rate", "unet_lr"), "learning_rate"),
+    **dict.fromkeys(("config", "config_file", "recipe"), "the recipe stands first, without a name: palate train RECIPE.yaml"),
+    **dict.fromkeys(("use_8bit_adam", "train_use_8bit_adam"), "write --optimizer adamw_8bit"),
+    "use_adafactor": "write --optimizer adafactor",
+    **dict.fromkeys(("model", "model_name_or_path", "pretrained_model"), "pretrained_model_name_or_path"),
+    **dict.fromkeys(("network_dim", "lora_rank", "lora_r"), "rank"),
+    "network_alpha": "lora_alpha",
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "train_batch_size"),
+    **dict.fromkeys(("max_steps", "num_train_steps", "max_training_steps"), "max_train_steps"),
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("warmup_steps", "num_warmup_steps"), "lr_warmup_steps"),
+    **dict.fromkeys(("loss_type", "method"), "objective"),
+    **dict.fromkeys(("proportion_empty_prompts", "caption_dropout_rate"), "caption_dropout"),
+    "random_crop": "write --center_crop false",
+    "no_hflip": "pictures are mirrored only with --random_flip true",
+    "hub_model_id": "push_to_hub",
+    **dict.fromkeys(("validation_steps", "sample_every_n_steps"), "sample_steps"),
+    **dict.fromkeys(("save_steps", "save_freq", "save_every_n_steps"), "checkpointing_steps"),
+    "scale_lr": "there is none: give the product, as docs/moving-from-diffusers-dpo.md has it",
+    **dict.fromkeys(("wandb", "log_with"), "report_to"),
+    **dict.fromkeys(
+        ("dry_run", "plan"), "there is none: --max_train_steps 1 with an --output_dir of its own is the shortest run"
+    ),
+}
+"""What other programs call an option -> its name here, or words with a blank that say how it is done here."""
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
@@ -190,6 +221,10 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
 
 def _override(content: dict[str, Any], key: str, value: Any) -> None:
     head, _, tail = key.partition(".")
+    if value is BARE and head in ("objective", "space") and not tail:
+        raise UserError(
+            f"--{head} lacks a value; expected its name, such as --{head} {'dpo' if head == 'objective' else SPACES[0]}"
+        )
     if head in ("objective", "space"):
         before = content.get(head)
         if isinstance(before, str):
@@ -210,9 +245,9 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:
         raise UserError(f"unknown option --{key}: no section {short(head)}{nearest(head, SECTIONS)}")
     name = tail or head
     if OPTIONS.get(name) is None or (tail and OPTIONS[name] != head):
-        close = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.5)
-        hint = f"did you mean --{close[0]}? " if close else ""
-        raise UserError(f"unknown option --{key} ({hint}'palate train --help' lists them)")
+        known = ELSEWHERE.get(key) or next(iter(difflib.get_close_matches(name[:100], OPTIONS, n=1, cutoff=0.5)), "")
+        hint = "" if not known else f"{known}; " if " " in known else f"did you mean --{known}? "
+        raise UserError(f"unknown option --{short(key, quoted=False)} ({hint}'palate train --help' lists them)")
     section = content.get(OPTIONS[name]) or {}
     if isinstance(section, dict):  # anything else is refused by build
         content[OPTIONS[name]] = {**section, name: value}

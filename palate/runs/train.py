@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from palate.runs.evidence import counts_of, encoded_of, learnable, reader_of, va
 from palate.runs.export import about_training
 from palate.runs.loading import at_home, denoiser_of, policy_of
 from palate.runs.methods import bind_space, draws_of
+from palate.runs.ready import check_machine, tell_needs
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         _check_output(recipe, Path(recipe.training.output_dir))
         if recipe.training.push_to_hub is not None:
             check_push(recipe.training.push_to_hub)
+        check_machine(recipe)
     found = assemble(recipe)
     if found.online is None:
         _train_offline(found, command)
@@ -80,6 +81,7 @@ def _train_offline(found: Assembled, command: str) -> None:
     recipe = found.recipe
     reader, validation = reader_of(recipe), validation_reader(recipe)
     denoiser = _trainable(recipe)
+    tell_needs(recipe, denoiser, reader)
     encoded, held_out = encoded_of(recipe, denoiser, reader, validation)
     encoded = learnable(encoded, recipe.method)
     policy = policy_of(recipe, denoiser)
@@ -113,6 +115,7 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
     recipe = found.recipe
     tell(online.told(recipe, wanted))
     denoiser = _trainable(recipe)
+    tell_needs(recipe, denoiser, None)
     if told := cut_warning(denoiser, (text for prompt in wanted.prompts for text in (prompt.text, prompt.negative))):
         tell(told)
     policy = policy_of(recipe, denoiser)
@@ -181,9 +184,6 @@ def _check_output(recipe: Recipe, out: Path) -> None:
 
     if out.exists() and not out.is_dir():
         raise UserError(f"output_dir {out} is a file; name a folder")
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"output_dir {out} cannot be made: {parent} is not a folder you may write to; name another")
     wanted, found = recipe.training.resume_from_checkpoint, checkpoints.latest(out)
     if wanted is not None:
         path = found if wanted == "latest" else Path(wanted)

@@ -114,12 +114,22 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _events(folder: Path, step: int) -> SummaryWriter:
+def check_reporter(name: str) -> None:
+    """Raise ``UserError`` if the package that a reporter needs is missing."""
+    if name == "tensorboard":
+        _writer()
+
+
+def _writer() -> type[SummaryWriter]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("report_to is tensorboard, which is not installed: pip install 'palate[tensorboard]'") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    return SummaryWriter
+
+
+def _events(folder: Path, step: int) -> SummaryWriter:
+    return _writer()(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
 
 class Silent:

@@ -43,6 +43,12 @@ def make_optimizer(weights: Sequence[nn.Parameter], options: TrainOptions) -> to
     )
 
 
+def check_optimizer(name: str) -> None:
+    """Raise ``UserError`` if the package that an optimizer needs is missing."""
+    if name == "adamw_8bit":
+        _adamw_8bit()
+
+
 def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]

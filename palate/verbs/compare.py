@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from palate.base.errors import UserError
+from palate.base.files import check_folder
 from palate.base.machine import device
 from palate.base.options import Seed, at_least, check_ranges
 from palate.verbs import carry_out
@@ -38,13 +39,14 @@ class Options:
 
 
 def main(words: list[str]) -> int:
-    return carry_out(words, Options, _compare, usage=USAGE, several=True)
+    return carry_out(words, Options, _compare, usage=USAGE, first="two folders or more", several=True)
 
 
 def _compare(folders: list[str], options: Options) -> None:
     if len(folders) < 2:
         raise UserError(f"palate compare needs two folders or more: the base first; only {folders[0]} was given")
 
+    check_folder(options.output_dir, "output_dir")
     from palate.evaluation.folders import compare_folders, write_result
     from palate.evaluation.manifest import read_all_scores
     from palate.evaluation.report import chapter_of, write_report

@@ -6,12 +6,20 @@ import shlex
 from pathlib import Path
 
 from palate.base.errors import UserError
-from palate.base.options import overrides
+from palate.base.options import help_lines, overrides
+from palate.verbs import asks_help
+
+USAGE = "palate evaluate RUN [--option value ...]"
 
 
 def main(words: list[str]) -> int:
-    if not words or words[0].startswith("-"):
-        raise UserError("palate evaluate expects the folder of a finished run")
+    if asks_help(words):
+        from palate.runs.sections import EvaluationOptions
+
+        print("\n".join([USAGE, "", "RUN is the folder of a finished run.", "", *help_lines(EvaluationOptions)]))
+        return 0
+    if words[0].startswith("-"):
+        raise UserError(f"palate evaluate expects the folder of a finished run first: {USAGE}")
     from palate.runs import recipe
     from palate.runs.compare import evaluate
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from palate.base.errors import UserError
+from palate.base.files import check_folder
 from palate.base.options import FRACTION, GUIDANCE, Batch, Count, Seed, Steps, at_least, check_ranges
 from palate.verbs import carry_out
 
@@ -80,6 +81,8 @@ def main(words: list[str]) -> int:
 
 def _generate(first: list[str], options: GenerateOptions) -> None:
     from palate.base.machine import versions
+
+    check_folder(options.output_dir, "output_dir")
     from palate.evaluation import editing
     from palate.evaluation.generation import Shard, begun, drawn_by, generate, plan, settings
     from palate.models.drawing import Drawing

@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from palate.base.errors import UserError
+from palate.verbs import asks_help
+
+USAGE = "palate recipes [list | show NAME | copy NAME [FILE]]"
 
 
 def main(words: list[str]) -> int:
     from palate.runs import recipe
 
+    if words and asks_help(words):
+        print(USAGE)
+        return 0
     if not words or words == ["list"]:
         for name, path in recipe.built_in().items():
             about = path.read_text().partition("\n")[0].lstrip("# ")
@@ -28,4 +34,4 @@ def main(words: list[str]) -> int:
         target.write_text(source.read_text())
         print(f"wrote {target}; edit it, then: palate train {target} --output_dir out")
         return 0
-    raise UserError("expected: palate recipes [list | show NAME | copy NAME [FILE]]")
+    raise UserError(f"expected: {USAGE}")

@@ -17,7 +17,7 @@ class Options:
 
 
 def main(words: list[str]) -> int:
-    return carry_out(words, Options, _report, usage=USAGE, several=True)
+    return carry_out(words, Options, _report, usage=USAGE, first="a folder or more", several=True)
 
 
 def _report(folders: list[str], options: Options) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, cast
 
 from palate.base.errors import UserError
-from palate.base.files import write_atomically
+from palate.base.files import check_file, write_atomically
 from palate.base.options import OneOf, check_ranges
 from palate.data import pickapic
 from palate.data.pairs import PreferencePair, read_pairs
@@ -62,6 +62,7 @@ def export_votes(folder: str | Path, options: ExportOptions) -> str:
     kinds = {".parquet": _parquet, ".jsonl": _jsonl, ".csv": _csv}
     if output.suffix not in kinds:
         raise UserError(f"--output {output} ends in {output.suffix or 'nothing'!r}; expected {', '.join(kinds)}")
+    check_file(output, "output")
     connection = open_votes(folder / NAME)
     try:
         told = [cast(Vote, dict(row)) for row in connection.execute(VALID)]

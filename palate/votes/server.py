@@ -31,7 +31,9 @@ try:
     from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
     from starlette.routing import Route
 except ImportError as error:
-    raise UserError(f"the page needs {error.name}; install it with: pip install 'palate[votes]'") from None
+    raise UserError(
+        f"the page needs {(error.name or 'starlette').partition('.')[0]}; install it with: pip install 'palate[votes]'"
+    ) from None
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {

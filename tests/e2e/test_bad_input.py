@@ -88,7 +88,11 @@ EARLY = [
     ({"max_train_steps": 0}, "max_train_steps is 0; expected at least 1"),
     ({"gradient_checkpointing": "on"}, "gradient_checkpointing is 'on'; expected true or false"),
     ({"train_method": "foo"}, "train_method is 'foo' (choose from full, lora)"),
-    ({"rank": 0}, "rank is 0; expected at least 1"),
+    ({"rank": 0}, "rank is 0; expected 1 to 4096"),
+    ({"rank": 10**6}, "rank is 1000000; expected 1 to 4096"),
+    ({"train_batch_size": 10**9}, "train_batch_size is 1000000000; expected 1 to 65536"),
+    ({"adam_beta1": 1}, "adam_beta1 is 1.0; expected 0 or more and below 1"),
+    ({"resolution": 10**9}, "resolution is 1000000000; expected a multiple of 8 up to 8192"),
     ({"lora_alpha": 0}, "lora_alpha is 0.0; expected a positive number"),
     ({"resolution": 60}, "resolution is 60, but it must be a positive multiple of 8: try 56 or 64"),
     ({"validation_fraction": 1}, "validation_fraction is 1.0"),
@@ -105,7 +109,7 @@ EARLY = [
     ({"resume_from_checkpoint": "latest"}, "out holds no checkpoint to resume from"),
     ({"resume_from_checkpoint": "checkpoint-9"}, "there is no checkpoint at checkpoint-9"),
     ({"output_dir": "quick.yaml"}, "output_dir quick.yaml is a file"),
-    ({"output_dir": "quick.yaml/out"}, "quick.yaml is not a folder you may write to"),
+    ({"output_dir": "quick.yaml/out"}, "output_dir quick.yaml/out cannot be written to (Not a directory)"),
     ({"judges": "[pickscor:folder]"}, "no judge 'pickscor:folder'"),
     ({"judges": "[pickscore]"}, "hf download yuvalkirstain/PickScore_v1"),
     ({"judges": "[pickscore:gone]"}, "no folder gone"),
@@ -201,7 +205,7 @@ def test_a_hub_id_without_a_network_says_what_to_download(refused, no_weights, m
 
 
 def test_an_option_without_value_or_name(refused, no_weights):
-    assert "--seed lacks a value; switches are written --seed true" in refused("quick.yaml", "--seed", "--rank")
+    assert "--seed lacks a value; expected a whole number" in refused("quick.yaml", "--seed", "--rank", "4")
     assert "'rank' is not an option" in refused("quick.yaml", "rank")
     assert "expects a recipe first" in refused("--rank")
 
@@ -262,7 +266,8 @@ def test_evaluating_what_is_not_there(palate, prompts_file):
         (line,) = errors.strip().splitlines()
         return line
 
-    assert "expects the folder of a finished run" in one_line()
+    assert palate("evaluate")[:2] == palate("evaluate", "--help")[:2]
+    assert "expects the folder of a finished run" in one_line(judges="x")
     assert "gone holds no recipe.yaml" in one_line("gone")
     palate("train", max_train_steps=1)
     assert "add --evaluation_prompts FILE" in one_line("out")

@@ -153,7 +153,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, capsys, monkeypatch):
         ((a, part), "palate score"),
         ((a, a), "given twice"),
         ((a, b, "--judge", "fresh"), "did you mean 'judges'"),
-        ((a, b, "--draws", "5"), "at least 100"),
+        ((a, b, "--draws", "5"), "draws is 5; expected 100 to 1000000"),
     ]
     for words, expected in cases:
         code, said, errors = told(capsys, "compare", *words)
