@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
+from palate.models.fit import Config, check_channels
 from palate.models.latent import Latent, few_steps
 from palate.models.parts import Source, TextEncoder, large
 
@@ -36,6 +37,10 @@ class Flux(Latent):
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
     patch, flow, spaced, no_fp16 = 2, True, True, True
     negated, edited = False, False
+
+    def _check_fit(self, network: Config) -> None:
+        patches = 4 * int(self.vae.config.get("latent_channels", 4))
+        check_channels(network, {"latent_channels": patches}, self.part, self.name)
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return TextEncoder(source), TextEncoder(source, "_2", dtype=large(dtype, source.device), length=512)

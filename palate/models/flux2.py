@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import RectifiedFlow, Schedule
 from palate.models.denoiser import Card, Kohya
+from palate.models.fit import Config, check_channels
 from palate.models.flux import kohya_name, together
 from palate.models.latent import Latent, few_steps
 from palate.models.parts import Source, TextEncoder, Vae, large
@@ -73,6 +74,10 @@ class Flux2Klein(Latent):
         found = super()._read_schedule(config)
         assert isinstance(found, RectifiedFlow)
         return replace(found, patch=1, shift=empirical_shift if callable(found.shift) else found.shift)
+
+    def _check_fit(self, network: Config) -> None:
+        patches = 4 * int(self.vae.config.get("latent_channels", 4))
+        check_channels(network, {"latent_channels": patches}, self.part, self.name)
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return (TextEncoder(source, dtype=large(dtype, source.device), length=512, template=chat(thinking=False)),)

@@ -212,3 +212,11 @@ def test_a_family_that_only_draws_needs_a_known_scheduler(copied, model_dir):
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "LatentConsistencyModelPipeline"))
     with pytest.raises(UserError, match="is a Mine, a class that diffusers"):
         load_drawer(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["flux", "klein"])
+def test_a_flow_of_patches_whose_network_takes_other_latents(no_weights, copied, flow_dir, kind):
+    """The network takes patches of four latents; one for inpainting or control takes more."""
+    folder = flow_dir(kind)
+    wanted = json.loads((folder / "transformer" / "config.json").read_text())["in_channels"]
+    assert f"takes {6 * wanted} channels" in refused(copied(folder, "transformer", in_channels=6 * wanted))
