@@ -404,6 +404,14 @@ def _layout(path: Path, present: Sequence[str], names: Mapping[str, str]) -> tup
     # Tell what the layout lacks of which most is there; a mere prompt tells nothing about the pictures' columns.
     closest = min(LAYOUTS, key=lambda layout: len(missing[layout]) / len(layout))
     name = missing[closest][0]
+    known = {names[n] for layout in LAYOUTS for n in layout if n != "prompt"}.intersection(present)
+    if not known and set(present) - set(names.values()):
+        shown = ", ".join(short(column, 40) for column in present[:5])
+        raise UserError(
+            f"{path}: none of its columns ({shown}{' and more' if len(present) > 5 else ''}) is known to hold pictures; if it "
+            "holds pairs, say which: columns: {prompt: ITS NAME, chosen: ITS NAME, rejected: ITS NAME}; if single pictures: "
+            "columns: {prompt: ITS NAME, image: ITS NAME}"
+        )
     raise UserError(
         f"{path}: column {' or '.join(map(repr, COLUMNS[name]))} is missing{nearest(name, [str(c) for c in present])}; "
         f"expected {', '.join(closest)}; if it has another name, say so with columns: {{{name}: ITS NAME}}"

@@ -270,8 +270,8 @@ class Reader:
         listed = [one for i, one in enumerate(told) if i == 0 or len("; ".join(told[: i + 1])) <= LINE]
         more = "; ..." if len(listed) < len(told) or len(bad) > LISTED else ""
         return UserError(
-            f"at least {len(bad)} bad rows in {self.source}, but max_bad_rows is {self.reading.max_bad_rows}: "
-            f"{'; '.join(listed)}{more}. Repair them, or set max_bad_rows to skip that many"
+            f"at least {len(bad)} bad {'row' if len(bad) == 1 else 'rows'} in {self.source}, but max_bad_rows is "
+            f"{self.reading.max_bad_rows}: {'; '.join(listed)}{more}. Repair them, or set max_bad_rows to skip that many"
         )
 
     def _nothing(self) -> UserError:

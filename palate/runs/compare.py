@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from palate.base.errors import UserError
 from palate.base.machine import tell, versions
 from palate.evaluation.folders import read_run
+from palate.miniature import world
 from palate.models.files import weights_of
 from palate.names.judges import score_folders
 from palate.runs.assembly import Assembled, assemble
@@ -111,7 +112,8 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
     denoiser.release()  # room for the judges
     sides = [out / "evaluation" / side for side in pictures]
     score_folders(found.judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
-    unseen = options.evaluation_prompts == "miniature-unseen"
+    own = recipe.online.train_prompts is not None or recipe.data.train_data in world.PAIRS
+    unseen = own and options.evaluation_prompts == "miniature-unseen"  # of other data it is not known
     trained_on = list(recipe.online.rewards) if recipe.online.train_prompts is not None else []
     result = compare_folders(sides, judges=list(found.judges), trained_on=trained_on, unseen=unseen, who="the aligned model")
     shown = _first_of_each(prompts, 12)

@@ -95,9 +95,38 @@ def learnable(encoded: EncodedPairs | EncodedPictures, objective: Objective) -> 
         return encoded.without_ties()
     if not objective.names("label"):
         return encoded.liked()
-    if len({item.label > 0.5 for item in encoded.items}) == 1:
-        tell("all pictures have the same vote: this objective learns from likes beside dislikes")
     return encoded
+
+
+LOOKED_AT = 128
+"""Pairs whose latents are compared before training."""
+
+
+def doubts(encoded: EncodedPairs | EncodedPictures, objective: Objective) -> list[str]:
+    """What of the data cannot be learned from, in words: pictures, labels or pairs that are alike."""
+    from palate.data.encoded import EncodedPairs
+
+    found = ["there is only one to learn from: it is learned by heart"] if len(encoded) == 1 else []
+    if isinstance(encoded, EncodedPairs):
+        found += _alike(encoded)
+        if objective.evidence == "pairs" and all(pair.label == 0.5 for pair in encoded.items):
+            found.append("all pairs are ties, which say of no picture that it is the better one: name pairs with a winner")
+    elif objective.names("label") and len({item.label > 0.5 for item in encoded.items}) == 1:
+        found.append("all pictures have the same vote: this objective learns from likes beside dislikes")
+    return found
+
+
+def _alike(encoded: EncodedPairs) -> list[str]:
+    """Pairs of one picture, known by the cache's keys, or of two that look the same to the model."""
+    from palate.training.alarms import alike
+
+    same = sum(pair.winner[0] == pair.loser[0] for pair in encoded.items)
+    looked = [pair for pair in encoded.items[:LOOKED_AT] if pair.winner[0] != pair.loser[0]]
+    latents = [[encoded.cache.get(keys[0]) or {} for keys in (pair.winner, pair.loser)] for pair in looked]
+    close = sum("latents" in one and "latents" in other and alike(one["latents"], other["latents"]) for one, other in latents)
+    remedy = "they teach nothing, and only cost time: leave them out"
+    told = [f"{same} of {len(encoded)} pairs show one picture twice: {remedy}"] if same else []
+    return told + ([f"{close} of {len(looked)} pairs show two pictures that are alike to the model: {remedy}"] if close else [])
 
 
 def counts_of(counts: Counts) -> dict[str, Any]:

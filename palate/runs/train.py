@@ -17,13 +17,14 @@ from palate.base.jsonl import read_object
 from palate.base.machine import is_main, tell, versions
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.folders import read_run
+from palate.miniature import prompt_lists, world
 from palate.models.families import cut_warning
 from palate.models.files import KOHYA_FILE, WEIGHTS
 from palate.runs import recipe as recipes
 from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import PUBLIC, write_card
 from palate.runs.compare import Samples, compare_models
-from palate.runs.evidence import counts_of, encoded_of, learnable, reader_of, validation_reader
+from palate.runs.evidence import counts_of, doubts, encoded_of, learnable, reader_of, validation_reader
 from palate.runs.export import about_training
 from palate.runs.loading import at_home, denoiser_of, policy_of
 from palate.runs.methods import bind_space, draws_of
@@ -31,7 +32,7 @@ from palate.runs.ready import check_machine, tell_needs
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Policy
@@ -79,6 +80,12 @@ def _train_offline(found: Assembled, command: str) -> None:
     from palate.training.measures import implicit_margins
 
     recipe = found.recipe
+    options = recipe.evaluation
+    if options.evaluation_prompts in prompt_lists.NAMES and recipe.data.train_data not in world.PAIRS:
+        tell(
+            f"the comparison draws {len(found.compared)} prompts of the miniature world ({options.evaluation_prompts}), not of "
+            "your data: name a file with --evaluation_prompts, or null for no comparison"
+        )
     reader, validation = reader_of(recipe), validation_reader(recipe)
     denoiser = _trainable(recipe)
     tell_needs(recipe, denoiser, reader)
@@ -104,7 +111,8 @@ def _train_offline(found: Assembled, command: str) -> None:
         about |= {"chosen": dict(step.state)} if step.state else {}
         if "beta" in step.state:
             tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
-    _train(recipe, recipe.training, policy, step, encoded, samples, on_evaluate, about)
+    told = doubts(encoded, recipe.method)
+    _train(recipe, recipe.training, policy, step, encoded, samples, on_evaluate, about, doubts=told)
     _finish(found, denoiser, policy, command)
 
 
@@ -217,6 +225,7 @@ def _train(
     on_evaluate: Callable[[int], Mapping[str, float]] | None,
     about: dict[str, Any],
     states: Mapping[str, Stateful] | None = None,
+    doubts: Sequence[str] = (),
 ) -> None:
     """The loop, with the files that say what was run. What fails before there is a checkpoint or ``best/`` leaves nothing."""
     from palate.training import checkpoints, loop
@@ -244,6 +253,7 @@ def _train(
             defaults=recipes.defaults(),
             on_sample=samples.draw if recipe.evaluation.validation_prompts else None,
             on_evaluate=on_evaluate,
+            doubts=doubts,
         )
     except (UserError, OSError, KeyboardInterrupt) as error:
         kept = checkpoints.latest(out)

@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -31,9 +31,11 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.base.seeds import mix
 from palate.training import checkpoints
+from palate.training.alarms import Alarms
 from palate.training.checkpoints import Stateful
 from palate.training.fits import TrainablePolicy
 from palate.training.log import RunLog, Silent, Window
+from palate.training.measures import REACH
 from palate.training.optimizers import lr_factor
 from palate.training.options import TrainOptions
 from palate.training.place import Place
@@ -68,6 +70,7 @@ def train(
     defaults: Mapping[str, object] | None = None,
     on_sample: Callable[[int], object] | None = None,
     on_evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    doubts: Sequence[str] = (),
 ) -> None:
     """Train ``policy`` in place; with ``ema_decay`` it ends with the average of its weights.
 
@@ -81,6 +84,7 @@ def train(
         defaults: what the recipe's options stand at where an older checkpoint does not name them.
         on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only.
         on_evaluate: likewise every ``eval_steps``; what it returns joins the log.
+        doubts: what the caller knows that cannot be learned from; said at the beginning, beside :mod:`palate.training.alarms`.
 
     Raises:
         UserError: options that do not fit the data or the device, a checkpoint that cannot be used, or a loss or gradient
@@ -93,6 +97,7 @@ def train(
         if start >= run.total:
             log.say(f"nothing left to do after step {start}: raise max_train_steps to train on")
         if start == 0:
+            run.warn([*(f"warning: {doubt}" for doubt in doubts), *run.alarms.before(run.place.weights)])
             step.begin(data)
             run.report(0, on_evaluate)
             run.sample(0, on_sample)
@@ -155,7 +160,7 @@ class _Run:
             raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")
         self.round: dict[str, object] = {}  # what a new round told, until it is logged
         self.window, self.last = Window(), dict[str, float]()
-        self.began, self.warned = time.monotonic(), False
+        self.began, self.alarms = time.monotonic(), Alarms(options, self.total)
 
     def restore(self) -> int:
         """Steps already done: 0, or those of the checkpoint to resume from."""
@@ -189,7 +194,10 @@ class _Run:
             if state[name] != now:
                 raise UserError(f"{checkpoint.path} was trained with {name} {state[name]}, now it is {now}: {remedy}")
         self.place.load_state_dict(checkpoint.weights, state)
-        self.window, self.warned = Window(state["window"]), state["warned"]
+        self.window = Window(state["window"])
+        # Older checkpoints tell only whether the logits were spoken of.
+        said = state["warned"] if isinstance(state["warned"], list) else ["logits"] * state["warned"]
+        self.alarms = Alarms(self.options, self.total, said)
         self.step.state.update(state["step state"])
         kept = state.get(KEPT, {})
         if self.data.rounds is not None:
@@ -211,7 +219,7 @@ class _Run:
                 "number of pairs": len(self.data),
                 "window": self.window.sums,
                 "step state": dict(self.step.state),
-                "warned": self.warned,
+                "warned": self.alarms.said,
                 "seconds": time.monotonic() - self.began,
             }
             if kept := self._kept(done * self.batch_size):
@@ -291,6 +299,8 @@ class _Run:
         stop = totals.pop("stop") > 0  # summed over processes with the rest, so that all stop after the same step
         self.last = {name: total / self.batch_size for name, total in totals.items()}
         self.step.observe(self.last)
+        self.warn(self.alarms.after(done, norm, self.last.pop(REACH, None)))
+        totals.pop(REACH, None)
         self.window.add({**totals, "grad_norm": norm, "pairs": self.batch_size, "steps": 1})
         return stop
 
@@ -365,7 +375,7 @@ class _Run:
             means = self.window.means()
             record |= {"lr": self.place.optimizer.param_groups[0]["lr"], **means, **self.step.state}
             self.window = Window()
-            self._warn(done, means.get("logit_abs"))
+            self.warn([*self.alarms.logits(done, means.get("logit_abs")), *self.alarms.rewards(record.get("reward_std"))])
         failed = None
         if on_evaluate is not None and self._due(done, self.options.eval_steps):
             try:
@@ -398,18 +408,9 @@ class _Run:
                     result = hook(done)
         return result
 
-    def _warn(self, done: int, size: float | None) -> None:
-        """Say in words, once, that the logits u are too small or too large to learn from; ``size`` is the mean of |u|."""
-        if size is None or self.warned or done < 20:
-            return
-        if size < 0.01:
-            hint = f"the logits are all but zero (mean |u| = {size:.2g}), so beta does nothing: raise beta or learning_rate"
-        elif size > 10:
-            hint = f"the logits are saturated (mean |u| = {size:.3g}), so most pairs push no more: lower beta or learning_rate"
-        else:
-            return
-        self.warned = True
-        self.logs.say(f"warning: step {done}: {hint}")
+    def warn(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.logs.say(line)
 
 
 def _not_finite(done: int, what: str) -> UserError:

@@ -22,6 +22,9 @@ SPREAD = 3.0
 """The logit that automatic beta gives to a margin as large as the natural spread of errors."""
 
 
+REACH = "reach"
+"""Metric of a pair: the logit of a margin as large as the difference of its own errors. It is for alarms, not for the log."""
+
 PROBED = 128
 """Pairs from which the natural spread is measured."""
 
@@ -125,7 +128,7 @@ def pair_metrics(policy: Pair[Fit], reference: Pair[Fit] | None, beta: float | N
     metrics |= {"margin": m, "implicit_accuracy": ordered_right(m)}
     if isinstance(beta, int | float):
         logit = beta / 2 * m
-        metrics |= {"logit": logit, "gradient_factor": torch.sigmoid(-logit)}
+        metrics |= {"logit": logit, "gradient_factor": torch.sigmoid(-logit), REACH: beta / 2 * (Ll - Lw).abs()}
     return metrics
 
 

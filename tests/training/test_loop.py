@@ -312,7 +312,7 @@ def test_learning_rates_match_diffusers(name):
     ("wrong", "message"),
     [
         ({"lr_scheduler": "cosin"}, "did you mean 'cosine'"),
-        ({"train_batch_size": 0}, "train_batch_size is 0; expected at least 1"),
+        ({"train_batch_size": 0}, "train_batch_size is 0; expected 1 to 65536"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "no warm-up"),
