@@ -13,13 +13,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from palate.base.errors import UserError, first_line
+from palate.base.hosts import LOOPBACK
 
 KEY = "PALATE_API_KEY"
 """Environment variable with the key or token that is sent; no other variable is ever read, whatever a recipe says."""
 MAX_ANSWER = 64 << 20
 LONGEST_PAUSE = 30.0
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -9,26 +9,32 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import io
 import json
 import math
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from PIL import Image
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
+from palate.base.hosts import LOOPBACK, host_name
 from palate.data.images import decode
 from palate.judges import Judge, score
-from palate.judges.http import LOOPBACK
 from palate.judges.remote import Identity
 
 MAX_BODY = 128 << 20
 MAX_PICTURES = 256
-PATIENCE = 60  # seconds for a client to send its request
+MAX_PIXELS = 2**28  # of a request, as RGB 0.8 GB
+MAX_CONNECTIONS = 64
+PATIENCE = 60.0  # seconds for a client to say what it wants
+SLOWEST = 100_000  # bytes a second of what follows
 
 
 class _RefusedError(Exception):
@@ -63,6 +69,21 @@ def serve_judge(
         raise UserError(f"cannot serve at {host}:{port} ({error}); give another --port") from error
 
 
+class _InTime(socket.SocketIO):
+    """A socket's bytes until ``deadline``: the time-out of a socket begins anew with every byte."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection, "rb")
+        self.connection, self.deadline = connection, time.monotonic() + PATIENCE
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request did not arrive in time")
+        self.connection.settimeout(left)
+        return super().readinto(buffer)
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -70,6 +91,19 @@ class _Server(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
         self.judge, self.who, self.host, self.token, self.batch_size = judge, who, host, token, batch_size
         self.busy = threading.Lock()
+        self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.room.release()
 
     def identity(self) -> dict[str, object]:
         return {name: value for name, value in asdict(self.who).items() if value}
@@ -86,6 +120,15 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = PATIENCE
 
+    def setup(self) -> None:
+        super().setup()
+        self.arriving = _InTime(self.connection)
+        self.rfile = io.BufferedReader(self.arriving)
+
+    def handle_one_request(self) -> None:
+        self.arriving.deadline = time.monotonic() + PATIENCE
+        super().handle_one_request()
+
     def do_GET(self) -> None:
         self._answer(lambda: self.server.identity() if self.path == "/judge" else _no_page(self.path))
 
@@ -96,10 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":  # what a foreign web page may not send unasked
             raise _RefusedError(415, "send application/json")
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit():
+        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             raise _RefusedError(411, "Content-Length is missing")
-        if int(length) > MAX_BODY:
+        if len(length) > 15 or int(length) > MAX_BODY:
             raise _RefusedError(413, f"at most {MAX_BODY >> 20} MB a request")
+        self.arriving.deadline = time.monotonic() + PATIENCE + int(length) / SLOWEST
         return self.rfile.read(int(length))
 
     def _answer(self, work: Callable[[], Mapping[str, object]]) -> None:
@@ -114,14 +158,17 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             raise
         except Exception as error:  # a foreign judge may raise anything; the next request is another matter
-            print(f"{self.server.who.judge}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            # Of what others sent, which a terminal must not take for its own.
+            print(f"{self.server.who.judge}: {type(error).__name__}: {short(str(error))}", file=sys.stderr, flush=True)
             status, content = 500, {"error": f"the judge failed: {type(error).__name__}"}
         self._send(status, content)
 
     def _send(self, status: int, content: Mapping[str, object]) -> None:
         data = json.dumps(content).encode()
+        self.connection.settimeout(PATIENCE)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -130,8 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
         sent, token = self.headers.get("Authorization", ""), self.server.token
         if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
             raise _RefusedError(401, "wrong or missing token")
-        asked = self.headers.get("Host", "").rpartition(":")[0].strip("[]") or self.headers.get("Host", "")
-        if self.server.host in LOOPBACK and asked not in LOOPBACK:  # a web page that calls itself by our address
+        if (
+            self.server.host in LOOPBACK and host_name(self.headers.get("Host", "")) not in LOOPBACK
+        ):  # a web page that calls itself by our address
             raise _RefusedError(403, "ask for 127.0.0.1")
 
     def log_message(self, *_: object) -> None:
@@ -139,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _no_page(path: str) -> NoReturn:
-    raise _RefusedError(404, f"no page {path}; GET /judge or POST /score")
+    raise _RefusedError(404, f"no page {short(path, 100, quoted=False)}; GET /judge or POST /score")
 
 
 def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
@@ -152,8 +200,10 @@ def _read(body: bytes) -> tuple[list[Image.Image], list[str]]:
         raise _RefusedError(400, "expected {'images': [base64 pictures], 'prompts': [as many texts]}")
     if len(images) > MAX_PICTURES:
         raise _RefusedError(413, f"at most {MAX_PICTURES} pictures a request")
-    pictures = []
+    pictures: list[Image.Image] = []
     for index, text in enumerate(images):
+        if sum(picture.width * picture.height for picture in pictures) > MAX_PIXELS:
+            raise _RefusedError(413, f"at most {MAX_PIXELS} pixels a request: send fewer pictures at once")
         try:
             pictures.append(decode(base64.b64decode(text, validate=True)))
         except (ValueError, binascii.Error) as error:

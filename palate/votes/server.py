@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from palate.base.errors import UserError
+from palate.base.hosts import LOOPBACK, host_name
 from palate.base.jsonl import JsonObject
 from palate.votes.results import results
 from palate.votes.store import DiskError, Lock
@@ -30,6 +31,7 @@ try:
     from starlette.requests import Request
     from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
     from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 except ImportError as error:
     raise UserError(
         f"the page needs {(error.name or 'starlette').partition('.')[0]}; install it with: pip install 'palate[votes]'"
@@ -42,8 +44,8 @@ KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 8192
+PATIENCE = 20.0  # seconds for a whole request to arrive
 PORTS = 20  # so many are tried, from the one asked for
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -249,12 +251,37 @@ def _serve(study: Study, options: VoteOptions, lock: Lock) -> None:
     print(f"  results:  {where}/enter/{study.key('owner')}   (yours alone)")
     print(f"  votes are kept in {study.store.path}; stop with Ctrl-C", flush=True)
     config = uvicorn.Config(
-        make_app(study, host=options.host), log_level="warning", access_log=False, server_header=False, lifespan="off"
+        make_app(study, host=options.host),
+        http=_PatientProtocol,
+        log_level="warning",
+        access_log=False,  # which would tell the links
+        server_header=False,
+        lifespan="off",
     )
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the votes are in {study.store.path}; the same command goes on") from None
+
+
+class _PatientProtocol(H11Protocol):
+    """uvicorn's waits for the rest of a request for ever: some hundreds of visitors who never end one lock all others out."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._hurry()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._hurry()
+
+    def _hurry(self) -> None:
+        self.loop.call_later(PATIENCE, self._show_out, self.cycle)
+
+    def _show_out(self, last: RequestResponseCycle | None) -> None:
+        """Close, if since ``last`` was answered no other request has come in whole."""
+        if self.cycle is last and (last is None or last.response_complete) and not self.transport.is_closing():
+            self.transport.close()
 
 
 def _listen(host: str, port: int) -> tuple[socket.socket, int]:
@@ -324,14 +351,21 @@ def _known(rater: str | None) -> str:
     return rater
 
 
+def _utf8(text: str) -> bool:
+    """JSON can also write halves of characters, which no file and no database holds."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
+
+
 def _file(name: str) -> Response:
     return Response((PAGE / name).read_bytes(), media_type=KINDS[Path(name).suffix])
 
 
 def _check_host(request: Request, private: bool) -> None:
-    """Another site may give its own name our address (DNS rebinding) and would then be same-origin with us."""
-    name = request.url.hostname or ""
-    if private and name not in LOOPBACK:
+    # Not request.url, which tells the server's own address where the header is no name at all.
+    if private and host_name(request.headers.get("host", "")) not in LOOPBACK:
         raise RefusedError(421, "this page answers to localhost alone")
 
 
@@ -348,10 +382,14 @@ def _check_origin(request: Request, form: str) -> None:
 async def _body(request: Request, kinds: dict[str, type]) -> JsonObject:
     """A JSON object with exactly these members; ``seconds`` may be missing."""
     data = b""
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY:
-            raise RefusedError(413, f"too much: at most {MAX_BODY} bytes")
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                data += part
+                if len(data) > MAX_BODY:
+                    raise RefusedError(413, f"too much: at most {MAX_BODY} bytes")
+    except TimeoutError:
+        raise RefusedError(408, "the request did not arrive in time") from None
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
@@ -362,6 +400,6 @@ async def _body(request: Request, kinds: dict[str, type]) -> JsonObject:
         value = found.get(name, 0.0)
         if kind is float and type(value) is int and abs(value) < 1e9:
             found[name] = value = float(value)
-        if not isinstance(value, kind) or value != value:
+        if not isinstance(value, kind) or value != value or (isinstance(value, str) and not _utf8(value)):
             raise RefusedError(400, f"{name} must be {'a number' if kind is float else 'text'}")
     return found
