@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from palate.diffusion.denoising import draw
 from palate.evaluation.manifest import read_manifest
+from palate.online import rollouts
+from palate.runs import online
+from palate.training import fits
 from palate.training.log import read_log
 
 SIDE = 64
@@ -68,3 +72,30 @@ def test_half_precision_and_checkpointing(palate, folder):
     assert code == 0, errors
     assert all(bool(x.isfinite().all()) for x in trained("out").values())
     assert any(bool(x.any()) for name, x in trained("out").items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("name", ["klein", "flux"])
+def test_a_grid_is_the_times_of_sampling_at_the_size_of_the_pictures(palate, flow_dir, name, monkeypatch):
+    """Their shift depends on the size, so the grid does."""
+    trained_at, sampled_at = set(), set()
+
+    def spied(*args, **kwargs):
+        noised = draw(*args, **kwargs)
+        trained_at.update(noised.t.tolist())
+        return noised
+
+    class Spied(rollouts.Rollouts):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            sampled_at.update(self.path.t.tolist())
+
+    monkeypatch.setattr(fits, "draw", spied)
+    monkeypatch.setattr(online, "Rollouts", Spied)
+    own = {"train_prompts": "animals", "train_data": None, "rewards": "jpeg_compressibility", "objective": "nft"}
+    own |= {"samples_per_round": 4, "group_size": 2, "advantage": "group", "weighting": "advantage", "adv_clip": 1}
+    own |= {"sample_batch_size": 4, "train_batch_size": 4, "sample_num_steps": 3, "sample_eta": 0, "updates_per_round": 1}
+    options = {"pretrained_model_name_or_path": flow_dir(name), "resolution": SIDE, "max_train_steps": 3}
+    code, _, errors = palate("train", **options, time_density="grid", **own)
+    assert code == 0, errors
+    assert trained_at == sampled_at - {1000.0}  # where nothing is left of the picture
+    assert any(bool(x.any()) for key, x in trained("out").items() if "lora_B" in key)
