@@ -21,21 +21,8 @@ FOLDERS = {
 }
 """Names that people, and these pages, give to folders."""
 FILES = {
-    ".bin",
-    ".ckpt",
-    ".csv",
-    ".db",
-    ".json",
-    ".jsonl",
-    ".parquet",
-    ".png",
-    ".pt",
-    ".pth",
-    ".safetensors",
-    ".tar",
-    ".txt",
-} | {
-    *(".yaml", ".yml", ".zip"),
+    *(".arrow", ".bin", ".ckpt", ".csv", ".db", ".gz", ".json", ".jsonl", ".parquet", ".png", ".pt", ".pth", ".safetensors"),
+    *(".tar", ".tsv", ".txt", ".yaml", ".yml", ".zip"),
 }
 
 

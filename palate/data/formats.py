@@ -406,9 +406,9 @@ def _layout(path: Path, present: Sequence[str], names: Mapping[str, str]) -> tup
     name = missing[closest][0]
     known = {names[n] for layout in LAYOUTS for n in layout if n != "prompt"}.intersection(present)
     if not known and set(present) - set(names.values()):
-        shown = ", ".join(short(column, 40) for column in present[:5])
+        shown = ", ".join(short(column, 30) for column in present[:4])
         raise UserError(
-            f"{path}: none of its columns ({shown}{' and more' if len(present) > 5 else ''}) is known to hold pictures; if it "
+            f"{path}: none of its columns ({shown}{' and more' if len(present) > 4 else ''}) is known to hold pictures; if it "
             "holds pairs, say which: columns: {prompt: ITS NAME, chosen: ITS NAME, rejected: ITS NAME}; if single pictures: "
             "columns: {prompt: ITS NAME, image: ITS NAME}"
         )

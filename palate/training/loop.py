@@ -196,8 +196,8 @@ class _Run:
         self.place.load_state_dict(checkpoint.weights, state)
         self.window = Window(state["window"])
         # Older checkpoints tell only whether the logits were spoken of.
-        said = state["warned"] if isinstance(state["warned"], list) else ["logits"] * state["warned"]
-        self.alarms = Alarms(self.options, self.total, said)
+        warned: list[str] | bool = state["warned"]
+        self.alarms = Alarms(self.options, self.total, warned if isinstance(warned, list) else ["logits"] * warned)
         self.step.state.update(state["step state"])
         kept = state.get(KEPT, {})
         if self.data.rounds is not None:
