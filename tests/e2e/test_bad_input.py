@@ -59,7 +59,7 @@ EARLY = [
     ({"learning_rat": 1e-3}, "unknown option --learning_rat (did you mean --learning_rate?"),
     ({"trainin.seed": 1}, "no section 'trainin' (did you mean 'training'?"),
     ({"training.rank": 1}, "unknown option --training.rank"),
-    ({"objective": "dop"}, "no objective named 'dop' (did you mean 'dpo'? choose from cdpo, cpo, "),
+    ({"objective": "dop"}, "no objective named 'dop' (did you mean 'dpo'? choose from "),
     ({"objective": "cdpo", "objective.label_smoothing": 0.5}, "label_smoothing is 0.5; expected the share of wrong votes"),
     ({"objective.beta": -5000}, "objective dpo: beta is -5000.0; expected a positive number"),
     ({"objective": "kto", "objective.disliked_weight": -1}, "objective kto: disliked_weight is -1.0; expected 0 or more"),
