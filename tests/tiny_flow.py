@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import LIMIT, tiny_t5_tokenizer, tiny_text, tiny_vae
+from tiny_models import LIMIT, tiny_t5_tokenizer, tiny_text, tiny_vae
 
 from palate.miniature.captions import caption
 from tools.miniature import scenes

@@ -126,7 +126,7 @@ def _implicit(model: NamedModel, reader: Reader, options: AccuracyOptions, progr
 
     policy = model.load_finished()
     own = model.recipe.space if model.recipe is not None else {"name": "latent"}
-    spaces = [own if name == "run" else {"name": name} for name in options.space]
+    spaces = [own if name == "run" else complete_space({"name": name}) for name in options.space]
     for space in spaces:
         check_space(space, policy.denoiser)
     of_run = model.recipe.data.resolution if model.recipe is not None else None
@@ -142,7 +142,7 @@ def _implicit(model: NamedModel, reader: Reader, options: AccuracyOptions, progr
     for name, space in zip(options.space, spaces, strict=True):
         margins, labels = implicit_margins(
             policy,
-            bind_space(complete_space(space), policy),
+            bind_space(space, policy),
             encoded,
             seed=options.seed,
             timesteps=options.timesteps,

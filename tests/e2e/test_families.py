@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BETAS
 from PIL import Image
+from tiny_models import BETAS
 
 from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser
