@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ class Flux2Klein(Latent):
         self.is_distilled = bool(index.get("is_distilled", False))
         self.negated = not self.is_distilled
 
-    def _read_schedule(self, config: Mapping[str, Any]) -> Schedule:
+    def _read_schedule(self, config: Config) -> Schedule:
         """With the pipeline's own shift, where the sampler asks for one."""
         found = super()._read_schedule(config)
         assert isinstance(found, RectifiedFlow)

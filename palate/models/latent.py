@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -77,7 +77,7 @@ class Latent:
         self.default_resolution = _side(self.network.config.get("sample_size", self.side), name, self.part) * self.vae.factor
         self._prompts = Remembered(self.encode_prompts, self.unconditional)
 
-    def _read_schedule(self, config: Mapping[str, Any]) -> Schedule:
+    def _read_schedule(self, config: Config) -> Schedule:
         """Of the sampler's configuration; a family whose pipeline gives the sampler its noise levels says so here."""
         found = from_config(config)
         if isinstance(found, RectifiedFlow) != self.flow:

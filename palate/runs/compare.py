@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError
 from palate.base.machine import tell, versions
@@ -18,6 +18,7 @@ from palate.names.judges import score_folders
 from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import write_card
 from palate.runs.loading import at_home, denoiser_of, drawing_of
+from palate.runs.methods import SpaceOptions
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -174,6 +175,6 @@ def _first_of_each(prompts: list[str], limit: int) -> list[int]:
     return list(first.values())[:limit]
 
 
-def _space_name(space: dict[str, Any] | list[dict[str, Any]]) -> str:
+def _space_name(space: SpaceOptions) -> str:
     parts = space if isinstance(space, list) else [space]
     return " + ".join(p["name"] for p in parts)

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
+from palate.base.jsonl import JsonObject
 from palate.base.machine import is_main, tell
 from palate.miniature import world
 from palate.models.families import cut_warning
@@ -129,7 +130,7 @@ def _alike(encoded: EncodedPairs) -> list[str]:
     return told + ([f"{close} of {len(looked)} pairs show two pictures that are alike to the model: {remedy}"] if close else [])
 
 
-def counts_of(counts: Counts) -> dict[str, Any]:
+def counts_of(counts: Counts) -> JsonObject:
     """What a reader has met, as ``run.json`` tells it."""
     return {
         "rows": counts.rows,

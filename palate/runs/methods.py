@@ -33,6 +33,10 @@ AUTO = "auto"
 SPACES = ("latent", "perceptual")
 
 
+Named = dict[str, Any]
+"""A name and its keywords, as a recipe gives an objective or a space."""
+SpaceOptions = Named | list[Named]
+"""A space, or several with weights."""
 Evidence = Literal["pairs", "samples", "trajectories"]
 """What an objective learns from."""
 
@@ -76,7 +80,7 @@ def _objective(name: str) -> tuple[Callable[..., Tensor], Evidence]:
     return function, "pairs" if "Pair" in annotation else "samples"
 
 
-def complete_objective(options: object) -> dict[str, Any]:
+def complete_objective(options: object) -> Named:
     """An objective as a recipe gives it, with its defaults. Raises UserError: an unknown name or keyword, or out of range."""
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise UserError(f"objective is {short(options)}; expected a name such as {{name: dpo, beta: 5000}}")
@@ -107,7 +111,7 @@ def _try_objective(objective: Callable[..., Tensor], evidence: Evidence) -> None
     objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})
 
 
-def bind_objective(complete: Mapping[str, Any]) -> Objective:
+def bind_objective(complete: Named) -> Objective:
     """What a complete objective, as :func:`complete_objective` gives it, stands for."""
     function, evidence = _objective(complete["name"])
     auto = complete.get("beta") == AUTO
@@ -136,7 +140,7 @@ def _density(options: TrainOptions, path: Path | None) -> Density:
     return densities.uniform
 
 
-def complete_space(options: object) -> dict[str, Any] | list[dict[str, Any]]:
+def complete_space(options: object) -> SpaceOptions:
     """A space, or several with weights, with their defaults. Raises UserError: an unknown name or keyword, or out of range."""
     from palate import spaces
 
@@ -162,7 +166,7 @@ def _any_schedule() -> Schedule:
     return from_config({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2})
 
 
-def check_space(options: dict[str, Any] | list[dict[str, Any]], denoiser: Denoiser) -> None:
+def check_space(options: SpaceOptions, denoiser: Denoiser) -> None:
     """Raise ``UserError`` if the space needs features, or layers, that the model's family has not."""
     from palate.models.denoiser import features_of
 
@@ -177,12 +181,12 @@ def check_space(options: dict[str, Any] | list[dict[str, Any]], denoiser: Denois
             )
 
 
-def bind_space(complete: dict[str, Any] | list[dict[str, Any]], policy: Policy | Finished) -> Space:
+def bind_space(complete: SpaceOptions, policy: Policy | Finished) -> Space:
     """A complete space, as :func:`complete_space` gives it, around the policy's frozen encoder where it needs one."""
     return _make_space(complete, policy.features, policy.schedule)
 
 
-def _make_space(complete: dict[str, Any] | list[dict[str, Any]], features: Features, schedule: Schedule) -> Space:
+def _make_space(complete: SpaceOptions, features: Features, schedule: Schedule) -> Space:
     from palate import spaces
 
     if isinstance(complete, list):

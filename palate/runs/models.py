@@ -8,10 +8,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError
 from palate.base.hub import is_hub_id
+from palate.base.jsonl import JsonObject
 from palate.base.machine import device
 from palate.miniature import world
 from palate.models.files import LORA_FILE, PEFT_FILE, lora_in, weights_of
@@ -73,9 +74,9 @@ class NamedModel:
     refiner_start: float = 0.8
     label: str = ""
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> JsonObject:
         """What decides its pictures, as JSON: names, and digests of what was trained."""
-        found: dict[str, Any] = {"name": self.label, "base": self.base, "revision": self.revision, "variant": self.variant}
+        found: JsonObject = {"name": self.label, "base": self.base, "revision": self.revision, "variant": self.variant}
         if self.tuned is not None:
             found["tuned"] = _digest(self.tuned)
         if self.refiner is not None:

@@ -20,7 +20,7 @@ from palate.base.errors import UserError, nearest, short
 from palate.base.files import write_atomically
 from palate.base.options import BARE, dumps, help_lines, indented, parse, section
 from palate.online.options import Arithmetic, OnlineOptions
-from palate.runs.methods import SPACES, Objective, bind_objective, complete_objective, complete_space
+from palate.runs.methods import SPACES, Named, Objective, SpaceOptions, bind_objective, complete_objective, complete_space
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions, PolicyOptions
 from palate.training.options import TrainOptions
 
@@ -38,8 +38,8 @@ class Recipe:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
-    space: dict[str, Any] | list[dict[str, Any]] = field(default_factory=lambda: {"name": "latent"})
+    objective: Named = field(default_factory=lambda: {"name": "dpo"})
+    space: SpaceOptions = field(default_factory=lambda: {"name": "latent"})
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     online: OnlineOptions = field(default_factory=OnlineOptions)
     training: TrainOptions = field(default_factory=TrainOptions)

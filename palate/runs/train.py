@@ -8,12 +8,12 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.hub import check_push, push
-from palate.base.jsonl import read_object
+from palate.base.jsonl import JsonObject, read_object
 from palate.base.machine import is_main, tell, versions
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.folders import read_run
@@ -131,7 +131,7 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
     samples = Samples(recipe, denoiser, policy)
     watch = online.Watch(found, denoiser, policy, rollouts, tell) if wanted.held_out else None
     denoiser.release()
-    about: dict[str, Any] = {"command": command, "versions": versions(), "prompts": len(wanted.prompts)}
+    about: JsonObject = {"command": command, "versions": versions(), "prompts": len(wanted.prompts)}
     # Whom an address served cannot be asked later.
     if serves := {name: reward.serves for name, reward in wanted.rewards.items() if reward.serves}:
         about["serves"] = serves
@@ -209,7 +209,7 @@ def _check_output(recipe: Recipe, out: Path) -> None:
         raise UserError(f"{out} already holds a run, without checkpoints; name another --output_dir, or delete that folder")
 
 
-def _saved_recipe(path: Path) -> dict[str, Any]:
+def _saved_recipe(path: Path) -> JsonObject:
     if not path.is_dir():
         raise UserError(f"there is no checkpoint at {path}; expected a folder such as checkpoint-500, or latest")
     return read_object(path / "recipe.json", otherwise=f"checkpoint {path} is damaged: resume from an earlier one")
@@ -223,7 +223,7 @@ def _train(
     data: Source,
     samples: Samples,
     on_evaluate: Callable[[int], Mapping[str, float]] | None,
-    about: dict[str, Any],
+    about: JsonObject,
     states: Mapping[str, Stateful] | None = None,
     doubts: Sequence[str] = (),
 ) -> None:
