@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,9 @@ def test_implicit_rewards_in_both_spaces(palate, pairs_dir, cache_dir, model_dir
     assert told("again.json")[0]["run (latent)"] == found["run (latent)"]
     rows = [json.loads(line) for line in (pairs_dir / "metadata.jsonl").read_text().splitlines()]
     turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-    (pairs_dir / "turned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
-    assert palate("accuracy", pairs_dir / "turned.jsonl", **options, space="latent", output="turned.json")[0] == 0
+    shutil.copytree(pairs_dir, "turned")
+    Path("turned/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    assert palate("accuracy", "turned", **options, space="latent", output="turned.json")[0] == 0
     assert told("turned.json")[0]["run (latent)"]["rate"] == pytest.approx(1 - found["run (latent)"]["rate"])
     # At scale 0 the model is its own reference, and prefers nothing.
     code, _, errors = palate("accuracy", pairs_dir, **{**options, "model": model_dir}, lora="run:0", output="zero.json")
