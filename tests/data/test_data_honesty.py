@@ -331,7 +331,7 @@ def test_names_as_other_systems_write_them(tmp_path):
         ("..\\secret.png", "leads outside"),
         ("C:\\pictures\\1.png", "an absolute path"),
         ("/home/somebody/1.png", "leads outside the folder of the file (an absolute path)"),
-        ({"bytes": None, "path": "/root/.cache/1.png"}, "an absolute path"),
+        ({"bytes": None, "path": "/home/somebody/.cache/1.png"}, "an absolute path"),
         ("link.png", "is a link that leads outside the folder of the file: copy the picture there (cp -L)"),
         ("linked/x.png", "linked folder"),
         ("dead.png", "is a link to '/nowhere/1.png', which does not exist"),
