@@ -89,9 +89,9 @@ def text_config(name: str, part: str, **options: str) -> Config:
     return {**CLIPTextConfig().to_dict(), **(found.get("text_config") or found)}
 
 
-def check_channels(network: Config, vae: Config, part: str, name: str) -> None:
-    """Raise ``UserError`` unless the network takes and gives latents as the VAE has them."""
-    latent = int(vae.get("latent_channels", 4))
+def check_channels(network: Config, vae: Config, part: str, name: str, *, pack: int = 1) -> None:
+    """Raise ``UserError`` unless the network takes and gives latents as the VAE has them, ``pack`` squared of them as one."""
+    latent = pack**2 * int(vae.get("latent_channels", 4))
     for way, verb in (("in_channels", "takes"), ("out_channels", "gives")):
         count = network.get(way) or (latent if way == "out_channels" else 4)
         if count != latent:

@@ -36,11 +36,10 @@ class Flux(Latent):
     }
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
     patch, flow, spaced, no_fp16 = 2, True, True, True
-    negated, edited = False, False
+    negated, edited, last_reads_on = False, False, True
 
     def _check_fit(self, network: Config) -> None:
-        patches = 4 * int(self.vae.config.get("latent_channels", 4))
-        check_channels(network, {"latent_channels": patches}, self.part, self.name)
+        check_channels(network, self.vae.config, self.part, self.name, pack=2)
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return TextEncoder(source), TextEncoder(source, "_2", dtype=large(dtype, source.device), length=512)
@@ -55,11 +54,6 @@ class Flux(Latent):
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         channels, *sides = super().latent_shape(height, width)
         return channels // 4, *sides
-
-    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
-        """By T5, which reads on where CLIP stops."""
-        longer, limit = self.texts[-1].longer(list(dict.fromkeys(prompts)))
-        return sum(longer), limit
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         clip, t5 = self.texts

@@ -75,8 +75,7 @@ class Flux2Klein(Latent):
         return replace(found, patch=1, shift=empirical_shift if callable(found.shift) else found.shift)
 
     def _check_fit(self, network: Config) -> None:
-        patches = 4 * int(self.vae.config.get("latent_channels", 4))
-        check_channels(network, {"latent_channels": patches}, self.part, self.name)
+        check_channels(network, self.vae.config, self.part, self.name, pack=2)
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return (TextEncoder(source, dtype=large(dtype, source.device), length=512, template=chat(thinking=False)),)

@@ -55,6 +55,8 @@ class Latent:
     """Side of what the network takes as one, in latents."""
     text_recipe: ClassVar[str] = ""
     """What beside the text encoders decides a conditioning, such as which of their layers; a part of the cache's keys."""
+    last_reads_on: ClassVar[bool] = False
+    """Whether the last text encoder reads prompts on where the others stop, so that it alone cuts them."""
     no_fp16: ClassVar[bool] = False
     """Whether its numbers are known to overflow in float16."""
     flow: ClassVar[bool] = False
@@ -162,7 +164,8 @@ class Latent:
 
     def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
         prompts = list(dict.fromkeys(prompts))
-        longer, limits = zip(*(text.longer(prompts) for text in self.texts), strict=True)
+        texts = self.texts[-1:] if self.last_reads_on else self.texts
+        longer, limits = zip(*(text.longer(prompts) for text in texts), strict=True)
         return sum(any(of_prompt) for of_prompt in zip(*longer, strict=True)), min(limits)
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class StableDiffusion3(Latent):
     }
     text_recipe: ClassVar[str] = f"sd3 hidden -2 t5 {T5_LENGTH}"
     flow: ClassVar[bool] = True
+    last_reads_on: ClassVar[bool] = True
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         clip = TextEncoder(source), TextEncoder(source, "_2")
@@ -62,11 +63,6 @@ class StableDiffusion3(Latent):
 
     def _pipeline_options(self) -> dict[str, object]:
         return {} if len(self.texts) == 3 else {"text_encoder_3": None, "tokenizer_3": None}
-
-    def cut_prompts(self, prompts: list[str]) -> tuple[int, int]:
-        """By the last encoder: T5 reads on where the others stop."""
-        longer, limit = self.texts[-1].longer(list(dict.fromkeys(prompts)))
-        return sum(longer), limit
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         first, second = (text(prompts, hidden_states=True) for text in self.texts[:2])
