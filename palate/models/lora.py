@@ -213,7 +213,9 @@ def _put(denoiser: Drawer, parts: dict[str, nn.Module], file: Path, layers: Sequ
             by_part[part or first][module] = layer
     for part, of_part in by_part.items():
         for module, layer in of_part.items():
-            _check_shape(denoiser, file, module, layer, _base(parts[part].get_submodule(module)).weight.shape)
+            weight = _base(parts[part].get_submodule(module)).weight.shape
+            _as_there(layer.tensors, len(weight))
+            _check_shape(denoiser, file, module, layer, weight)
     if lost:
         named, name, there = lost[0]
         close = ", ".join(get_close_matches(name, [module.replace(".", "_") for module in there], n=3))
@@ -251,6 +253,13 @@ def _table(denoiser: Drawer, module: nn.Module, *, network: bool) -> dict[str, s
         except (KeyError, ValueError, IndexError):  # a layer for which kohya's scripts have no name
             continue
     return found
+
+
+def _as_there(tensors: dict[str, Tensor], dims: int) -> None:
+    """A linear layer and a convolution of 1 x 1 are the same: either half takes the form of the layer that it is for."""
+    for role in ("down", "up"):
+        if tensors[role].ndim >= 2 and all(side == 1 for side in tensors[role].shape[2:]):
+            tensors[role] = tensors[role].reshape(*tensors[role].shape[:2], *[1] * (dims - 2))
 
 
 def _check_shape(denoiser: Drawer, file: Path, module: str, layer: Layer, weight: torch.Size) -> None:
@@ -296,7 +305,7 @@ def _inject(denoiser: Drawer, model: nn.Module, part: str, file: Path, layers: M
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        warnings.simplefilter("ignore")  # PEFT's, of names and patterns without a layer: what arrived is looked at
         yield
 
 
@@ -325,7 +334,7 @@ def _config(layers: Mapping[str, Layer], one: float | None, told: dict[str, Any]
     """Arguments of PEFT's ``LoraConfig``: as told, or by the shapes; without an alpha the strength of every layer is 1."""
     modules = list(layers)
     if told is not None and one is None:
-        return {"target_modules": modules, **told}
+        return {**told, "target_modules": modules}
     ranks = {module: layer.rank for module, layer in layers.items()}
     rank = Counter(ranks.values()).most_common()[0][0]
     others = {f"^{module}": r for module, r in ranks.items() if r != rank}

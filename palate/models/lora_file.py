@@ -7,35 +7,33 @@ Names of layers come in many forms, dotted as in diffusers and PEFT, or with und
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from palate.base.errors import UserError, first_line
+from palate.base.errors import UserError, first_line, short
 from palate.base.hub import is_hub_id
 from palate.models.files import LORA_FILE, lora_in
 
+ADAPTER = r"(?:\.[^.]+)?"
 ROLES = {
-    "down": (
-        *(".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight"),
-        *(".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"),
-    ),
-    "up": (
-        *(".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight"),
-        *(".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight"),
-    ),
-    "mid": (".lora_mid.weight",),
-    "bias": (".lora_B.bias", ".lora_B.default.bias"),
-    "magnitude": (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight"),
-    "alpha": (".alpha",),
+    "down": rf"\.lora_A{ADAPTER}\.weight|\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
+    "up": rf"\.lora_B{ADAPTER}\.weight|\.lora_up\.weight|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight",
+    "mid": r"\.lora_mid\.weight",
+    "bias": rf"\.lora_B{ADAPTER}\.bias",
+    "magnitude": rf"\.lora_magnitude_vector(?:{ADAPTER}\.weight)?",
+    "alpha": r"\.alpha",
 }
-"""How the names of a layer's tensors end, by what they are."""
+"""How the names of a layer's tensors end, by what they are; PEFT also writes the name of the adapter, such as ``default``."""
+END = re.compile(f"(?:{'|'.join(f'(?P<{role}>{end})' for role, end in ROLES.items())})$")
 
 OTHER_KINDS = {
     "a LoHa (LyCORIS)": (".hada_",),
@@ -46,6 +44,7 @@ OTHER_KINDS = {
     "an IA3": (".on_input", ".ia3_"),
     "a GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
     "a VeRA": (".vera_",),
+    "an AdaLoRA": (".lora_E", ".ranknum"),
     "a file with trained norms": (".w_norm", ".b_norm"),
     "a file with trained words": ("bundle_emb.", "emb_params", "string_to_param", ".lora_embedding_"),
 }
@@ -61,8 +60,28 @@ TEXT = {
     "lora_te_": "text_encoder",
     "text_model.": "text_encoder",
 }
-NETWORK = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "lora_unet_", "lora_transformer_")
-PEFT = "base_model.model."
+NETWORK = (
+    *("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "lora_unet_", "lora_transformer_", "lycoris_"),
+)
+AROUND = r"^(?:base_model\.model\.|module\.|_orig_mod\.)*"
+"""What PEFT, PyTorch's data parallelism and its compiler put before the names of layers."""
+TOLD = {
+    "r": "a whole number above 0",
+    "lora_alpha": "a number",
+    "rank_pattern": "numbers by layer",
+    "alpha_pattern": "numbers by layer",
+    "use_rslora": "true or false",
+    "use_dora": "true or false",
+    "lora_bias": "true or false",
+}
+"""What decides the change of a layer, of all that PEFT's configuration tells, and what it must be."""
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Values of PEFT's ``init_lora_weights`` that leave the model's own weights as they are."""
+BESIDE = (
+    *("modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
+"""Options of PEFT that make more of a LoRA than matrices beside the model's own weights."""
 
 
 def placed(stem: str) -> tuple[str | None, str]:
@@ -73,10 +92,10 @@ def placed(stem: str) -> tuple[str | None, str]:
     >>> placed("lora_te2_text_model_encoder_layers_0_self_attn_q_proj")
     ('text_encoder_2', 'text_model_encoder_layers_0_self_attn_q_proj')
     """
-    stem = stem.removeprefix(PEFT)
+    stem = re.sub(AROUND, "", stem)
     prefix = next((p for p in (*TEXT, *NETWORK) if stem.startswith(p)), "")
     part = TEXT.get(prefix)
-    rest = stem if prefix == "text_model." else stem.removeprefix(prefix).removeprefix(PEFT)
+    rest = stem if prefix == "text_model." else re.sub(AROUND, "", stem.removeprefix(prefix))
     name = rest.replace(".", "_").replace("_processor_", "_")
     return part, _of_text(name) if part else name
 
@@ -211,7 +230,8 @@ def _kind(name: str) -> str | None:
 
 
 def _role(name: str) -> str | None:
-    return next((role for role, ends in ROLES.items() if name.endswith(ends)), None)
+    found = END.search(name)
+    return None if found is None else found.lastgroup
 
 
 def is_named(name: str) -> bool:
@@ -221,8 +241,7 @@ def is_named(name: str) -> bool:
 
 def stem_of(name: str) -> str:
     """The layer that a tensor is of, as the file has it."""
-    ends = (end for ends in ROLES.values() for end in ends if name.endswith(end))
-    return name.removesuffix(max(ends, key=len, default=""))
+    return END.sub("", name, count=1)
 
 
 def layers_of(file: Path, tensors: Mapping[str, Tensor]) -> list[Layer]:
@@ -279,7 +298,7 @@ def told_config(file: Path, part: str) -> dict[str, Any] | None:
     """What a file, or PEFT's ``adapter_config.json`` beside it, tells of the LoRA of ``part``, as arguments of ``LoraConfig``.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or tells of more than a LoRA.
     """
     beside = file.with_name("adapter_config.json")
     try:
@@ -287,12 +306,41 @@ def told_config(file: Path, part: str) -> dict[str, Any] | None:
             told = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         own = {key.removeprefix(f"{part}."): value for key, value in told.items() if key.startswith(f"{part}.")}
         if not own and file.name == "adapter_model.safetensors" and beside.is_file():
-            given = json.loads(beside.read_text(encoding="utf-8"))
-            names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
-            own = {name: given[name] for name in names if name in given}
+            own = dict(json.loads(beside.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"what {file} tells of its LoRA cannot be read: {first_line(error)}; save it again") from error
-    return own or None
+    _check_told(file, own)
+    return {name: own[name] for name in TOLD if name in own} or None
+
+
+def _check_told(file: Path, told: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` if a configuration tells of what only its own program can do, or holds what is no such value."""
+    if (kind := told.get("peft_type") or "LORA") != "LORA":
+        raise UserError(f"{file} tells that it is of kind {short(kind, 40)}: only plain LoRA and LoCon are read")
+    if (start := told.get("init_lora_weights", True)) not in STARTS:
+        raise UserError(
+            f"{file} began from changed weights of its model (init_lora_weights {short(start, 40)}), without which it is not "
+            "what was trained: save it as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    if more := [name for name in BESIDE if told.get(name)]:
+        raise UserError(
+            f"{file} is more than a LoRA ({more[0]} {short(told[more[0]], 40)}): only plain LoRA and LoCon are read"
+        )
+    for name, expected in TOLD.items():
+        if name in told and not _is_told(name, told[name]):
+            raise UserError(f"{file} tells {name} {short(told[name], 40)}; expected {expected}: save it again")
+
+
+def _is_told(name: str, value: object) -> bool:
+    if name.endswith("_pattern"):
+        return isinstance(value, dict) and all(
+            _is_told("lora_alpha", number) for number in cast("dict[str, object]", value).values()
+        )
+    if TOLD[name] == "true or false":
+        return isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if name == "lora_alpha" else isinstance(value, int) and value > 0
 
 
 def tells_alpha(file: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,13 @@ LAYOUTS = {
     "peft": lambda n: (f"base_model.model.{n}.lora_A.weight", f"base_model.model.{n}.lora_B.weight"),
     "peft in a pipeline": lambda n: (f"unet.base_model.model.{n}.lora_A.weight", f"unet.base_model.model.{n}.lora_B.weight"),
     "peft, as it runs": lambda n: (f"{n}.lora_A.default.weight", f"{n}.lora_B.default.weight"),
+    "peft, of a name": lambda n: (
+        f"base_model.model.{n}.lora_A.my-style.weight",
+        f"base_model.model.{n}.lora_B.my-style.weight",
+    ),
+    "compiled": lambda n: (f"base_model.model._orig_mod.{n}.lora_A.weight", f"base_model.model._orig_mod.{n}.lora_B.weight"),
+    "in parallel": lambda n: (f"module.{n}.lora_A.weight", f"module.{n}.lora_B.weight"),
+    "lycoris": lambda n: (f"lycoris_{n.replace('.', '_')}.lora_down.weight", f"lycoris_{n.replace('.', '_')}.lora_up.weight"),
     "bare": lambda n: (f"{n}.lora_A.weight", f"{n}.lora_B.weight"),
     "comfyui": lambda n: (f"diffusion_model.{n}.lora_down.weight", f"diffusion_model.{n}.lora_up.weight"),
     "processors": lambda n: (f"unet.{attention(n)}.down.weight", f"unet.{attention(n)}.up.weight"),
@@ -135,6 +143,80 @@ def test_strength_that_peft_tells_beside_the_file(model_dir, tmp_path, rslora):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**told, "r": 8}))
     with pytest.raises(UserError, match="what it tells of its ranks is not what it holds"):
         put_loras(denoiser := load_denoiser(str(model_dir)), denoiser.network, [(tmp_path, 1.0)])
+
+
+TOLD_MORE = {
+    "began from changed weights of its model": {"init_lora_weights": "pissa_niter_4"},
+    "(init_lora_weights 'olora')": {"init_lora_weights": "olora"},
+    "init_lora_weights ['x']": {"init_lora_weights": ["x"]},
+    "of kind 'LOHA'": {"peft_type": "LOHA"},
+    "more than a LoRA (modules_to_save": {"modules_to_save": ["conv_in"]},
+    "more than a LoRA (layer_replication": {"layer_replication": [[0, 1]]},
+    "tells r -1; expected a whole number above 0": {"r": -1},
+    "tells r 4.0": {"r": 4.0},
+    "tells lora_alpha nan; expected a number": {"lora_alpha": float("nan")},
+    "tells lora_alpha None": {"lora_alpha": None},
+    "tells lora_alpha '8'": {"lora_alpha": "8"},
+    "tells use_rslora 'yes'; expected true or false": {"use_rslora": "yes"},
+    "tells alpha_pattern {'to_q': 'x'}; expected numbers by layer": {"alpha_pattern": {"to_q": "x"}},
+}
+
+
+def told_by(place: str, tensors: dict, told: dict, folder) -> Path:
+    """A LoRA whose configuration stands beside it, as PEFT has it, or in the file, as diffusers has it."""
+    if place == "beside":
+        (folder / "adapter_config.json").write_text(json.dumps(told))
+        save_file({f"base_model.model.{n}": t for n, t in tensors.items()}, file := folder / "adapter_model.safetensors")
+    else:
+        told = json.dumps({f"unet.{name}": value for name, value in told.items()})
+        own = {f"unet.{n}": t for n, t in tensors.items()}
+        save_file(own, file := folder / "lora.safetensors", metadata={"lora_adapter_metadata": told})
+    return file
+
+
+@pytest.mark.parametrize("place", ["beside", "in the file"])
+@pytest.mark.parametrize("message", TOLD_MORE)
+def test_what_a_configuration_tells_is_accounted_for(model_dir, tmp_path, place, message):
+    matrices = halves(load_denoiser(str(model_dir)).network, rank=4, ends=("to_q",))
+    tensors = {n: t for name, pair in matrices.items() for n, t in zip(LAYOUTS["bare"](name), pair, strict=True)}
+    file = told_by(place, tensors, {"r": 4, "lora_alpha": 4, **TOLD_MORE[message]}, tmp_path)
+    for put in (lambda d: put_loras(d, d.network, [(file, 1.0)]), lambda d: load_lora(d, d.network, file)):
+        denoiser = load_denoiser(str(model_dir))
+        before = denoiser.network.state_dict()
+        with pytest.raises(UserError) as caught:
+            put(denoiser)
+        assert message in str(caught.value)
+        assert denoiser.network.state_dict().keys() == before.keys()
+
+
+TRAINING_ONLY = {
+    "init_lora_weights": "gaussian",
+    "exclude_modules": ["to_q"],
+    "layers_to_transform": [0],
+    "target_modules": ["nothing"],
+    "lora_dropout": 0.5,
+    "rank_pattern": {"nothing": 8},
+    "an_option_of_tomorrow": 3,
+}
+
+
+@pytest.mark.parametrize("place", ["beside", "in the file"])
+def test_what_is_of_training_alone_changes_nothing(model_dir, tmp_path, place, recwarn):
+    matrices = halves(load_denoiser(str(model_dir)).network, rank=4)
+    tensors = {n: t for name, pair in matrices.items() for n, t in zip(LAYOUTS["bare"](name), pair, strict=True)}
+    file = told_by(place, tensors, {"r": 4, "lora_alpha": 8, **TRAINING_ONLY}, tmp_path)
+    check(model_dir, file, {name: 2 * product(*pair) for name, pair in matrices.items()})
+    assert not recwarn.list
+
+
+def test_a_convolution_of_one_pixel_is_a_linear_layer(folder, tmp_path):
+    matrices = halves(load_denoiser(str(folder)).network, ends=("to_q", "proj_in"))
+    turned = {
+        name: [half.flatten(1) if half.ndim == 4 else half[..., None, None] for half in pair] for name, pair in matrices.items()
+    }
+    tensors = {n: t for name, pair in turned.items() for n, t in zip(LAYOUTS["kohya"](name), pair, strict=True)}
+    save_file(tensors, file := tmp_path / "lora.safetensors")
+    check(folder, file, {name: product(*pair) for name, pair in matrices.items()})
 
 
 def test_a_dora_of_peft_is_drawn_with_by_its_magnitudes(model_dir, tmp_path):
@@ -270,6 +352,7 @@ KINDS = {
     "a GLoRA": {f"{KEY}.a1.weight": (4, 8)},
     "trained words": {"bundle_emb.word.string_to_param.*": (1, 16)},
     "what is no part of a LoRA": {"unet.conv_in.bias": (8,)},
+    "an AdaLoRA": {"base_model.model.conv_in.lora_E": (4, 1)},
     "no part of a LoRA": {f"{KEY}.lora_down.scale": (1,)},
 }
 
