@@ -8,22 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from palate.base.errors import UserError, nearest, short
-
-VERBS = {
-    "train": "align a model: palate train RECIPE [--option value ...]",
-    "vote": "a page on which people judge pictures: palate vote DIR [--option value ...]",
-    "evaluate": "compare base and tuned model of a finished run again: palate evaluate RUN [--option value ...]",
-    "serve-judge": "serve a judge over HTTP: palate serve-judge NAME [--port PORT]",
-    "generate": "pictures of many prompts: palate generate MODEL --prompts P --output_dir DIR [--option value ...]",
-    "label": "judges' opinions as pairs to train on: palate label DIR|PAIRS --judges '[...]' --output pairs.parquet",
-    "accuracy": "how often judges and tuned models prefer what people did: palate accuracy PAIRS --judges ... --model RUN",
-    "score": "what judges say of pictures: palate score DIR --judges '[...]'",
-    "compare": "which folder of pictures is better: palate compare BASE OTHER [OTHER ...] [--option value ...]",
-    "report": "runs or comparisons as one page: palate report FOLDER [FOLDER ...]",
-    "export": "a LoRA for ComfyUI and A1111, merged weights, a pipeline: palate export RUN --format kohya --output F",
-    "recipes": "list recipes, show one, or copy one to edit: palate recipes [show NAME | copy NAME [FILE]]",
-}
-
+from palate.verbs.table import GROUPS, VERBS
 
 LONGEST = 2000
 """Of an error, in letters: nothing that others wrote is printed whole."""
@@ -104,14 +89,15 @@ def _dispatch(words: list[str]) -> int:
 
 def _help() -> str:
     width = max(map(len, VERBS))
-    lines = [f"  {verb.ljust(width)}  {text}" for verb, text in VERBS.items()]
+    lines = []
+    for heading, group in GROUPS.items():
+        lines += [heading, *(f"  {verb.ljust(width)}  {text}" for verb, text in group.items()), ""]
     return "\n".join(
         [
             "palate: align text-to-image diffusion models with taste",
             "",
             *lines,
-            "",
-            "A first run on the embedded miniature world: palate train miniature-dpo --output_dir out",
-            "'palate train --help' lists the options of a recipe.",
+            "A first run, on the embedded miniature world: palate train miniature-dpo --output_dir out/first",
+            "'palate VERB --help' lists the options of a verb, 'palate --version' tells the version.",
         ]
     )

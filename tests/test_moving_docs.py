@@ -10,7 +10,7 @@ import pytest
 
 from palate.base.errors import UserError
 from palate.models.files import KOHYA_FILE, LORA_FILE
-from palate.runs import export, recipe
+from palate.runs import export, library, recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -38,7 +38,7 @@ def test_options_on_the_page_of_moving_exist():
 def test_recipes_and_exports_that_pages_name_exist(page):
     text = (DOCS / page).read_text()
     for name in re.findall(r"palate train ((?:sd|sdxl|sd15)-[\w-]+)", text):
-        recipe.find(name)
+        library.find(name)
     for words in re.findall(r"palate export \S+ (--.*?)(?:\s+#.*)?$", text, flags=re.M):
         options = dict(re.findall(r"--(\w+) (\S+)", words))
         assert options.keys() <= {f.name for f in dataclasses.fields(export.ExportOptions)}

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from palate.base.errors import UserError
 from palate.base.options import parse
 from palate.diffusion.denoising import Fit, Pair
-from palate.runs import recipe
+from palate.runs import library, recipe
+from palate.runs.help import train_help
 from palate.runs.recipe import Recipe
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions
 
@@ -30,11 +31,11 @@ def written(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", recipe.built_in())
+@pytest.mark.parametrize("name", library.built_in())
 def test_every_built_in_recipe_loads_and_says_what_it_is(name):
     made = recipe.load(name)
     assert made == recipe.build(made.as_dict())
-    first = recipe.find(name).read_text().splitlines()[0]
+    first = library.find(name).read_text().splitlines()[0]
     assert first.startswith("# ")
     assert len(first) > 20
 
@@ -138,7 +139,7 @@ def test_an_objective_of_ones_own(tmp_path, monkeypatch):
 
 
 def test_help_tells_every_option_and_what_it_means():
-    text = recipe.options_help()
+    text = train_help(everything=True)
     for name in recipe.OPTIONS:
         start = text.index(f"  --{name}")
         below = text[start:].splitlines()[1]

@@ -18,7 +18,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, TypeVar, cast
 
@@ -130,17 +130,40 @@ def checked(kind: type[Options], given: Mapping[str, object], command: str) -> O
     return section(kind, given, command)
 
 
-def help_lines(kind: type) -> list[str]:
-    """Every field of an options dataclass as ``--name (default: ...)`` and what the string below it says."""
-    about = _field_docs(kind)
+def help_lines(kind: type, given: Mapping[str, object] | None = None, only: Collection[str] | None = None) -> list[str]:
+    """Every field of an options dataclass: ``--name CHOICES (default: ...)`` and what the string below it says.
+
+    given: what stands in place of defaults, by name; only: the fields that are told, in this order.
+    """
+    about, admitted, known = field_docs(kind), ranges(kind), {leaf.name: leaf for leaf in fields(kind)}
     lines: list[str] = []
-    for leaf in fields(kind):
-        default = leaf.default if leaf.default is not dataclasses.MISSING else None
-        if leaf.default_factory is not dataclasses.MISSING:
-            default = leaf.default_factory()
-        shown = "" if default is None or default in ((), {}) else f" (default: {_shown(default)})"
-        lines += [f"  --{leaf.name}{shown}", *indented(about.get(leaf.name, ""))]
+    for name in known if only is None else only:
+        leaf, one = known[name], admitted.get(name)
+        choices = f" {' | '.join(one.choices)}" if isinstance(one, OneOf) else ""
+        is_given = given is not None and name in given
+        value = cast("Mapping[str, object]", given)[name] if is_given else default_of(leaf)
+        shown = "" if value is None or value in ((), [], {}) else f" ({'here' if is_given else 'default'}: {as_yaml(value)})"
+        lines += [f"  --{name}{choices}{shown}", *indented(about.get(name, ""))]
     return lines
+
+
+def default_of(leaf: dataclasses.Field[Any]) -> object:
+    """What a field of a dataclass stands at; None too where it has to be given."""
+    if leaf.default_factory is not dataclasses.MISSING:
+        return leaf.default_factory()
+    return None if leaf.default is dataclasses.MISSING else leaf.default
+
+
+def as_yaml(value: object) -> str:
+    """A value as it is written in a recipe and on the command line."""
+    if isinstance(value, str):
+        return value
+    plain = list(cast("tuple[object, ...]", value)) if isinstance(value, tuple) else value
+    return (
+        yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**6)
+        .removesuffix("...\n")
+        .strip()
+    )
 
 
 def section(kind: type[Options], value: object, where: str) -> Options:
@@ -379,20 +402,16 @@ def keywords(function: Callable[..., object], given: Mapping[str, object], what:
     return made
 
 
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def indented(text: str) -> list[str]:
     return textwrap.wrap(text.replace("``", ""), 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
 
 
-def _field_docs(kind: type) -> dict[str, str]:
+def field_docs(kind: type) -> dict[str, str]:
     """The strings below the fields of a dataclass and of those it builds on; Python itself drops them."""
     found: dict[str, str] = {}
     for base in kind.__bases__:
         if dataclasses.is_dataclass(base):
-            found |= _field_docs(base)
+            found |= field_docs(base)
     (written,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(written, ast.ClassDef)
     for before, after in itertools.pairwise(written.body):

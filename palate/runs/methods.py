@@ -55,14 +55,19 @@ class Objective:
         return argument in inspect.signature(self.function).parameters
 
 
-def _objective(name: str) -> tuple[Callable[..., Tensor], Evidence]:
+def objectives() -> dict[str, tuple[Callable[..., Tensor], Evidence]]:
+    """Every objective that comes with Palate: its function, and what it learns from."""
     from palate.objectives import pairs, samples, trajectories
 
-    known: dict[str, tuple[Callable[..., Tensor], Evidence]] = {
+    return {
         **{n: (getattr(pairs, n), "pairs") for n in pairs.__all__},
         **{n: (getattr(samples, n), "samples") for n in samples.__all__},
         **{n: (getattr(trajectories, n), "trajectories") for n in trajectories.__all__},
     }
+
+
+def _objective(name: str) -> tuple[Callable[..., Tensor], Evidence]:
+    known = objectives()
     if name in known:
         return known[name]
     if ":" not in name:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import textwrap
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -18,13 +17,12 @@ from typing import Any
 
 from palate.base.errors import UserError, nearest, short
 from palate.base.files import write_atomically
-from palate.base.options import BARE, dumps, help_lines, indented, parse, section
+from palate.base.options import BARE, dumps, parse, section
 from palate.online.options import Arithmetic, OnlineOptions
+from palate.runs.library import find
 from palate.runs.methods import SPACES, Named, Objective, SpaceOptions, bind_objective, complete_objective, complete_space
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions, PolicyOptions
 from palate.training.options import TrainOptions
-
-BUILT_IN = Path(__file__).parents[1] / "recipes"
 
 
 def _given(options: Any) -> str:
@@ -185,24 +183,6 @@ def _plain(value: Any) -> Any:
 # Reading ---------------------------------------------------------------------------------------------------------------
 
 
-def built_in() -> dict[str, Path]:
-    """Names of the recipes that come with Palate."""
-    return {path.stem: path for path in sorted(BUILT_IN.glob("*.yaml"), key=lambda path: path.stem)}
-
-
-def find(name: str) -> Path:
-    """A recipe by name or path."""
-    known = built_in()
-    if name in known:
-        return known[name]
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        raise UserError(f"no recipe file at {name}; 'palate recipes' lists those that come with Palate")
-    raise UserError(f"no recipe named {short(name)}{nearest(name, known)}; or give the path of a .yaml file")
-
-
 def load(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe by name or path and apply overrides such as ``{"max_train_steps": 3, "objective.beta": 2000}``."""
     path = find(name)
@@ -278,31 +258,3 @@ def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
 def write(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe, whole or not at all."""
     write_atomically(path, dumps(recipe.as_dict()).encode())
-
-
-# Help --------------------------------------------------------------------------------------------------------------------
-
-
-def options_help() -> str:
-    """Every option of a recipe with its default and what it means, by section."""
-    from palate.objectives import pairs, samples, trajectories
-
-    names = " | ".join((*pairs.__all__, *samples.__all__, *trajectories.__all__, "package.module:function"))
-    lines = [
-        "palate train RECIPE [--option value ...]",
-        "",
-        "RECIPE is the path of a .yaml file, or one of those that come with Palate:",
-        *(f"  {name}" for name in built_in()),
-        "",
-        "objective",
-        *textwrap.wrap(f"--objective {names}", 120, initial_indent="  ", subsequent_indent=" " * 14),
-        *indented("Its keywords follow a point: --objective.beta 2000, or auto: chosen from the spread of errors, and shown."),
-        "space",
-        f"  --space {' | '.join(SPACES)}",
-        *indented("Where errors are measured. Keywords likewise: --space.layers mid."),
-    ]
-    hints = typing.get_type_hints(Recipe)
-    for section_name in (name for name in SECTIONS if dataclasses.is_dataclass(hints[name])):
-        kind = hints[section_name]
-        lines += ["", section_name, *help_lines(kind)]
-    return "\n".join(lines)

@@ -79,7 +79,7 @@ class TrainOptions:
     adam_epsilon: Annotated[float, NOT_NEGATIVE] = 1e-8
     """Of AdamW."""
     max_grad_norm: Annotated[float, NORM] | None = 1.0
-    """Gradients of a larger norm are scaled down to it; None for no limit."""
+    """Gradients of a larger norm are scaled down to it; null for no limit."""
     ema_decay: Annotated[float, DECAY] | None = None
     """Average the weights exponentially, such as 0.999, and use the average for samples, evaluation and the saved result."""
     logging_steps: Count = 10
@@ -87,13 +87,13 @@ class TrainOptions:
     report_to: Annotated[str, OneOf(*REPORTERS)] = "none"
     """``none`` or ``tensorboard``; ``log.jsonl`` and ``train.log`` are always written."""
     sample_steps: Count | None = None
-    """Steps between two calls of ``on_sample``; None for only before the first and after the last."""
+    """Steps between two sets of sample pictures; null for only before the first and after the last."""
     eval_steps: Count | None = None
-    """Steps between two calls of ``on_evaluate``; None for only before the first and after the last."""
+    """Steps between two measurements on what is held out; null for only before the first and after the last."""
     checkpointing_steps: Count | None = 500
-    """Steps between two checkpoints; one more at the end. None for none, except where a run is interrupted."""
+    """Steps between two checkpoints; one more at the end. Null for none, except where a run is interrupted."""
     checkpoints_total_limit: Count | None = None
-    """Checkpoints kept, the latest; None for all."""
+    """Checkpoints kept, the latest; null for all."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder, or ``latest`` for the last one in ``output_dir``."""
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from palate.base.errors import UserError
-from palate.base.options import checked, help_lines, overrides
 
 Options = TypeVar("Options")
 
@@ -38,6 +37,8 @@ def carry_out(
     Raises:
         UserError: nothing before the options, or a mistake in them.
     """
+    from palate.base.options import checked, help_lines, overrides  # which loads YAML; palate --help does without
+
     command = " ".join(usage.split()[:2])
     before = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
     before = before if several else before[:1]

@@ -1,37 +1,78 @@
-"""``palate recipes``: list recipes, show one, or copy one to edit."""
+"""``palate recipes``: list recipes, show one, copy one to edit, or write what an editor checks them by."""
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, nearest, short
+from palate.runs import library
 from palate.verbs import asks_help
 
-USAGE = "palate recipes [list | show NAME | copy NAME [FILE]]"
+USAGE = "palate recipes [WORD ...] | show NAME | copy NAME [FILE] | schema [FILE]"
+ABOUT = """\
+Lists the recipes by the model they train; with words, those in which all of them stand: palate recipes sdxl 24gb
+
+show    prints a recipe
+copy    writes it into a file to edit, then: palate train FILE.yaml
+schema  prints (or writes) a JSON schema of recipes, by which editors complete and check them; docs/options.md"""
+ACTIONS = {"show": (2, 2), "copy": (2, 3), "schema": (1, 2)}
+"""And how many words there may be, with its own."""
 
 
 def main(words: list[str]) -> int:
-    from palate.runs import recipe
-
     if words and asks_help(words):
-        print(USAGE)
+        print(f"{USAGE}\n\n{ABOUT}")
         return 0
-    if not words or words == ["list"]:
-        for name, path in recipe.built_in().items():
-            about = path.read_text().partition("\n")[0].lstrip("# ")
-            print(f"{name:<24} {about}")
+    action = words[0] if words else ""
+    if action not in ACTIONS:
+        _list([] if words == ["list"] else words)
         return 0
-    if words[0] == "show" and len(words) == 2:
-        print(recipe.find(words[1]).read_text(), end="")
-        return 0
-    if words[0] == "copy" and len(words) in (2, 3):
-        source = recipe.find(words[1])
-        target = Path(words[2] if len(words) == 3 else source.name)
-        if target.is_dir():
-            target = target / source.name
-        if target.exists():
-            raise UserError(f"{target} exists; name another file")
+    least, most = ACTIONS[action]
+    if not least <= len(words) <= most:
+        raise UserError(f"expected: {USAGE}")
+    if action == "show":
+        print(library.find(words[1]).read_text(), end="")
+    elif action == "copy":
+        source = library.find(words[1])
+        target = _new(words[2] if len(words) == 3 else source.name, source.name)
         target.write_text(source.read_text())
         print(f"wrote {target}; edit it, then: palate train {target} --output_dir out")
-        return 0
-    raise UserError(f"expected: {USAGE}")
+    else:
+        _schema(words[1] if len(words) == 2 else None)
+    return 0
+
+
+def _list(words: list[str]) -> None:
+    found = library.entries(words)
+    if not found:
+        known = {word for entry in library.entries() for word in entry.name.split("-")}
+        raise UserError(f"no recipe named {short(' '.join(words))}{nearest(words[-1], known)}; 'palate recipes' lists all")
+    width = max(len(entry.name) for entry in found)
+    for number, (model, group) in enumerate(itertools.groupby(found, lambda entry: entry.model)):
+        print(f"{'' if number == 0 else chr(10)}{model}")
+        for entry in group:
+            print(f"  {entry.name:<{width}}  {entry.about}")
+
+
+def _schema(file: str | None) -> None:
+    from palate.runs.schema import schema
+
+    text = json.dumps(schema(), indent=1) + "\n"
+    if file is None:
+        print(text, end="")
+        return
+    target = _new(file, "palate.schema.json")
+    target.write_text(text)
+    print(f"wrote {target}; name it in the first line of a recipe: # yaml-language-server: $schema={target}")
+
+
+def _new(name: str, inside: str) -> Path:
+    """The file that is to be written, ``inside`` a folder; it may not be there."""
+    target = Path(name)
+    if target.is_dir():
+        target = target / inside
+    if target.exists():
+        raise UserError(f"{target} exists; name another file")
+    return target

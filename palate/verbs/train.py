@@ -11,9 +11,10 @@ from palate.verbs import asks_help
 
 def main(words: list[str]) -> int:
     if asks_help(words):
-        from palate.runs.recipe import options_help
+        from palate.runs.help import train_help
 
-        print(options_help())
+        named = words[0] if words and not words[0].startswith("-") else None
+        print(train_help(named, everything="all" in words))
         return 0
     if words[0].startswith("--"):
         raise UserError("palate train expects a recipe first, such as: palate train miniature-dpo --output_dir out")

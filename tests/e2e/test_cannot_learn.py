@@ -126,8 +126,6 @@ def test_what_was_said_is_not_said_again_by_a_resumed_run(palate):
 
 
 def test_a_comparison_of_other_prompts_than_the_data_s_is_told(palate):
-    from palate.runs import recipe
-
     code, _, errors = palate("train", evaluation_prompts="off", judges="[jpeg_compressibility]")
     assert code == 2
     assert "for none write null" in errors
@@ -136,4 +134,3 @@ def test_a_comparison_of_other_prompts_than_the_data_s_is_told(palate):
     assert code == 0, errors
     assert "the comparison draws 1 prompts of the miniature world (miniature-unseen), not of your data" in errors
     assert json.loads(Path("out/metrics.json").read_text())
-    assert recipe.find("miniature-dpo").is_file()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from palate.judges.remote import Identity
 from palate.judges.server import serve_judge
 from palate.names.judges import find_judges
-from palate.runs import recipe
+from palate.runs import library, recipe
 from palate.runs.models import find_model
 from palate.training.log import read_log
 
@@ -282,7 +282,7 @@ def test_an_empty_prompt_file(online, tmp_path):
     assert "has no prompts" in errors
 
 
-ONLINE = [name for name in recipe.built_in() if recipe.load(name).online.train_prompts is not None]
+ONLINE = [name for name in library.built_in() if recipe.load(name).online.train_prompts is not None]
 
 
 @pytest.mark.parametrize("name", ONLINE)

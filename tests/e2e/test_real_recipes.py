@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from palate.runs import recipe
+from palate.runs import library, recipe
 
 FLOWS = ("zimage", "klein", "flux")
-REAL = [name for name in recipe.built_in() if name.partition("-")[0] in ("sd15", "sd35", "sdxl", *FLOWS)]
-ONLINE = [name for name in recipe.built_in() if name.startswith("ddpo-")]
+REAL = [name for name in library.built_in() if name.partition("-")[0] in ("sd15", "sd35", "sdxl", *FLOWS)]
+ONLINE = [name for name in library.built_in() if name.startswith("ddpo-")]
 
 
 def test_there_are_those_of_the_papers_and_for_one_gpu():
@@ -26,7 +26,7 @@ def test_there_are_those_of_the_papers_and_for_one_gpu():
 @pytest.mark.parametrize("name", REAL)
 def test_a_recipe_trains_at_small_size(palate, name, sdxl_dir, sd3_dir, flow_dir):
     made = recipe.load(name)
-    assert "Not run with these weights by us" in recipe.find(name).read_text()
+    assert "Not run with these weights by us" in library.find(name).read_text()
     tiny = {"resolution": 64, "max_train_steps": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2}
     tiny |= {"mixed_precision": "no", "validation_prompts": "[]", "validation_fraction": 0, "logging_steps": 1}
     if made.training.optimizer == "adamw_8bit":  # needs a GPU
@@ -44,7 +44,7 @@ def test_a_recipe_trains_at_small_size(palate, name, sdxl_dir, sd3_dir, flow_dir
 @pytest.mark.parametrize("name", ONLINE)
 def test_an_online_recipe_trains_at_small_size(palate, name, model_dir, sdxl_dir, prompts_file):
     made = recipe.load(name)
-    assert "Not run with these weights by us" in recipe.find(name).read_text()
+    assert "Not run with these weights by us" in library.find(name).read_text()
     tiny = {"resolution": 64, "rounds": 1, "samples_per_round": 4, "sample_num_steps": 2, "mixed_precision": "no"}
     tiny |= {"validation_prompts": "[]", "logging_steps": 1, "max_train_steps": None, "train_data": None, "cache_dir": None}
     tiny |= {"train_prompts": prompts_file}  # the recipe's own are found in test_online

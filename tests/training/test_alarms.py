@@ -101,13 +101,13 @@ def test_pictures_that_are_alike() -> None:
 
 
 def test_no_recipe_that_comes_with_palate_raises_an_alarm_before_it_begins() -> None:
-    from palate.runs import recipe
+    from palate.runs import library, recipe
 
-    for name in recipe.built_in():
+    for name in library.built_in():
         options = recipe.load(name).training
         total = options.max_train_steps or 100
         assert Alarms(options, total).before([torch.randn(10_000) / 30]) == [], name
         few = Alarms(options, 3).before([torch.randn(10_000) / 30])
         assert all("the warm-up of" in line for line in few), name
         assert len(few) == (options.lr_warmup_steps >= 3), name
-    assert Path(recipe.BUILT_IN).is_dir()
+    assert Path(library.BUILT_IN).is_dir()
