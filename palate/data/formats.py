@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from palate.base import hub
 from palate.base.errors import UserError, nearest, said, short
 from palate.base.jsonl import decode
-from palate.data import shards, votes
+from palate.data import shards, values, votes
+from palate.data.metadata import read_drawn
 from palate.data.values import BadValueError, Home, Row, unpack
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ def _find_in_folder(path: Path) -> list[Path]:
     if not found:
         raise UserError(
             f"folder {path} has no preference pairs: expected {', '.join(FOLDER_FILES)}, *.parquet, *.tar, or pictures with a "
-            f".txt or .caption beside each; {_what_there_is(path)}"
+            ".txt or .caption beside each, or with the prompt that A1111, ComfyUI or SwarmUI wrote into them; "
+            f"{_what_there_is(path)}"
         )
     return found
 
@@ -263,10 +265,14 @@ def _find_on_hub(repo: str, split: str) -> list[Place]:
 
 @dataclass(frozen=True)
 class Captioned:
-    """Pictures and the texts of the same name beside them, and what has no partner, by reason."""
+    """Pictures with a text of the same name beside them, or their prompt in their own metadata; and what is neither."""
 
-    pairs: list[tuple[Path, Path]]
+    pairs: list[tuple[Path, Path | None]]
+    """Picture, and the text beside it; None where the picture itself tells."""
+    silent: list[Path]
+    """Pictures of which neither tells the prompt."""
     left_out: Counter[str]
+    """What is not read, by reason."""
 
     @classmethod
     def of(cls, folder: Path) -> Captioned:
@@ -276,15 +282,36 @@ class Captioned:
             ending = path.suffix.lower().removeprefix(".")
             kind = pictures if ending in shards.PICTURES else texts if ending in TEXTS else {}
             kind.setdefault(path.with_suffix(""), []).append(path)
-        pairs, left_out = [], Counter()
+        pairs: list[tuple[Path, Path | None]] = []
+        silent: list[Path] = []
+        left_out = Counter()
         for name, found in pictures.items():
             beside = sorted(texts.pop(name, ()), key=lambda path: TEXTS.index(path.suffix.lower()[1:]))
-            pairs += [(found[0], beside[0])] if beside else []
-            left_out["pictures without a text"] += 0 if beside else len(found)
-            left_out["further pictures of one name"] += len(found) - 1 if beside else 0
-            left_out["further texts of one name"] += max(0, len(beside) - 1)
+            if beside:
+                pairs.append((found[0], beside[0]))
+                left_out["further pictures of one name"] += len(found) - 1
+                left_out["further texts of one name"] += len(beside) - 1
+            elif name.name.startswith("grid-"):  # A1111 keeps them among its pictures, with the prompt of the first
+                left_out["contact sheets"] += len(found)
+            else:
+                for picture in found:
+                    tells = read_drawn(picture) is not None
+                    pairs += [(picture, None)] if tells else []
+                    silent += [] if tells else [picture]
+        left_out["pictures without a prompt"] = len(silent)
         left_out["texts without a picture"] = sum(map(len, texts.values()))
-        return cls(sorted(pairs, key=lambda pair: pair[1]), +left_out)
+        return cls(sorted(pairs, key=lambda pair: pair[1] or pair[0]), silent, +left_out)
+
+
+def caption(picture: Path, text: Path | None) -> str:
+    """The prompt of one of :class:`Captioned`'s pairs. Raises ``BadValueError`` for a text that cannot be read, or is blank."""
+    if text is None:
+        drawn = read_drawn(picture)
+        return values.prompt("prompt", drawn and drawn.prompt)
+    try:
+        return values.prompt("prompt", text.read_text(encoding="utf-8-sig").strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadValueError("prompt", f"of {short(text.name)} cannot be read ({said(error)})") from None
 
 
 # Recognising -----------------------------------------------------------------------------------------------------------
@@ -564,11 +591,9 @@ def _plain(kind: pa.DataType) -> bool:
 def _caption_rows(folder: Path) -> Iterator[Row | BadValueError]:
     for picture, text in Captioned.of(folder).pairs:
         try:
-            prompt = text.read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            yield BadValueError("prompt", f"of {short(text.name)} cannot be read ({said(error)})")
-        else:
-            yield {"prompt": prompt, "image": picture.relative_to(folder).as_posix()}
+            yield {"prompt": caption(picture, text), "image": picture.relative_to(folder).as_posix()}
+        except BadValueError as bad:
+            yield bad
 
 
 def _json_rows(path: Path) -> Iterator[Row | BadValueError]:

@@ -1,10 +1,12 @@
-"""Picture folders: pictures, ``manifest.jsonl``, ``settings.json`` and ``scores/``, plain enough to be written by hand."""
+"""Picture folders: pictures, ``manifest.jsonl``, ``settings.json`` and ``scores/``, plain enough to be written by hand; without
+a manifest, pictures that say themselves, or by a text beside them, what they show."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -15,10 +17,13 @@ from typing import TypeVar
 from palate.base.errors import UserError, short
 from palate.base.files import spellings
 from palate.base.jsonl import JsonObject, append_lines, read_lines, read_object, write_object
+from palate.data import formats
+from palate.data.plain import read_plain
 from palate.data.shards import PICTURES, is_litter
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
 Value = TypeVar("Value")
+UNNAMED = "unnamed"  # the model of pictures of which nothing tells it
 VERSIONS = "versions"  # in the settings: may differ between folders that are compared, which is told
 
 
@@ -58,19 +63,21 @@ class Picture:
         return {**found, "metadata": dict(self.metadata)} if self.metadata else found
 
 
-def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Picture]:
-    """The pictures of a folder in the order of its manifest.
+def read_manifest(folder: str | Path, *, check_files: bool = True, names: bool = False) -> list[Picture]:
+    """The pictures of a folder in the order of its manifest; of one without, those of :func:`palate.data.plain.read_plain`.
 
-    A last line that was cut short, as an interrupted run may leave it, is left out.
+    A last line that was cut short, as an interrupted run may leave it, is left out. ``names`` lets the files' names stand
+    in for prompts that nothing else tells, where there is no manifest.
 
     Raises:
-        UserError: no manifest, or an empty one; a line that is no JSON object or lacks something; a path that leaves the
-            folder; a file or a key (prompt, seed, index) named twice; with ``check_files``, a file that does not exist.
+        UserError: neither manifest nor pictures with prompts, or an empty manifest; a line that is no JSON object or lacks
+            something; a path that leaves the folder; a file or a key (prompt, seed, index) named twice; with
+            ``check_files``, a file that does not exist.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} has no {MANIFEST}; expected a folder that palate generate wrote, or a manifest by hand")
+        return _plain(folder, names)
     pictures: list[Picture] = []
     known: dict[object, int] = {}
     for number, row in read_lines(path, may_be_cut=True):
@@ -87,6 +94,44 @@ def read_manifest(folder: str | Path, *, check_files: bool = True) -> list[Pictu
             f"{folder} lacks {len(missing)} of the {len(pictures)} pictures in {MANIFEST}, the first is "
             f"{short(missing[0], quoted=False)}; generate them again, or remove their lines"
         )
+    return pictures
+
+
+def is_picture_folder(path: str | Path) -> bool:
+    """Whether a folder has a manifest, or pictures and no file of preference pairs."""
+    path = Path(path)
+    if (path / MANIFEST).is_file() or not path.is_dir():
+        return path.is_dir()
+    try:
+        places = formats.find(path)
+        return all(place.path == path or formats.open_file(place, {}, {}).single for place in places)
+    except UserError:
+        return has_pictures(path)
+
+
+def has_pictures(folder: Path) -> bool:
+    """Whether there are pictures in a folder or below it, whatever tells their prompts."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in PICTURES and not is_litter(p.name))
+    return any(p.is_file() for p in found)
+
+
+def _plain(folder: Path, names: bool) -> list[Picture]:
+    """A folder without a manifest. Of one prompt and seed the pictures are numbered by name; an unknown seed is 0."""
+    if not folder.is_dir() or not has_pictures(folder):
+        raise UserError(f"{folder} has no {MANIFEST}; expected a folder that palate generate wrote, or one of pictures")
+    found = read_plain(folder, names=names)
+    if found.silent:
+        raise UserError(
+            f"{folder} has no {MANIFEST}, and nothing tells the prompts of {len(found.silent)} of its pictures, such as "
+            f"{short(found.silent[0], quoted=False)}: write a .txt of the same name beside each, or {MANIFEST} "
+            '({"file": "a.png", "prompt": "..."} a line)'
+        )
+    number: Counter[tuple[str, int]] = Counter()
+    pictures = []
+    for plain in found.pictures:
+        key = (plain.prompt, plain.seed or 0)
+        pictures.append(Picture(plain.file, *key, number[key], plain.model or UNNAMED, plain.negative))
+        number[key] += 1
     return pictures
 
 
@@ -239,7 +284,7 @@ def read_side(folder: str | Path) -> Side:
     folder = Path(folder)
     pictures = read_manifest(folder)
     names = sorted({p.model for p in pictures})
-    name = names[0] if len(names) == 1 and names[0] != "unnamed" else folder.name
+    name = names[0] if len(names) == 1 and names[0] != UNNAMED else folder.name
     return Side(name, folder, {p.key: p for p in pictures}, read_settings(folder), read_all_scores(folder))
 
 
@@ -302,7 +347,7 @@ def _picture(where: str, row: JsonObject) -> Picture:
         prompt=prompt,
         seed=needed("seed", int),
         index=needed("index", int, 0),
-        model=needed("model", str, "unnamed"),
+        model=needed("model", str, UNNAMED),
         negative=negative,
         metadata=metadata,
         init_image=init_image,

@@ -25,14 +25,15 @@ def main(words: list[str]) -> int:
 
 
 def _label(sources: list[str], options: LabelOptions) -> None:
+    from palate.evaluation.manifest import is_picture_folder
     from palate.runs.label import label_folders, relabel
 
     folders = [Path(source).expanduser() for source in sources]
-    if all((folder / "manifest.jsonl").is_file() for folder in folders):
+    odd = [folder for folder in folders if not is_picture_folder(folder)]
+    if not odd:
         counts = label_folders(folders, options, progress=sys.stderr.isatty())
     elif len(sources) == 1:
         counts = relabel(sources[0], options, progress=sys.stderr.isatty())
     else:
-        odd = next(folder for folder in folders if not (folder / "manifest.jsonl").is_file())
-        raise UserError(f"{odd} has no manifest.jsonl; expected several picture folders, or one set of pairs")
+        raise UserError(f"{odd[0]} has no manifest.jsonl; expected several picture folders, or one set of pairs")
     print(f"{counts.sentence()}; see {options.output}")

@@ -44,7 +44,9 @@ def _help() -> str:
         [
             USAGE.replace(" | ", "\n"),
             "",
-            "DIR is a folder that 'palate generate' wrote, or one that holds several of them, such as a run's evaluation/.",
+            "DIR is a folder of pictures, or one that holds several, each of a model. Prompts come from manifest.jsonl, as",
+            "'palate generate' writes it, from a .txt beside a picture, from what A1111, ComfyUI or SwarmUI wrote into it, or",
+            "from its name.",
             "",
             "the page",
             *help_lines(VoteOptions),

@@ -18,9 +18,8 @@ from palate.base.options import OneOf, check_ranges
 from palate.data import pickapic
 from palate.data.pairs import PreferencePair, read_pairs
 from palate.data.votes import LABELS, QUESTIONS, VALID, Vote, open_votes
-from palate.votes.store import NAME, Lock, Store
+from palate.votes.store import IMPORTED, NAME, Lock, Store
 
-IMPORTED = "imported"
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 COLUMNS = ("prompt", "image_0", "image_1", "label", "rater", "question", "choice", "model_0", "model_1", "seed", "created_at")
 PICKAPIC = {name: kind for name, kind in pickapic.TYPES.items() if name != "num_example_per_prompt"}

@@ -232,7 +232,7 @@ def serve(folder: str | Path, options: VoteOptions) -> None:
         KeyboardInterrupt: its text says where the votes are.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder}; expected one that 'palate generate' wrote")
+        raise UserError(f"there is no folder {folder}; expected one of pictures")
     with closing(Lock(folder)) as lock, closing(Study(folder, options)) as study:
         _serve(study, options, lock)
 

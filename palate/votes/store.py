@@ -19,6 +19,9 @@ from palate.base.errors import UserError
 from palate.data.votes import APPLICATION, VALID, VERSION, Vote, check_version
 
 NAME = "votes.db"
+IMPORTED = "imported"
+"""The folder beside the votes that holds pictures which came with imported ones, and the model they count as."""
+LARGEST = (1 << 63) - 1  # whole number that SQLite holds; ComfyUI's seeds reach twice as far
 TABLES = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE pictures (
@@ -136,12 +139,15 @@ class Store:
         with self.writing():
             found = self._connection.execute("SELECT id, prompt, model FROM pictures WHERE file = ?", (file,)).fetchone()
             if found is None:
+                seed = seed if seed is None or abs(seed) <= LARGEST else None
                 values = (file, prompt, seed, number, model, json.dumps(dict(metadata), ensure_ascii=False))
                 made = self._connection.execute(
                     "INSERT INTO pictures (file, prompt, seed, number, model, metadata) VALUES (?, ?, ?, ?, ?, ?)", values
                 )
                 return int(made.lastrowid or 0)
-            if (found["prompt"], found["model"]) != (prompt, model):
+            if found["model"].startswith("unnamed") and found["prompt"] == prompt:  # earlier versions knew no better name
+                self._connection.execute("UPDATE pictures SET model = ? WHERE id = ?", (model, found["id"]))
+            elif (found["prompt"], found["model"]) != (prompt, model):
                 raise UserError(
                     f"{file} was of prompt {found['prompt']!r} by {found['model']!r} when its votes were given, and now is of "
                     f"{prompt!r} by {model!r}: keep new pictures in a new folder, or delete {self.path} with its votes"

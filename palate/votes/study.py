@@ -22,11 +22,13 @@ from typing import Annotated, NotRequired, TypedDict
 
 from palate.base.errors import UserError
 from palate.base.options import Count, OneOf, Port, Range, check_ranges
+from palate.data.plain import read_plain
+from palate.data.shards import PICTURES, is_litter
 from palate.data.votes import LABELS, QUESTIONS
+from palate.evaluation.manifest import MANIFEST, UNNAMED, Side, differences, has_pictures, read_manifest, read_settings
 from palate.evaluation.manifest import Picture as Listed
-from palate.evaluation.manifest import Side, differences, read_manifest, read_settings
 from palate.votes.queue import Dealt, Queue
-from palate.votes.store import Store
+from palate.votes.store import IMPORTED, Store
 
 MODES = ("compare", "collect")
 CHOICES = ("left", "right", "tie", "bad", "skip")
@@ -127,9 +129,9 @@ class Study:
 
     def __init__(self, folder: str | Path, options: VoteOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder = Path(folder).resolve()
-        sides = find_sides(self.folder)
+        sides, notes = find_sides(self.folder)
         listed = _listed(sides)
-        self.mode = options.mode or ("compare" if not options.chain and _across_models(listed) else "collect")
+        self.mode = options.mode or ("compare" if not options.chain and _mostly_across(sides) else "collect")
         rows = _across_models(listed) if self.mode == "compare" else _within_prompts(listed)
         if not rows:
             raise UserError(
@@ -138,7 +140,7 @@ class Study:
                 if self.mode == "compare"
                 else f"{folder} has no prompt with two pictures: generate more than one picture of a prompt"
             )
-        self.notes = _check_alike(sides, options.allow_different_settings) if self.mode == "compare" else []
+        self.notes = notes + (_check_alike(sides, options.allow_different_settings) if self.mode == "compare" else [])
         """What the owner should know of how the sides were made."""
         # In the paper's order the prompt is seen first; here appeal is asked before it is shown.
         asked = options.questions or (QUESTIONS if self.mode == "compare" else ("overall",))
@@ -477,38 +479,65 @@ class _Whole:
             raise
 
 
-def find_sides(folder: Path) -> list[Side]:
-    """A picture folder, or all picture folders inside it, without scores; files relative to ``folder``.
+def find_sides(folder: Path) -> tuple[list[Side], list[str]]:
+    """A picture folder, or all picture folders inside it, without scores; files relative to ``folder``; and what to know.
 
-    Two folders whose pictures name the same model are told apart by the folders' names.
+    Folders without a manifest are plain pictures, of which the folder is the model unless they name one themselves; what
+    nothing else tells is told by their names. Two folders of one model are told apart by the folders' names.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; expected one that 'palate generate' wrote")
-    folders = [folder] if (folder / "manifest.jsonl").is_file() else sorted(p.parent for p in folder.glob("*/manifest.jsonl"))
-    if not folders:
-        pictures = any(p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for p in folder.iterdir())
-        what = "pictures but no manifest.jsonl" if pictures else "no pictures: no manifest.jsonl"
-        raise UserError(
-            f"{folder} has {what}, neither in it nor in its folders. 'palate generate' writes both; or write one line for each "
-            'picture: {"file": "a.png", "prompt": "...", "seed": 0, "index": 0, "model": "..."}'
-        )
-    read = {inner: read_manifest(inner, check_files=False) for inner in folders}
-    told = [model for listed in read.values() for model in {p.model for p in listed}]
+        raise UserError(f"there is no folder {folder}; expected one of pictures")
+    folders, notes = _picture_folders(folder), list[str]()
+    read: dict[Path, list[Listed]] = {}
+    for inner in folders:
+        read[inner] = [p for p in read_manifest(inner, check_files=False, names=True) if not _imported(folder, inner / p.file)]
+        if not (inner / MANIFEST).is_file():
+            notes.append(f"{inner.name}: {len(read[inner])} pictures without a {MANIFEST}; prompts: {_who_told(inner)}")
+    told = [model for inner, listed in read.items() for model in {_model(inner, p) for p in listed}]
     sides = []
     for inner, listed in read.items():
         found = []
         for p in listed:
             if not (inner / p.file).resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{inner}/manifest.jsonl names {p.file}, outside {folder}: copy the picture into the folder")
-            model = p.model if told.count(p.model) == 1 else f"{p.model} ({inner.name})"
+                raise UserError(f"{inner} names {p.file}, outside {folder}: copy the picture into the folder")
+            model = _model(inner, p)
+            model = model if told.count(model) == 1 else f"{model} ({inner.name})"
             file = (inner.relative_to(folder) / p.file).as_posix()
             found.append(Listed(file, p.prompt, p.seed, p.index, model, p.negative, p.metadata))
         sides.append(Side(inner.name, inner, {p.key: p for p in found}, read_settings(inner), {}))
-    return sides
+    return sides, notes
+
+
+def _picture_folders(folder: Path) -> list[Path]:
+    """The folder itself, or those in it that have manifests, or those that have pictures."""
+    inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name != IMPORTED and not p.name.startswith("."))
+    if (folder / MANIFEST).is_file():
+        return [folder]
+    if listed := [p for p in inside if (p / MANIFEST).is_file()]:
+        return listed
+    here = any(p.suffix.lower().removeprefix(".") in PICTURES and not is_litter(p.name) for p in folder.iterdir())
+    if here or not (found := [p for p in inside if has_pictures(p)]):
+        return [folder]
+    return found
+
+
+def _model(folder: Path, picture: Listed) -> str:
+    return folder.name if picture.model == UNNAMED else picture.model
+
+
+def _imported(folder: Path, file: Path) -> bool:
+    """Whether ``palate vote import`` has put it there: known to the votes under its own prompt."""
+    return file.is_relative_to(folder / IMPORTED)
+
+
+def _who_told(folder: Path) -> str:
+    return read_plain(folder, names=True).sentence()
 
 
 def _check_alike(sides: Sequence[Side], allowed: bool) -> list[str]:
-    """``palate compare``'s check of any two folders that are compared; what it finds, where that is allowed."""
+    """``palate compare``'s check of any two folders that are compared; what it finds, where that is allowed, or of plain
+    pictures, which people have as they are."""
+    allowed = allowed or not _have_manifests(sides)
     notes = [note for pair in combinations(sides, 2) if _across_models(_listed(pair)) for note in differences(pair, allowed)]
     return list(dict.fromkeys(notes))
 
@@ -524,11 +553,36 @@ def _across_models(listed: Sequence[Listed]) -> list[tuple[int, int]]:
     return [(a, b) for rows in groups.values() for a, b in combinations(rows, 2) if listed[a].model != listed[b].model]
 
 
+def _have_manifests(sides: Sequence[Side]) -> bool:
+    return all((side.folder / MANIFEST).is_file() for side in sides)
+
+
+def _mostly_across(sides: Sequence[Side]) -> bool:
+    """Whether two models drew the same prompts and seeds; of plain pictures, where that may be chance, half of them."""
+    listed = _listed(sides)
+    across = _across_models(listed)
+    if _have_manifests(sides):
+        return bool(across)
+    return 2 * len({i for pair in across for i in pair}) >= len(listed)
+
+
+MANY = 64  # pictures of a prompt; of more, not all pairs are asked for: they would be thousands
+NEIGHBOURS = 31
+
+
 def _within_prompts(listed: Sequence[Listed]) -> list[tuple[int, int]]:
+    """All pairs of a prompt's pictures; of more than ``MANY`` pictures, each with its ``NEIGHBOURS`` on a shuffled ring."""
     groups: dict[str, list[int]] = {}
     for i, p in enumerate(listed):
         groups.setdefault(p.prompt, []).append(i)
-    return [pair for rows in groups.values() for pair in combinations(rows, 2)]
+    found: list[tuple[int, int]] = []
+    for rows in groups.values():
+        if len(rows) <= MANY:
+            found += combinations(rows, 2)
+            continue
+        ring = sorted(rows, key=lambda i: _hash(listed[i].file))
+        found += [(ring[i], ring[(i + step) % len(ring)]) for i in range(len(ring)) for step in range(1, NEIGHBOURS + 1)]
+    return found
 
 
 @lru_cache(maxsize=32)

@@ -156,7 +156,7 @@ def test_what_has_no_partner_is_counted(tmp_path):
     reader = read(tmp_path)
     assert len(list(reader)) == 2
     assert dict(reader.counts.left_out) == {
-        "pictures without a text": 2,
+        "pictures without a prompt": 2,
         "further pictures of one name": 1,
         "further texts of one name": 1,
         "texts without a picture": 1,

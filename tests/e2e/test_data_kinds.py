@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image, PngImagePlugin
 
 
 @pytest.fixture
@@ -131,3 +132,24 @@ def test_what_is_left_out_is_told_whoever_reads(palate, votes, pairs_dir, tmp_pa
         assert json.loads(Path("out.json").read_text())["left_out"] == {"without a label": 2}
     assert code == 0, errors
     assert "2 without a label" in errors
+
+
+def test_pictures_of_other_programs_are_voted_on_judged_labelled_and_learned_from(palate, votes, pairs_dir, tmp_path):
+    """One folder of outputs with prompts in their metadata, and every verb that takes pictures."""
+    (tmp_path / "outputs").mkdir()
+    for number, vote in enumerate(votes[:4]):
+        for side in ("chosen", "rejected"):
+            texts = PngImagePlugin.PngInfo()
+            texts.add_text("parameters", f"{vote['prompt']} <lora:x:1>\nSteps: 20, Seed: {number}, Model: dream")
+            with Image.open(pairs_dir / vote[side]) as image:
+                image.save(tmp_path / "outputs" / f"{number}-{side}.png", pnginfo=texts)
+    code, said, errors = palate("score", "outputs", judges="jpeg_compressibility")
+    assert code == 0, errors
+    assert said.splitlines()[-1].split()[-3:] == ["8", "2", "0"]  # pictures, prompts, bad
+    code, said, errors = palate("label", "outputs", judges="jpeg_compressibility", output="pairs.parquet")
+    assert code == 0, errors
+    assert said.startswith("2 prompts, 12 pairs")
+    code, _, errors = palate("train", train_data="outputs", objective="sft", max_train_steps=1)
+    assert code == 0, errors
+    assert "8 pictures" in errors
+    assert Path("out/pytorch_lora_weights.safetensors").is_file()

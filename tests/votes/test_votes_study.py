@@ -296,10 +296,10 @@ def test_a_full_disk_is_told_and_nothing_is_half_kept(study_of):
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         Study(tmp_path / "nowhere", VoteOptions())
-    with pytest.raises(UserError, match=r"no pictures: no manifest.jsonl.*palate generate"):
+    with pytest.raises(UserError, match=r"has no manifest.jsonl; expected a folder that palate generate wrote, or one of pict"):
         Study(tmp_path, VoteOptions())
     (tmp_path / "a.png").touch()
-    with pytest.raises(UserError, match=r"pictures but no manifest.jsonl"):
+    with pytest.raises(UserError, match=r"no prompt with two pictures"):
         Study(tmp_path, VoteOptions())
     folder = picture_folder(tmp_path / "one", models=("plain",))
     with pytest.raises(UserError, match="no two models"):
