@@ -16,6 +16,18 @@ JsonObject = dict[str, Any]
 """A JSON object; what its values are is checked by whoever reads them."""
 
 
+def _once(pairs: list[tuple[str, Any]]) -> JsonObject:
+    """An object, unless a name comes twice: JSON leaves open which value counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {short(next(name for name in names if names.count(name) > 1), 40)} twice")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def decode(text: str | bytes) -> Any:
     """Any JSON value, in UTF-8.
 
@@ -23,7 +35,7 @@ def decode(text: str | bytes) -> Any:
         ValueError: "not JSON", and why.
     """
     try:
-        return json.loads(text.decode() if isinstance(text, bytes) else text)
+        return DECODER.decode(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:  # nested a thousand deep is no ValueError
         raise ValueError(f"not JSON ({error})") from None
 

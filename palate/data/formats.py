@@ -5,17 +5,16 @@ from __future__ import annotations
 import csv
 import glob
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from palate.base import hub
 from palate.base.errors import UserError, nearest, said, short
-from palate.base.jsonl import decode
+from palate.base.jsonl import DECODER, decode
 from palate.data import shards, values, votes
 from palate.data.metadata import read_drawn
 from palate.data.values import BadValueError, Home, Row, unpack
@@ -343,8 +342,10 @@ def open_file(place: Place, mapping: Mapping[str, str], voting: Mapping[str, str
     else:
         present, file_format = _first_columns(path, head, text)
     names = _resolve(path, present, mapping)
+    layout = _layout(path, present, names)
+    _refuse_twins(path, present, names, mapping)
     home = Home(path.parent, _root(path), path.parent / path.stem)
-    return File(path, file_format, names, frozenset(present), _layout(path, present, names), home, voting)
+    return File(path, file_format, names, frozenset(present), layout, home, voting)
 
 
 def _refuse_packed(path: Path, head: bytes) -> None:
@@ -378,12 +379,31 @@ def _first_columns(path: Path, head: bytes, text: bytes) -> tuple[list[str], str
         file_format, rows, what = "json", _list_rows(path), "entry is a JSON object; expected a list of objects"
     else:
         return _csv_header(path), "csv"
-    first = [row for row in itertools.islice(rows, SAMPLE[file_format]) if isinstance(row, dict)]
+    sample = list(itertools.islice(rows, SAMPLE[file_format]))
+    first = [row for row in sample if isinstance(row, dict)]
     if not first:
         first = [row for row in itertools.islice(rows, 1 << 20) if isinstance(row, dict)][:1]
     if not first:
-        raise DamagedError(f"{path}: no {what}")
+        bad = next((row for row in sample if isinstance(row, BadValueError)), None)
+        raise DamagedError(f"{path}: no {what}{f' (the first {bad.reason})' if bad else ''}")
+    if len(first) == 1:
+        _refuse_table(path, first[0])
     return list(dict.fromkeys(name for row in first for name in row)), file_format
+
+
+def _refuse_table(path: Path, row: Mapping[str, object]) -> None:
+    """Refuse a whole table in one JSON object, with the command that makes rows of it."""
+    values, name = list(row.values()), short(path.name, 60)
+    for key, value in row.items():
+        if _plainly(key) not in {alias for aliases in COLUMNS.values() for alias in aliases} and _is_rows(value):
+            how = f" (jq .{key} {name} > NEW)" if re.fullmatch(r"[A-Za-z_]\w{0,39}", key) else ""
+            raise UserError(f"{path} holds its rows in {short(key, 40)}: save them alone{how}")
+    if len(values) > 1 and (all(isinstance(v, list) for v in values) or all(isinstance(v, dict) for v in values)):
+        raise UserError(f"{path} holds columns, not rows: save it with to_json(NAME, orient='records', lines=True) of pandas")
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and len(one) > 1 for one in value)
 
 
 def own_names(columns: Mapping[str, str]) -> dict[str, str]:
@@ -408,6 +428,23 @@ def _resolve(path: Path, present: Sequence[str], mapping: Mapping[str, str]) -> 
         name: given.get(name) or next((plain[alias] for alias in aliases if alias in plain), name)
         for name, aliases in COLUMNS.items()
     }
+
+
+def _refuse_twins(path: Path, present: Sequence[str], names: Mapping[str, str], mapping: Mapping[str, str]) -> None:
+    """Refuse columns of one name, of which only one would be read, unless the user has said which."""
+    for ours, theirs in names.items():
+        alike = [column for column in present if _plainly(column) == _plainly(theirs)]
+        if len(alike) > 1 and (mapping.get(ours) != theirs or alike.count(theirs) > 1):
+            raise UserError(f"{path} has {len(alike)} columns {short(theirs, 40)}: rename all but one")
+
+
+def unread_opinions(file: File) -> Counter[str]:
+    """Columns that also tell which picture is better, beside those by which the rows are read."""
+    telling = ("chosen", "label", "label_0", "rankings", "ranking", "scores")
+    others = [file.names[name] for name in telling if name not in file.layout and file.names[name] in file.present]
+    return Counter(
+        {f"columns of opinions, not read ({short(', '.join(others), 40, quoted=False)})": len(others)} if others else {}
+    )
 
 
 def _plainly(column: object) -> str:
@@ -502,15 +539,25 @@ def others(file: File, row: Row) -> dict[str, object]:
 def _grouped(found: Iterator[Row | BadValueError], names: Mapping[str, str]) -> Iterator[Row | BadValueError]:
     """Rows of one ranked picture each as rows of all pictures of a prompt."""
     group: dict[str, Any] | None = None
+    seen = set[int]()
     for row in found:
         if isinstance(row, BadValueError):
             yield row
             continue
-        if group is None or row.get(names["prompt_id"]) != group[names["prompt_id"]]:
+        column, number = names["prompt_id"], row.get(names["prompt_id"])
+        if number is None or number == "" or isinstance(number, list | dict):
+            yield BadValueError(column, f"must name the prompt that a picture is of, found {short(number)}")
+            continue
+        if group is None or number != group[column]:
             if group is not None:
                 yield group
+            if (known := hash(number)) in seen:
+                yield BadValueError(column, f"{short(number, 40)} comes again further down: sort the rows by {column}")
+            seen.add(known)
             group = {**row, names["images"]: [], names["ranking"]: []}
-            group.setdefault(names["prompt_id"], None)
+        elif row.get(names["prompt"]) != group[names["prompt"]]:
+            yield BadValueError(column, f"{short(number, 40)} stands for two prompts: every prompt has an id of its own")
+            continue
         for name in ("images", "ranking"):
             group[names[name]].append(row.get(names[name]))
     if group is not None:
@@ -613,7 +660,6 @@ def _json_rows(path: Path) -> Iterator[Row | BadValueError]:
 
 def _list_rows(path: Path) -> Iterator[Row | BadValueError]:
     """The entries of a JSON list, one at a time: HPD v2's is one line of hundreds of megabytes."""
-    decoder = json.JSONDecoder()
     try:
         with path.open(encoding="utf-8-sig") as stream:
             text, place = stream.read(CHUNK).lstrip(), 1
@@ -623,7 +669,7 @@ def _list_rows(path: Path) -> Iterator[Row | BadValueError]:
                 if text[place : place + 1] == "]":
                     return
                 try:
-                    row, place = decoder.raw_decode(text, place)
+                    row, place = DECODER.raw_decode(text, place)
                 except ValueError as error:
                     text, place = text[place:], 0
                     # As much again as there is, so that an entry is not begun over and over.
@@ -641,7 +687,18 @@ def _list_rows(path: Path) -> Iterator[Row | BadValueError]:
 def _csv_rows(path: Path) -> Iterator[Row | BadValueError]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            for row in csv.DictReader(stream, delimiter=_delimiter(path)):
+            table = _csv_table(stream)
+            while True:
+                last = table.reader.line_num
+                try:
+                    row = next(table)
+                except StopIteration:
+                    return
+                except csv.Error as error:  # a quote that is not closed takes in the lines that follow
+                    to = table.reader.line_num
+                    lines = f"lines {last + 1} to {to}" if to > last + 1 else f"line {to}"
+                    yield BadValueError("(whole line)", f"is no CSV ({said(error)}; {lines}): double quotes within quotes")
+                    continue
                 more = row.pop(None, [])  # type: ignore[call-overload]
                 if any(more):  # the last column would be cut short
                     yield BadValueError(
@@ -650,26 +707,35 @@ def _csv_rows(path: Path) -> Iterator[Row | BadValueError]:
                 else:
                     yield row
     except (UnicodeDecodeError, csv.Error) as error:
-        yield BadValueError(
-            "(rest of file)", f"is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({said(error)})"
-        )
+        yield BadValueError("(rest of file)", _no_csv(path, error))
 
 
 def _csv_header(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            return list(csv.DictReader(stream, delimiter=_delimiter(path)).fieldnames or [])
+            return list(_csv_table(stream).fieldnames or [])
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({said(error)})") from None
+        raise UserError(f"{path} {_no_csv(path, error)}") from None
 
 
-def _delimiter(path: Path) -> str:
-    """What separates the columns: that of comma, semicolon and tab by which the header gives most columns that we know."""
+def _no_csv(path: Path, error: Exception) -> str:
+    with path.open("rb") as stream:
+        is_text = isinstance(error, UnicodeDecodeError) and b"\0" not in stream.read(CHUNK)
+    name = short(path.name, 60)
+    how = f"; if it is text in another encoding, convert it (iconv -f WINDOWS-1252 -t UTF-8 {name} -o NEW)" if is_text else ""
+    return f"is neither parquet nor JSONL, and cannot be read as CSV in UTF-8 ({said(error)}){how}"
+
+
+def _csv_table(stream: TextIO) -> csv.DictReader[str]:
+    """The rows of an open CSV file. Columns are separated as Excel's first line ``sep=;`` says, or by that of comma, semicolon,
+    tab and bar by which the header gives most columns that we know."""
     known = {alias for aliases in COLUMNS.values() for alias in aliases}
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        header = stream.readline(CHUNK)
+    header = stream.readline(CHUNK)
 
     def count(delimiter: str) -> int:
         return sum(_plainly(name) in known for name in next(csv.reader([header], delimiter=delimiter), []))
 
-    return max(",;\t", key=count)
+    told = re.fullmatch(r"sep=(.)\r?\n?", header)
+    if told is None:
+        stream.seek(0)
+    return csv.DictReader(stream, delimiter=told[1] if told else max(",;\t|", key=count), strict=True)

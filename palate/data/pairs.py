@@ -162,6 +162,7 @@ class Reader:
     def _unseen(self) -> Counter[str]:
         """What the folder holds that no row shows, by reason."""
         found = formats.unread(self.source, self.places)
+        found += sum((formats.unread_opinions(f) for f in self._opened.values() if isinstance(f, File)), Counter[str]())
         for place in self.places:
             if not place.remote and place.path.is_dir():
                 found += formats.Captioned.of(place.path).left_out

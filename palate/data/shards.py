@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from palate.base.errors import said
+from palate.base.jsonl import decode
 from palate.data.values import BadValueError, short
 
 PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "ppm", "pgm", "tga")
@@ -89,7 +89,7 @@ def _columns(extension: str, member: tarfile.TarInfo, shard: tarfile.TarFile) ->
         return {name: data}
     try:
         if extension.lower() == "json":
-            content = json.loads(data)
+            content = decode(data)
             if isinstance(content, dict):
                 return content
             raise ValueError("is not an object")

@@ -76,6 +76,7 @@ def encoded_of(
         tell(told)
     if validation is not None:
         held_out = encode(validation, encoders, **how)
+        _say_counts(validation.counts, "pairs", f"{options.validation_data}: ")
         kept = encoded.without_prompts(held_out.prompts)
         if len(kept) < len(encoded):
             tell(f"{len(encoded) - len(kept)} left out, whose prompts are in {options.validation_data}")
@@ -90,13 +91,14 @@ def learnable(encoded: EncodedPairs | EncodedPictures, objective: Objective) -> 
     """What an objective can learn from."""
     from palate.data.encoded import EncodedPairs
 
-    if objective.evidence == "pairs":
+    if objective.evidence == "pairs" or (objective.names("label") and not isinstance(encoded, EncodedPairs)):
         return encoded
-    if isinstance(encoded, EncodedPairs):
-        return encoded.without_ties()
-    if not objective.names("label"):
-        return encoded.liked()
-    return encoded
+    found = encoded.without_ties() if isinstance(encoded, EncodedPairs) else encoded.liked()
+    if lost := len(encoded) - len(found):
+        tell(
+            f"{lost} {'ties' if isinstance(encoded, EncodedPairs) else 'disliked pictures'} left out, of which it cannot learn"
+        )
+    return found
 
 
 LOOKED_AT = 128
@@ -143,7 +145,7 @@ def counts_of(counts: Counts) -> JsonObject:
     }
 
 
-def _say_counts(counts: Counts, what: str) -> None:
+def _say_counts(counts: Counts, what: str, of: str = "") -> None:
     for bad in counts.bad:
         tell(f"skipped {bad}")
     parts = {
@@ -152,5 +154,5 @@ def _say_counts(counts: Counts, what: str) -> None:
         **counts.by_reason(),
         "bad rows skipped": len(counts.bad),
     }
-    told = [f"{counts.rows} rows: {counts.pairs} {what}", *(f"{n} {reason}" for reason, n in parts.items() if n)]
+    told = [f"{of}{counts.rows} rows: {counts.pairs} {what}", *(f"{n} {reason}" for reason, n in parts.items() if n)]
     tell(", ".join(told))

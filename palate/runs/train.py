@@ -106,6 +106,8 @@ def _train_offline(found: Assembled, command: str) -> None:
 
     what = "pictures" if reader.single else "pairs"
     about = {"command": command, "versions": versions(), what: len(encoded), **counts_of(reader.counts)}
+    if validation is not None:
+        about["validation"] = counts_of(validation.counts)
     if recipe.training.resume_from_checkpoint is None:
         step.begin(encoded)
         about |= {"chosen": dict(step.state)} if step.state else {}

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from palate.base.errors import UserError
+from palate.data.options import Reading
 from palate.data.pairs import read, read_pairs
 from palate.data.values import BadValueError, truth
 
@@ -240,6 +241,105 @@ def test_a_prompt_is_not_cut_at_a_comma(home):
 def test_a_long_column_that_nobody_reads(home):
     (home / "x.csv").write_text(f"prompt,image,raw\nx,0.png,{'A' * 300_000}\n")
     assert len(list(read(home / "x.csv"))) == 1
+
+
+def test_columns_are_separated_as_the_first_line_says(home):
+    (home / "x.csv").write_text("sep=|\r\nprompt|image\r\na, b; c|0.png\r\n")
+    assert [item.prompt for item in read(home / "x.csv")] == ["a, b; c"]
+    (home / "x.csv").write_text("prompt|image\na, b; c|0.png\n")
+    assert [item.prompt for item in read(home / "x.csv")] == ["a, b; c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "lost"),
+    [('"a "red" house",0.png', "line 3"), ('"a \\"red\\" house",0.png', "line 3"), ('"open,0.png\nx,1.png', "lines 3 to 5")],
+)
+def test_a_quote_that_takes_in_what_follows_is_told_with_its_lines(home, line, lost):
+    (home / "x.csv").write_text(f'prompt,image\nfirst,0.png\n{line}\n"a ""red"" house",1.png\nlast,2.png\n')
+    reader = read(home / "x.csv", Reading(max_bad_rows=1))
+    prompts = [item.prompt for item in reader]
+    assert (prompts[0], prompts[-1]) == ("first", "last")
+    assert all('"' not in prompt or prompt == 'a "red" house' for prompt in prompts)
+    assert lost in reader.counts.bad[0].reason
+    assert reader.counts.rows == len(prompts) + 1
+
+
+def test_a_quote_that_is_never_closed(home):
+    (home / "x.csv").write_text('prompt,image\nfirst,0.png\n"open,1.png\nx,2.png\n')
+    reader = read(home / "x.csv", Reading(max_bad_rows=1))
+    assert [item.prompt for item in reader] == ["first"]
+    assert "lines 3 to 4" in reader.counts.bad[0].reason
+
+
+@pytest.mark.parametrize("names", [("chosen", "chosen"), ("chosen", "Chosen"), ("chosen", " chosen ")])
+def test_of_two_columns_of_one_name_neither_is_chosen_in_silence(home, names):
+    (home / "x.csv").write_text(f"prompt,{names[0]},{names[1]},rejected\nx,0.png,1.png,2.png\n")
+    assert "has 2 columns 'chosen': rename all but one" in refusal(home / "x.csv")
+    if len(set(names)) > 1:
+        (pair,) = read(home / "x.csv", Reading(columns={"chosen": names[1]}))
+        assert pair.image_0 == picture(1)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "tar"])
+def test_a_name_that_comes_twice_in_an_object_is_a_bad_row(home, form):
+    good = '{"prompt": "x", "image": "0.png", "liked": true}'
+    bad = '{"prompt": "x", "image": "1.png", "liked": true, "liked": false}'
+    if form == "tar":
+        with tarfile.open(home / "x.tar", "w") as archive:
+            for i, told in enumerate((good, bad)):
+                for ending, data in (("png", picture(i)), ("json", told.replace('"image": ', '"path": ').encode())):
+                    info = tarfile.TarInfo(f"{i}.{ending}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    else:
+        (home / f"x.{form}").write_text(f"[{good}, {bad}]" if form == "json" else f"{good}\n{bad}\n")
+    reader = read(home / f"x.{form}", Reading(max_bad_rows=1))
+    assert [item.label for item in reader] == [1.0]
+    assert "it has 'liked' twice" in reader.counts.bad[0].reason
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"data": [{"prompt": "x", "image": "0.png"}]}, "holds its rows in 'data': save them alone (jq .data 'x.json' > NEW)"),
+        ({"version": 1, "the rows": [{"prompt": "x", "image": "0.png"}]}, "holds its rows in 'the rows': save them alone"),
+        ({"prompt": ["x", "y"], "image": ["0.png", "1.png"]}, "holds columns, not rows: save it with to_json"),
+        ({"prompt": {"0": "x"}, "image": {"0": "0.png"}}, "holds columns, not rows"),
+    ],
+)
+def test_a_whole_table_in_one_object(home, content, said):
+    (home / "x.json").write_text(json.dumps(content))
+    assert said in refusal(home / "x.json")
+
+
+def test_another_encoding_is_told_with_what_converts_it(home):
+    (home / "x.csv").write_bytes("prompt,image\ncafé,0.png\n".encode("latin-1"))
+    assert "convert it (iconv -f WINDOWS-1252 -t UTF-8 'x.csv' -o NEW)" in refusal(home / "x.csv")
+
+
+def test_opinions_beside_those_that_are_read_are_told(home):
+    path = jsonl(home / "x.jsonl", [{"prompt": "x", "chosen": "0.png", "rejected": "1.png", "label": 0}])
+    reader = read_pairs(path)
+    assert [pair.label for pair in reader] == [1.0]
+    assert reader.counts.by_reason() == {"columns of opinions, not read (label)": 1}
+
+
+def ranked(home: Path, *rows: tuple) -> Path:
+    return jsonl(home / "x.jsonl", [dict(zip(("prompt_id", "prompt", "image_path", "rank"), row, strict=True)) for row in rows])
+
+
+def test_rows_of_one_prompt_that_are_apart_are_told(home):
+    rows = [(7, "a", "0.png", 1), (7, "a", "1.png", 2), (8, "b", "0.png", 1), (8, "b", "2.png", 2), (7, "a", "3.png", 3)]
+    assert "7 comes again further down: sort the rows by prompt_id" in refusal(ranked(home, *rows))
+    assert len(list(read_pairs(ranked(home, *sorted(rows))))) == 4
+
+
+@pytest.mark.parametrize("number", [None, ""])
+def test_pictures_of_different_prompts_are_never_compared(home, number):
+    rows = [("9", "a", "0.png", 1), ("9", "b", "1.png", 2), ("9", "a", "2.png", 2)]
+    assert "'9' stands for two prompts" in refusal(ranked(home, *rows))
+    nobody = ranked(home, (number, "a", "0.png", 1), (number, "b", "1.png", 2))
+    assert "must name the prompt that a picture is of" in refusal(nobody)
 
 
 # Places and packages ----

@@ -66,6 +66,7 @@ def test_likes(palate, votes, pairs_dir, tmp_path, objective, trained):
     code, _, errors = palate("train", train_data="likes.jsonl", objective=objective, max_train_steps=2, random_flip="true")
     assert code == 0, errors
     assert "16 rows: 16 pictures" in errors
+    assert ("8 disliked pictures left out" in errors) == (objective == "sft")
     assert about()["pictures"] == trained  # sft knows no dislike
     assert f"| trained on | {trained} single pictures |" in Path("out/README.md").read_text()
     code, _, errors = palate("train", train_data="likes.jsonl", objective="dpo", output_dir="other")
@@ -92,7 +93,8 @@ def test_choices_and_validation_data(palate, votes, pairs_dir, tmp_path):
             (tmp_path / vote[side]).write_bytes((pairs_dir / vote[side]).read_bytes())
     lost = {**votes[0], "chosen": votes[0]["rejected"], "rejected": votes[1]["rejected"]}
     write("train.jsonl", [*votes, votes[3], lost])
-    write("held.jsonl", [{**votes[0], "prompt": votes[0]["prompt"].upper()}])
+    held = {**votes[0], "prompt": votes[0]["prompt"].upper()}
+    write("held.jsonl", [{**held, "has_label": True}, {**held, "has_label": False}])
     code, _, errors = palate(
         "train",
         train_data="train.jsonl",
@@ -106,7 +108,9 @@ def test_choices_and_validation_data(palate, votes, pairs_dir, tmp_path):
     assert "1 repeated" in errors
     assert "1 without an absolute winner" in errors
     assert "2 left out, whose prompts are in held.jsonl" in errors
+    assert "held.jsonl: 2 rows: 1 pairs, 1 without a label" in errors
     assert about()["pairs"] == 14
+    assert about()["validation"]["unlabelled"] == 1
     log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
     assert any("held_out_accuracy" in line for line in log)
     code, _, errors = palate("train", train_data="held.jsonl", validation_data="held.jsonl", output_dir="other")
