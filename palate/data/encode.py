@@ -92,36 +92,39 @@ def encode(
     pairs: list[EncodedPair] = []
     singles: list[EncodedPicture] = []
     bar = tqdm(items, desc="encoding", unit=" items", disable=not progress)
-    for item in bar:
-        digests = [hashlib.sha256(image).hexdigest() for image in item.pictures]
-        position = (0.5, 0.5) if center_crop else crop_position(_item_seed(seed, digests))
-        keys = []
-        for image, digest in zip(item.pictures, digests, strict=True):
-            variants = []
-            for flip in (False, True) if random_flip else (False,):
-                parts = {"kind": "latents", "model": encoders.image_fingerprint, "image": digest, "resolution": resolution}
-                parts |= {"colours": "srgb"} if converted(image) else {}  # entries of old did without the profile
-                key = cache.key(**parts, crop=position, flip=flip, **common)
-                variants.append(key)
-                if pictures.lacks(key):
-                    picture = _decoded(item, image)
-                    pixels = square(picture, resolution, position, flip=flip)
-                    conditions = encoders.picture_conditions(picture.size, resolution, position, flip=flip)
-                    pictures.add(key, (pixels, conditions), item.source)
-            keys.append(tuple(variants))
-        text = cache.key(kind="text", model=encoders.text_fingerprint, prompt=item.prompt, **common)
-        if texts.lacks(text):
-            texts.add(text, item.prompt, item.source)
-        if isinstance(item, LikedPicture):
-            singles.append(EncodedPicture(item.prompt, text, keys[0], item.label, item.weight, item.source))
-        else:
-            if item.label < 0.5:
-                keys.reverse()
-            label = max(item.label, 1 - item.label)
-            pairs.append(EncodedPair(item.prompt, text, keys[0], keys[1], label, item.weight, item.source))
-        bar.set_postfix(encoded=pictures.encoded, reused=pictures.reused, refresh=False)
-    pictures.flush()
-    texts.flush()
+    try:
+        for item in bar:
+            digests = [hashlib.sha256(image).hexdigest() for image in item.pictures]
+            position = (0.5, 0.5) if center_crop else crop_position(_item_seed(seed, digests))
+            keys = []
+            for image, digest in zip(item.pictures, digests, strict=True):
+                variants = []
+                for flip in (False, True) if random_flip else (False,):
+                    parts = {"kind": "latents", "model": encoders.image_fingerprint, "image": digest, "resolution": resolution}
+                    parts |= {"colours": "srgb"} if converted(image) else {}  # entries of old did without the profile
+                    key = cache.key(**parts, crop=position, flip=flip, **common)
+                    variants.append(key)
+                    if pictures.lacks(key):
+                        picture = _decoded(item, image)
+                        pixels = square(picture, resolution, position, flip=flip)
+                        conditions = encoders.picture_conditions(picture.size, resolution, position, flip=flip)
+                        pictures.add(key, (pixels, conditions), item.source)
+                keys.append(tuple(variants))
+            text = cache.key(kind="text", model=encoders.text_fingerprint, prompt=item.prompt, **common)
+            if texts.lacks(text):
+                texts.add(text, item.prompt, item.source)
+            if isinstance(item, LikedPicture):
+                singles.append(EncodedPicture(item.prompt, text, keys[0], item.label, item.weight, item.source))
+            else:
+                if item.label < 0.5:
+                    keys.reverse()
+                label = max(item.label, 1 - item.label)
+                pairs.append(EncodedPair(item.prompt, text, keys[0], keys[1], label, item.weight, item.source))
+            bar.set_postfix(encoded=pictures.encoded, reused=pictures.reused, refresh=False)
+        pictures.flush()
+        texts.flush()
+    finally:  # what was encoded is kept whatever comes
+        cache.flush()
     if pairs and singles:
         raise ValueError("pairs and single pictures in one stream")
     if not pairs and not singles:

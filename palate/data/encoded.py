@@ -137,7 +137,7 @@ class Encoded(Generic[Item]):
             # What spoilt one entry may have spoilt more. Reading removes those, so that one more run mends them all.
             others = sum(self.cache.get(k) is None for k in {k for one in self.items for k in one.keys} - {key})
             raise UserError(
-                f"the cache entry {self.cache.path(key)} ({item.source or item.prompt!r}) is missing or damaged"
+                f"the entry of {item.source or repr(item.prompt)} in the cache folder {self.cache.folder} is missing or damaged"
                 f"{f', and {others} more' if others else ''}: run again, and it is encoded anew"
             )
         return tensors

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from shards import entries, spoil
 
 from palate.base.errors import UserError
 from palate.data.cache import TensorCache
@@ -291,15 +292,11 @@ def test_nan_is_refused_and_not_kept(tmp_path):
         Encoders().encode(PAIRS, tmp_path, encode_images=lambda pixels: torch.full((len(pixels), 4, 2, 2), torch.nan))
     with pytest.raises(UserError, match=r"infinity in latents as torch\.float16"):
         Encoders().encode(PAIRS, tmp_path, encode_images=lambda pixels: pixels * 1e6, dtype=torch.float16)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not entries(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit"])
-def test_the_run_that_reads_a_damaged_entry_tells_and_the_next_mends_it(tmp_path, damage):
-    path = (before := Encoders().encode(PAIRS, tmp_path)).cache.path(before.items[0].winner[0])
-    data = bytearray(path.read_bytes())
-    data[-9] ^= 1
-    path.write_bytes(data[:-9] if damage == "truncated" else data)
+def test_the_run_that_reads_a_damaged_entry_tells_and_the_next_mends_it(tmp_path):
+    spoil(tmp_path, Encoders().encode(PAIRS, tmp_path).items[0].winner[0])
     first, second = Encoders(), Encoders()
     encoded = first.encode(PAIRS, tmp_path)
     assert first.pictures == []  # it is there, and nobody has read it
@@ -314,7 +311,7 @@ def test_all_damaged_entries_are_mended_by_one_more_run(tmp_path):
     before = Encoders().encode(PAIRS, tmp_path)
     pictures = {key for pair in before.items for key in (*pair.winner, *pair.loser)}
     for key in pictures:
-        before.cache.path(key).write_bytes(b"spoilt")
+        spoil(tmp_path, key, "text")
     with pytest.raises(UserError, match=rf"damaged, and {len(pictures) - 1} more: run again"):
         before.batch([0], torch.tensor([0]))
     again = Encoders()
@@ -324,14 +321,15 @@ def test_all_damaged_entries_are_mended_by_one_more_run(tmp_path):
 
 
 def test_an_entry_that_has_gone_is_told_and_encoded_anew(tmp_path):
-    encoded = Encoders().encode(PAIRS, tmp_path)
-    encoded.cache.path(encoded.items[0].winner[0]).unlink()
-    with pytest.raises(UserError, match=r"f, row 1.*missing or damaged: run again"):
-        encoded.batch([0], torch.tensor([0]))
-    again = Encoders()
-    again.encode(PAIRS, tmp_path)
-    assert again.pictures == [1]
+    Encoders().encode(PAIRS[:1], tmp_path / "one")
+    encoded = EncodedPairs(Encoders().encode(PAIRS, tmp_path).items, TensorCache(tmp_path / "one"))
     encoded.batch([0], torch.tensor([0]))
+    with pytest.raises(UserError, match=r"f, row 2.*missing or damaged, and 2 more: run again"):
+        encoded.batch([1], torch.tensor([0]))
+    again = Encoders()
+    encoded = again.encode(PAIRS, tmp_path / "one")
+    assert sum(again.pictures) == 2
+    encoded.batch([0, 1, 2], torch.tensor([0, 1, 2]))
 
 
 def test_errors_at_the_door(tmp_path):

@@ -225,7 +225,7 @@ def test_a_folder_that_holds_something(refused, no_weights):
     assert "checkpoint out/checkpoint-5 is damaged" in refused(resume_from_checkpoint="latest")
 
 
-WRITERS = ["palate.runs.recipe.write", "palate.evaluation.grid.before_after_grid", "palate.data.cache.os.replace"]
+WRITERS = ["palate.runs.recipe.write", "palate.evaluation.grid.before_after_grid", "palate.data.cache.os.pwrite"]
 
 
 @pytest.mark.parametrize("existed", [False, True])
