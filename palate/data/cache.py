@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import platform
 import secrets
-import socket
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -48,8 +49,8 @@ class TensorCache:
 
     A put is written with the next ones, ``AT_ONCE`` of them together; what is killed before loses those alone.
 
-    A shard is an Arrow stream (``HOST-....arrow``) of key, CRC-32 and safetensors. One process writes to it at a time, only at
-    its end, and holds a lock on it; the next takes it up again. So shards of several machines may lie in one folder, on a
+    A shard is an Arrow stream (``MACHINE-....arrow``) of key, CRC-32 and safetensors. One process writes to it at a time, only
+    at its end, and holds a lock on it; the next takes it up again. So shards of several machines may lie in one folder, on a
     network disk too, and be copied into another. What a writer that was killed left at the end is cut off by the next. A
     damaged entry is removed by writing zeros over its key. Entries that are a file each, in subfolders named by the first two
     digits of their keys, are taken into a shard where :meth:`has` meets them.
@@ -91,6 +92,16 @@ class TensorCache:
         name = bytes.fromhex(key)
         there = name in self._pending or next(self._found(name), None) is not None
         return there or (self._loose and self._take_in(key))
+
+    def holds(self, names: np.ndarray) -> bool:
+        """Whether there are entries of all keys; their bytes ``(n, 32)``."""
+        halves = np.ascontiguousarray(names[:, :16]).view(">u8")
+        places = np.searchsorted(self._firsts, halves[:, 0]).clip(max=max(0, len(self._sorted) - 1))
+        found = np.zeros(len(names), bool)
+        if len(self._sorted):
+            entries = self._sorted[places]
+            found = (entries["key"] == halves).all(axis=1) & (entries["size"] >= 0)
+        return all(self.has(name.tobytes().hex()) for name in names[~found])
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a key; None if there are none, or if they were damaged: then they are there no longer.
@@ -182,8 +193,9 @@ class TensorCache:
         shard = self._shards[entry["shard"]]
         try:
             with shard.path.open("r+b", buffering=0) as file:
-                # What lies there now may be another entry, where a writer has cut the shard off meanwhile.
-                if os.pread(file.fileno(), len(name), int(entry["name"])) == name:
+                # What lies there now may be another entry, where a writer has cut the shard off meanwhile; and of a damaged key
+                # only this half, by which it is found, is known to be as it was.
+                if os.pread(file.fileno(), 16, int(entry["name"])) == name[:16]:
                     os.pwrite(file.fileno(), bytes(len(name)), int(entry["name"]))
         except FileNotFoundError:
             pass
@@ -220,7 +232,7 @@ class TensorCache:
         """A shard of this machine that nobody writes to, without what was left half written at its end."""
         self.refresh()
         for shard in self._shards:
-            if shard.end and shard.path.name.startswith(f"{_host()}-"):
+            if shard.end and shard.path.name.startswith(f"{_machine()}-"):
                 with contextlib.suppress(OSError):  # deleted meanwhile, or not ours to write
                     file = shard.path.open("r+b", buffering=0)
                     if _locked(file):
@@ -231,7 +243,7 @@ class TensorCache:
         return None
 
     def _begun(self) -> tuple[_Shard, BinaryIO]:
-        path = self.folder / f"{_host()}-{secrets.token_hex(4)}.arrow"
+        path = self.folder / f"{_machine()}-{secrets.token_hex(4)}.arrow"
         file = path.open("x+b", buffering=0)
         try:
             _locked(file)
@@ -347,6 +359,10 @@ def _locked(file: BinaryIO) -> bool:
     return True
 
 
-def _host() -> str:
-    """This machine, as part of a file's name: locks of other machines are not always seen."""
-    return "".join(c if c.isalnum() else "_" for c in socket.gethostname()) or "host"
+@functools.cache
+def _machine() -> str:
+    """This machine until it is started anew, as part of a file's name: locks that others hold are not always seen."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:13]
+    except OSError:  # not Linux
+        return "".join(c if c.isalnum() else "_" for c in platform.node()) or "machine"

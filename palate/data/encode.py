@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from palate.base.errors import UserError
+from palate.base.processes import Processes
 from palate.data.cache import TensorCache
-from palate.data.encoded import EncodedPair, EncodedPairs, EncodedPicture, EncodedPictures
-from palate.data.images import check_resolution, converted, crop_position, decode, square
-from palate.data.pairs import LikedPicture, PreferencePair
+from palate.data.encoded import EncodedPairs, EncodedPictures
+from palate.data.images import check_resolution, converted, crop_position, decode_usable, square
+from palate.data.items import Columns, EncodedPair, EncodedPicture, Items
+from palate.data.pairs import LikedPicture, PreferencePair, Reader
 
 PIXELS_AT_ONCE = 2**19
 """Two pictures of 512 pixels a side, one of 768 or 1024: half a kilobyte for each in every tensor of those layers."""
@@ -61,75 +63,69 @@ def encode(
     batch_size: int = 8,
     progress: bool = True,
     seed: int = 0,
+    processes: Processes | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> EncodedPairs | EncodedPictures:
     """Stream pairs, or single pictures, into the cache and return their keys.
 
     Of pairs winners come first; labels below 1/2 are turned round.
 
     The encoders see only what the cache lacks, each picture and each prompt once, ``batch_size`` at a time (of large pictures
-    fewer), without gradients; so a run that was stopped continues where it was. Floating-point results are kept as ``dtype``.
+    fewer), without gradients; so a run that was stopped continues where it was. Latents and encodings of prompts are kept as
+    ``dtype``.
 
     With ``center_crop`` an entry belongs to a picture. Without, the square's position is drawn once per item from ``seed``
     and the contents of its pictures, for both of a pair the same, and in every epoch (a new position in every epoch could not
     be cached), and an entry belongs to a picture in a pair. With ``random_flip`` both variants are encoded, and ``batch``
     chooses.
 
-    Raises ``UserError`` for a wrong resolution, a picture that does not decode, NaN or infinity from an encoder, no items.
+    Args:
+        processes: those that call this with the same arguments. Each reads all, and encodes the pictures and prompts whose
+            digests fall to it: nothing is encoded twice. All return when all are done; where machines do not share the
+            cache's folder, those of each machine then encode what it lacks.
+        part: index and count, where the work is shared by calls that do not wait for each other: the rest is left out.
+
+    Raises:
+        UserError: a wrong resolution, a picture that does not decode (of a ``Reader`` where it bears no more of them), NaN or
+            infinity from an encoder, no items.
     """
     check_resolution(resolution)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but it must be 1 or more")
-    common = {"dtype": str(dtype).removeprefix("torch."), "version": 2}
+    processes = processes or Processes()
+    work = _Work(encoders, cache, resolution, random_flip, center_crop, dtype, batch_size, seed)
+    everywhere = (part[0] * processes.count + processes.index, part[1] * processes.count)
+    for share in (everywhere, processes.local):
+        work.share = share
+        found = _rounds(items, work, processes, progress)
+        if part[1] > 1 or not processes.any(not cache.holds(found.keys)):
+            return EncodedPairs(found, cache) if found.pairs else EncodedPictures(found, cache)
+    raise UserError(f"entries have gone from the cache folder {cache.folder} while it was filled: run again")
 
-    def encode_pictures(items: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
-        pixels, conditions = zip(*items, strict=True)
-        latents = encoders.encode_images(torch.stack(pixels))
-        return {"latents": latents, **{name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}}
 
-    # Of large pictures fewer: a VAE's first layers hold 128 float32 channels of every pixel, several times over.
-    pictures = _Queue(cache, max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2)), dtype, encode_pictures)
-    texts = _Queue(cache, batch_size, dtype, encoders.encode_text)
-    pairs: list[EncodedPair] = []
-    singles: list[EncodedPicture] = []
-    bar = tqdm(items, desc="encoding", unit=" items", disable=not progress)
-    try:
-        for item in bar:
-            digests = [hashlib.sha256(image).hexdigest() for image in item.pictures]
-            position = (0.5, 0.5) if center_crop else crop_position(_item_seed(seed, digests))
-            keys = []
-            for image, digest in zip(item.pictures, digests, strict=True):
-                variants = []
-                for flip in (False, True) if random_flip else (False,):
-                    parts = {"kind": "latents", "model": encoders.image_fingerprint, "image": digest, "resolution": resolution}
-                    parts |= {"colours": "srgb"} if converted(image) else {}  # entries of old did without the profile
-                    key = cache.key(**parts, crop=position, flip=flip, **common)
-                    variants.append(key)
-                    if pictures.lacks(key):
-                        picture = _decoded(item, image)
-                        pixels = square(picture, resolution, position, flip=flip)
-                        conditions = encoders.picture_conditions(picture.size, resolution, position, flip=flip)
-                        pictures.add(key, (pixels, conditions), item.source)
-                keys.append(tuple(variants))
-            text = cache.key(kind="text", model=encoders.text_fingerprint, prompt=item.prompt, **common)
-            if texts.lacks(text):
-                texts.add(text, item.prompt, item.source)
-            if isinstance(item, LikedPicture):
-                singles.append(EncodedPicture(item.prompt, text, keys[0], item.label, item.weight, item.source))
-            else:
-                if item.label < 0.5:
-                    keys.reverse()
-                label = max(item.label, 1 - item.label)
-                pairs.append(EncodedPair(item.prompt, text, keys[0], keys[1], label, item.weight, item.source))
-            bar.set_postfix(encoded=pictures.encoded, reused=pictures.reused, refresh=False)
-        pictures.flush()
-        texts.flush()
-    finally:  # what was encoded is kept whatever comes
-        cache.flush()
-    if pairs and singles:
-        raise ValueError("pairs and single pictures in one stream")
-    if not pairs and not singles:
+def _rounds(
+    items: Iterable[PreferencePair] | Iterable[LikedPicture], work: _Work, processes: Processes, progress: bool
+) -> Items[Any]:
+    """All items, once every process knows which pictures cannot be used: one sees that of its own pictures alone."""
+    while True:
+        columns = Columns()
+        stream, about = (items.checked(work.check), items.rows_about()) if isinstance(items, Reader) else (items, None)
+        bar = tqdm(stream, total=about, desc="encoding", unit=" items", disable=not progress)
+        try:
+            for item in bar:
+                columns.add(work.add(item))
+                bar.set_postfix(encoded=work.pictures.encoded, reused=work.pictures.reused, refresh=False)
+            work.flush()
+        finally:  # what was encoded is kept whatever comes
+            work.cache.flush()
+        unusable = processes.union(work.unusable)
+        work.cache.refresh()
+        if unusable <= work.unusable:
+            break
+        work.unusable |= unusable
+    if not columns:
         raise UserError("there are no preference pairs or pictures to encode: check their source")
-    return EncodedPairs(pairs, cache) if pairs else EncodedPictures(singles, cache)
+    return Items(columns.tensors())
 
 
 def encode_pairs(pairs: Iterable[PreferencePair], encoders: Encoders, **options: Any) -> EncodedPairs:
@@ -140,28 +136,118 @@ def encode_pairs(pairs: Iterable[PreferencePair], encoders: Encoders, **options:
     return encoded
 
 
+class _Work:
+    """Items to keys, and what the cache lacks of them to entries."""
+
+    share = (0, 1)
+    """Index and count: which part of what is lacking is encoded here."""
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        cache: TensorCache,
+        resolution: int,
+        random_flip: bool,
+        center_crop: bool,
+        dtype: torch.dtype,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.encoders, self.cache, self.resolution, self.seed = encoders, cache, resolution, seed
+        self.flips, self.center_crop = (False, True) if random_flip else (False,), center_crop
+        self.common = {"dtype": str(dtype).removeprefix("torch."), "version": 2}
+        # Of large pictures fewer: a VAE's first layers hold 128 float32 channels of every pixel, several times over.
+        at_once = max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2))
+        self.pictures = _Queue(cache, at_once, lambda items: _encode_pictures(encoders, items, dtype))
+        self.texts = _Queue(cache, batch_size, lambda prompts: _kept(encoders.encode_text(prompts), dtype))
+        self.unusable: set[str] = set()
+        """Digests of pictures that cannot be used, as far as they are known."""
+        self.decoded = functools.lru_cache(maxsize=2)(decode_usable)
+
+    def check(self, image: bytes) -> str:
+        """Why a picture cannot be used, or nothing; one that has entries, or that another process looks at, can be."""
+        digest = _digest(image)
+        if digest not in self.unusable and not (self._mine(digest) and self._lacking(image)):
+            return ""
+        try:
+            self.decoded(image)
+        except ValueError as error:
+            self.unusable.add(digest)
+            return str(error)
+        return ""
+
+    def add(self, item: PreferencePair | LikedPicture) -> EncodedPair | EncodedPicture:
+        """The keys of an item; what is lacking of it is encoded, by and by."""
+        digests = [_digest(image) for image in item.pictures]
+        position = (0.5, 0.5) if self.center_crop else crop_position(_item_seed(self.seed, digests))
+        keys = [self._picture(item, image, position) for image in item.pictures]
+        text = self.cache.key(kind="text", model=self.encoders.text_fingerprint, prompt=item.prompt, **self.common)
+        if self._mine(text) and self.texts.lacks(text):
+            self.texts.add(text, item.prompt, item.source)
+        if isinstance(item, LikedPicture):
+            return EncodedPicture(item.prompt, text, keys[0], item.label, item.weight, item.source)
+        if item.label < 0.5:
+            keys.reverse()
+        label = max(item.label, 1 - item.label)
+        return EncodedPair(item.prompt, text, keys[0], keys[1], label, item.weight, item.source)
+
+    def flush(self) -> None:
+        self.pictures.flush()
+        self.texts.flush()
+
+    def _mine(self, digest: str) -> bool:
+        return int(digest[:8], 16) % self.share[1] == self.share[0]
+
+    def _lacking(self, image: bytes) -> bool:
+        """Whether there may be something to encode; without ``center_crop`` only the pair tells."""
+        return not self.center_crop or not all(map(self.pictures.there, self._keys(image, (0.5, 0.5))))
+
+    def _keys(self, image: bytes, position: tuple[float, float]) -> tuple[str, ...]:
+        """One, and that of the mirrored picture if it is wanted."""
+        parts = {"kind": "latents", "model": self.encoders.image_fingerprint, "image": _digest(image)}
+        parts |= {"colours": "srgb"} if converted(image) else {}  # entries of old did without the profile
+        how = {"resolution": self.resolution, "crop": position, **self.common}
+        return tuple(self.cache.key(**parts, **how, flip=flip) for flip in self.flips)
+
+    def _picture(self, item: PreferencePair | LikedPicture, image: bytes, position: tuple[float, float]) -> tuple[str, ...]:
+        keys = self._keys(image, position)
+        if self._mine(_digest(image)):
+            for key, flip in zip(keys, self.flips, strict=True):
+                if self.pictures.lacks(key):
+                    self.pictures.add(key, self._prepared(item, image, position, flip), item.source)
+        return keys
+
+    def _prepared(
+        self, item: PreferencePair | LikedPicture, image: bytes, position: tuple[float, float], flip: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            picture = self.decoded(image)
+        except ValueError as error:
+            raise UserError(f"{item.source or 'an item'}: a picture {error}; remove it or repair the picture") from None
+        conditions = self.encoders.picture_conditions(picture.size, self.resolution, position, flip=flip)
+        return square(picture, self.resolution, position, flip=flip), conditions
+
+
 class _Queue:
     """What the cache lacks, encoded a batch at a time."""
 
-    def __init__(
-        self, cache: TensorCache, batch_size: int, dtype: torch.dtype, encode: Callable[[list], Mapping[str, Tensor]]
-    ) -> None:
-        self.cache, self.batch_size, self.dtype, self.encode = cache, batch_size, dtype, encode
-        self.seen: set[str] = set()
-        self.waiting: list[tuple[str, object, str]] = []
+    def __init__(self, cache: TensorCache, batch_size: int, encode: Callable[[list[Any]], Mapping[str, Tensor]]) -> None:
+        self.cache, self.batch_size, self.encode = cache, batch_size, encode
+        self.waiting: dict[str, tuple[object, str]] = {}
         self.encoded = self.reused = 0
 
+    def there(self, key: str) -> bool:
+        """Whether an entry is in the cache, or soon will be."""
+        return key in self.waiting or self.cache.has(key)
+
     def lacks(self, key: str) -> bool:
-        """True the first time a key is asked for that the cache has not; the caller then adds it."""
-        if key in self.seen:
-            return False
-        self.seen.add(key)
-        present = self.cache.has(key)
-        self.reused += present
-        return not present
+        """Whether an entry is still to be added."""
+        there = self.there(key)
+        self.reused += there
+        return not there
 
     def add(self, key: str, item: object, source: str) -> None:
-        self.waiting.append((key, item, source))
+        self.waiting[key] = item, source
         if len(self.waiting) == self.batch_size:
             self.flush()
 
@@ -169,32 +255,39 @@ class _Queue:
     def flush(self) -> None:
         if not self.waiting:
             return
-        keys, items, sources = zip(*self.waiting, strict=True)
-        tensors = {
-            # Token ids and masks are not converted.
-            name: rows.to("cpu", self.dtype if rows.is_floating_point() else rows.dtype)
-            for name, rows in self.encode(list(items)).items()
-        }
+        tensors = {name: rows.cpu() for name, rows in self.encode([item for item, _ in self.waiting.values()]).items()}
         for name, rows in tensors.items():
-            if len(rows) != len(keys):
-                raise ValueError(f"the encoder gave {len(rows)} rows of {name} for {len(keys)} items")
-            for row, source in zip(rows, sources, strict=True):
+            if len(rows) != len(self.waiting):
+                raise ValueError(f"the encoder gave {len(rows)} rows of {name} for {len(self.waiting)} items")
+            for row, (_, source) in zip(rows, self.waiting.values(), strict=True):
                 if not row.isfinite().all():
                     raise UserError(
-                        f"encoding {source or 'an item'} gave NaN or infinity in {name} as {self.dtype}: "
+                        f"encoding {source or 'an item'} gave NaN or infinity in {name} as {rows.dtype}: "
                         "use float32 (SDXL's own VAE overflows in float16)"
                     )
-        for i, key in enumerate(keys):
+        for i, key in enumerate(self.waiting):
             self.cache.put(key, {name: rows[i] for name, rows in tensors.items()})
-        self.encoded += len(keys)
-        self.waiting = []
+        self.encoded += len(self.waiting)
+        self.waiting = {}
 
 
-def _decoded(item: PreferencePair | LikedPicture, image: bytes) -> Image.Image:
-    try:
-        return decode(image)
-    except ValueError as error:
-        raise UserError(f"{item.source or 'an item'}: a picture {error}; remove it or repair the picture") from None
+def _encode_pictures(
+    encoders: Encoders, items: list[tuple[Tensor, dict[str, Tensor]]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    pixels, conditions = zip(*items, strict=True)
+    latents = _kept({"latents": encoders.encode_images(torch.stack(pixels))}, dtype)
+    # Sizes and places are not rounded.
+    return latents | {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
+
+
+def _kept(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """With the precision of the cache; token ids and masks are not converted."""
+    return {name: rows.to(dtype) if rows.is_floating_point() else rows for name, rows in tensors.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()
 
 
 def _item_seed(seed: int, digests: list[str]) -> int:

@@ -6,65 +6,32 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.data.cache import TensorCache
+from palate.data.items import EncodedPair, EncodedPicture, Item, Items
 from palate.data.selection import same_prompt
 from palate.diffusion.batches import PairBatch, SampleBatch
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPair:
-    """The cache's keys of a pair, winner first: ``winner[1]`` and ``loser[1]``, if there, are the mirrored pictures."""
-
-    prompt: str
-    text: str
-    winner: tuple[str, ...]
-    loser: tuple[str, ...]
-    label: float  # in [0.5, 1]
-    weight: float
-    source: str
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.text, *self.winner, *self.loser)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPicture:
-    """The cache's keys of a single picture; ``picture[1]``, if there, is the mirrored one."""
-
-    prompt: str
-    text: str
-    picture: tuple[str, ...]
-    label: float  # in [0, 1]: probability that it is liked
-    weight: float
-    source: str
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.text, *self.picture)
-
-
-Item = TypeVar("Item", EncodedPair, EncodedPicture)
-
 
 Kind = TypeVar("Kind", bound="Encoded")
 
 
 class Encoded(Generic[Item]):
-    """Items whose tensors lie in a cache; only keys, labels, weights and prompts are held in memory."""
+    """Items whose tensors lie in a cache; only keys, labels, weights and prompts are held in memory.
+
+    Numbers that were kept with 16 bits are given with 32.
+    """
 
     rounds = None  # unlike the model's own pictures, the items stay the same from epoch to epoch
 
-    def __init__(self, items: Sequence[Item], cache: TensorCache) -> None:
-        self.items, self.cache = list(items), cache
+    def __init__(self, items: Items[Item], cache: TensorCache) -> None:
+        self.items, self.cache = items, cache
 
     def __len__(self) -> int:
         return len(self.items)
@@ -72,19 +39,19 @@ class Encoded(Generic[Item]):
     @property
     def prompts(self) -> list[str]:
         """The prompt of each item, in order."""
-        return [item.prompt for item in self.items]
+        return list(self.items.prompts)
 
-    def of(self: Kind, items: Sequence[Item]) -> Kind:
-        """The same with other items."""
-        return type(self)(items, self.cache)
+    def where(self: Kind, chosen: np.ndarray | Sequence[bool]) -> Kind:
+        """With some of the items alone."""
+        return type(self)(self.items.where(np.asarray(chosen, bool)), self.cache)
 
     def without_prompts(self: Kind, prompts: Iterable[str]) -> Kind:
         """What has none of these prompts, as :func:`same_prompt` compares them. Raises ``UserError`` if nothing is left."""
         others = {same_prompt(prompt) for prompt in prompts}
-        kept = [item for item in self.items if same_prompt(item.prompt) not in others]
-        if not kept:
+        kept = [same_prompt(prompt) not in others for prompt in self.items.prompts]
+        if not any(kept):
             raise UserError("the training data has no prompt that the validation data has not: name other validation data")
-        return self.of(kept)
+        return self.where(kept)
 
     def split(self: Kind, fraction: float, seed: int) -> tuple[Kind, Kind]:
         """Training and held-out items, about ``fraction`` of them held out, with no prompt on both sides.
@@ -94,7 +61,7 @@ class Encoded(Generic[Item]):
         """
         if not 0 < fraction < 1:
             raise UserError(f"the held-out fraction is {fraction}, but it must lie between 0 and 1")
-        groups = [same_prompt(item.prompt) for item in self.items]
+        groups = [same_prompt(prompt) for prompt in self.items.prompts]
         sizes = Counter(groups)
         if len(sizes) < 2:
             raise UserError(f"a held-out part needs two different prompts or more, but there is {len(sizes)}: do not split")
@@ -106,10 +73,8 @@ class Encoded(Generic[Item]):
                 held_out.add(group)
                 count += sizes[group]
         held_out = held_out or {min(shuffled, key=sizes.__getitem__)}
-        sides = ([], [])
-        for item, group in zip(self.items, groups, strict=True):
-            sides[group in held_out].append(item)
-        return self.of(sides[0]), self.of(sides[1])
+        held = np.array([group in held_out for group in groups])
+        return self.where(~held), self.where(held)
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The order of an epoch: a permutation of all indices, the same for the same ``(seed, epoch)``."""
@@ -135,12 +100,13 @@ class Encoded(Generic[Item]):
         tensors = self.cache.get(key)
         if tensors is None:
             # What spoilt one entry may have spoilt more. Reading removes those, so that one more run mends them all.
-            others = sum(self.cache.get(k) is None for k in {k for one in self.items for k in one.keys} - {key})
+            every = {name.tobytes().hex() for name in self.items.keys}
+            others = sum(self.cache.get(other) is None for other in every if other != key)
             raise UserError(
                 f"the entry of {item.source or repr(item.prompt)} in the cache folder {self.cache.folder} is missing or damaged"
                 f"{f', and {others} more' if others else ''}: run again, and it is encoded anew"
             )
-        return tensors
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 class EncodedPairs(Encoded[EncodedPair]):
@@ -166,10 +132,10 @@ class EncodedPairs(Encoded[EncodedPair]):
 
     def without_ties(self) -> EncodedPairs:
         """Only the pairs that have a winner: what methods train on that look at the winner alone."""
-        kept = [pair for pair in self.items if pair.label > 0.5]
-        if not kept:
+        kept = self.items.label > 0.5
+        if not kept.any():
             raise UserError(f"all {len(self)} pairs are ties: a method that trains on winners needs pairs with a winner")
-        return self.of(kept)
+        return self.where(kept)
 
 
 class EncodedPictures(Encoded[EncodedPicture]):
@@ -189,10 +155,10 @@ class EncodedPictures(Encoded[EncodedPicture]):
 
     def liked(self) -> EncodedPictures:
         """Without the disliked pictures: what methods train on that know no dislike. Raises ``UserError`` if none is liked."""
-        kept = [item for item in self.items if item.label > 0]
-        if not kept:
+        kept = self.items.label > 0
+        if not kept.any():
             raise UserError(f"all {len(self)} pictures are disliked: a method that imitates pictures needs liked ones")
-        return self.of(kept)
+        return self.where(kept)
 
 
 def flipped(seed: int) -> bool:

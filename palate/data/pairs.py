@@ -6,7 +6,7 @@ import functools
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -148,14 +148,14 @@ class Reader:
         return min(sum(known), self.reading.max_train_samples or sys.maxsize)
 
     def __iter__(self) -> Iterator[Any]:  # pairs, or single pictures
-        return self._iterate(look=True)
+        return self.checked(values.defect)
 
     @functools.cached_property
     def _winners(self) -> set[bytes]:
         """The absolute winners of the whole source: found by reading it once more, without decoding pictures."""
         names = {name: getattr(self.reading, name) for name in ("columns", "vote_question", "vote_weights")}
         reader = Reader(self.source, self.places, Reading(ties="keep", max_bad_rows=MANY, **names))
-        pairs = tqdm(reader._iterate(look=False), desc="finding absolute winners", unit=" pairs", disable=None)
+        pairs = tqdm(reader.checked(lambda picture: ""), desc="finding absolute winners", unit=" pairs", disable=None)
         return selection.absolute_winners((pair.prompt, pair.pictures, pair.label) for pair in pairs)
 
     @functools.cached_property
@@ -168,8 +168,11 @@ class Reader:
                 found += formats.Captioned.of(place.path).left_out
         return found
 
-    def _iterate(self, *, look: bool) -> Iterator[Item]:
-        """With ``look`` every picture is decoded, and one that cannot be makes its row a bad one."""
+    def checked(self, check: Callable[[bytes], str]) -> Iterator[Any]:
+        """The pairs or pictures, where ``check`` tells of each picture why it cannot be used, or nothing.
+
+        One that cannot makes its row a bad one. What is known to be usable need not be decoded again.
+        """
         reading = self.reading
         winners = self._winners if reading.absolute_winners else None
         chosen = selection.Selection(winners, reading.deduplicate, reading.max_pairs_per_prompt)
@@ -177,7 +180,7 @@ class Reader:
         counts.left_out.update(self._unseen)
         rows = self._rows()
         for file, number, row in rows:
-            for item in self._read(file, number, row, look):
+            for item in self._read(file, number, row, check):
                 if not chosen.keeps(item.prompt, item.pictures, item.label):
                     continue
                 counts.pairs += 1
@@ -187,14 +190,14 @@ class Reader:
                     return
             if len(counts.bad) > reading.max_bad_rows:
                 for later in itertools.islice(rows, LOOKAHEAD):
-                    self._read(*later, look)
+                    self._read(*later, check)
                     if len(counts.bad) >= reading.max_bad_rows + LISTED:
                         break
                 raise self._too_many_bad_rows()
         if not counts.pairs:
             raise self._nothing()
 
-    def _read(self, file: File | Path, number: int, row: Row | BadValueError, look: bool) -> Sequence[Item]:
+    def _read(self, file: File | Path, number: int, row: Row | BadValueError, check: Callable[[bytes], str]) -> Sequence[Item]:
         """What one row holds; counts the row, and what it lacks."""
         self.counts.rows += 1
         try:
@@ -212,7 +215,7 @@ class Reader:
             if not self._says(file.names["are_different"], row):
                 self.counts.identical += 1
                 return []
-            return self._items(file, number, row, look)
+            return self._items(file, number, row, check)
         except BadValueError as bad:
             name = file.name if isinstance(file, Path) else file.path.name
             self.counts.bad.append(BadRow(number, bad.column, bad.reason, name))
@@ -223,7 +226,7 @@ class Reader:
         """Whether a row may be kept as far as that column goes; one that has no such column may."""
         return column not in row or values.truth(column, row[column])
 
-    def _items(self, file: File, number: int, row: Row, look: bool) -> Sequence[Item]:
+    def _items(self, file: File, number: int, row: Row, check: Callable[[bytes], str]) -> Sequence[Item]:
         names, layout = file.names, file.layout
         prompt = values.prompt(names["prompt"], row.get(names["prompt"]))
         weight = values.number(names["weight"], row.get(names["weight"]), default=1.0)
@@ -235,7 +238,7 @@ class Reader:
             "rater": "" if rater is None else str(rater),
             "more": formats.others(file, row) if self.keep_columns else {},
         }
-        picture = functools.partial(values.picture, home=file.home, look=look)
+        picture = functools.partial(values.picture, home=file.home, check=check)
         if "images" in layout:
             votes = values.comparisons(names, row, layout)
             # All pictures are read even if only ties show them: a row is good or bad as a whole.

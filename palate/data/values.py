@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -136,8 +136,8 @@ def _ranks(column: str, ranks: object, count: int, *, what: str) -> Sequence[flo
     return [number(column, rank) for rank in ranks]
 
 
-def picture(column: str, value: object, home: Home, *, look: bool = True) -> bytes:
-    """The bytes of a picture; with ``look`` it is decoded to the end."""
+def picture(column: str, value: object, home: Home, check: Callable[[bytes], str]) -> bytes:
+    """The bytes of a picture, of which ``check`` (:func:`defect`, say) tells why it cannot be used, or nothing."""
     if isinstance(value, dict):  # struct<bytes, path>
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None or value == "":
@@ -147,7 +147,7 @@ def picture(column: str, value: object, home: Home, *, look: bool = True) -> byt
         where, value = f"{short(value)} ", _read_inside(column, value, home)
     if not isinstance(value, bytes):
         raise BadValueError(column, f"must be a picture's bytes or path, found {short(value)}")
-    if look and (reason := _defect(value)):
+    if reason := check(value):
         raise BadValueError(column, where + reason)
     return value
 
@@ -221,7 +221,7 @@ def unpack(name: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def _defect(data: bytes) -> str:
+def defect(data: bytes) -> str:
     """Why a picture cannot be used, or nothing. Neighbouring rows often show the same picture: it is decoded once."""
     try:
         decode_usable(data)

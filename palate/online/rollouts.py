@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from palate.base.errors import UserError
+from palate.base.processes import Processes
 from palate.base.seeds import mix
 from palate.data.prompts import Prompt, PromptSampler
 from palate.diffusion.batches import PairBatch, SampleBatch, TrajectoryBatch
@@ -33,7 +34,7 @@ from palate.online import advantages
 from palate.online.conditions import Encoded
 from palate.online.options import Arithmetic, OnlineOptions
 from palate.training.fits import TrainablePolicy, lagging
-from palate.training.source import Abandoned, BudgetSpent, Processes
+from palate.training.source import Abandoned, BudgetSpent
 from palate.training.steps import Step
 
 if TYPE_CHECKING:

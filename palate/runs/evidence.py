@@ -112,9 +112,9 @@ def doubts(encoded: EncodedPairs | EncodedPictures, objective: Objective) -> lis
     found = ["there is only one to learn from: it is learned by heart"] if len(encoded) == 1 else []
     if isinstance(encoded, EncodedPairs):
         found += _alike(encoded)
-        if objective.evidence == "pairs" and all(pair.label == 0.5 for pair in encoded.items):
+        if objective.evidence == "pairs" and (encoded.items.label == 0.5).all():
             found.append("all pairs are ties, which say of no picture that it is the better one: name pairs with a winner")
-    elif objective.names("label") and len({item.label > 0.5 for item in encoded.items}) == 1:
+    elif objective.names("label") and len(set((encoded.items.label > 0.5).tolist())) == 1:
         found.append("all pictures have the same vote: this objective learns from likes beside dislikes")
     return found
 
@@ -123,7 +123,8 @@ def _alike(encoded: EncodedPairs) -> list[str]:
     """Pairs of one picture, known by the cache's keys, or of two that look the same to the model."""
     from palate.training.alarms import alike
 
-    same = sum(pair.winner[0] == pair.loser[0] for pair in encoded.items)
+    pictures = encoded.items.pictures[:, :, 0]
+    same = int((pictures[:, 0] == pictures[:, 1]).all(axis=-1).sum())
     looked = [pair for pair in encoded.items[:LOOKED_AT] if pair.winner[0] != pair.loser[0]]
     latents = [[encoded.cache.get(keys[0]) or {} for keys in (pair.winner, pair.loser)] for pair in looked]
     close = sum("latents" in one and "latents" in other and alike(one["latents"], other["latents"]) for one, other in latents)

@@ -98,7 +98,7 @@ def _train_offline(found: Assembled, command: str) -> None:
     denoiser.release()
 
     def on_evaluate(done: int) -> dict[str, float]:
-        if held_out is None or all(p.label == 0.5 for p in held_out.items):
+        if held_out is None or (held_out.items.label == 0.5).all():
             return {}
         margins, labels = implicit_margins(policy, space, held_out, batch_size=recipe.training.train_batch_size)
         rate = accuracy(margins.tolist(), labels.tolist(), held_out.prompts)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.base.processes import Processes
 from palate.training.fits import TrainablePolicy
 from palate.training.optimizers import Average, make_optimizer
 from palate.training.options import TrainOptions
-from palate.training.source import Processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

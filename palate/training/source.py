@@ -1,40 +1,14 @@
-"""What the loop learns from, and how the processes of a run keep together."""
+"""What the loop learns from."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from palate.base.errors import UserError
+from palate.base.processes import Processes
 from palate.diffusion.batches import Batch
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that share a round; ``gather`` puts their rows together in order, on the CPU."""
-
-    index: int = 0
-    count: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda rows: rows
-
-    @contextlib.contextmanager
-    def together(self) -> Generator[None]:
-        """What fails inside in one process is raised in all: those that went on would wait for the others for ever."""
-        failed: UserError | None = None
-        try:
-            yield
-        except UserError as error:
-            failed = error
-        told = self.gather(torch.tensor([int(failed is not None)]))
-        if failed is not None:
-            raise failed
-        if told.any():
-            raise UserError(f"process {int(told.argmax())} failed, see its message")
 
 
 class Abandoned(Exception):  # noqa: N818

@@ -16,8 +16,9 @@ from palate.base.errors import UserError
 from palate.data.cache import TensorCache
 from palate.data.encode import Encoders as Needed
 from palate.data.encode import encode, encode_pairs
-from palate.data.encoded import EncodedPair, EncodedPairs, EncodedPictures
+from palate.data.encoded import EncodedPairs, EncodedPictures
 from palate.data.images import decode, framing, square
+from palate.data.items import EncodedPair, Items
 from palate.data.pairs import LikedPicture, PreferencePair
 
 
@@ -280,9 +281,23 @@ def test_encoders_see_the_squares(tmp_path):
 
 
 def test_dtype_of_what_is_kept(tmp_path):
-    batch = Encoders().encode(PAIRS, tmp_path, dtype=torch.float16).batch([0], torch.tensor([0]))
-    assert batch.latents.dtype == torch.float16
-    assert batch.cond["embeds"].dtype == torch.float16
+    big = picture(7, width=24, height=2051)  # a side that float16 has not
+
+    def numbers(size, resolution, position, *, flip):
+        return {"size": torch.tensor([float(side) for side in size])}
+
+    pairs = [PreferencePair("a", P[0], big, 1.0)]
+    options = {"dtype": torch.float16, "picture_conditions": numbers}
+    with pytest.raises(UserError, match="times as long"):
+        Encoders().encode(pairs, tmp_path, **options)
+    encoded = Encoders().encode([PreferencePair("a", P[0], picture(7, 2051, 300), 1.0)], tmp_path, **options)
+    kept = encoded.cache.get(encoded.items[0].winner[0])
+    assert (kept["latents"].dtype, kept["size"].dtype) == (torch.float16, torch.float32)
+    batch = encoded.batch([0], torch.tensor([0]))
+    assert batch.cond["size"].tolist() == [[24, 16], [2051, 300]]
+    # What is read is float32 again, and what was kept to the last bit.
+    assert batch.latents.dtype == batch.cond["embeds"].dtype == torch.float32
+    assert torch.equal(batch.latents[0], latent(P[0]).half().float())
     assert batch.cond["ids"].dtype == torch.int64
     assert batch.label.dtype == batch.weight.dtype == torch.float32
 
@@ -353,8 +368,9 @@ def test_without_ties(tmp_path):
 
 
 def keys_only(prompts: list[str], cache: TensorCache | None = None) -> EncodedPairs:
-    pairs = [EncodedPair(p, "t", ("w",), ("l",), 1.0, 1.0, str(i)) for i, p in enumerate(prompts)]
-    return EncodedPairs(pairs, cache or TensorCache("nowhere"))
+    key = TensorCache.key
+    pairs = [EncodedPair(p, key(), (key(w=1),), (key(l=1),), 1.0, 1.0, str(i)) for i, p in enumerate(prompts)]
+    return EncodedPairs(Items.of(pairs), cache or TensorCache("nowhere"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -377,7 +393,7 @@ def test_split_shares_no_prompt_and_loses_no_pair(prompts, fraction, seed):
     assert sides[1]
     assert sorted(int(pair.source) for side in (train, held_out) for pair in side.items) == list(range(len(prompts)))
     again = encoded.split(fraction, seed)
-    assert [again[0].items, again[1].items] == [train.items, held_out.items]
+    assert [[*side.items] for side in again] == [[*train.items], [*held_out.items]]
 
 
 def test_split_holds_out_about_the_fraction():
