@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ FOLDER_FILES = ("metadata.jsonl", "metadata.csv", "rankings.jsonl")
 ENDINGS = (".parquet", ".tar")
 ARROW = ("state.json", "dataset_info.json")  # beside the *.arrow files of a folder that datasets' save_to_disk wrote
 TEXTS = ("txt", "caption", "text")
+OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}
 DATA = (
     ".parquet",
     ".tar",
@@ -167,7 +169,7 @@ def _find_in_folder(path: Path) -> list[Path]:
     if saved := _saved_to_disk(path):
         return saved
     if found := sorted(p for p in _files(path) if p.suffix.lower() in ENDINGS):
-        return found
+        return _to_train_on(found, path)
     found = sorted(p for name in FOLDER_FILES for p in path.glob(f"*/{name}"))
     if len(found) > 1:
         listed = ", ".join(str(p.parent) for p in found[:3])
@@ -205,6 +207,14 @@ def _saved_to_disk(path: Path) -> list[Path]:
     raise UserError(f"folder {path} is a saved data set whose state.json does not name its arrow files: save it again")
 
 
+def _to_train_on(found: list[Path], folder: Path) -> list[Path]:
+    """Of files whose names tell of several splits those of ``train``, and such as tell of none."""
+    words = {path: set(re.split(r"[^a-z0-9]+", path.relative_to(folder).as_posix().lower())) for path in found}
+    if not any("train" in of_path for of_path in words.values()):
+        return found
+    return [path for path in found if "train" in words[path] or not words[path] & OTHER_SPLITS]
+
+
 def _files(folder: Path) -> Iterator[Path]:
     return (p for p in folder.rglob("*") if p.is_file() and not shards.is_litter(p.relative_to(folder).as_posix()))
 
@@ -227,6 +237,8 @@ def unread(source: str, places: Sequence[Place]) -> Counter[str]:
     if not folder.is_dir() or any(place.remote or place.path.is_dir() for place in places):
         return Counter()
     near = {p for place in places for p in place.path.parent.iterdir()} | set(folder.iterdir())
+    if any(path.suffix.lower() in ENDINGS for path in read):
+        near |= {p for p in _files(folder) if p.suffix.lower() in ENDINGS}
     others = [p for p in near if p not in read and p.name.lower().endswith(DATA) and not shards.is_litter(p.name)]
     others = [p for p in others if p.is_file() and p.name not in (*ARROW, "dataset_dict.json", "dataset_infos.json")]
     return (
@@ -234,6 +246,25 @@ def unread(source: str, places: Sequence[Place]) -> Counter[str]:
         if others
         else Counter()
     )
+
+
+def described(source: str, places: Sequence[Place]) -> Path | None:
+    """The folder of pictures that a source is, if a table in it says what they are; None for other sources."""
+    one = places[0].path if len(places) == 1 and not places[0].remote else Path()
+    return one.parent if one.name in FOLDER_FILES and Path(source).is_dir() else None
+
+
+def count_pictures(folder: Path) -> int:
+    """How many pictures lie below a folder."""
+    names = (Path(where, name).relative_to(folder).as_posix() for where, _, found in os.walk(folder) for name in found)
+    return sum(Path(n).suffix.lower().removeprefix(".") in shards.PICTURES and not shards.is_litter(n) for n in names)
+
+
+def shown(file: File, row: Row) -> Iterator[str]:
+    """The pictures that a row names."""
+    for name in ("chosen", "rejected", "image_0", "image_1", "image", "images"):
+        value = row.get(file.names[name]) if name in file.layout else None
+        yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str))
 
 
 def _find_on_hub(repo: str, split: str) -> list[Place]:

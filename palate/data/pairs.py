@@ -108,6 +108,7 @@ class Reader:
         self.voting = {"question": reading.vote_question, "weights": reading.vote_weights}
         self.counts = Counts()
         self._opened: dict[Place, File | DamagedError] = {}
+        self._described, self._shown = formats.described(source, places), set[int]()
         for place in places:
             # What lies elsewhere is fetched when its turn comes.
             if not place.remote or place is places[0]:
@@ -175,6 +176,7 @@ class Reader:
         """
         reading = self.reading
         winners = self._winners if reading.absolute_winners else None
+        self._shown.clear()
         chosen = selection.Selection(winners, reading.deduplicate, reading.max_pairs_per_prompt)
         self.counts = counts = Counts(left_out=chosen.left_out)
         counts.left_out.update(self._unseen)
@@ -194,6 +196,8 @@ class Reader:
                     if len(counts.bad) >= reading.max_bad_rows + LISTED:
                         break
                 raise self._too_many_bad_rows()
+        if self._described is not None and (others := formats.count_pictures(self._described) - len(self._shown)) > 0:
+            counts.left_out["pictures that no row names"] = others
         if not counts.pairs:
             raise self._nothing()
 
@@ -204,7 +208,10 @@ class Reader:
             if isinstance(row, BadValueError):
                 raise row
             assert isinstance(file, File)
-            if (bad := next((value for value in row.values() if isinstance(value, BadValueError)), None)) is not None:
+            if self._described is not None:
+                self._shown.update(hash(Path(name)) for name in formats.shown(file, row))
+            read = {"", *file.names.values()}  # of what nobody asks for nobody minds whether it can be read
+            if (bad := next((v for n, v in row.items() if isinstance(v, BadValueError) and n in read), None)) is not None:
                 raise bad
             if (column := formats.late(file, row)) is not None:
                 what = f"is in none of the first {formats.SAMPLE[file.format]} rows, by which the file is read"

@@ -18,9 +18,9 @@ MAX_MEMBER = 1 << 28
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file of that path is what macOS and Windows leave beside others, which nobody put there."""
-    *folders, last = name.replace("\\", "/").split("/")
-    return last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini") or "__MACOSX" in folders
+    """Whether a file of that path is hidden, or what systems leave beside others, such as macOS, Windows and Jupyter."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return any(part.startswith(".") or part in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini") for part in parts)
 
 
 def is_tar(head: bytes) -> bool:
@@ -56,12 +56,17 @@ def sample_rows(path: Path) -> Iterator[dict[str, object] | BadValueError]:
                 _add(row, _columns(extension, member, shard), member.name)
             if not _ends(shard, stream):
                 raise tarfile.ReadError("no end mark")
+            more = _goes_on(stream)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         # The sample that was being read may be half of one.
         yield BadValueError("(rest of file)", f"is damaged after {done} samples ({said(error)}): copy or download it again")
         return
     if key is not None:
         yield row
+    if more:
+        yield BadValueError(
+            "(rest of file)", "is a second archive, of which nothing is read: tar --concatenate makes one of both"
+        )
 
 
 def _add(row: dict[str, object], columns: dict[str, object], name: str) -> None:
@@ -76,6 +81,14 @@ def _ends(shard: tarfile.TarFile, stream: BinaryIO) -> bool:
     stream.seek(shard.offset)
     block = stream.read(tarfile.BLOCKSIZE)
     return len(block) == tarfile.BLOCKSIZE and not any(block)
+
+
+def _goes_on(stream: BinaryIO) -> bool:
+    """Whether another archive follows the end mark, as ``cat`` puts several together."""
+    while block := stream.read(1 << 20):
+        if any(block):
+            return b"ustar" in block
+    return False
 
 
 def _columns(extension: str, member: tarfile.TarInfo, shard: tarfile.TarFile) -> dict[str, object]:
@@ -95,7 +108,9 @@ def _columns(extension: str, member: tarfile.TarInfo, shard: tarfile.TarFile) ->
             raise ValueError("is not an object")
         text = data.decode("utf-8-sig").strip()
     except (ValueError, RecursionError) as error:
-        return {"": BadValueError(extension, f"of {short(member.name)} cannot be read ({said(error)})")}
+        # What is said in JSON could have been of any column.
+        column = "" if extension.lower() == "json" else TEXTS.get(extension.lower(), extension)
+        return {column: BadValueError(extension, f"of {short(member.name)} cannot be read ({said(error)})")}
     return {TEXTS.get(extension.lower(), extension): text}
 
 

@@ -111,7 +111,11 @@ def is_picture_folder(path: str | Path) -> bool:
 
 def has_pictures(folder: Path) -> bool:
     """Whether there are pictures in a folder or below it, whatever tells their prompts."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in PICTURES and not is_litter(p.name))
+    found = (
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower().removeprefix(".") in PICTURES and not is_litter(p.relative_to(folder).as_posix())
+    )
     return any(p.is_file() for p in found)
 
 
@@ -140,7 +144,9 @@ def unlisted(folder: str | Path, pictures: Sequence[Picture]) -> list[str]:
     named = {name for p in pictures for name in (p.file, p.init_image)}
     folders = {Path(folder), *((Path(folder) / p.file).parent for p in pictures)}
     near = [path for place in folders if place.is_dir() for path in place.iterdir() if path.is_file()]
-    found = (p for p in near if p.suffix.lower().removeprefix(".") in PICTURES and not is_litter(p.name))
+    found = (
+        p for p in near if p.suffix.lower().removeprefix(".") in PICTURES and not is_litter(p.relative_to(folder).as_posix())
+    )
     return sorted({p.relative_to(folder).as_posix() for p in found} - named)
 
 

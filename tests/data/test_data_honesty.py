@@ -172,7 +172,8 @@ def test_other_data_beside_what_is_read_is_counted(home):
     jsonl(home / "more.jsonl", [row])
     reader = read(home)
     list(reader)
-    assert dict(reader.counts.left_out) == {"other files of data, not read ('more.jsonl')": 1}
+    other = {"other files of data, not read ('more.jsonl')": 1}
+    assert dict(reader.counts.left_out) == {**other, "pictures that no row names": 2}
 
 
 @pytest.mark.parametrize("name", ["X.PARQUET", "x.Parquet"])
@@ -212,6 +213,80 @@ def test_a_picture_that_shows_nothing_is_a_bad_row(home):
         list(reader)
     reader.reading = type(reader.reading)(max_bad_rows=3)
     assert [item.prompt for item in reader] == ["fine"]
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "rankings.jsonl"])
+def test_pictures_that_no_row_names_are_counted(home, table):
+    rows = [{"prompt": "x", "images": ["0.png", "1.png"], "rankings": [[1, 2]]}, {"prompt": "y", "images": ["1.png", "0.png"]}]
+    if table == "rankings.jsonl":
+        jsonl(home / table, [{**row, "rankings": [[1, 2]]} for row in rows])
+    elif table == "metadata.csv":
+        (home / table).write_text("prompt,chosen,rejected,has_label\nx,0.png,1.png,1\ny,0.png,./1.png,0\n")
+    else:
+        jsonl(home / table, [{"prompt": "x", "chosen": "0.png", "rejected": "1.png"}, {"prompt": "y", "chosen": "nowhere"}])
+    (home / ".ipynb_checkpoints").mkdir()
+    (home / ".ipynb_checkpoints" / "0-checkpoint.png").write_bytes(picture(0))
+    reader = read(home, Reading(max_bad_rows=1))
+    list(reader)
+    lost = 1 if table == "metadata.jsonl" else 2  # its second row names one that is not there
+    assert reader.counts.left_out["pictures that no row names"] == lost
+    reader = read(home / table, Reading(max_bad_rows=1))  # of a file that is named itself, what lies beside it is no part
+    list(reader)
+    assert not reader.counts.left_out
+
+
+@pytest.mark.parametrize("name", [".hidden.png", ".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png", "__MACOSX/a.png"])
+def test_what_is_hidden_is_no_picture_of_a_set(home, name):
+    for i in range(4):
+        (home / f"{i}.png").with_suffix(".txt").write_text("seen")
+    (home / name).parent.mkdir(exist_ok=True)
+    (home / name).write_bytes(picture(9))
+    (home / name).with_suffix(".txt").write_text("hidden")
+    assert {item.prompt for item in read(home)} == {"seen"}
+
+
+@pytest.mark.parametrize(
+    "names", [("train-0.parquet", "test-0.parquet"), ("data/train/0.parquet", "data/validation/0.parquet")]
+)
+def test_the_test_split_is_not_trained_on(tmp_path, names):
+    for i, name in enumerate((*names, "more.parquet")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        table = {"prompt": [f"{i}"], "chosen": [picture(1)], "rejected": [picture(2)]}
+        pq.write_table(pa.table(table), tmp_path / name)
+    reader = read_pairs(tmp_path)
+    assert {pair.prompt for pair in reader} == {"0", "2"}
+    told = f"other files of data, not read ({Path(names[1]).name!r})"
+    assert reader.counts.by_reason() == {told: 1}
+    (tmp_path / names[0]).unlink()
+    assert {pair.prompt for pair in read_pairs(tmp_path)} == {"1", "2"}
+
+
+def archive(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as found:
+        for i, sample in enumerate(samples):
+            for ending, data in sample.items():
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(data)
+                found.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_members_that_nobody_asks_for_refuse_nothing(tmp_path):
+    sample = {"png": picture(0), "txt": b"x", "npy": b"\x93NUMPY\xff", "seg.png": b"damaged"}
+    (item,) = read(archive(tmp_path / "x.tar", [sample]))
+    assert item.prompt == "x"
+    for ending in ("label", "json", "txt"):
+        assert "of '0." in refusal(archive(tmp_path / "x.tar", [{"png": picture(0), "txt": b"x", ending: b"\x93\xff"}]))
+
+
+def test_an_archive_behind_an_archive_is_told(tmp_path):
+    one = archive(tmp_path / "x.tar", [{"png": picture(0), "txt": b"x"}])
+    one.write_bytes(one.read_bytes() * 2)
+    reader = read(one, Reading(max_bad_rows=1))
+    assert len(list(reader)) == 1
+    assert "a second archive" in reader.counts.bad[0].reason
+    one.write_bytes(one.read_bytes()[: one.stat().st_size // 2] + bytes(1 << 16))
+    assert len(list(read(one))) == 1
 
 
 # Tables of other programs ----
