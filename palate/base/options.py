@@ -224,6 +224,8 @@ def at_least(least: int, at_most: int | None = None) -> Range:
     return Range(at_least=least, at_most=at_most or MANY, expected=expected)
 
 
+Quantize = Annotated[str, OneOf("int8", "nf4")] | None
+"""Number formats of a network's frozen blocks; None for that of its precision."""
 MANY = 10**9
 Count = Annotated[int, at_least(1)]
 BATCH = at_least(1, 2**16)

@@ -126,11 +126,13 @@ def settings(
     seed: int,
     versions: Mapping[str, str],
     mixed_precision: str | None = None,
+    quantize: str | None = None,
     strength: float | None = None,
 ) -> dict[str, object]:
     """What must agree between two folders that are compared."""
     return {
         **({} if mixed_precision is None else {"mixed_precision": mixed_precision}),
+        **({} if quantize is None else {"quantize": quantize}),
         "num_inference_steps": drawing.num_inference_steps,
         "guidance_scale": drawing.guidance_scale,
         "resolution": drawing.resolution,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -180,6 +181,10 @@ class Denoiser(Drawer, Protocol):
 
     def encoders(self) -> Encoders:
         """What :func:`palate.data.encode.encode` needs of a model; reads the weights of both encoders."""
+        ...
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Inside, VAE and text encoders have the device to themselves: the network waits in main memory, and behind it they."""
         ...
 
     def release(self) -> None:

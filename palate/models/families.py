@@ -57,12 +57,15 @@ REFINER = "StableDiffusionXLImg2ImgPipeline"
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
-def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: str | None) -> Denoiser:
+def load_denoiser(
+    name: str, *, mixed_precision: str = "no", device: str = "cpu", quantize: str | None = None, **source: str | None
+) -> Denoiser:
     """Load a pipeline folder or hub id.
 
     Args:
         name: a folder holding ``model_index.json``, or a hub id.
         mixed_precision: ``no``, ``fp16`` or ``bf16``: precision of the frozen weights.
+        quantize: ``int8`` or ``nf4``: number format of those of the network's blocks, instead.
         source: ``revision``, ``variant``.
 
     Raises:
@@ -72,17 +75,21 @@ def load_denoiser(name: str, *, mixed_precision: str = "no", device: str = "cpu"
     kind = check_model(name, revision=given.get("revision"))
     family = FAMILIES[kind].load()
     try:
-        return family(name, dtype=_dtype(mixed_precision), device=device, **given)
+        return family(name, dtype=_dtype(mixed_precision), device=device, quantize=quantize, **given)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
 
 
-def load_drawer(name: str, *, mixed_precision: str = "no", device: str = "cpu", **source: str | None) -> Drawer:
+def load_drawer(
+    name: str, *, mixed_precision: str = "no", device: str = "cpu", quantize: str | None = None, **source: str | None
+) -> Drawer:
     """As :func:`load_denoiser`, and of other families a :class:`palate.models.other.OtherPipeline`, which only draws."""
     given = {k: v for k, v in source.items() if v is not None}
     kind = _pipeline_class(name, given.get("revision"))
     if kind in FAMILIES or kind == REFINER:
-        return load_denoiser(name, mixed_precision=mixed_precision, device=device, **source)
+        return load_denoiser(name, mixed_precision=mixed_precision, device=device, quantize=quantize, **source)
+    if quantize is not None:
+        raise UserError(f"quantize is for models that can be trained here, and {name} is a {kind}: leave it out")
     from palate.models.other import OtherPipeline
 
     return OtherPipeline(name, dtype=_dtype(mixed_precision), device=device, **given)

@@ -44,9 +44,6 @@ class Flux(Latent):
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return TextEncoder(source), TextEncoder(source, "_2", dtype=large(dtype, source.device), length=512)
 
-    def _pipeline_options(self) -> dict[str, object]:
-        return {}
-
     @property
     def caution(self) -> str:
         return "" if self.network.config.guidance_embeds else few_steps(self.name, "FLUX.1-dev")

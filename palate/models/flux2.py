@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,10 @@ class Flux2Klein(Latent):
     vae_kind = PatchVae
     side, flow, spaced, edited = 64, True, True, False
 
-    def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
+    def __init__(self, name: str, **options: Any):
         import diffusers
 
-        super().__init__(name, dtype=dtype, device=device, **source)
+        super().__init__(name, **options)
         index = self._source.config(getattr(diffusers, self.card.pipeline), None)
         self.is_distilled = bool(index.get("is_distilled", False))
         self.negated = not self.is_distilled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts
 from palate.models.refiner import Refiner
 
 
-class Latent:
+class Latent(ABC):
     """A pipeline folder or hub id. See :class:`palate.models.denoiser.Denoiser`, of which a family gives the rest.
 
     Args:
@@ -31,6 +32,7 @@ class Latent:
         dtype: of the frozen weights; prompts are encoded in float32 unless an encoder is :func:`large`, and pictures as
             :class:`Vae` says.
         device: where the network runs.
+        quantize: the number format of the network's frozen blocks, ``int8`` or ``nf4``; that of ``dtype`` unless given.
     """
 
     part: ClassVar[str]
@@ -62,7 +64,15 @@ class Latent:
     flow: ClassVar[bool] = False
     """Whether it is a rectified flow."""
 
-    def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        quantize: str | None = None,
+        **source: str,
+    ):
         import diffusers
 
         if self.no_fp16 and dtype == torch.float16:
@@ -75,7 +85,8 @@ class Latent:
         check_sampler(config, name)
         self.vae, self.texts = self.vae_kind(self._source, dtype, self.part_name), self._text_encoders(self._source, dtype)
         self._check_parts()
-        self.network = self._source.read(getattr(diffusers, self.card.network), self.part, torch_dtype=dtype)
+        kind = getattr(diffusers, self.card.network)
+        self.network = self._source.read(kind, self.part, quantize=quantize, torch_dtype=dtype)
         self.default_resolution = _side(self.network.config.get("sample_size", self.side), name, self.part) * self.vae.factor
         self._prompts = Remembered(self.encode_prompts, self.unconditional)
 
@@ -96,6 +107,7 @@ class Latent:
         check_class(network, self.part, self.name, self.card.network)
         self._check_fit(network)
 
+    @abstractmethod
     def _check_fit(self, network: Config) -> None:
         """Raise ``UserError`` unless the network takes what the other parts give, by their configurations."""
 
@@ -103,19 +115,19 @@ class Latent:
         """Of the text encoders, where all are CLIP's."""
         return [text_config(self.name, f"text_encoder{text.ending}", **self._source.plain) for text in self.texts]
 
+    @abstractmethod
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         """In the order of the pipeline's parts; beside a network whose weights are of ``dtype``."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Conditioning: ...
+
+    @abstractmethod
+    def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
 
     def _pipeline_options(self) -> dict[str, object]:
         """What the pipeline's class takes beside VAE, network, text encoders and scheduler."""
-        raise NotImplementedError
-
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        raise NotImplementedError
-
-    def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        raise NotImplementedError
+        return {}
 
     @property
     def caution(self) -> str:
@@ -138,6 +150,17 @@ class Latent:
         if self.flow and (height % least or width % least):
             raise UserError(f"pictures are {width} x {height}, but sides must be multiples of {least} for {self.name}")
         return self.network.config.in_channels, height // self.vae.factor, width // self.vae.factor
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        self.network.to("cpu")
+        try:
+            yield
+        finally:
+            for text in self.texts:
+                text.wait()
+            self.vae.wait()
+            self.network.to(self.device)
 
     def release(self) -> None:
         for part in (self.vae, *self.texts):

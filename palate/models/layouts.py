@@ -18,6 +18,7 @@ from palate.base.files import replacing
 from palate.models.denoiser import Denoiser
 from palate.models.lora import LoraLayer, lora_layers, save_lora
 from palate.models.parts import LORA
+from palate.models.quantised import is_quantised
 from palate.models.rounding import to_dtype
 
 
@@ -53,7 +54,12 @@ def changed_weights(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
 
 
 def merge(network: nn.Module) -> nn.Module:
-    """The LoRA of ``network`` added to its weights (in place, in their own precision) and taken away."""
+    """The LoRA of ``network`` added to its weights (in place, in their own precision) and taken away.
+
+    Raises ValueError for quantised weights, to which nothing can be added: merge into whole ones.
+    """
+    if is_quantised(network):
+        raise ValueError("a LoRA is merged into whole weights, not into quantised ones")
     if lora_layers(network):
         network.fuse_lora()  # type: ignore[operator]
         network.unload_lora()  # type: ignore[operator]

@@ -17,6 +17,7 @@ from palate.base import hub
 from palate.base.errors import UserError, first_line
 from palate.diffusion.denoising import Conditioning
 from palate.models.fit import check_class
+from palate.models.quantised import quantise
 
 LORA = ".lora_"
 """In the names of all of a LoRA's parameters, and of no others."""
@@ -66,13 +67,18 @@ class Source:
 
         return self.config(DiffusionPipeline, None)
 
-    def read(self, kind: Any, part: str, **options: object) -> Any:
-        """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones."""
+    def read(self, kind: Any, part: str, *, quantize: str | None = None, **options: object) -> Any:
+        """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones.
+
+        quantize: as :class:`palate.models.latent.Latent` has it; whole weights of blocks never lie on the device together.
+        """
         where = f"{part} of {self.name}"
         try:
             module = read_part(kind, self.name, where, subfolder=part, **options, **self._options_of(part))
         except UserError as error:
             raise UserError(f"{error}{self._variants(part)}") from error
+        if quantize is not None:
+            quantise(module, quantize, self.device)
         return module.to(self.device).eval().requires_grad_(False)
 
     def _options_of(self, part: str) -> dict[str, str]:
@@ -153,7 +159,7 @@ def check_finite(module: nn.Module, what: str) -> None:
 
 
 class Vae:
-    """Pictures to scaled latents and back; in memory from its first use until :meth:`release`.
+    """Pictures to scaled latents and back; in memory from its first use until :meth:`release`, on the device where it is used.
 
     Always float32, for SDXL's own VAE overflows in float16, unless the pipeline runs in float16 and the VAE's configuration
     says ``force_upcast: false``, as that of sdxl-vae-fp16-fix does. The caller decides whether gradients flow.
@@ -176,11 +182,16 @@ class Vae:
     def module(self) -> Any:
         if self._module is None:
             self._module = self._source.read(self._source.kind("vae"), "vae", torch_dtype=self._dtype)
-        return self._module
+        return self._module.to(self._source.device)
 
     @property
     def loaded(self) -> bool:
         return self._module is not None
+
+    def wait(self) -> None:
+        """In main memory until it is used again."""
+        if self._module is not None:
+            self._module.to("cpu")
 
     def release(self) -> None:
         self._module = None
@@ -235,7 +246,7 @@ TextParts = tuple[Any, Any]
 
 class TextEncoder:
     """A tokenizer and a text encoder, of the classes that ``model_index.json`` names; in memory from their first use until
-    :meth:`release`.
+    :meth:`release`, on the device where they are used.
 
     The caller decides whether gradients flow.
 
@@ -281,11 +292,17 @@ class TextEncoder:
             length = self._length or min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             tokenizer.model_max_length = length
             self._pair = tokenizer, encoder
-        return self._pair
+        tokenizer, encoder = self._pair
+        return tokenizer, encoder.to(self._source.device)
 
     @property
     def loaded(self) -> bool:
         return self._pair is not None
+
+    def wait(self) -> None:
+        """The encoder in main memory until it is used again."""
+        if self._pair is not None:
+            self._pair[1].to("cpu")
 
     def release(self) -> None:
         self._pair = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,10 @@ class StableDiffusionXL(Latent):
     }
     refined = True
 
-    def __init__(self, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **source: str):
+    def __init__(self, name: str, **options: Any):
         from diffusers import StableDiffusionXLPipeline
 
-        super().__init__(name, dtype=dtype, device=device, **source)
+        super().__init__(name, **options)
         config = self._source.config(StableDiffusionXLPipeline, None)
         self.zeros_for_empty_prompt = bool(config.get("force_zeros_for_empty_prompt", True))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card
+from palate.models.fit import Config, check_channels
 from palate.models.latent import Latent, few_steps
 from palate.models.parts import Source, TextEncoder, large
 from palate.models.qwen import chat, hidden_states
@@ -34,11 +35,11 @@ class ZImage(Latent):
     text_recipe = "layer -2"
     patch, flow, spaced, no_fp16, edited = 2, True, True, True, False
 
+    def _check_fit(self, network: Config) -> None:
+        check_channels(network, self.vae.config, self.part, self.name)
+
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
         return (TextEncoder(source, dtype=large(dtype, source.device), length=512, template=chat(thinking=True)),)
-
-    def _pipeline_options(self) -> dict[str, object]:
-        return {}
 
     @property
     def caution(self) -> str:

@@ -62,7 +62,8 @@ class Samples:
         self.base: list[Image] = []
         prompts = list(self.options.validation_prompts)
         if prompts:
-            denoiser.remember(prompts)
+            with denoiser.encoding():
+                denoiser.remember(prompts)
 
     def _generate(self, network: nn.Module) -> list[Image]:
         prompts = list(self.options.validation_prompts)
@@ -101,6 +102,8 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
     planned = [dataclasses.replace(p, seed=(options.evaluation_seed + i) % 2**64) for i, p in enumerate(planned)]
     prompts = [p.prompt for p in planned]
     pictures, refiner, drawing = {}, None, drawing_of(recipe, denoiser)
+    with denoiser.encoding():
+        denoiser.remember([text for p in planned for text in (p.prompt, p.negative) if text is not None])
     if options.refiner is not None:
         from palate.models.families import load_refiner
 

@@ -75,6 +75,7 @@ def denoiser_of(recipe: Recipe) -> Denoiser:
         mixed_precision=recipe.training.mixed_precision,
         revision=options.revision,
         variant=options.variant,
+        quantize=options.quantize,
         # All weights are trained, from their full precision on; the forward pass is autocast all the same.
         full=recipe.policy.train_method == "full",
     )

@@ -83,7 +83,7 @@ class NamedModel:
             found |= {"refiner": self.refiner, "refiner_start": self.refiner_start}
         return {**found, "loras": [{"file": x.path.name, "scale": x.scale, "digest": _digest(x.path)} for x in self.loras]}
 
-    def load(self, *, mixed_precision: str = "no") -> tuple[Drawer, nn.Module, Refiner | None]:
+    def load(self, *, mixed_precision: str = "no", quantize: str | None = None) -> tuple[Drawer, nn.Module, Refiner | None]:
         """The model; its tuned network (its own, with LoRAs in it, unless a run trained all weights); the refiner or None.
 
         A model of a family that is not trained is a :class:`palate.models.other.OtherPipeline`.
@@ -93,7 +93,7 @@ class NamedModel:
         where = _device(mixed_precision)
         quiet_loading()
         source = {"revision": self.revision, "variant": self.variant}
-        denoiser = load_drawer(self.base, mixed_precision=mixed_precision, device=where, **source)
+        denoiser = load_drawer(self.base, mixed_precision=mixed_precision, device=where, quantize=quantize, **source)
         network = self._put(denoiser)
         if self.refiner is None:
             return denoiser, network, None
@@ -167,7 +167,13 @@ def find_model(
 
 
 def load_base(
-    name: str, *, mixed_precision: str = "no", revision: str | None = None, variant: str | None = None, full: bool = False
+    name: str,
+    *,
+    mixed_precision: str = "no",
+    revision: str | None = None,
+    variant: str | None = None,
+    quantize: str | None = None,
+    full: bool = False,
 ) -> Denoiser:
     """A pipeline folder, a hub id or ``mini-sd`` on this process's device.
 
@@ -181,7 +187,8 @@ def load_base(
     where = _device(mixed_precision)
     quiet_loading()
     precision = "no" if full else mixed_precision
-    return load_denoiser(name, mixed_precision=precision, device=where, revision=revision, variant=variant)
+    source = {"revision": revision, "variant": variant}
+    return load_denoiser(name, mixed_precision=precision, device=where, quantize=quantize, **source)
 
 
 def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None = None) -> None:

@@ -80,7 +80,7 @@ def rollouts_of(
         policy.track_old(1.0)
         step.after = None  # the old policy drew the round, so it stays until the next one
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
-    with torch.no_grad():
+    with torch.no_grad(), denoiser.encoding():
         prompts = encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts)
     replay = Replay(step, recipe.training.train_batch_size, TOLERANCE[precision])
     rollouts = Rollouts(
@@ -146,7 +146,8 @@ class Watch:
             _bundle(recipe, found.online.held_out, denoiser.device),
             batch_size=options.evaluation_batch_size,
         )
-        denoiser.remember([text for p in self.held_out.prompts for text in (p.text, p.negative) if text is not None])
+        with denoiser.encoding():
+            denoiser.remember([text for p in self.held_out.prompts for text in (p.text, p.negative) if text is not None])
         self.denoiser, self.policy, self.rollouts = denoiser, policy, rollouts
         self.drawing, self.tell = drawing_of(recipe, denoiser), tell
         self.best = Path(recipe.training.output_dir) / "best"

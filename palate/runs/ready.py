@@ -29,10 +29,12 @@ def check_machine(recipe: Recipe) -> None:
     Raises:
         UserError: a package that is missing, or a folder that cannot be made or written to, or whose disk is full.
     """
+    from palate.models.quantised import check_quantize
     from palate.training.log import check_reporter
     from palate.training.optimizers import check_optimizer
 
     check_optimizer(recipe.training.optimizer)
+    check_quantize(recipe.model.quantize)
     check_reporter(recipe.training.report_to)
     _check_folder(recipe.training.output_dir, "output_dir")
     if recipe.online.train_prompts is None:

@@ -46,6 +46,8 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", complete_objective(self.objective))
         object.__setattr__(self, "space", complete_space(self.space))
+        if self.model.quantize is not None and self.policy.train_method != "lora":
+            raise UserError(f"quantize {self.model.quantize} freezes the weights: use train_method lora, or leave it out")
         self._check_online()
 
     @functools.cached_property

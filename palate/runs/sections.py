@@ -13,6 +13,7 @@ from palate.base.options import (
     Batch,
     Count,
     OneOf,
+    Quantize,
     Range,
     Rank,
     Seed,
@@ -33,6 +34,12 @@ class ModelOptions:
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
     """Ending of the weight files to read, such as ``fp16``."""
+    quantize: Quantize = None
+    """``int8``, or ``nf4`` (4 bits, needs bitsandbytes): the blocks' frozen weights take a half or a quarter of their memory
+    in bf16. For a LoRA; docs/memory.md."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from palate.runs.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from palate.diffusion.denoising import Conditioning
     from palate.models.denoiser import Denoiser
     from palate.models.policy import Policy
     from palate.runs.assembly import Online
@@ -88,12 +89,14 @@ def _train_offline(found: Assembled, command: str) -> None:
         )
     reader, validation = reader_of(recipe), validation_reader(recipe)
     denoiser = _trainable(recipe)
-    tell_needs(recipe, denoiser, reader)
-    encoded, held_out = encoded_of(recipe, denoiser, reader, validation)
+    with denoiser.encoding():
+        tell_needs(recipe, denoiser, reader)
+        encoded, held_out = encoded_of(recipe, denoiser, reader, validation)
+        nothing = _no_prompt(denoiser) if recipe.training.caption_dropout else None
     encoded = learnable(encoded, recipe.method)
     policy = policy_of(recipe, denoiser)
     space = bind_space(recipe.space, policy)
-    step = _step_of(recipe, denoiser, policy, space)
+    step = _step_of(recipe, policy, space, nothing)
     samples = Samples(recipe, denoiser, policy)
     denoiser.release()
 
@@ -152,15 +155,18 @@ def _trainable(recipe: Recipe) -> Denoiser:
     return denoiser
 
 
-def _step_of(recipe: Recipe, denoiser: Denoiser, policy: Policy, space: Space) -> Step:
-    """The step of a recipe that learns from what is there before training."""
+def _no_prompt(denoiser: Denoiser) -> Conditioning:
     import torch
 
+    with torch.no_grad():
+        return denoiser.unconditional()
+
+
+def _step_of(recipe: Recipe, policy: Policy, space: Space, nothing: Conditioning | None) -> Step:
+    """The step of a recipe that learns from what is there before training. nothing: what stands for no prompt."""
     from palate.training import steps
 
     options, objective = recipe.training, recipe.method
-    with torch.no_grad():
-        nothing = denoiser.unconditional() if options.caption_dropout else None
     draws = draws_of(options, no_prompt=nothing)
     make = steps.pair_step if objective.evidence == "pairs" else steps.sample_step
     return make(policy, space, objective.function, draws, auto_beta=objective.auto_beta)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from palate.base.errors import UserError
 from palate.base.files import check_folder
-from palate.base.options import FRACTION, GUIDANCE, Batch, Count, Seed, Steps, at_least, check_ranges
+from palate.base.options import FRACTION, GUIDANCE, Batch, Count, Quantize, Seed, Steps, at_least, check_ranges
 from palate.verbs import carry_out
 
 USAGE = "palate generate MODEL --prompts P --output_dir DIR [--option value ...]"
@@ -55,6 +55,8 @@ class GenerateOptions:
     """Pictures drawn at once."""
     mixed_precision: str = "no"
     """``no``, ``fp16`` or ``bf16``."""
+    quantize: Quantize = None
+    """``int8``, or ``nf4`` (4 bits, needs bitsandbytes): weights of blocks take a half or a quarter of their memory in bf16."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -127,10 +129,11 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
         "guidance_scale": options.guidance_scale,
         "seed": options.seed,
         "mixed_precision": options.mixed_precision,
+        "quantize": options.quantize,
     }
     # Whether the folder may be gone on with is mostly known before any weights are read.
     begun(options.output_dir, pictures, known if resolution is None else {**known, "resolution": resolution}, about)
-    denoiser, network, refiner = model.load(mixed_precision=options.mixed_precision)
+    denoiser, network, refiner = model.load(mixed_precision=options.mixed_precision, quantize=options.quantize)
     resolution = resolution or denoiser.default_resolution
     drawing = Drawing(options.num_inference_steps, options.guidance_scale, resolution, options.batch_size)
     start = editing.starting(files, options.output_dir, resolution) if files else None
@@ -149,6 +152,7 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
                 seed=options.seed,
                 versions=versions(),
                 mixed_precision=options.mixed_precision,
+                quantize=options.quantize,
                 strength=strength,
             ),
             model=about,

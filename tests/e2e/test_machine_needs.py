@@ -57,6 +57,7 @@ def test_packages_that_a_recipe_needs(early, without, prompts_file, online):
     more = {**ONLINE, "train_prompts": prompts_file, "cache_dir": None} if online else {}
     without("bitsandbytes", "tensorboard", "torch.utils.tensorboard")
     assert "pip install 'palate[8bit]'" in early("train", optimizer="adamw_8bit", **more)
+    assert "pip install 'palate[4bit]'" in early("train", quantize="nf4", **more)
     assert "pip install 'palate[tensorboard]'" in early("train", report_to="tensorboard", **more)
     assert not Path("out").exists()
 
