@@ -7,13 +7,14 @@ import functools
 import io
 import random
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
 from palate.base.errors import UserError, said, short
@@ -28,6 +29,10 @@ LEAST_SIDE, LONGEST = 4, 10
 """Of the pictures that data may hold: the shorter side in pixels, and how many times as long the other one may be."""
 SAME = 3
 """Levels of 256 by which a profile may differ from sRGB and still be taken for it."""
+SRGB_GAMMA, SRGB_PRIMARIES = 1 / 2.2, (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+"""What a PNG without a profile tells of sRGB in its chunks gAMA and cHRM: red, green and blue as x and y."""
+WIDE = "has colours of high dynamic range or a wide gamut without a profile: save it as sRGB with 8 bits"
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of what is damaged beside the pixels, and of sizes refused below
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # now bounds colour profiles alone: texts are left out before PIL sees the file
 OTHERS = (
     (b"%PDF", "a PDF document", "pdftoppm -png IN OUT"),
@@ -40,6 +45,10 @@ OTHERS = (
     (b"#?RADIANCE", "a Radiance picture", "magick IN OUT.png"),
 )
 """How files begin that are often taken for pictures we read, what they are, and what converts them."""
+
+
+HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8")
+"""How pictures that we read begin, and nothing else does."""
 
 
 def decode(data: bytes) -> Image.Image:
@@ -68,8 +77,9 @@ def decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             image.load()
             _refuse_without_white(image)
+            _refuse_wide_by_name(image)
             return _rgb(_upright(image))
-    except _NoWhiteError:
+    except _UnknownColourError:
         raise
     except Exception as error:
         raise ValueError(f"cannot be decoded ({said(error)})") from None
@@ -91,6 +101,8 @@ def decode_usable(data: bytes) -> Image.Image:
 
 def converted(data: bytes) -> bool:
     """Whether decoding a file may convert its colours: what was computed before that was done is then out of date."""
+    if data.startswith(b"\x89PNG") and any(kind == b"gAMA" and _bends(_gamma(chunk)) for kind, chunk in _chunks(data)):
+        return True
     return data[:4] in (b"II*\0", b"MM\0*") or any(mark in data for mark in (b"iCCP", b"ICC_PROFILE", b"ICCP"))
 
 
@@ -109,6 +121,8 @@ def _what(data: bytes) -> str:
         return "is a drawing (SVG): convert it (rsvg-convert IN -o OUT.png)"
     if data.startswith(b"version https://git-lfs"):
         return "is not a picture but a pointer of Git LFS: fetch the files (git lfs pull)"
+    if any(data.startswith(head) for head in HEADS):
+        return "is a damaged picture: copy or download it again"
     return f"is not a picture (expected one of {', '.join((*FORMATS, 'TGA'))})"
 
 
@@ -148,7 +162,7 @@ def _refuse_wide(data: bytes) -> None:
         chunk = next((c for kind, c in _chunks(data) if kind == b"cICP"), b"")
         code = bytes((0, chunk[8], 0, chunk[9])) if len(chunk) >= 12 else b""
     if len(code) == 4 and (code[1] in (9, 11, 12) or code[3] in (8, 16, 18)):
-        raise ValueError("has colours of high dynamic range or a wide gamut without a profile: save it as sRGB with 8 bits")
+        raise ValueError(WIDE)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -158,17 +172,32 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-class _NoWhiteError(ValueError):
-    """Samples of which nobody knows which value is white."""
+class _UnknownColourError(ValueError):
+    """Samples of which nobody knows which colour they are."""
 
 
 def _refuse_without_white(image: Image.Image) -> None:
     bits = getattr(image, "tag_v2", {}).get(258, (16,))  # of TIFF; the other formats have 16 at most
     wide = max(bits if isinstance(bits, tuple) else (bits,)) > 16
     if image.mode == "F":
-        raise _NoWhiteError("has floating-point samples, which have no fixed white: save it with 8 bits a sample")
+        raise _UnknownColourError("has floating-point samples, which have no fixed white: save it with 8 bits a sample")
     if image.mode.startswith("I") and (wide or _outside(image)):
-        raise _NoWhiteError("has samples of 32 bits or with a sign, which have no fixed white: save it with 8 or 16 bits")
+        raise _UnknownColourError("has samples of 32 bits or with a sign, which have no fixed white: save it with 8 or 16 bits")
+
+
+def _refuse_wide_by_name(image: Image.Image) -> None:
+    """Refuse a gamut wider than sRGB's that a PNG tells by its primaries, or a camera by the name of Adobe RGB alone."""
+    info = image.info
+    if info.get("icc_profile") or "srgb" in info:
+        return
+    primaries = info.get("chromaticity", (0, 0, *SRGB_PRIMARIES))[2:]
+    if max(abs(ours - theirs) for ours, theirs in zip(SRGB_PRIMARIES, primaries, strict=True)) > 0.02:
+        raise _UnknownColourError(WIDE)
+    name = ""
+    with contextlib.suppress(Exception):  # damaged EXIF data say nothing
+        name = str(image.getexif().get_ifd(ExifTags.IFD.Interop).get(1, ""))
+    if name.startswith("R03"):
+        raise _UnknownColourError(WIDE)
 
 
 def _outside(image: Image.Image) -> bool:
@@ -178,6 +207,30 @@ def _outside(image: Image.Image) -> bool:
 
 def _rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
+    if not profile and "srgb" not in image.info and _bends(image.info.get("gamma", SRGB_GAMMA)):
+        return _bent(_plain(image), image.info["gamma"])
+    return _plain(image, profile)
+
+
+def _gamma(chunk: bytes) -> float:
+    """Of a whole gAMA chunk."""
+    return int.from_bytes(chunk[8:12]) / 100_000
+
+
+def _bends(gamma: float) -> bool:
+    """Whether values of that gamma are others than sRGB's; an old PNG may tell 0, which is none."""
+    return 0 < gamma < 10 and abs(gamma / SRGB_GAMMA - 1) > 0.05
+
+
+def _bent(image: Image.Image, gamma: float) -> Image.Image:
+    """From samples that are light to the power of ``gamma`` to sRGB's (IEC 61966-2-1)."""
+    light = np.linspace(0, 1, 256) ** (1 / gamma)
+    values = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return image.point(list((255 * values).round().astype(int)) * 3)
+
+
+def _plain(image: Image.Image, profile: bytes | None = None) -> Image.Image:
+    """In RGB on white, its values changed by the profile alone."""
     if image.mode.startswith("I"):  # 16 bits a sample; PIL's own conversion would clip at 255
         grey = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
         return _srgb(Image.fromarray(grey), profile).convert("RGB")

@@ -316,6 +316,75 @@ def test_transparency_is_kept_where_colours_are_converted():
     assert decode(encoded(image, icc_profile=gamma(1.0))).getpixel((0, 0)) == (255, 255, 255)
 
 
+def told(kind: bytes, *numbers: int) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add(kind, b"".join(n.to_bytes(4) for n in numbers))
+    return info
+
+
+def test_a_gamma_without_a_profile_is_converted():
+    """As a profile of that gamma would be: the value 55 of gamma 1 is sRGB's 128."""
+    for image in (
+        Image.new("RGB", (8, 8), (55, 55, 55)),
+        Image.new("L", (8, 8), 55),
+        Image.new("RGBA", (8, 8), (55, 55, 55, 255)),
+    ):
+        data = encoded(image, pnginfo=told(b"gAMA", 100_000))
+        assert converted(data)
+        assert decode(data).getpixel((0, 0)) == pytest.approx((128,) * 3, abs=1)
+    # 55 / 255 is the light 0.0631 of a Macintosh of old, of gamma 1.8: sRGB's 71.
+    data = encoded(Image.new("RGB", (8, 8), (55, 55, 55)), pnginfo=told(b"gAMA", 55_556))
+    assert decode(data).getpixel((0, 0)) == pytest.approx((71,) * 3, abs=1)
+
+
+@pytest.mark.parametrize("value", [45455, 45454, 0])
+def test_the_gamma_of_srgb_changes_nothing(value):
+    image = noise(20, 12)
+    data = encoded(image, pnginfo=told(b"gAMA", value))
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(image))
+    assert not converted(data)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "fine"),
+    [
+        ((31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000), True),
+        ((31270, 32900, 63000, 34000, 31000, 59500, 15500, 7000), True),
+        ((31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000), False),
+        ((31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000), False),
+    ],
+)
+def test_primaries_without_a_profile(numbers, fine):
+    image = noise(8, 8)
+    data = encoded(image, pnginfo=told(b"cHRM", *numbers))
+    if fine:
+        assert np.array_equal(np.asarray(decode(data)), np.asarray(image))
+        return
+    with pytest.raises(ValueError, match="a wide gamut without a profile"):
+        decode(data)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    decode(encoded(image, pnginfo=told(b"cHRM", *numbers), icc_profile=profile))
+
+
+@pytest.mark.parametrize(("name", "fine"), [("R98", True), ("R03", False)])
+def test_adobe_rgb_by_its_name_alone(name, fine):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: name, 2: b"0100"}
+    data = encoded(noise(8, 8), "JPEG", exif=exif)
+    if fine:
+        decode(data)
+    else:
+        with pytest.raises(ValueError, match="a wide gamut without a profile"):
+            decode(data)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF"])
+def test_a_damaged_picture_is_not_called_something_else(file_format):
+    data = encoded(noise(8, 8), file_format)
+    with pytest.raises(ValueError, match=r"damaged|cannot be decoded"):
+        decode(data[:6] + b"\0\xff" * 30)
+
+
 @pytest.mark.parametrize(("primaries", "transfer", "fine"), [(1, 13, True), (9, 16, False), (12, 13, False), (1, 18, False)])
 def test_colours_told_by_number(primaries, transfer, fine):
     info = PngImagePlugin.PngInfo()
