@@ -35,7 +35,8 @@ class Reading:
     vote_question: Annotated[str, OneOf(*QUESTIONS)] = "overall"
     """Of ``votes.db``: the votes on ``overall``, ``appeal`` or ``following``."""
     vote_weights: Annotated[str, OneOf(*WEIGHTS)] = "equal"
-    """Of ``votes.db``: ``equal``, or ``agreement`` to weigh a vote by how far its rater agrees with others beyond chance."""
+    """Of ``votes.db``: ``equal``; ``agreement`` to weigh a vote by how far its rater agrees with others beyond chance;
+    ``attention`` to leave out raters who did not pass most of their attention checks."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

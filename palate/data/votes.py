@@ -15,7 +15,9 @@ HEAD = b"SQLite format 3\0"
 APPLICATION = 0x50414C54  # "PALT", in the file's header
 VERSION = 1
 QUESTIONS = ("overall", "appeal", "following")
-WEIGHTS = ("equal", "agreement")
+WEIGHTS = ("equal", "agreement", "attention")
+SPOILT = "spoilt"
+"""The folder beside the votes that holds the spoilt copies of attention checks, and the model they count as."""
 LABELS = {"first": 1.0, "second": 0.0, "tie": 0.5, "bad": 0.5}
 """What a choice says of the first picture; ``skip`` says nothing."""
 COLUMNS = ("prompt", "image_0", "image_1", "label", "weight", "rater", "model_0", "model_1")
@@ -53,9 +55,18 @@ SELECT votes.id, raters.public AS rater, raters.name, a.id AS picture_0, b.id AS
     votes.created, showings.swapped, showings.repeat, showings.mode
 FROM votes JOIN showings ON showings.id = votes.showing JOIN raters ON raters.id = showings.rater
     JOIN pictures a ON a.id = showings.picture_0 JOIN pictures b ON b.id = showings.picture_1
-WHERE votes.undone = 0 AND votes.choice != 'skip'
+WHERE votes.undone = 0 AND votes.choice != 'skip' AND showings.mode != 'check'
 ORDER BY votes.rowid
 """
+CHECKED = """
+SELECT raters.public AS rater, count(*) AS seen,
+    sum((votes.choice = 'first' AND b.model = 'spoilt') OR (votes.choice = 'second' AND a.model = 'spoilt')) AS passed
+FROM votes JOIN showings ON showings.id = votes.showing JOIN raters ON raters.id = showings.rater
+    JOIN pictures a ON a.id = showings.picture_0 JOIN pictures b ON b.id = showings.picture_1
+WHERE votes.undone = 0 AND votes.choice != 'skip' AND showings.mode = 'check' AND votes.question != 'following'
+GROUP BY raters.public
+"""
+"""Attention checks by rater: answers, and those that preferred the whole picture. A spoilt one may still follow the words."""
 
 
 def open_votes(path: str | Path) -> sqlite3.Connection:
@@ -89,7 +100,8 @@ def check_version(connection: sqlite3.Connection, path: str | Path) -> None:
 def vote_rows(path: str | Path, *, question: str = "overall", weights: str = "equal") -> Iterator[dict[str, object]]:
     """Rows of ``COLUMNS``, one a vote, planned repeats left out; pictures as paths relative to the database's folder.
 
-    ``weights="agreement"`` weighs a vote by how far its rater's agreement with others exceeds chance (``agreement_weights``).
+    ``weights="agreement"`` weighs a vote by how far its rater's agreement with others exceeds chance (``agreement_weights``);
+    ``"attention"`` leaves out whoever did not pass most of their attention checks.
     Raises ``UserError`` for an unknown question or kind of weight.
     """
     if question not in QUESTIONS:
@@ -99,11 +111,14 @@ def vote_rows(path: str | Path, *, question: str = "overall", weights: str = "eq
     connection = open_votes(path)
     try:
         rows = [row for row in connection.execute(VALID) if row["question"] == question and not row["repeat"]]
+        asleep = {row["rater"] for row in connection.execute(CHECKED) if 2 * row["passed"] <= row["seen"]}
     finally:
         connection.close()
     weight = {}
     if weights == "agreement":
         weight = agreement_weights([(r["rater"], (r["picture_0"], r["picture_1"]), LABELS[r["choice"]]) for r in rows])
+    if weights == "attention":
+        rows = [row for row in rows if row["rater"] not in asleep]
     for row in rows:
         yield {
             "prompt": row["prompt"],

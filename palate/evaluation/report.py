@@ -114,10 +114,20 @@ def write_report(path: str | Path, chapters: Sequence[Chapter]) -> None:
     for prompt, images, labels in ((*shown, c.labels) for c in chapters for shown in c.pictures):
         if len(images) != len(labels):
             raise UserError(f"{len(images)} pictures of {prompt!r} came with {len(labels)} sides; give as many of each")
-    style, script = (Markup((PAGE / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
+    script = Markup((PAGE / "report.js").read_text(encoding="utf-8"))
     title = chapters[0].title if len(chapters) == 1 else f"{len(chapters)} results"
-    page = _templates().get_template("report.html").render(title=title, style=style, script=script, chapters=chapters)
+    page = _templates().get_template("report.html").render(title=title, style=page_style(), script=script, chapters=chapters)
     write_atomically(path, page.encode())
+
+
+def colours() -> str:
+    """The style sheet with the colours of all pages, light and dark."""
+    return (PAGE / "colours.css").read_text(encoding="utf-8")
+
+
+def page_style() -> Markup:
+    """The style sheet of a page that stands alone."""
+    return Markup(colours() + (PAGE / "report.css").read_text(encoding="utf-8"))
 
 
 @cache
@@ -135,18 +145,20 @@ def _templates() -> Environment:
         "number": charts.number,
         "parts": _parts,
         "percent": percent,
-        "sha256": _sha256,
-        "shown": _shown,
-        "tone": _tone,
+        "sha256": sha256,
+        "shown": embedded,
+        "tone": tone,
     }
     return found
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
+    """What a content-security policy names a style or script by."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _tone(w: WinRate | Average) -> str:
+def tone(w: WinRate | Average) -> str:
+    """The class of a share: whether its interval lies above a half, below it, or on both sides."""
     return "good" if w.low > 0.5 else "bad" if w.high < 0.5 else "even"
 
 
@@ -159,14 +171,17 @@ def _parts(comparisons: Sequence[Comparison]) -> list[tuple[str, str, list[Group
     ]
 
 
-class _Shown(NamedTuple):
+class Embedded(NamedTuple):
+    """A picture inside a page."""
+
     data: str
     """WebP in base64."""
     width: int
     height: int
 
 
-def _shown(image: Image.Image, longest: int = LONGEST) -> _Shown:
+def embedded(image: Image.Image, longest: int = LONGEST) -> Embedded:
+    """A picture of at most ``longest`` pixels a side as a page of its own holds it."""
     # Small pictures are enlarged here by a whole factor: Lanczos keeps edges that a browser's own enlarging blurs.
     image = image.convert("RGB")
     factor = max(1, round(256 / max(image.size)))
@@ -175,7 +190,7 @@ def _shown(image: Image.Image, longest: int = LONGEST) -> _Shown:
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=86, method=4)
-    return _Shown(base64.b64encode(buffer.getvalue()).decode(), image.width, image.height)
+    return Embedded(base64.b64encode(buffer.getvalue()).decode(), image.width, image.height)
 
 
 def _entries(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
@@ -175,11 +175,20 @@ def _jsonl(votes: list[Vote], folder: Path, output: Path) -> None:
 
 
 def _csv(votes: list[Vote], folder: Path, output: Path) -> None:
+    write_atomically(output, _table(_named(votes, folder, output)).encode())
+
+
+def votes_csv(votes: Sequence[Vote]) -> str:
+    """Votes as a table, with planned repeats left out; pictures are named as the folder of the votes has them."""
+    return _table(_row(vote, Path()) for vote in votes if not vote["repeat"])
+
+
+def _table(rows: Iterable[Mapping[str, object]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
-    writer.writerows(_named(votes, folder, output))
-    write_atomically(output, text.getvalue().encode())
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _named(votes: list[Vote], folder: Path, output: Path) -> Iterator[dict[str, object]]:
@@ -190,15 +199,17 @@ def _named(votes: list[Vote], folder: Path, output: Path) -> Iterator[dict[str, 
             f"{folder / output.name}, or export .parquet, which holds the pictures"
         )
     prefix = here.relative_to(base)
-    for vote in votes:
-        named = {side: (prefix / vote[side]).as_posix() for side in ("image_0", "image_1")}
-        yield {
-            "prompt": vote["prompt"],
-            **named,
-            "label": LABELS[vote["choice"]],
-            **{name: vote[name] for name in ("rater", "question", "choice", "model_0", "model_1", "seed")},
-            "created_at": vote["created"],
-        }
+    yield from (_row(vote, prefix) for vote in votes)
+
+
+def _row(vote: Vote, prefix: Path) -> dict[str, object]:
+    return {
+        "prompt": vote["prompt"],
+        **{side: (prefix / vote[side]).as_posix() for side in ("image_0", "image_1")},
+        "label": LABELS[vote["choice"]],
+        **{name: vote[name] for name in ("rater", "question", "choice", "model_0", "model_1", "seed")},
+        "created_at": vote["created"],
+    }
 
 
 def _digest(data: bytes) -> str:

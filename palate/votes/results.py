@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from statistics import median
@@ -90,6 +90,9 @@ class Rater(TypedDict):
     repeated: int
     seconds: float | None
     left: float | None
+    passed: int
+    """Of ``checked`` attention checks."""
+    checked: int
 
 
 class Results(TypedDict):
@@ -101,12 +104,14 @@ class Results(TypedDict):
     raters: list[Rater]
 
 
-def results(votes: Sequence[Vote], *, mode: str, raters_per_pair: int) -> Results:
+def results(
+    votes: Sequence[Vote], *, mode: str, raters_per_pair: int, checks: Mapping[str, tuple[int, int]] | None = None
+) -> Results:
     """Plain values for the owner's page, from rows of ``palate.data.votes.VALID`` in any order.
 
     Per question: win rates of each two models over votes (ties as half; clusters are prompts), the majorities of pairs, and
     Bradley-Terry strengths; Krippendorff's alpha (nominal) over pairs with two raters or more. Planned repeats count for
-    nothing but ``consistency``.
+    nothing but ``consistency``. ``checks``: by rater, attention checks passed and seen.
     """
     fresh = [Counted(**v, label=LABELS[v["choice"]], pair=_pair(v)) for v in votes if not v["repeat"]]
     asked = [q for q in QUESTIONS if any(v["question"] == q for v in fresh)]
@@ -116,7 +121,7 @@ def results(votes: Sequence[Vote], *, mode: str, raters_per_pair: int) -> Result
         "raters_per_pair": raters_per_pair,
         "judged": len({v["pair"] for v in fresh}),
         "questions": {q: _question([v for v in fresh if v["question"] == q]) for q in asked},
-        "raters": _raters(fresh, [v for v in votes if v["repeat"]]),
+        "raters": _raters(fresh, [v for v in votes if v["repeat"]], checks or {}),
     }
 
 
@@ -202,7 +207,7 @@ def _alpha(votes: list[Counted]) -> float | None:
     return None if math.isnan(alpha) else alpha
 
 
-def _raters(fresh: list[Counted], repeats: list[Vote]) -> list[Rater]:
+def _raters(fresh: list[Counted], repeats: list[Vote], checks: Mapping[str, tuple[int, int]]) -> list[Rater]:
     by_unit: dict[tuple[Pair, str], list[Counted]] = defaultdict(list)
     for vote in fresh:
         by_unit[vote["pair"], vote["question"]].append(vote)
@@ -232,6 +237,8 @@ def _raters(fresh: list[Counted], repeats: list[Vote]) -> list[Rater]:
                 "repeated": len(again),
                 "seconds": median(seconds) if seconds else None,
                 "left": _left(own),
+                "passed": checks.get(rater, (0, 0))[0],
+                "checked": checks.get(rater, (0, 0))[1],
             }
         )
     return sorted(found, key=lambda row: -row["votes"])

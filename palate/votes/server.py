@@ -7,6 +7,7 @@ import errno
 import hmac
 import json
 import math
+import re
 import socket
 import sys
 import time
@@ -18,7 +19,9 @@ from pathlib import Path
 from palate.base.errors import UserError
 from palate.base.hosts import LOOPBACK, host_name
 from palate.base.jsonl import JsonObject
-from palate.votes.results import results
+from palate.evaluation.report import colours
+from palate.votes.exchange import votes_csv
+from palate.votes.share import result_page
 from palate.votes.store import DiskError, Lock
 from palate.votes.study import RefusedError, Study, VoteOptions
 
@@ -120,6 +123,8 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
 
     async def asset(request: Request) -> Response:
         name = request.path_params["name"]
+        if name == "colours.css":
+            return Response(colours(), media_type=KINDS[".css"])
         if name not in ("vote.css", "vote.js", "results.css", "results.js", "icon.svg"):
             raise RefusedError(404, "there is no such file")
         return _file(name)
@@ -130,12 +135,15 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
         for name, where in (("owner", "/results"), ("rater", "/")):
             if _same(key, study.key(name)):
                 return keep(RedirectResponse(where, 303), access_cookie, key)
+        if (token := await run_in_threadpool(study.enter, key)) is not None:
+            return keep(keep(RedirectResponse("/", 303), access_cookie, study.key("rater")), rater_cookie, token)
         return PlainTextResponse("This link is not valid (any more): ask whoever invited you.", 403)
 
     async def state(request: Request) -> Response:
         rater = rater_of(request)
         if rater is None:
-            about = {"mode": study.mode, "questions": study.questions, "pairs": len(study.pairs)}
+            about = {"mode": study.mode, "questions": study.questions, "pairs": len(study.pairs), "ended": study.ended}
+            about |= {"until": _when(study), "thanks": study.options.thanks, "personal": bool(study.options.people)}
             return JSONResponse({"join": True, "form": form_token(request), **about})
         slow_down(reads, rater)
         found = await run_in_threadpool(study.state, rater)
@@ -173,14 +181,29 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
             return PlainTextResponse("Results are for the owner: open the link that 'palate vote' printed.", 403)
         return _file("results.html")
 
-    async def results_data(request: Request) -> Response:
+    def only_owner(request: Request) -> None:
         if role(request) != "owner":
             raise RefusedError(403, "results are for the owner: open the link that 'palate vote' printed")
+
+    async def results_file(request: Request) -> Response:
+        only_owner(request)
+        page = await run_in_threadpool(lambda: result_page(study.folder, study.told(), study.votes_here()))
+        saved = {"Content-Disposition": f'attachment; filename="{_plain_name(study.folder.name)}-votes.html"'}
+        return Response(page, media_type=KINDS[".html"], headers=saved)
+
+    async def results_table(request: Request) -> Response:
+        only_owner(request)
+        text = await run_in_threadpool(lambda: votes_csv(study.votes_here()))
+        saved = {"Content-Disposition": f'attachment; filename="{_plain_name(study.folder.name)}-votes.csv"'}
+        return Response(text, media_type="text/csv; charset=utf-8", headers=saved)
+
+    async def results_data(request: Request) -> Response:
+        only_owner(request)
         async with counting:
             if (began := time.monotonic()) >= remembered.until:
                 state = await run_in_threadpool(study.store.rows, "SELECT count(*), sum(undone) FROM votes")
                 if (now := (*state[0], len(study.gone))) != remembered.state:
-                    remembered.told, remembered.state = await run_in_threadpool(_told, study), now
+                    remembered.told, remembered.state = await run_in_threadpool(study.told), now
                 # Of many thousand votes the intervals take seconds, in which raters would wait.
                 remembered.until = time.monotonic() + max(2.0, 10 * (time.monotonic() - began))
             return JSONResponse(remembered.told)
@@ -191,6 +214,8 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
         Route("/assets/{name}", asset),
         Route("/picture/{name}", picture),
         Route("/results", results_page),
+        Route("/results/page", results_file),
+        Route("/results/votes.csv", results_table),
         Route("/api/state", state),
         Route("/api/results", results_data),
         Route("/api/join", join, methods=["POST"]),
@@ -247,8 +272,13 @@ def _serve(study: Study, options: VoteOptions, lock: Lock) -> None:
         print(f"note: {note}", file=sys.stderr)
     what = f"{len(study.pairs)} pairs, {study.raters_per_pair} rater{'s' if study.raters_per_pair > 1 else ''} each"
     print(f"{study.mode}: {what}; asked for: {', '.join(study.questions)}")
-    print(f"  to vote:  {where}{'/' if private else '/enter/' + study.key('rater')}")
+    if not options.people:
+        print(f"  to vote:  {where}{'/' if private else '/enter/' + study.key('rater')}")
+    for name in options.people:
+        print(f"  to vote, {name}:  {where}/enter/{study.personal_key(name)}")
     print(f"  results:  {where}/enter/{study.key('owner')}   (yours alone)")
+    if study.until:
+        print(f"  voting closes {_when(study)}{', which is over: only the results are open' if study.ended else ''}")
     print(f"  votes are kept in {study.store.path}; stop with Ctrl-C", flush=True)
     config = uvicorn.Config(
         make_app(study, host=options.host),
@@ -318,12 +348,14 @@ def _own_address(host: str) -> str:
             return socket.gethostname()
 
 
-def _told(study: Study) -> dict[str, object]:
-    """Of this study's pairs alone: others, imported or of another mode, answer other questions."""
-    pairs, votes = set(study.pairs), study.store.valid_votes()
-    here = [vote for vote in votes if (vote["picture_0"], vote["picture_1"]) in pairs]
-    told = results(here, mode=study.mode, raters_per_pair=study.raters_per_pair)
-    return {**told, "pairs": len(pairs), "gone": len(study.gone), "elsewhere": len(votes) - len(here)}
+def _when(study: Study) -> str:
+    """When voting closes, as people read it; empty where it does not."""
+    return "" if study.until is None else study.until.strftime("%A, %d %B %Y, %H:%M")
+
+
+def _plain_name(text: str) -> str:
+    """A name that a header may hold."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "palate"
 
 
 @dataclass

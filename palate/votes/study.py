@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -21,13 +22,15 @@ from types import TracebackType
 from typing import Annotated, NotRequired, TypedDict
 
 from palate.base.errors import UserError
+from palate.base.files import write_atomically
 from palate.base.options import Count, OneOf, Port, Range, check_ranges
 from palate.data.plain import read_plain
 from palate.data.shards import PICTURES, is_litter
-from palate.data.votes import LABELS, QUESTIONS
+from palate.data.votes import CHECKED, LABELS, QUESTIONS, SPOILT, Vote
 from palate.evaluation.manifest import MANIFEST, UNNAMED, Side, differences, has_pictures, read_manifest, read_settings
 from palate.evaluation.manifest import Picture as Listed
 from palate.votes.queue import Dealt, Queue
+from palate.votes.results import Results, results
 from palate.votes.store import IMPORTED, Store
 
 MODES = ("compare", "collect")
@@ -36,6 +39,7 @@ AHEAD = 4  # pairs a rater holds: the one before them and those whose pictures a
 MAX_BYTES, MAX_PIXELS = 64 << 20, 8192 * 8192  # of a picture that is shown
 LEASE = 20 * 60.0  # after so many seconds without a sign of life a rater's untouched pairs go to others
 MAX_RATERS = 1000
+CHECKS, LIKED = 24, 6  # attention checks of a study; pictures that the thank-you page shows
 NAME = re.compile(r"[A-Za-z0-9_-]{8,64}")
 
 
@@ -62,8 +66,17 @@ class VoteOptions:
     """Share of a rater's pairs that come again with sides changed, to measure consistency; 0 for none."""
     chain: bool = False
     """In collect: the better picture is challenged again by another of its prompt, as in Pick-a-Pic."""
+    checks: Annotated[float, Range(at_least=0, at_most=0.2, expected="a share from 0 to 0.2")] = 0.0
+    """Share of attention checks: a picture against a spoilt copy of itself, for whoever does not look; they are no votes."""
     allow_different_settings: bool = False
     """In compare: show what two folders have in common although prompts, seeds or settings differ."""
+
+    until: str | None = None
+    """When voting closes, in local time: a date (its end), or ``2026-12-05T18:00``; links to vote end then."""
+    people: tuple[str, ...] = ()
+    """Names that get a link each, printed; then nobody else can vote, and a link on a second device is the same person."""
+    thanks: str = ""
+    """What raters read at the end, below the thanks."""
 
     host: str = "127.0.0.1"
     """Address to listen on; anything but this machine alone, such as ``0.0.0.0``, needs the link that is printed."""
@@ -72,21 +85,36 @@ class VoteOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        self.closes()
+        if len(set(self.people)) < len(self.people) or not all(name.strip() for name in self.people):
+            raise UserError("people must have different names, which are not blank: each gets a link of their own")
         if self.chain and self.mode == "compare":
             raise UserError(
                 "chain is for collecting pairs; in compare every pair is one prompt and seed: leave one of them out"
             )
+
+    def closes(self) -> datetime | None:
+        """The moment after which no votes are taken; ``UserError`` for what is no date."""
+        if self.until is None:
+            return None
+        try:
+            found = datetime.fromisoformat(self.until)
+        except ValueError:
+            raise UserError(f"until is {self.until!r}; expected a date such as 2026-12-05, or 2026-12-05T18:00") from None
+        found = found if len(self.until) > 10 else found + timedelta(days=1)
+        return found.astimezone()
 
 
 @dataclass
 class _Showing:
     id: str
     rater: str
-    pair: int | None  # None: no pair of this study, but of an earlier one in the same folder
+    pair: int | None  # None: no pair of this study, but of an earlier one in the same folder, or a check
     pictures: tuple[int, int]
     swapped: bool
     repeat: bool
     votes: dict[str, tuple[str, str]]  # question -> choice, name of the vote
+    check: bool = False
 
 
 class Shown(TypedDict):
@@ -111,6 +139,7 @@ class State(TypedDict):
     """All that a rater's page needs."""
 
     rater: str
+    name: str
     mode: str
     questions: list[str]
     done: int
@@ -118,7 +147,20 @@ class State(TypedDict):
     open: list[Shown]
     soon: list[str]
     last: Last | None
+    ended: bool
+    """Voting is closed."""
+    thanks: str
+    liked: list[str]
+    """Names of pictures that the rater preferred, once nothing is left to judge."""
     closed: NotRequired[str]
+
+
+class Told(Results):
+    """What the owner is told: results, and what of the folder they are of."""
+
+    pairs: int
+    gone: int
+    elsewhere: int
 
 
 class Study:
@@ -127,7 +169,14 @@ class Study:
     Raises ``UserError`` for a folder without pictures, a prompt or model that changed under votes, a database it cannot read.
     """
 
-    def __init__(self, folder: str | Path, options: VoteOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        options: VoteOptions,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        today: Callable[[], datetime] = lambda: datetime.now().astimezone(),
+    ) -> None:
         self.folder = Path(folder).resolve()
         sides, notes = find_sides(self.folder)
         listed = _listed(sides)
@@ -146,13 +195,15 @@ class Study:
         asked = options.questions or (QUESTIONS if self.mode == "compare" else ("overall",))
         self.questions = sorted(set(asked), key=("appeal", "overall", "following").index)
         self.raters_per_pair = options.raters or (5 if self.mode == "compare" else 1)
-        self.options, self._clock, self._lock = options, clock, threading.RLock()
+        self.options, self._clock, self._today, self._lock = options, clock, today, threading.RLock()
+        self.until = options.closes()
         self.store = Store(self.folder)
         with self.store.writing():
             ids = [
                 self.store.add_picture(p.file, p.prompt, seed=p.seed, number=p.index, model=p.model, metadata=p.metadata)
                 for p in listed
             ]
+            self.checks = self._make_checks([(number, p) for number, p in zip(ids, listed, strict=True)])
         self.pictures = {p.id: p for p in self.store.pictures()}
         self._opaque = {number: self._sign("picture", p.file)[:20] for number, p in self.pictures.items()}
         self._by_opaque = {name: number for number, name in self._opaque.items()}
@@ -167,17 +218,43 @@ class Study:
         """The secret part of the link for ``rater`` or ``owner``; the same whenever this folder is served."""
         return self._sign("key", role)[:32]
 
+    def personal_key(self, name: str) -> str:
+        """The secret part of the link of one of ``people``."""
+        return self.key(f"person {name}")
+
+    @property
+    def ended(self) -> bool:
+        """Whether voting is closed."""
+        return self.until is not None and self._today() >= self.until
+
     # What the page asks for -------------------------------------------------------------------------------------------------
 
     def join(self, name: str = "") -> str:
         """A token by which a new rater is recognised from now on."""
+        self._check_open()
+        if self.options.people:
+            raise RefusedError(403, "whoever votes here has a link of their own: ask whoever invited you")
+        return self._enrol(name, secrets.token_urlsafe(24))
+
+    def enter(self, key: str) -> str | None:
+        """The token of whoever of ``people`` has this key in their link."""
+        for name in self.options.people:
+            if hmac.compare_digest(self.personal_key(name).encode(), key.encode()):
+                return key if self.rater(key) is not None else self._enrol(name, key)
+        return None
+
+    def _enrol(self, name: str, token: str) -> str:
         with self._lock:
             if len(self._tokens) >= MAX_RATERS:
                 raise RefusedError(503, f"{MAX_RATERS} people take part already; ask the owner of this page")
-            token = secrets.token_urlsafe(24)
             number, public = self.store.add_rater(" ".join(name.split())[:40], _hash(token))
             self._ids[public], self._tokens[_hash(token)] = number, public
+            self._names[public] = name
             return token
+
+    def _check_open(self) -> None:
+        if self.ended:
+            raise RefusedError(410, "voting is closed; thank you")
 
     def rater(self, token: str) -> str | None:
         """Who shows this token."""
@@ -187,13 +264,15 @@ class Study:
         """All that a rater's page needs: their pairs, how far they are, and what undo would take back."""
         with self._lock, self._whole():
             self._here(rater)
-            self._deal(rater)
+            if not self.ended:
+                self._deal(rater)
             return self._state(rater)
 
     def vote(self, rater: str, *, name: str, showing: str, question: str, choice: str, seconds: float | None = None) -> State:
         """Keep an answer; what comes again under the same ``name`` counts once. The new state, when the vote is on disk."""
         if not NAME.fullmatch(name) or question not in QUESTIONS or choice not in CHOICES:
             raise RefusedError(400, "not a vote: expected a name, a question and a choice that this page knows")
+        self._check_open()
         with self._lock, self._whole():
             shown = self._showing(rater, showing)
             self._here(rater)
@@ -211,6 +290,7 @@ class Study:
 
         A skipped pair whose place others have taken stays skipped: its name is then in ``closed``, and ``last`` lies before it.
         """
+        self._check_open()
         with self._lock, self._whole():
             self._here(rater)
             found = self._votes.get(name)
@@ -242,6 +322,20 @@ class Study:
             self._lose(number, error)
             raise RefusedError(410, "this picture is gone; the next pair comes") from None
 
+    # What the owner asks for -------------------------------------------------------------------------------------------------
+
+    def votes_here(self) -> list[Vote]:
+        """The votes on this study's pairs alone: others, imported or of another mode, answer other questions."""
+        pairs = set(self.pairs)
+        return [vote for vote in self.store.valid_votes() if (vote["picture_0"], vote["picture_1"]) in pairs]
+
+    def told(self) -> Told:
+        """What the votes on this study's pairs say."""
+        every, here = self.store.valid_votes(), self.votes_here()
+        checks = {row["rater"]: (row["passed"], row["seen"]) for row in self.store.rows(CHECKED)}
+        found = results(here, mode=self.mode, raters_per_pair=self.raters_per_pair, checks=checks)
+        return {**found, "pairs": len(set(self.pairs)), "gone": len(self.gone), "elsewhere": len(every) - len(here)}
+
     # Dealing --------------------------------------------------------------------------------------------------------------
 
     def _deal(self, rater: str) -> None:
@@ -252,6 +346,9 @@ class Study:
             if any(p in self.gone for p in shown.pictures):
                 del open_[shown.id]
         while len(open_) < (1 if self.options.chain else AHEAD):
+            if (check := self._due_check(rater)) is not None:
+                self._show(rater, Dealt(-1, bool(int(self._sign("side", f"{rater} {check}")[0], 16) & 1)), check)
+                continue
             dealt = self.queue.choose(rater, self._champion(rater))
             if dealt is None:
                 return
@@ -260,11 +357,40 @@ class Study:
                 self._lose(missing[0], None)
                 continue
             self.queue.take(rater, dealt)
-            pictures = self.pairs[dealt.pair]
-            name = self.store.add_showing(
-                self._ids[rater], pictures, swapped=dealt.swapped, repeat=dealt.repeat, mode=self.mode
-            )
-            self._add(_Showing(name, rater, dealt.pair, pictures, dealt.swapped, dealt.repeat, {}))
+            self._show(rater, dealt, self.pairs[dealt.pair])
+
+    def _show(self, rater: str, dealt: Dealt, pictures: tuple[int, int]) -> None:
+        check = dealt.pair < 0
+        mode, repeat = ("check", False) if check else (self.mode, dealt.repeat)
+        name = self.store.add_showing(self._ids[rater], pictures, swapped=dealt.swapped, repeat=repeat, mode=mode)
+        self._add(_Showing(name, rater, None if check else dealt.pair, pictures, dealt.swapped, repeat, {}, check))
+
+    def _due_check(self, rater: str) -> tuple[int, int] | None:
+        """The attention check that is next for a rater, in an order of their own; None while there is none to come."""
+        dealt, share = self._dealt[rater], self.options.checks
+        # The first comes in the middle of the first 1 / share pairs: short studies have one too.
+        if int((len(dealt) + 1) * share + 0.5) <= int(len(dealt) * share + 0.5):
+            return None
+        left = [pair for pair in self.checks if pair not in dealt]
+        return min(left, key=lambda pair: self._sign("check", f"{rater} {pair}"), default=None)
+
+    def _make_checks(self, listed: Sequence[tuple[int, Listed]]) -> list[tuple[int, int]]:
+        """Pairs of a picture and its spoilt copy, which is written beside the votes."""
+        if not self.options.checks:
+            return []
+        readable = (found for found in listed if (self.folder / found[1].file).is_file())
+        chosen = sorted(readable, key=lambda found: _hash(found[1].file))[:CHECKS]
+        pairs = []
+        for number, picture in chosen:
+            file = f"{SPOILT}/{_hash(picture.file)[:24]}.png"
+            try:
+                if not (self.folder / file).is_file():
+                    write_atomically(self.folder / file, spoilt((self.folder / picture.file).read_bytes()))
+            except (OSError, ValueError):
+                continue  # a picture that cannot be read is told of where it is shown
+            made = self.store.add_picture(file, picture.prompt, seed=None, number=0, model=SPOILT, metadata={})
+            pairs.append((min(number, made), max(number, made)))
+        return pairs
 
     def _champion(self, rater: str) -> int | None:
         """In a chain, the picture that the rater's latest vote preferred."""
@@ -374,17 +500,35 @@ class Study:
             if not self._closed(self._showings[showing]):
                 last = {"vote": name, "question": question, "showing": self._told(self._showings[showing])}
                 break
+        nothing_open = self.ended or not self._open[rater]
         pairs_done = len({self._votes[name][0] for name in done} - set(self._open[rater]))
         return {
             "rater": rater,
+            "name": self._names.get(rater, ""),
             "mode": self.mode,
             "questions": self.questions,
             "done": pairs_done,
-            "left": self.queue.left(rater) + len(self._open[rater]),
-            "open": [self._told(shown) for shown in sorted(self._open[rater].values(), key=lambda s: self._order[s.id])],
-            "soon": self._soon(rater),
-            "last": last,
+            "left": 0 if self.ended else self.queue.left(rater) + len(self._open[rater]),
+            "open": [] if self.ended else [self._told(s) for s in sorted(self._open[rater].values(), key=self._when)],
+            "soon": [] if self.ended else self._soon(rater),
+            "last": None if self.ended else last,
+            "ended": self.ended,
+            "thanks": self.options.thanks,
+            "liked": self._liked(rater) if nothing_open else [],
         }
+
+    def _when(self, shown: _Showing) -> int:
+        return self._order[shown.id]
+
+    def _liked(self, rater: str) -> list[str]:
+        """The pictures that a rater preferred last, newest first, each once."""
+        found: dict[int, None] = {}
+        for name in reversed(self._done[rater]):
+            shown = self._showings[self._votes[name][0]]
+            label = self._verdict(shown)
+            if not shown.check and label in (0.0, 1.0):
+                found[shown.pictures[0 if label else 1]] = None
+        return [self._opaque[number] for number in found if number not in self.gone][:LIKED]
 
     def _told(self, shown: _Showing) -> Shown:
         first, second = (self._opaque[p] for p in shown.pictures)
@@ -406,9 +550,11 @@ class Study:
         self.queue = Queue(
             self.pairs, raters_per_pair=self.raters_per_pair, repeats=self.options.repeats, seed=self.store.secret
         )
-        raters = self.store.rows("SELECT id, public, token FROM raters")
+        raters = self.store.rows("SELECT id, public, name, token FROM raters")
         self._ids = {row["public"]: row["id"] for row in raters}
         self._tokens = {row["token"]: row["public"] for row in raters if row["token"]}
+        self._names = {row["public"]: row["name"] for row in raters}
+        self._dealt: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._last_seen: dict[str, float] = {}
         self._showings: dict[str, _Showing] = {}
         self._order: dict[str, int] = {}
@@ -420,7 +566,9 @@ class Study:
         for row in self.store.rows("SELECT * FROM showings ORDER BY number"):
             pictures = (row["picture_0"], row["picture_1"])
             rater, pair = public[row["rater"]], number.get(pictures)
-            self._add(_Showing(row["id"], rater, pair, pictures, bool(row["swapped"]), bool(row["repeat"]), {}))
+            check = row["mode"] == "check"
+            pair = None if check else pair
+            self._add(_Showing(row["id"], rater, pair, pictures, bool(row["swapped"]), bool(row["repeat"]), {}, check))
         for row in self.store.rows("SELECT id, showing, question, choice, undone FROM votes ORDER BY rowid"):
             self._votes[row["id"]] = (row["showing"], row["question"])
             if not row["undone"]:
@@ -428,8 +576,11 @@ class Study:
                 shown.votes[row["question"]] = (row["choice"], row["id"])
                 self._done[shown.rater].append(row["id"])
         for shown in self._showings.values():
-            if shown.pair is None:
+            if shown.pair is None and not (shown.check and shown.pictures in self.checks):
                 del self._open[shown.rater][shown.id]
+                continue
+            if shown.pair is None:
+                self._settle(shown, None)
                 continue
             self.queue.take(shown.rater, Dealt(shown.pair, shown.swapped, shown.repeat))
             self._settle(shown, None)
@@ -446,6 +597,7 @@ class Study:
 
     def _add(self, shown: _Showing) -> None:
         self._order[shown.id] = len(self._order)
+        self._dealt[shown.rater].append(shown.pictures)
         self._showings[shown.id] = shown
         self._open[shown.rater][shown.id] = shown
 
@@ -490,7 +642,7 @@ def find_sides(folder: Path) -> tuple[list[Side], list[str]]:
     folders, notes = _picture_folders(folder), list[str]()
     read: dict[Path, list[Listed]] = {}
     for inner in folders:
-        read[inner] = [p for p in read_manifest(inner, check_files=False, names=True) if not _imported(folder, inner / p.file)]
+        read[inner] = [p for p in read_manifest(inner, check_files=False, names=True) if not _own(folder, inner / p.file)]
         if not (inner / MANIFEST).is_file():
             notes.append(f"{inner.name}: {len(read[inner])} pictures without a {MANIFEST}; prompts: {_who_told(inner)}")
     told = [model for inner, listed in read.items() for model in {_model(inner, p) for p in listed}]
@@ -510,7 +662,9 @@ def find_sides(folder: Path) -> tuple[list[Side], list[str]]:
 
 def _picture_folders(folder: Path) -> list[Path]:
     """The folder itself, or those in it that have manifests, or those that have pictures."""
-    inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name != IMPORTED and not p.name.startswith("."))
+    inside = sorted(
+        p for p in folder.iterdir() if p.is_dir() and p.name not in (IMPORTED, SPOILT) and not p.name.startswith(".")
+    )
     if (folder / MANIFEST).is_file():
         return [folder]
     if listed := [p for p in inside if (p / MANIFEST).is_file()]:
@@ -525,9 +679,9 @@ def _model(folder: Path, picture: Listed) -> str:
     return folder.name if picture.model == UNNAMED else picture.model
 
 
-def _imported(folder: Path, file: Path) -> bool:
-    """Whether ``palate vote import`` has put it there: known to the votes under its own prompt."""
-    return file.is_relative_to(folder / IMPORTED)
+def _own(folder: Path, file: Path) -> bool:
+    """Whether ``palate vote`` has put it there itself: imported with a prompt of its own, or an attention check."""
+    return any(file.is_relative_to(folder / own) for own in (IMPORTED, SPOILT))
 
 
 def _who_told(folder: Path) -> str:
@@ -583,6 +737,23 @@ def _within_prompts(listed: Sequence[Listed]) -> list[tuple[int, int]]:
         ring = sorted(rows, key=lambda i: _hash(listed[i].file))
         found += [(ring[i], ring[(i + step) % len(ring)]) for i in range(len(ring)) for step in range(1, NEIGHBOURS + 1)]
     return found
+
+
+def spoilt(data: bytes) -> bytes:
+    """A picture of which nobody who looks says that it is the better one: its details gone, its colours washed out; as PNG.
+
+    Raises ``ValueError`` for what is no picture.
+    """
+    from PIL import Image, ImageEnhance
+
+    from palate.data.images import decode
+
+    image = decode(data)
+    small = image.resize((max(1, image.width // 24), max(1, image.height // 24)), Image.Resampling.BOX)
+    grey = ImageEnhance.Color(small.resize(image.size, Image.Resampling.NEAREST)).enhance(0.3)
+    out = io.BytesIO()
+    grey.save(out, format="PNG", compress_level=1)
+    return out.getvalue()
 
 
 @lru_cache(maxsize=32)

@@ -123,8 +123,11 @@ def test_compare_by_keyboard(serve, visit):
     page = visit(server, name="Ann <b>")
     expect(page.locator("#question")).to_have_text("Which picture is more appealing?")
     expect(page.locator("#prompt")).not_to_contain_text("&")  # the prompt of every pair has one; appeal hides it
+    expect(page.locator("#turn")).to_have_text("Question 1 of 3")
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#question")).to_have_text("Which picture do you prefer?")
+    expect(page.locator("#turn")).to_have_text("Question 2 of 3")
+    expect(page.locator("#bar")).to_have_attribute("style", re.compile(r"scaleX\(0\.08"))  # a third of one of four pairs
     expect(page.locator("#prompt")).to_contain_text("<b>&")
     _ready(page)
     page.keyboard.press("ArrowDown")
@@ -149,6 +152,7 @@ def test_compare_by_keyboard(serve, visit):
     page.keyboard.press(" ")
     expect(page.locator("#left")).to_be_hidden()
     expect(page.locator("#right")).to_be_visible()
+    page.keyboard.press("f")
     page.keyboard.press("?")
     expect(page.locator("#help")).to_be_visible()
     page.keyboard.press("Escape")
@@ -167,31 +171,86 @@ def test_collect_by_touch_on_a_phone(serve, visit):
     server = serve("--mode", "collect", prompts=2, per_prompt=2, models=("plain",))
     page = visit(server, PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    for frame in (page.locator("#left"), page.locator("#right")):
-        box = frame.bounding_box()
-        assert box["x"] >= 0
-        assert box["x"] + box["width"] <= 360
-        assert box["width"] > 150
-    expect(page.locator(".answer .left-word")).to_have_text("Upper")
+    expect(page.locator("#right")).to_be_hidden()  # one at a time, at the full width
+    box = page.locator("#left").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 360
+    assert box["width"] > 300
+    expect(page.locator(".answer .left-word")).to_have_text("First")
     for button in page.locator("#ballot button:visible").all():
         assert button.bounding_box()["height"] >= 40
         assert button.bounding_box()["x"] + button.bounding_box()["width"] <= 360
     page.locator("#help-open").tap()
     expect(page.locator("#help-title")).to_be_in_viewport(ratio=1)  # a narrow page begins at its top
     page.locator("#help-close").tap()
+    page.locator(".answer .left-word").tap()  # of a picture that was not seen nothing is said: it is shown instead
+    expect(page.locator("#right")).to_be_visible()
+    expect(page.locator("#notice")).to_contain_text("now you have seen both")
+    _count(page, 0, 2)
+    page.locator("#right").tap()  # flips back, and is no vote
+    expect(page.locator("#left")).to_be_visible()
     page.locator("#zoom").tap()
     page.locator("#left").tap()  # ends the zoom and is no vote
     _count(page, 0, 2)
-    page.locator("#left").tap()
+    page.locator(".answer .right-word").tap()
     _count(page, 1, 2)
     page.locator("#undo").tap()
     _count(page, 0, 2)
     _ready(page)
+    page.locator("#flicker").tap()  # both, above each other
+    for frame in (page.locator("#left"), page.locator("#right")):
+        assert frame.bounding_box()["width"] > 150
+    expect(page.locator(".answer .left-word")).to_have_text("Upper")
     page.locator(".answer", has_text="Tie").tap()
     _ready(page)
     page.locator("#right").tap()
     expect(page.locator("#finished")).to_be_visible()
     assert [choice for choice, _ in _saved(server, 2)] == ["tie", "plain"]
+    expect(page.locator("#liked img")).to_have_count(1)
+
+
+def test_a_second_click_on_begin_is_no_vote_and_nothing_looks_chosen(serve, browser):
+    """Under the button lies the left picture: neither the click nor the pointer that rests there may speak for it."""
+    server = serve("--questions", "overall", "--repeats", "0")
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    page = context.new_page()
+    page.goto(server.url)
+    box = page.locator("#join button").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.click(x, y)
+    expect(page.locator("#ballot")).to_be_visible()
+    page.mouse.click(x, y)
+    _ready(page)
+    _count(page, 0, 4)
+    frame = page.locator("#left").bounding_box()
+    page.mouse.move(frame["x"] + 40, frame["y"] + 40)
+    page.mouse.move(frame["x"] + 80, frame["y"] + 80)
+    ring = "getComputedStyle(document.querySelector('#left')).outlineStyle"
+    assert page.evaluate(ring) == "solid"
+    time.sleep(0.6)
+    page.mouse.click(frame["x"] + 80, frame["y"] + 80)
+    _count(page, 1, 4)
+    _ready(page)
+    assert page.evaluate(ring) == "none"  # the pointer rests where the next picture came
+    context.close()
+    assert len(_saved(server, 1)) == 1
+
+
+def test_a_break_whenever_one_likes(serve, visit):
+    server = serve("--questions", "overall", "--repeats", "0", "--thanks", "Cake at four.", prompts=2)
+    page = visit(server, name="Ann")
+    page.keyboard.press("ArrowLeft")
+    _ready(page)
+    page.locator("#rest").click()
+    expect(page.locator("#pause-text")).to_contain_text("1 pair judged, 1 to go")
+    page.locator("#go-on").click()
+    _ready(page)
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#thanks")).to_have_text("Thank you, Ann")
+    expect(page.locator("#owner-text")).to_have_text("Cake at four.")
+    expect(page.locator("#finished-text")).to_have_text("You have judged 2 pairs. That was all there is for you.")
+    expect(page.locator("#liked img")).to_have_count(2)
 
 
 def test_a_chain_has_every_possible_challenger_there(serve, visit):

@@ -74,8 +74,8 @@ def test_every_answer_carries_the_guards(visitor):
 
 
 def test_the_page_has_nothing_inline_and_nothing_from_elsewhere():
-    for path in server.PAGE.glob("*.html"):
-        text = path.read_text()
+    for name in ("vote.html", "results.html"):
+        text = (server.PAGE / name).read_text()
         assert not any(word in text for word in (" style=", "<style", " onclick", "http:", "https:", "//"))
         assert text.count("<script") == text.count('<script src="/assets/')
     for path in server.PAGE.glob("*.js"):

@@ -39,7 +39,8 @@ function comparison(found) {
   const rows = [make("h3", "", `${found.b} against ${found.a}`), rate(found.b, w), chips([
     [String(w.wins), "preferred"], [String(w.ties), w.ties === 1 ? "tie" : "ties"], [String(w.losses), "not preferred"], [String(w.prompts), w.prompts === 1 ? "prompt" : "prompts"],
   ]), chips([
-    [`${m.b} : ${m.a}`, `pairs by majority${m.ties ? `, ${m.ties} even` : ""}`],
+    [String(m.b), `${m.b === 1 ? "pair" : "pairs"} for ${found.b} by majority`], [String(m.a), `for ${found.a}`],
+    m.ties ? [String(m.ties), "even"] : null,
     m.shared ? [`${m.unanimous} of ${m.shared}`, "pairs unanimous"] : null,
   ])];
   if (found.categories.length > 1) rows.push(...found.categories.map((category) => rate(`${category.name} (${category.n})`, category, true)));
@@ -59,7 +60,7 @@ function panel(name, found) {
   const c = found.choices;
   return make("section", "panel", make("h2", "", TITLES[name]), chips([
     [String(found.votes), found.votes === 1 ? "vote" : "votes"], c.tie ? [String(c.tie), c.tie === 1 ? "tie" : "ties"] : null, c.bad ? [String(c.bad), "both bad"] : null,
-    found.alpha === null ? null : [found.alpha.toFixed(2), "Krippendorff’s alpha"],
+    found.alpha === null ? null : [found.alpha.toFixed(2), `Krippendorff’s alpha${found.alpha < 0.2 ? ": little agreement" : ""}`],
   ]), ...found.comparisons.flatMap(comparison), ...strengths(found.strengths));
 }
 
@@ -87,6 +88,7 @@ function draw(told) {
   const share = (value) => (value === null ? "–" : percent(value));
   $("rater-rows").replaceChildren(...told.raters.map((row) => make("tr", "", ...[
     row.name || row.rater, String(row.votes), share(row.agreement), row.repeated ? `${row.same} of ${row.repeated}` : "–",
+    row.checked ? `${row.passed} of ${row.checked}` : "–",
     share(row.left), row.seconds === null ? "–" : row.seconds.toFixed(1),
   ].map((cell) => make("td", "", cell)))));
 }

@@ -8,12 +8,15 @@ const ASK = {
   following: ["Which picture follows the words better?", null],
 };
 const SAID = { tie: "Tie.", bad: "Both bad.", skip: "Skipped." };
-const REST_PAIRS = 40, REST_MINUTES = 20, EARLY = 180; // an answer sooner than so many milliseconds is a slip of the key
+const REST_PAIRS = 40, REST_MINUTES = 20;
+const EARLY = 180; // an answer sooner than so many milliseconds is a slip of the key
+const OPENING = 600; // and a click on a picture so soon after the ballot has come is the second of a double click
 
 let form = "", questions = [];
 let open = [], soon = [], past = [], done = 0, left = 0;
 let shownAt = 0, shown = "", said = "", sending = false, retry = null;
 let restedAt = Date.now(), sinceRest = 0, times = [];
+let openedAt = 0, pointer = null, seen = new Set(), ended = false;
 const outbox = load(), fetched = new Map();
 
 // Talking to the server --------------------------------------------------------------------------------------------------
@@ -47,6 +50,8 @@ const own = (pair) => ({ ...pair, answered: new Set(pair.answered) });
 
 function apply(state) {
   ({ questions, soon, done, left } = state);
+  ended = state.ended;
+  gratitude(state);
   open = state.open.map(own);
   if (state.closed) { // a skipped pair that others have filled meanwhile stays skipped
     past = past.filter((vote) => vote.pair.id !== state.closed);
@@ -96,6 +101,7 @@ async function send() {
 // Showing ----------------------------------------------------------------------------------------------------------------
 
 function only(id) {
+  if (id === "ballot" && $("ballot").hidden) openedAt = performance.now();
   for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== id;
 }
 
@@ -109,10 +115,31 @@ function say(text) {
 }
 
 function invite(state) {
+  if (state.ended || state.personal) {
+    $("thanks").textContent = state.ended ? "Voting is closed" : "This page is by invitation";
+    $("finished-text").textContent = state.ended ? "Thank you for coming by." : "Whoever votes here has a link of their own: ask whoever invited you.";
+    $("finished-undo").hidden = true;
+    only("finished");
+    return;
+  }
   const count = ["", "One question", "Two quick questions", "Three quick questions"][state.questions.length];
+  const until = state.until ? ` The page is open until ${state.until}.` : "";
   $("invitation").textContent =
-    `You will see two pictures at a time, made for the same words. ${count} a pair; arrow keys or a tap answer.`;
+    `You will see two pictures at a time, made for the same words. ${count} a pair; arrow keys or a tap answer.${until}`;
   only("welcome");
+}
+
+function gratitude(state) {
+  $("finished-undo").hidden = state.ended;
+  $("thanks").textContent = state.name ? `Thank you, ${state.name}` : "Thank you";
+  $("owner-text").textContent = state.thanks;
+  $("owner-text").hidden = !state.thanks;
+  const liked = $("liked").querySelector(".liked");
+  const names = state.liked.join();
+  if (liked.dataset.names === names) return;
+  liked.dataset.names = names;
+  liked.replaceChildren(...state.liked.map((name) => Object.assign(new Image(), { src: `/picture/${name}`, alt: "" })));
+  $("liked").hidden = !names;
 }
 
 const question = () => (open.length ? questions.find((name) => !open[0].answered.has(name)) : undefined);
@@ -137,7 +164,8 @@ function show() {
     shown = "";
     if (outbox.length) return; // the server says in a moment what comes next
     const judged = done ? `You have judged ${done} ${done === 1 ? "pair" : "pairs"}. ` : "";
-    $("finished-text").textContent = `${judged}There is nothing left for you just now; this page looks again by itself.`;
+    $("finished-text").textContent = judged + (ended ? "Voting is closed." : "That was all there is for you.");
+    $("finished-soft").textContent = ended ? "" : "Should pairs be added, they appear here by themselves.";
     if ($("finished").hidden) say(`Thank you. ${$("finished-text").textContent}`);
     only("finished");
     return;
@@ -147,6 +175,9 @@ function show() {
   only("ballot");
   const pair = open[0], now = `${pair.id} ${asked}`;
   if (shown === now) return;
+  document.body.classList.remove("pointing");
+  const turn = questions.length > 1 ? `Question ${questions.indexOf(asked) + 1} of ${questions.length}` : "";
+  $("turn").textContent = turn;
   const anew = !shown.startsWith(`${pair.id} `);
   shown = now;
   shownAt = performance.now();
@@ -159,6 +190,7 @@ function show() {
     place("left", pair.left);
     place("right", pair.right);
     zoom(false);
+    seen = new Set();
     flip(false);
   }
   say(`${said} Pair ${done + 1}. ${title} ${instead ?? pair.prompt}`.trim());
@@ -192,7 +224,10 @@ function progress() {
   $("progress").hidden = !total;
   $("progress").setAttribute("aria-valuemax", total);
   $("progress").setAttribute("aria-valuenow", done);
-  $("bar").style.transform = `scaleX(${total ? done / total : 0})`;
+  const part = open.length && questions.length ? open[0].answered.size / questions.length : 0;
+  for (const bar of document.querySelectorAll(".progress i")) {
+    bar.style.transform = `scaleX(${total ? (done + part) / total : 0})`;
+  }
   const pace = Math.max(1, Math.round(recent.length / Math.max(0.25, (now - recent[0]) / 60000)));
   $("count").textContent = total ? `${done} of ${total}${recent.length > 3 && innerWidth > 560 ? ` · ${pace} a minute` : ""}` : "";
 }
@@ -201,10 +236,16 @@ function resting() {
   if (!$("pause").hidden) return true;
   const minutes = (Date.now() - restedAt) / 60000;
   if (sinceRest < REST_PAIRS && (sinceRest < 5 || minutes < REST_MINUTES)) return false;
-  $("pause-text").textContent = `${sinceRest} pairs since the last break, ${done} in all.`;
+  rest();
+  return true;
+}
+
+function rest() {
+  const pace = sinceRest ? (Date.now() - restedAt) / 60000 / sinceRest : 0;
+  const remaining = pace && left ? `, about ${Math.max(1, Math.round(pace * left))} minutes at this pace` : "";
+  $("pause-text").textContent = `${done} ${done === 1 ? "pair" : "pairs"} judged, ${left} to go${remaining}.`;
   only("pause");
   $("go-on").focus();
-  return true;
 }
 
 // Answering --------------------------------------------------------------------------------------------------------------
@@ -216,6 +257,11 @@ function freshName() {
 function answer(choice, forced = false) {
   const asked = question(), taken = performance.now() - shownAt;
   if (!asked || $("ballot").hidden || shown !== `${open[0].id} ${asked}` || (!forced && taken < EARLY)) return;
+  if (!forced && single() && choice !== "skip" && seen.size < 2) {
+    flip(true);
+    notice("This is the second picture: now you have seen both, and can choose.");
+    return;
+  }
   const pair = open[0], vote = freshName();
   if (!forced) notice("");
   pair.answered.add(asked);
@@ -268,8 +314,9 @@ function pan(x, y) {
 }
 
 // In a narrow window the left picture stands above.
-const stacked = () => $("stage").clientWidth <= $("stage").clientHeight && !single();
-const word = (side) => (stacked() ? { left: "Upper", right: "Lower" } : { left: "Left", right: "Right" })[side];
+const stacked = () => $("stage").clientWidth <= $("stage").clientHeight;
+const WORDS = { one: { left: "First", right: "Second" }, above: { left: "Upper", right: "Lower" }, beside: { left: "Left", right: "Right" } };
+const word = (side) => WORDS[single() ? "one" : stacked() ? "above" : "beside"][side];
 
 function words() {
   for (const side of ["left", "right"]) {
@@ -289,6 +336,7 @@ function flicker(on) {
 }
 
 function flip(right) {
+  seen.add(right ? "right" : "left");
   $("left").classList.toggle("under", single() && right);
   $("right").classList.toggle("under", single() && !right);
   if (single()) say(`${word(right ? "right" : "left")} picture`);
@@ -297,7 +345,7 @@ function flip(right) {
 // Events -----------------------------------------------------------------------------------------------------------------
 
 const zoomed = () => $("stage").dataset.zoom === "on";
-const flipOver = () => flip(!$("left").classList.contains("under"));
+const flipOver = () => { notice(""); flip(!$("left").classList.contains("under")); };
 const KEYS = {
   ArrowLeft: () => answer("left"), ArrowRight: () => answer("right"), ArrowDown: () => answer("tie"),
   ArrowUp: () => answer("bad"), t: () => answer("tie"), b: () => answer("bad"), s: () => answer("skip"), u: undo,
@@ -329,6 +377,7 @@ document.addEventListener("keydown", (event) => {
 for (const button of document.querySelectorAll("[data-choice]")) {
   button.addEventListener("click", () => {
     const picture = button.classList.contains("frame");
+    if (picture && performance.now() - openedAt < OPENING) return;
     if (picture && zoomed()) zoom(false);
     else if (picture && single()) flipOver();
     else answer(button.dataset.choice);
@@ -346,10 +395,18 @@ for (const frame of document.querySelectorAll(".frame")) {
     if (far) event.stopImmediatePropagation();
   }, true);
 }
+document.addEventListener("pointermove", (event) => {
+  const moved = pointer && Math.hypot(event.clientX - pointer[0], event.clientY - pointer[1]) > 3;
+  if (moved && event.pointerType === "mouse") document.body.classList.add("pointing");
+  if (moved || !pointer) pointer = [event.clientX, event.clientY];
+});
+document.addEventListener("keydown", () => document.body.classList.remove("pointing"), true);
 $("undo").addEventListener("click", undo);
+$("rest").addEventListener("click", rest);
 $("finished-undo").addEventListener("click", undo);
 $("zoom").addEventListener("click", () => zoom(!zoomed()));
 $("flicker").addEventListener("click", () => flicker(!single()));
+if (innerWidth <= 560 && innerHeight > innerWidth) flicker(true); // two pictures in a hand's width are too small to judge
 $("flip").addEventListener("click", flipOver);
 $("help-open").addEventListener("click", () => $("help").showModal());
 $("help-close").addEventListener("click", () => $("help").close());

@@ -1,0 +1,175 @@
+"""The results of votes as one HTML page that needs nothing but itself: what one sends to those who did not vote."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from palate.base.errors import UserError
+from palate.base.files import check_file, write_atomically
+from palate.data.images import decode
+from palate.data.votes import LABELS, Vote
+from palate.evaluation import charts
+from palate.evaluation.compare import percent
+from palate.evaluation.report import embedded, page_style, sha256, tone
+from palate.evaluation.statistics import WinRate
+from palate.votes.results import Comparison, Rate
+
+if TYPE_CHECKING:
+    from palate.votes.study import Told
+
+TITLES = {"overall": "Overall preference", "appeal": "Visual appeal, prompt hidden", "following": "Prompt following"}
+SHOWN = 12
+"""Pairs of pictures on the page, evenly spaced over the prompts: chosen without looking at the votes."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A picture of a pair, its model, and how many votes preferred it."""
+
+    picture: Image.Image
+    model: str
+    preferred: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A pair and what was said of it."""
+
+    prompt: str
+    votes: int
+    sides: tuple[Side, Side]
+
+
+@dataclass(frozen=True)
+class ShareOptions:
+    """The page of results, to be sent."""
+
+    output: str
+    """The HTML file to write; names of raters are not in it."""
+
+    def __post_init__(self) -> None:
+        if not self.output.endswith(".html"):
+            raise UserError(f"output is {self.output!r}; expected a file name that ends in .html")
+
+
+def share(folder: str | Path, options: ShareOptions) -> str:
+    """Write the page of a folder's votes. Returns a sentence; ``UserError`` for a folder without votes."""
+    from contextlib import closing
+
+    from palate.votes.store import NAME, Lock
+    from palate.votes.study import Study, VoteOptions
+
+    folder, output = Path(folder), Path(options.output)
+    if not (folder / NAME).is_file():
+        raise UserError(f"{folder} holds no votes; 'palate vote {folder}' collects them")
+    check_file(output, "output")
+    with closing(Lock(folder)), closing(Study(folder, VoteOptions(mode=_mode(folder), allow_different_settings=True))) as study:
+        votes = study.votes_here()
+        if not votes:
+            raise UserError(f"{folder / NAME} holds no votes on its pictures yet")
+        write_atomically(output, result_page(study.folder, study.told(), votes).encode())
+    return f"wrote {output}: {len(votes)} votes, without the raters' names"
+
+
+def _mode(folder: Path) -> str | None:
+    """How the latest votes were asked for."""
+    from palate.data.votes import open_votes
+    from palate.votes.store import NAME
+
+    connection = open_votes(folder / NAME)
+    try:
+        query = "SELECT mode FROM showings WHERE mode IN ('compare', 'collect') ORDER BY number DESC LIMIT 1"
+        return next((row["mode"] for row in connection.execute(query)), None)
+    finally:
+        connection.close()
+
+
+def result_page(folder: Path, told: Told, votes: Sequence[Vote]) -> str:
+    """The page as text. ``votes`` are those that ``told`` counts; their pictures lie in ``folder``."""
+    seconds = [v["seconds"] for v in votes if v["seconds"] is not None]
+    checked = sum(r["checked"] for r in told["raters"])
+    return (
+        _templates()
+        .get_template("share.html")
+        .render(
+            title=folder.name,
+            style=page_style(),
+            headline=headline(told),
+            hero=_only(told),
+            told=told,
+            titles=TITLES,
+            shown=_judged(folder, votes),
+            seconds=median(seconds) if seconds else None,
+            passed=sum(r["passed"] for r in told["raters"]) / checked if checked else None,
+            day=f"{datetime.now():%d %B %Y}".lstrip("0"),
+        )
+    )
+
+
+def headline(told: Told) -> str:
+    """What the votes say, in a sentence; the page of the owner has the same."""
+    only = _only(told)
+    if only is None:
+        return f"{told['votes']} votes on {told['judged']} pairs"
+    a, b, rate = only["a"], only["b"], only["win_rate"]
+    if rate["low"] > 0.5:
+        return f"{b} is preferred in {percent(rate['rate'])} % of the votes"
+    if rate["high"] < 0.5:
+        return f"{a} is preferred in {percent(1 - rate['rate'])} % of the votes"
+    return f"No clear difference between {a} and {b}"
+
+
+def _only(told: Told) -> Comparison | None:
+    """The comparison of two models, on the question that says most, where there are but two."""
+    questions = told["questions"]
+    found = (questions.get("overall") or next(iter(questions.values()), None) or {"comparisons": []})["comparisons"]
+    return found[0] if len(found) == 1 else None
+
+
+def _judged(folder: Path, votes: Sequence[Vote]) -> list[Judged]:
+    question = next((q for q in ("overall", "appeal", "following") if any(v["question"] == q for v in votes)), "")
+    pairs: dict[tuple[int, int], list[Vote]] = defaultdict(list)
+    for vote in votes:
+        if vote["question"] == question and not vote["repeat"]:
+            pairs[vote["picture_0"], vote["picture_1"]].append(vote)
+    groups = sorted(pairs.values(), key=lambda group: (group[0]["prompt"], group[0]["image_0"]))
+    found: list[Judged] = []
+    for group in groups[:: max(1, len(groups) // SHOWN)][:SHOWN]:
+        files = [folder / group[0][side] for side in ("image_0", "image_1")]
+        if not all(file.is_file() and file.resolve().is_relative_to(folder.resolve()) for file in files):
+            continue
+        try:
+            one, other = (decode(file.read_bytes()) for file in files)
+        except (OSError, ValueError):
+            continue
+        labels = [LABELS[vote["choice"]] for vote in group]
+        sides = Side(one, group[0]["model_0"], labels.count(1.0)), Side(other, group[0]["model_1"], labels.count(0.0))
+        found.append(Judged(group[0]["prompt"], len(group), sides))
+    return found
+
+
+def _win(rate: Rate) -> WinRate:
+    return WinRate(**{name: rate[name] for name in WinRate.__dataclass_fields__})
+
+
+@cache
+def _templates() -> Environment:
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "page"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    found.filters |= {"bar": charts.bar, "percent": percent, "sha256": sha256, "shown": embedded, "tone": tone, "win": _win}
+    return found
