@@ -13,6 +13,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from skipped import not_tested
 from tiny_models import BETAS, LIMIT, tiny_t5_tokenizer, tiny_text, tiny_unet, tiny_vae
 
 from palate.miniature.captions import caption
@@ -22,6 +23,14 @@ from tools.miniature.base_model import build_tokenizer
 hypothesis.settings.register_profile("palate", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("palate")
 torch.set_num_threads(1)  # for models as small as these, threads cost more than they save
+
+
+def pytest_unconfigure(config):
+    """The last line of all: what was not tested, and what would let it be."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if told := not_tested([str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]):
+        reporter.write_line(told)
 
 
 @pytest.fixture

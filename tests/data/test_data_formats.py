@@ -523,7 +523,7 @@ def test_the_examples_of_the_docs_are_read(tmp_path, kind, number):
 # ---- real files ----
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the real pictures are not next to this repository")
+@pytest.mark.skipif(not SHARED.exists(), reason="real preferences: put them into ../shared/data/preferences")
 def test_real_imagereward_sample(tmp_path):
     source = SHARED / "imagereward-sample"
     for name in ("1.webp", "2.webp", "3.webp", "4.webp"):
@@ -535,7 +535,7 @@ def test_real_imagereward_sample(tmp_path):
     assert len(list(read_pairs(tmp_path / "x.json", absolute_winners=True))) == 3
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the real pictures are not next to this repository")
+@pytest.mark.skipif(not SHARED.exists(), reason="real preferences: put them into ../shared/data/preferences")
 def test_real_absolute_winners():
     rankings = SHARED / "hpdv2-gallery" / "rankings.jsonl"
     reader = read_pairs(rankings, absolute_winners=True, max_train_samples=8)

@@ -363,7 +363,7 @@ def test_bad_rankings(tmp_path, rankings, images, column):
         list(read_pairs(ranked(tmp_path, rankings, images)))
 
 
-@pytest.mark.skipif(not GALLERY.exists(), reason="the pictures of the HPD v2 gallery are not next to this repository")
+@pytest.mark.skipif(not GALLERY.exists(), reason="real preferences: put them into ../shared/data/preferences")
 def test_real_rankings():
     reader = read_pairs(GALLERY, ties="keep", max_train_samples=3 * 36)
     pairs = list(reader)

@@ -11,7 +11,7 @@ from palate.base.errors import UserError
 from palate.data.prompt_sets import SETS, load_prompt_set
 
 REAL = Path(__file__).parents[3] / "shared/data/prompts"
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the published files are not here")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the published prompt lists: put them into ../shared/data/prompts")
 
 
 @real

@@ -119,7 +119,7 @@ def test_a_ranking_is_decoded_once(monkeypatch):
         judge_margins(judge, [*pairs, PreferencePair("x", a, b"no", 1.0, source="row 7")])
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real rankings are not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="real preferences: put them into ../shared/data/preferences")
 def test_real_rankings_by_file_size(palate):
     """Against a plain transcription: which of two pictures is the larger JPEG file at quality 95."""
     code, _, errors = palate("accuracy", REAL, judges="jpeg_incompressibility", max_pairs=36)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 ROUNDS = int(os.environ.get("PALATE_CRASH_TEST", "0"))
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not ROUNDS, reason="slow: set PALATE_CRASH_TEST to a number of rounds")
+pytestmark = pytest.mark.skipif(not ROUNDS, reason="crash tests: set PALATE_CRASH_TEST to a number of rounds")
 
 TRAIN = """\
 training: {seed: 5, train_batch_size: 2, learning_rate: 1e-3, logging_steps: 1, checkpointing_steps: 1, max_train_steps: 6,

@@ -32,7 +32,7 @@ SEED = int(os.environ.get("PALATE_FUZZ_SEED", "0"))
 LIMIT, LONGEST = 20, 400
 """Seconds that a door may take, and characters of a message without the path of the test's own folder."""
 
-pytestmark = pytest.mark.skipif(not TRIES, reason="set PALATE_FUZZ to the number of inputs at each door")
+pytestmark = pytest.mark.skipif(not TRIES, reason="fuzzing: set PALATE_FUZZ to a number of inputs")
 
 ODD = [
     None, True, False, 0, -1, 0.5, 1e308, -0.0, 2**70, float("nan"), float("inf"), "", " ", "nan", "null", "1", "1.0", "yes",

@@ -241,7 +241,7 @@ def test_alpha_by_hand():
         krippendorff_alpha(np.ones((2, 2)), "nominel")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real ratings are not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="real ratings: put them into ../shared/data")
 def test_real_ratings():
     """Figures measured once with other code: choix and krippendorff on the same files."""
     rows = [json.loads(line) for line in (DATA / "preferences/hpdv2-gallery/rankings.jsonl").read_text().splitlines()]

@@ -27,7 +27,7 @@ from palate.judges.pictures import Preprocess
 
 WIDTH = 16
 HEADS = Path(__file__).resolve().parents[3] / "shared" / "data" / "aesthetic"
-heads = pytest.mark.skipif(not HEADS.is_dir(), reason="LAION's heads are absent (../shared/data/aesthetic)")
+heads = pytest.mark.skipif(not HEADS.is_dir(), reason="the published aesthetic heads: put them into ../shared/data/aesthetic")
 
 
 @pytest.fixture(scope="session")

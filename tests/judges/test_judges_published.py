@@ -22,7 +22,7 @@ from palate.judges.pictures import CLIP_MEAN, CLIP_STD, Preprocess
 from palate.judges.weights import affine, read_weights
 
 HEADS = Path(__file__).resolve().parents[3] / "shared" / "data" / "aesthetic"
-heads = pytest.mark.skipif(not HEADS.is_dir(), reason="LAION's heads are absent (../shared/data/aesthetic)")
+heads = pytest.mark.skipif(not HEADS.is_dir(), reason="the published aesthetic heads: put them into ../shared/data/aesthetic")
 W, D, LAYERS, PATCH, SIDE = 32, 24, 2, 8, 32  # width, embedding, layers, patch, side of the tiny CLIP
 PROMPTS = ["a red house", "a blue tower and a red house and a tree", "a tree", "water"]
 
@@ -390,7 +390,9 @@ def test_missing_files_are_named(hps_dir, imagereward_dir, tmp_path, monkeypatch
 SAMPLE = HEADS.parent / "preferences" / "imagereward-sample"
 
 
-@pytest.mark.skipif("IMAGEREWARD_FOLDER" not in os.environ, reason="needs the published ImageReward weights (1.8 GB)")
+@pytest.mark.skipif(
+    "IMAGEREWARD_FOLDER" not in os.environ, reason="the published ImageReward weights: name their folder in IMAGEREWARD_FOLDER"
+)
 def test_real_imagereward_scores_what_its_readme_prints():
     judge = load_judge("imagereward", os.environ["IMAGEREWARD_FOLDER"])
     images = [Image.open(SAMPLE / f"{i}.webp") for i in range(1, 5)]

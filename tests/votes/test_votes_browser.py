@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from party import picture_folder
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the package playwright")
+sync_api = pytest.importorskip("playwright.sync_api", reason="the pages in a browser: pip install playwright")
 expect = sync_api.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need chromium; Debian has it as a package")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the pages in a browser: apt-get install chromium")
 ROOT = Path(__file__).parents[2]
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 360, "height": 700}, "has_touch": True, "is_mobile": True}
