@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -107,9 +111,6 @@ def test_unknown_names_are_refused(name, message, monkeypatch):
 
 
 def test_a_function_is_known_by_its_source_and_by_what_it_uses_beside_it(tmp_path, monkeypatch):
-    import importlib
-    import sys
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     texts = {"fp_judge": "from fp_helper import level\n\ndef f(images, prompts):\n    return [level] * len(prompts)\n"}
@@ -132,6 +133,25 @@ def test_a_function_is_known_by_its_source_and_by_what_it_uses_beside_it(tmp_pat
     before = find_judges([total])[total].fingerprint()
     fingerprint(fp_helper="level = 3\n")
     assert find_judges([total])[total].fingerprint() != before
+
+
+def test_a_function_that_another_file_makes_is_known_by_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fingerprint(level: int, more: int) -> str:
+        Path("made_of.py").write_text(f"def g(images, prompts, level):\n    return [level + {more}] * len(prompts)\n")
+        Path("made_by.py").write_text(
+            f"import functools, made_of\nf = functools.partial(made_of.g, level={level})\ng = made_of.g\n"
+        )
+        for name in ("made_of", "made_by"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return "".join(find_judges([n])[n].fingerprint() for n in ("made_by:f", "made_by:g"))
+
+    first = fingerprint(1, 1)
+    assert fingerprint(1, 1) == first
+    for other in (fingerprint(2, 1), fingerprint(1, 2)):
+        assert all(a != b for a, b in zip((first[:16], first[16:]), (other[:16], other[16:]), strict=True))
 
 
 def test_a_file_that_an_option_names_is_part_of_the_fingerprint(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from numbers import Number
 from typing import cast
@@ -46,6 +47,9 @@ def read_answer(answer: object, count: int) -> tuple[Float32[Tensor, " count"], 
             scores, info = first, second
     if scores is None:
         raise AnswerError("returned nothing")
+    if inspect.iscoroutine(scores):
+        scores.close()  # otherwise Python complains of it later, wherever that may be
+        raise AnswerError("is async, and is not waited for: give a plain function")
     found = _tensor(scores)
     if tuple(found.shape) not in {(count,), (count, 1), *([()] if count == 1 else [])}:
         raise AnswerError(f"returned scores of shape {tuple(found.shape)} where ({count},) was expected")
@@ -67,14 +71,20 @@ def _tensor(scores: object) -> Tensor:
             # Stacked by hand: NumPy knows neither bfloat16 nor gradients nor the GPU.
             scores = torch.stack([torch.as_tensor(one).detach().cpu().double() for one in cast("Sequence[Tensor]", scores)])
         found = scores if isinstance(scores, Tensor) else torch.as_tensor(_array(scores))
-    except (TypeError, ValueError, RuntimeError):
+        found = found.to_dense() if found.layout != torch.strided else found
+        found = found.dequantize() if found.is_quantized else found
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise AnswerError(f"returned {type(scores).__name__}, which does not read as numbers") from None
     if found.is_complex():
         raise AnswerError("returned complex numbers")
-    return found.to_dense() if found.is_sparse else found
+    if found.is_meta:
+        raise AnswerError("returned a tensor without values (on the device meta)")
+    return found
 
 
 def _array(scores: object) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    if isinstance(scores, np.ma.MaskedArray):  # what is masked is no score
+        return cast("np.ma.MaskedArray[tuple[int, ...], np.dtype[np.generic]]", scores).astype(np.float64).filled(np.nan)
     found = np.asarray(scores)
     if found.dtype == object and all(isinstance(one, Number) for one in found.flat):  # of pandas, say
         return found.astype(np.complex128 if any(isinstance(one, complex) for one in found.flat) else np.float64)
@@ -91,7 +101,9 @@ def culprit(ask: Callable[[slice], object], count: int) -> int | None:
         middle = max((low + high) // 2, low + 1)
         try:
             ask(slice(low, middle))
-        except (Exception, SystemExit):
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             if middle - low == 1:
                 return low
             high = middle
@@ -125,9 +137,9 @@ class Guarded:
         everything = slice(0, len(images))
         try:
             answer = ask(everything)
-        except (UserError, torch.OutOfMemoryError, MemoryError):
+        except (UserError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # also what is no Exception: sys.exit, cancelled tasks, those of test frameworks
             raise self._failed(failure(error), prompts, culprit(ask, len(images))) from error
         try:
             return read_answer(answer, len(images))[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from palate.base.errors import UserError
 from palate.data.prompts import Prompt
 from palate.judges import Judge
+from palate.judges.guard import failure
 
 
 @runtime_checkable
@@ -57,9 +58,9 @@ def from_function(function: Callable[..., object], *, name: str = "", device: st
         if _takes(function, 2):
             return from_judge(cast(Judge, function))
         if _takes(function, 0):
-            made = function()
+            made = _made(called, function)
         elif "device" in inspect.signature(function).parameters and _takes(function, 0, device=device):
-            made = function(device=device)
+            made = _made(called, function, device=device)
         else:
             raise UserError(
                 f"reward {called} takes {inspect.signature(function)}; expected (images, prompts, metadata), "
@@ -76,6 +77,17 @@ def from_function(function: Callable[..., object], *, name: str = "", device: st
         return function(images.clone(), tuple(p.text for p in prompts), tuple(dict(p.metadata) for p in prompts))
 
     return reward
+
+
+def _made(called: str, function: Callable[..., object], **named: object) -> object:
+    try:
+        return function(**named)
+    except (UserError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(
+            f"reward {called} {failure(error)}: it is called once, without pictures, and makes the reward"
+        ) from error
 
 
 def _takes(function: Callable[..., object], count: int, **named: object) -> bool:

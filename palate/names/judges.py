@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ class NamedJudge:
         named = (Path(value).expanduser() for value in self.options.values() if isinstance(value, str) and value)
         for place in (self.folder, *(path for path in named if path.exists())):
             _add_files(digest, place)
-        for path in sources(foreign(self.name)) if self.kind == "function" else ():
+        for path in sources(self.name) if self.kind == "function" else ():
             digest.update(f"{path.name} ".encode() + path.read_bytes())
         return digest.hexdigest()[:16]
 
@@ -116,22 +117,26 @@ def _add_files(digest: hashlib._Hash, place: Path | None) -> None:
                     digest.update(file.read())
 
 
-def sources(function: object) -> list[Path]:
-    """The file that a function stands in, and those beside it that it imports, and so on; none where there is no source."""
-    name = getattr(function, "__module__", None) or type(function).__module__
-    text = getattr(sys.modules.get(name), "__file__", None) or ""
-    if not text.endswith(".py"):
-        return []
-    first = Path(text).resolve()
-    # Where its top module lies; of what is installed, the package alone is its own.
-    root = first.parents[name.count(".") + (first.name == "__init__.py")]
-    root = root / name.partition(".")[0] if "site-packages" in root.parts else root
-    waiting, found = [first], dict[Path, None]()
-    while waiting:
-        path = waiting.pop()
-        if path not in found and path.is_relative_to(root):
-            found[path] = None
-            waiting += _imported(path, root)
+def sources(name: str) -> list[Path]:
+    """The files that the function ``module:function`` is named and written in, which may be two, and those beside them that
+    they import, and so on; none where there is no source."""
+    function = foreign(name)
+    written = getattr(function, "__module__", None) or type(function).__module__
+    found = dict[Path, None]()
+    for module in dict.fromkeys((name.partition(":")[0], written)):
+        text = getattr(sys.modules.get(module), "__file__", None) or ""
+        first = Path(text).resolve()
+        if first.suffix != ".py" or (first.is_relative_to(sysconfig.get_path("stdlib")) and "site-packages" not in first.parts):
+            continue
+        # Where its top module lies; of what is installed, the package alone is its own.
+        root = first.parents[module.count(".") + (first.name == "__init__.py")]
+        root = root / module.partition(".")[0] if "site-packages" in root.parts else root
+        waiting = [first]
+        while waiting:
+            path = waiting.pop()
+            if path not in found and path.is_relative_to(root):
+                found[path] = None
+                waiting += _imported(path, root)
     return list(found)
 
 

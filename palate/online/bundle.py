@@ -219,7 +219,9 @@ class RewardBundle:
                     f"{who} found no free memory for {b} pictures at once: lower sample_batch_size, or evaluation_batch_size "
                     "where it is held out"
                 ) from error
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 if attempt == self.retries:
                     self._fail(who, failure(error), pending, self._culprit(reward, pending), error)
             time.sleep(PAUSE * 2**attempt)

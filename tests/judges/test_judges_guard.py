@@ -69,6 +69,23 @@ def test_a_tensor_keeps_its_gradient():
     assert x.grad.tolist() == [2.0] * 3
 
 
+async def waited_for():
+    return NUMBERS
+
+
+def test_what_is_masked_is_no_score():
+    found, _ = read_answer(np.ma.array(NUMBERS, mask=[False, True, False]), 3)
+    assert found.tolist() == pytest.approx([0.5, float("nan"), 2.0], nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.filterwarnings("ignore")  # of what PyTorch is about to leave out
+def test_tensors_of_other_layouts(kind):
+    assert read_answer(getattr(torch.tensor(NUMBERS)[:, None], kind)(), 3)[0].tolist() == NUMBERS
+    quantised = torch.quantize_per_tensor(torch.tensor(NUMBERS), 0.5, 10, torch.quint8)
+    assert read_answer(quantised, 3)[0].tolist() == NUMBERS
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -88,8 +105,11 @@ def test_a_tensor_keeps_its_gradient():
         (torch.zeros(3, dtype=torch.complex64), "returned complex numbers"),
         ((x for x in NUMBERS), "returned generator, which does not read as numbers"),
         (object(), "returned object, which does not read as numbers"),
+        ([10**400] * 3, "returned list, which does not read as numbers"),
+        (torch.zeros(3, device="meta"), "without values"),
+        (waited_for(), "is async"),
     ],
-    ids=range(16),
+    ids=range(19),
 )
 def test_what_does_not_is_refused(answer, said):
     with pytest.raises(AnswerError) as caught:
@@ -105,6 +125,8 @@ BAD = {
         "raised KeyError: 'bird': picture 2 of 3 (prompt 'bird')",
     ),
     "leaves": ("sys.exit('no weights')", "called sys.exit('no weights'): picture 0 of 3 (prompt 'cat')"),
+    "cancels": ("raise asyncio.CancelledError('too late')", "raised CancelledError: too late: picture 0 of 3 (prompt 'cat')"),
+    "closes": ("raise GeneratorExit", "raised GeneratorExit: GeneratorExit: picture 0 of 3"),
     "short": ("return [0.5]", "returned scores of shape (1,) where (3,) was expected: pictures 0 to 2, of which the first"),
     "named": ("return {'score': 1}", "returned a dict ('score')"),
     "none": ("pass", "returned nothing"),
@@ -120,7 +142,7 @@ def module(tmp_path, monkeypatch):
     name = f"own_{tmp_path.name}".replace("-", "_")
     functions = "".join(f"def {n}(images, prompts):\n    {body}\n" for n, (body, _) in BAD.items())
     more = "def fine(images, prompts):\n    images.zero_()\n    return [0.5] * len(prompts)\n"
-    (tmp_path / f"{name}.py").write_text("import sys\n" + functions + more)
+    (tmp_path / f"{name}.py").write_text("import asyncio, sys\n" + functions + more)
     return name
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 
@@ -393,6 +394,8 @@ def test_factories_and_classes():
     [
         (lambda images: 1, r"takes \(images\); expected \(images, prompts, metadata\)"),
         (lambda: 3, "takes no argument and made a int"),
+        (lambda: sys.exit("no weights"), r"called sys.exit\('no weights'\): it is called once, without pictures"),
+        (lambda: {}["weights"], "raised KeyError: 'weights'"),
         (lambda: lambda a: a, "takes no argument and made a function"),
     ],
 )
