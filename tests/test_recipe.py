@@ -172,3 +172,15 @@ def test_an_automatic_beta_is_kept_as_a_word_until_it_is_chosen():
     assert function(nothing, nothing, torch.ones(1), beta=1.0).isfinite()
     with pytest.raises(UserError, match="objective orpo has no option 'beta'"):
         recipe.build({"objective": {"name": "orpo", "beta": "auto"}})
+
+
+def test_draws_that_return_are_for_pairs_and_objectives_that_read_errors():
+    assert recipe.build({"training": {"draws_per_pair": 4}}).training.draws_per_pair == 4
+    recipe.build({"objective": {"name": "cpo", "beta": 500, "bc_weight": 1}, "training": {"draws_per_pair": 4}})
+    with pytest.raises(
+        UserError, match="the objective reads the residual of the reference, but draws_per_pair keeps its error"
+    ):
+        recipe.build({"objective": "dspo", "training": {"draws_per_pair": 4}})
+    online = {"online": {"train_prompts": "miniature-seen"}, "objective": "ddpo_is"}
+    with pytest.raises(UserError, match="draws_per_pair is for pairs that return in every epoch"):
+        recipe.build({**online, "training": {"draws_per_pair": 4}})

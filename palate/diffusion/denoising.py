@@ -7,7 +7,7 @@ processes and resuming give the numbers of one uninterrupted process with a larg
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -74,6 +74,28 @@ class Noised:
     cond: Conditioning
     target: Float[Tensor, " b *d"]
     seeds: Int[Tensor, " b"]
+    step_noise: Float[Tensor, " b *d"] | None = None  # of the step that a space may take, drawn beforehand
+
+    def to(self, device: torch.device | str) -> Noised:
+        """On the device; what is pinned is copied while the device computes."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Noised:
+        """In memory that a GPU reads by itself."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def with_step_noise(self) -> Noised:
+        """With ``step_noise``, if it has not been drawn."""
+        if self.step_noise is not None:
+            return self
+        xt = upcast(self.xt)
+        return replace(self, step_noise=normal(self.seeds, tuple(xt.shape[1:]), STEP_NOISE, xt.device, xt.dtype))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Noised:
+        cond = Conditioning({name: change(tensor) for name, tensor in self.cond.tensors.items()})
+        step_noise = None if self.step_noise is None else change(self.step_noise)
+        x0, noise, xt, t, target = (change(x) for x in (self.x0, self.noise, self.xt, self.t, self.target))
+        return Noised(x0, noise, xt, t, cond, target, self.seeds, step_noise)  # seeds are read on the CPU
 
 
 @dataclass(frozen=True)
@@ -84,16 +106,38 @@ class Pair(Generic[T]):
     l: T
 
 
-@dataclass(frozen=True, eq=False)
 class Fit:
-    """How a model's output differs from the target, in some space: residual = embed(output) - embed(target), (b, ...)."""
+    """How a model's output differs from the target, in some space: residual = embed(output) - embed(target), (b, ...).
 
-    residual: Float[Tensor, " b *d"]
+    Of a reference whose errors were kept from an earlier draw there is the error alone.
+    """
+
+    def __init__(self, residual: Float[Tensor, " b *d"] | None = None, *, error: Float[Tensor, " b"] | None = None) -> None:
+        if (residual is None) == (error is None):
+            raise ValueError("a Fit is made of either a residual or an error")
+        self._residual, self._error = residual, error
+
+    @property
+    def residual(self) -> Float[Tensor, " b *d"]:
+        """Raises UserError where only the error was kept."""
+        if self._residual is None:
+            raise UserError(
+                "the objective reads the residual of the reference, but draws_per_pair keeps its error alone: leave it out"
+            )
+        return self._residual
 
     @property
     def error(self) -> Float[Tensor, " b"]:
         """Mean square over all elements of each item, (b,), in float32 at least. Papers' sums are absorbed in beta."""
-        return upcast(self.residual).square().flatten(1).mean(1)
+        return upcast(self.residual).square().flatten(1).mean(1) if self._error is None else self._error
+
+    def halves(self) -> Pair[Fit]:
+        """Winners are the first half of the rows."""
+        if self._error is None:
+            w, l = self.residual.chunk(2)
+            return Pair(Fit(w), Fit(l))
+        w, l = self._error.chunk(2)
+        return Pair(Fit(error=w), Fit(error=l))
 
 
 def fit(embed: Callable[[Tensor], Tensor], output: Float[Tensor, " b *d"], embedded_target: Float[Tensor, " b *e"]) -> Fit:

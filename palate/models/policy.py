@@ -16,7 +16,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.models.denoiser import Denoiser, features_of
 from palate.models.lora import load_lora, save_lora
-from palate.models.parts import LORA
+from palate.models.parts import LORA, digest
 
 OLD = "old/"
 """Names of the old policy's tensors begin so."""
@@ -122,6 +122,13 @@ class Policy:
         """What the model said before training; never with gradients."""
         with torch.no_grad():
             return self.denoiser.predict(self.frozen, xt, t, cond)
+
+    def reference_digest(self) -> str:
+        """Of all that decides what the reference and the perceptual encoder say; reads every weight."""
+        network: Any = self.denoiser.network
+        config = sorted((key, value) for key, value in network.config.items() if not key.startswith("_"))
+        marginals = [x.numpy().tobytes() for x in self.schedule.marginals(torch.arange(self.schedule.num_train_timesteps))]
+        return digest(self.frozen, type(network).__name__, config, self.schedule.prediction_type, marginals)
 
     def track_old(self, decay: float) -> None:
         """From now on keep a policy that lags behind, ``old``, at the cost of a second LoRA.

@@ -15,7 +15,7 @@ from palate.diffusion.sampling import Transition, guided, transition
 from palate.diffusion.schedule import Schedule
 from palate.diffusion.steps import Rule
 from palate.training.fits import MeasuredPolicy, lagging
-from palate.training.steps import Measured, Step
+from palate.training.steps import Measured, Ready, Step
 
 
 class Guided:
@@ -77,8 +77,12 @@ def trajectory_step(
     named = inspect.signature(objective).parameters
     clip_range = named["clip_range"].default if clip_range is None and "clip_range" in named else clip_range
 
-    def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
+    def as_is(batch: Batch) -> TrajectoryBatch:
         assert isinstance(batch, TrajectoryBatch)  # rollouts make no others for trajectories
+        return batch
+
+    def measure(batch: Ready, state: Mapping[str, float]) -> Measured:
+        assert isinstance(batch, TrajectoryBatch)
         device = next(iter(policy.parameters())).device
         xt, after, t, s = (x.to(device) for x in (batch.xt, batch.after, batch.t, batch.s))
         old, advantage = batch.old_log_prob.to(device), batch.advantage.to(device)
@@ -112,4 +116,4 @@ def trajectory_step(
             losses = losses + kl_weight * kl if kl_weight else losses
         return losses, metrics
 
-    return Step(measure)
+    return Step(as_is, measure)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
+from palate.base.machine import processes
 from palate.runs.methods import check_space
 from palate.runs.models import load_base
 from palate.runs.recipe import Recipe
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser
     from palate.models.drawing import Drawing
     from palate.models.policy import Policy
+    from palate.training.references import References
 
 
 def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
@@ -29,6 +31,24 @@ def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
         seed=recipe.training.seed,
         pretrained_lora=recipe.policy.pretrained_lora,
     )
+
+
+def references_of(recipe: Recipe, policy: Policy) -> References | None:
+    """What is kept of the reference, where draws return."""
+    from palate.data.cache import TensorCache
+    from palate.training.references import References
+
+    options = recipe.training
+    if options.draws_per_pair is None:
+        return None
+    about = {
+        "version": 1,
+        "frozen": policy.reference_digest(),
+        "space": recipe.space,
+        "snr_gamma": options.snr_gamma,
+        "precision": [options.mixed_precision, recipe.model.quantize],
+    }
+    return References(TensorCache(recipe.data.cache_dir), about, targets=options.keep_targets, together=processes() > 1)
 
 
 def resolution_of(recipe: Recipe, denoiser: Denoiser) -> int:

@@ -102,15 +102,27 @@ def complete_objective(options: object) -> Named:
     return {"name": name, **complete, **auto}
 
 
-def _try_objective(objective: Callable[..., Tensor], evidence: Evidence) -> None:
-    """Called once on nothing, so that values out of range are refused before any weights are loaded."""
+def check_kept(objective: Objective) -> None:
+    """Raise ``UserError`` if an objective reads more of the reference than the errors that ``draws_per_pair`` keeps."""
+    _try_objective(objective.function, objective.evidence, kept=True)
+
+
+def _try_objective(objective: Callable[..., Tensor], evidence: Evidence, *, kept: bool = False) -> None:
+    """Called once on nothing, so that values out of range are refused before any weights are loaded; with ``kept``, on a
+    reference of which there is the error alone."""
     import torch
 
     from palate.diffusion.denoising import Fit, Pair
 
-    nothing = Fit(torch.zeros(1, 1))
-    fit = Pair(nothing, nothing) if evidence == "pairs" else nothing
-    known = {"policy": fit, "reference": fit, "old": fit, "label": torch.ones(1), "reference_point": torch.zeros(())}
+    nothing, error = Fit(torch.zeros(1, 1)), Fit(error=torch.zeros(1))
+    fit, bare = (Pair(x, x) if evidence == "pairs" else x for x in (nothing, error))
+    known = {
+        "policy": fit,
+        "reference": bare if kept else fit,
+        "old": fit,
+        "label": torch.ones(1),
+        "reference_point": torch.zeros(()),
+    }
     known |= dict.fromkeys(("gain", "sigma"), torch.ones(1))
     known |= dict.fromkeys(("log_prob", "old_log_prob", "advantage", "moved"), torch.zeros(1))
     objective(**{name: known[name] for name in inspect.signature(objective).parameters if name in known})

@@ -78,7 +78,7 @@ def rollouts_of(
         step = make(acting, space, objective.function, draws_of(recipe.training, path))
     if objective.names("old"):
         policy.track_old(1.0)
-        step.after = None  # the old policy drew the round, so it stays until the next one
+        step.after = ()  # the old policy drew the round, so it stays until the next one
     precision = recipe.training.mixed_precision if denoiser.device.type == "cpu" else _gpu(recipe.training.mixed_precision)
     with torch.no_grad(), denoiser.encoding():
         prompts = encode(denoiser.encode_prompts, denoiser.unconditional(), found.prompts)

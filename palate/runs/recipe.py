@@ -20,7 +20,16 @@ from palate.base.files import write_atomically
 from palate.base.options import BARE, dumps, parse, section
 from palate.online.options import Arithmetic, OnlineOptions
 from palate.runs.library import find
-from palate.runs.methods import SPACES, Named, Objective, SpaceOptions, bind_objective, complete_objective, complete_space
+from palate.runs.methods import (
+    SPACES,
+    Named,
+    Objective,
+    SpaceOptions,
+    bind_objective,
+    check_kept,
+    complete_objective,
+    complete_space,
+)
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions, PolicyOptions
 from palate.training.options import TrainOptions
 
@@ -49,6 +58,7 @@ class Recipe:
         if self.model.quantize is not None and self.policy.train_method != "lora":
             raise UserError(f"quantize {self.model.quantize} freezes the weights: use train_method lora, or leave it out")
         self._check_online()
+        self._check_draws()
 
     @functools.cached_property
     def method(self) -> Objective:
@@ -106,6 +116,13 @@ class Recipe:
             )
         if evidence == "trajectories" and self.space != {"name": "latent"}:
             raise UserError(f"objective {self.objective['name']} measures likelihoods, not errors: leave out space")
+
+    def _check_draws(self) -> None:
+        if self.training.draws_per_pair is None:
+            return
+        if self.online.train_prompts is not None:
+            raise UserError("draws_per_pair is for pairs that return in every epoch, and rollouts are drawn anew: leave it out")
+        check_kept(self.method)
 
     def _check_old(self) -> None:
         """An objective that compares with the policy that drew, and the options of that policy."""

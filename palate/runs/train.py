@@ -26,7 +26,7 @@ from palate.runs.card import PUBLIC, write_card
 from palate.runs.compare import Samples, compare_models
 from palate.runs.evidence import counts_of, doubts, encoded_of, learnable, reader_of, validation_reader
 from palate.runs.export import about_training
-from palate.runs.loading import at_home, denoiser_of, policy_of
+from palate.runs.loading import at_home, denoiser_of, policy_of, references_of
 from palate.runs.methods import bind_space, draws_of
 from palate.runs.ready import check_machine, tell_needs
 from palate.runs.recipe import Recipe
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from palate.spaces.space import Space
     from palate.training.checkpoints import Stateful
     from palate.training.options import TrainOptions
+    from palate.training.references import References
     from palate.training.source import Source
     from palate.training.steps import Step
 
@@ -96,7 +97,8 @@ def _train_offline(found: Assembled, command: str) -> None:
     encoded = learnable(encoded, recipe.method)
     policy = policy_of(recipe, denoiser)
     space = bind_space(recipe.space, policy)
-    step = _step_of(recipe, policy, space, nothing)
+    references = references_of(recipe, policy)
+    step = _step_of(recipe, policy, space, nothing, references)
     samples = Samples(recipe, denoiser, policy)
     denoiser.release()
 
@@ -117,7 +119,12 @@ def _train_offline(found: Assembled, command: str) -> None:
         if "beta" in step.state:
             tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
     told = doubts(encoded, recipe.method)
-    _train(recipe, recipe.training, policy, step, encoded, samples, on_evaluate, about, doubts=told)
+    try:
+        _train(recipe, recipe.training, policy, step, encoded, samples, on_evaluate, about, doubts=told)
+    finally:
+        if references is not None:
+            references.close()
+            tell(f"of the reference's errors {references.computed} were computed and {references.found} found in the cache")
     _finish(found, denoiser, policy, command)
 
 
@@ -162,14 +169,14 @@ def _no_prompt(denoiser: Denoiser) -> Conditioning:
         return denoiser.unconditional()
 
 
-def _step_of(recipe: Recipe, policy: Policy, space: Space, nothing: Conditioning | None) -> Step:
+def _step_of(recipe: Recipe, policy: Policy, space: Space, nothing: Conditioning | None, references: References | None) -> Step:
     """The step of a recipe that learns from what is there before training. nothing: what stands for no prompt."""
     from palate.training import steps
 
     options, objective = recipe.training, recipe.method
     draws = draws_of(options, no_prompt=nothing)
     make = steps.pair_step if objective.evidence == "pairs" else steps.sample_step
-    return make(policy, space, objective.function, draws, auto_beta=objective.auto_beta)
+    return make(policy, space, objective.function, draws, auto_beta=objective.auto_beta, references=references)
 
 
 def _finish(found: Assembled, denoiser: Denoiser, policy: Policy, command: str) -> None:

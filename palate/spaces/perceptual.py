@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from palate.base.errors import UserError, nearest
-from palate.base.seeds import normal
-from palate.diffusion.denoising import STEP_NOISE, TARGET_TIME, Conditioning, Noised, upcast
+from palate.diffusion.denoising import TARGET_TIME, Conditioning, Noised, upcast
 from palate.diffusion.schedule import Schedule
 from palate.diffusion.steps import ddim_step
 from palate.spaces.space import Embed
@@ -42,11 +41,17 @@ class Perceptual:
         """The first time from which all steps are of one length; at t = 0 a step back does not exist and the error is 0."""
         return self.steps_back if self.target_time == "previous" else 0
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether its step adds ``step_noise``."""
+        return self.target_time == "previous"
+
     def __call__(self, noised: Noised) -> Embed:
         xt = upcast(noised.xt)
-        if self.target_time == "previous":
+        if self.draws_noise:
             s = (noised.t - self.steps_back).clamp(min=0)
-            z = normal(noised.seeds, tuple(xt.shape[1:]), STEP_NOISE, xt.device, xt.dtype)
+            z = noised.with_step_noise().step_noise
+            assert z is not None
             eta = 1.0
         else:
             s = self.schedule.uniform(noised.seeds, 0, self.schedule.num_train_timesteps - 1, TARGET_TIME, xt.device)

@@ -26,6 +26,11 @@ class Weighted:
         """The latest of the parts' own."""
         return max(space.t_min for space, _ in self.parts)
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether any part does."""
+        return any(space.draws_noise for space, _ in self.parts)
+
     def __call__(self, noised: Noised) -> Embed:
         embeds = [space(noised) for space, _ in self.parts]
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from palate.base.seeds import integers
 from palate.diffusion.batches import PairBatch, SampleBatch
-from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, Pair, draw
+from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, draw
 from palate.diffusion.densities import Density, uniform
 from palate.diffusion.schedule import Schedule
 from palate.spaces import Space
+from palate.training.references import REFERENCE, TARGET, Known
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +99,16 @@ def lagging(policy: MeasuredPolicy) -> LaggingPolicy:
 
 
 def noise_batch(policy: MeasuredPolicy, space: Space, batch: PairBatch | SampleBatch, draws: Draws, *, shared: int) -> Noised:
-    """Pairs with ``shared=2``, single pictures with 1."""
-    device = next(iter(policy.parameters())).device
-    latents, cond = batch.latents.to(device, torch.float32), draws.captions(batch.cond, batch.seeds).to(device)
+    """On the CPU: all that is random about a batch. Pairs with ``shared=2``, single pictures with 1."""
+    latents, cond = batch.latents.float(), draws.captions(batch.cond, batch.seeds)
     t_min, t_max = max(draws.t_min, space.t_min), draws.t_max
-    return draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=t_max, shared=shared, density=draws.density)
+    noised = draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=t_max, shared=shared, density=draws.density)
+    return noised.with_step_noise() if space.draws_noise else noised
+
+
+def device_of(policy: MeasuredPolicy) -> torch.device:
+    """Where it computes."""
+    return next(iter(policy.parameters())).device
 
 
 def measured_fits(
@@ -111,27 +117,41 @@ def measured_fits(
     noised: Noised,
     models: Collection[str] = ("policy",),
     snr_gamma: float | None = None,
+    known: Known | None = None,
 ) -> dict[str, Fit]:
-    """What was measured of the policy and of those others of ``MODELS`` that ``models`` names."""
-    device = noised.xt.device
+    """What was measured of the policy and of those others of ``MODELS`` that ``models`` names.
+
+    Args:
+        noised: on the CPU.
+        known: what is kept of this batch; it is not computed again, and what it lacks is told to it.
+    """
+    device = device_of(policy)
     # Residuals carry the root of the weight, so that errors, and all that is made of them, carry the weight itself.
-    scale = torch.ones(()) if snr_gamma is None else policy.schedule.min_snr_weight(noised.t, snr_gamma).sqrt().to(device)
-    outputs: dict[str, Tensor] = {}
+    scale = None if snr_gamma is None else policy.schedule.min_snr_weight(noised.t, snr_gamma).sqrt()
+    noised = noised.to(device)
+    embed = space(noised)
+
+    def embedded(output: Tensor) -> Tensor:
+        return outside_autocast(embed, device, output.float())
+
+    def fit(output: Tensor, target: Tensor) -> Fit:
+        residual: Tensor = embedded(output) - target
+        return Fit(residual if scale is None else residual * scale.to(device).reshape(-1, *[1] * (residual.ndim - 1)))
+
+    def reference() -> Fit:
+        return fit(policy.reference(noised.xt, noised.t, noised.cond), target)
+
+    fits: dict[str, Fit] = {}
     # The policy last: activations of the others are gone before its own are kept for the backward pass.
     with torch.no_grad():
+        target = embedded(noised.target) if known is None else known.once(TARGET, device, lambda: embedded(noised.target))
         if "reference" in models:
-            outputs["reference"] = policy.reference(noised.xt, noised.t, noised.cond)
+            fits["reference"] = (
+                reference() if known is None else Fit(error=known.once(REFERENCE, device, lambda: reference().error))
+            )
         if "old" in models:
-            outputs["old"] = lagging(policy).old(noised.xt, noised.t, noised.cond)
-    outputs["policy"] = policy(noised.xt, noised.t, noised.cond)
-    embed = space(noised)
-    with torch.no_grad():
-        target = outside_autocast(embed, device, noised.target.float())
-    fits: dict[str, Fit] = {}
-    for name, output in outputs.items():
-        with torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-            residual = outside_autocast(embed, device, output.float()) - target
-            fits[name] = Fit(residual if snr_gamma is None else residual * scale.reshape(-1, *[1] * (residual.ndim - 1)))
+            fits["old"] = fit(lagging(policy).old(noised.xt, noised.t, noised.cond), target)
+    fits["policy"] = fit(policy(noised.xt, noised.t, noised.cond), target)
     return fits
 
 
@@ -140,9 +160,3 @@ def outside_autocast(function: Callable[..., Tensor], device: torch.device, *arg
     would leave noise in their place."""
     with torch.autocast(device.type, enabled=False):
         return function(*args, **kwargs)
-
-
-def halves(fit: Fit) -> Pair[Fit]:
-    """Winners are the first half of the rows."""
-    w, l = fit.residual.chunk(2)
-    return Pair(Fit(w), Fit(l))

@@ -344,7 +344,8 @@ class _Run:
             for position in range((done - 1) * self.batch_size + first, (done - 1) * self.batch_size + first + size):
                 epoch, place = divmod(position, len(self.data))
                 indices.append(self.order(epoch)[place])
-                seeds.append(mix(self.options.seed, epoch, indices[-1]))
+                fixed = self.options.draws_per_pair  # so many draws, one an epoch, then the first again
+                seeds.append(mix(self.options.seed, epoch if fixed is None else epoch % fixed, indices[-1]))
             yield indices, torch.tensor(seeds)
 
     def open_log(self, start: int) -> RunLog | Silent:

@@ -15,7 +15,7 @@ from palate.diffusion.batches import PairBatch, SampleBatch
 from palate.diffusion.denoising import Fit, Pair
 from palate.objectives.pairs import margin
 from palate.spaces import Space
-from palate.training.fits import PLAIN, Draws, MeasuredPolicy, halves, measured_fits, noise_batch
+from palate.training.fits import PLAIN, Draws, MeasuredPolicy, measured_fits, noise_batch
 from palate.training.source import Source
 
 SPREAD = 3.0
@@ -55,7 +55,7 @@ def automatic_beta(
         if not len(batch.label):
             continue
         noised = noise_batch(policy, space, batch, draws, shared=2)
-        fit = halves(measured_fits(policy, space, noised, snr_gamma=draws.snr_gamma)["policy"])
+        fit = measured_fits(policy, space, noised, snr_gamma=draws.snr_gamma)["policy"].halves()
         differences.append(fit.l.error - fit.w.error)
     spread = float(torch.cat(differences).double().std()) if sum(map(len, differences)) > 1 else 0.0
     if not spread > 0:
@@ -67,7 +67,7 @@ def singles_metrics(fits: Mapping[str, Fit], p: int, beta: float | None) -> dict
     """Metrics of the pictures of p pairs, winners first, with or without the losers."""
     policy, reference = fits["policy"], fits.get("reference")
     if len(policy.residual) == 2 * p:
-        metrics = pair_metrics(halves(policy), halves(reference) if reference else None, beta)
+        metrics = pair_metrics(policy.halves(), reference.halves() if reference else None, beta)
     else:
         metrics = {"winner_error": policy.error.detach()}
         if reference:
@@ -108,8 +108,8 @@ def implicit_margins(
             batch = data.batch(indices, torch.tensor([mix(seed, part, index) for index in indices]))
             assert isinstance(batch, PairBatch)
             noised = noise_batch(policy, space, batch, Draws(t_min, t_max), shared=2)
-            fits = {name: halves(fit) for name, fit in measured_fits(policy, space, noised, ("policy", "reference")).items()}
-            margins.append(margin(fits["policy"], fits["reference"]))
+            fits = measured_fits(policy, space, noised, ("policy", "reference"))
+            margins.append(margin(fits["policy"].halves(), fits["reference"].halves()))
             if part == 0:
                 labels.append(batch.label)
         found.append(torch.stack(margins).mean(0).cpu())

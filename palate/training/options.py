@@ -64,6 +64,11 @@ class TrainOptions:
     """Min-SNR weighting of the errors by time, 5 in the paper; all times alike unless given."""
     caption_dropout: Annotated[float, Range(at_least=0, at_most=1, expected="a share from 0 to 1")] = 0.0
     """Share of items trained without their prompt, as classifier-free guidance wants it; both pictures of a pair together."""
+    draws_per_pair: Count | None = None
+    """So many draws of time and noise for each pair, or picture, one an epoch, then the first again; what the reference says of
+    them is kept in ``cache_dir``, for later epochs and runs. Fresh draws in every epoch unless given."""
+    keep_targets: bool = False
+    """Keep the perceptual space's embedded targets too: a pass of its encoder less, for 4 bytes a feature, picture and draw."""
     max_train_steps: Count | None = None
     """Updates; overrides ``num_train_epochs``."""
     num_train_epochs: Count = 1
@@ -101,6 +106,10 @@ class TrainOptions:
         check_ranges(self)
         if self.t_max is not None and self.t_max < self.t_min:
             raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
+        if self.keep_targets and self.draws_per_pair is None:
+            raise UserError(
+                "keep_targets keeps what returns with draws_per_pair: give that a number, or leave keep_targets out"
+            )
         owned = {"time_mean": "logit_normal", "time_std": "logit_normal", "time_shift": "shifted"}
         for name, density in owned.items():
             if getattr(self, name) != getattr(type(self), name) and self.time_density != density:

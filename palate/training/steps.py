@@ -13,7 +13,7 @@ An objective gets what its signature names. Beside hyperparameters, which have a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,23 +21,50 @@ from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.base.seeds import mix
-from palate.diffusion.batches import Batch, PairBatch, SampleBatch
-from palate.diffusion.denoising import Fit, Pair
+from palate.diffusion.batches import Batch, PairBatch, SampleBatch, TrajectoryBatch
+from palate.diffusion.denoising import Fit, Noised, Pair
 from palate.spaces import Space
 from palate.training.fits import (
     MODELS,
     PLAIN,
     Draws,
     MeasuredPolicy,
-    halves,
+    device_of,
     lagging,
     measured_fits,
     noise_batch,
     outside_autocast,
 )
 from palate.training.measures import automatic_beta, ordered_right, pair_metrics, singles_metrics
+from palate.training.references import Known, References
 from palate.training.source import Source
 
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A batch with all that is random about it, on the CPU.
+
+    Args:
+        noised: its rows, winners first.
+        label, weight: of its items.
+        pairs: how many pairs it was made of; 0 for single pictures.
+        known: what is kept of it from earlier draws.
+    """
+
+    noised: Noised
+    label: Tensor
+    weight: Tensor
+    pairs: int
+    known: Known | None
+
+    def pinned(self) -> Drawn:
+        """In memory that a GPU reads by itself while it computes."""
+        known = None if self.known is None else self.known.pinned()
+        return Drawn(self.noised.pinned(), self.label.pin_memory(), self.weight.pin_memory(), self.pairs, known)
+
+
+Ready = Drawn | TrajectoryBatch
+"""What a step measures."""
 Measured = tuple[Tensor, dict[str, Tensor]]
 """Losses ``(p,)`` with gradients, one per pair or single picture, and detached metrics ``(p,)`` by name."""
 
@@ -49,24 +76,28 @@ MOMENTUM = 0.9
 class Step:
     """Measures a batch, knowing the few numbers that a run finds out as it goes: its ``state``, which checkpoints keep.
 
+    It does so in two parts: ``draw`` needs the CPU alone and may run ahead in a thread, ``measure`` the policy.
+
     What enters the state is a mean over a whole effective batch, found after its update and used from the next one on: so
     losses never depend on how a batch was cut up, and a resumed run goes on with the same numbers.
 
     Args:
-        measure: a batch and the state -> losses and metrics.
+        draw: a batch -> what is measured of it.
+        measure: that and the state -> losses and metrics.
         follows: number in the state -> metric whose running mean it is, 0 at the start.
         prepare: training data -> numbers in the state that are found before the first update.
         after: called after every update.
     """
 
-    measure: Callable[[Batch, Mapping[str, float]], Measured]
+    draw: Callable[[Batch], Ready]
+    measure: Callable[[Ready, Mapping[str, float]], Measured]
     follows: Mapping[str, str] = field(default_factory=dict[str, str])
     prepare: Callable[[Source], dict[str, float]] | None = None
-    after: Callable[[], None] | None = None
+    after: Sequence[Callable[[], None]] = ()
     state: dict[str, float] = field(default_factory=dict[str, float])
 
     def __call__(self, batch: Batch) -> Measured:
-        return self.measure(batch, self.state)
+        return self.measure(self.draw(batch), self.state)
 
     def begin(self, data: Source) -> None:
         """Find what must be known before the first update, unless a checkpoint has told or it was found already."""
@@ -77,8 +108,8 @@ class Step:
         """Take in the metrics of an update, each a mean over its effective batch."""
         for name, metric in self.follows.items():
             self.state[name] = MOMENTUM * self.state.get(name, 0.0) + (1 - MOMENTUM) * means[metric]
-        if self.after is not None:
-            self.after()
+        for call in self.after:
+            call()
 
 
 def pair_step(
@@ -88,6 +119,7 @@ def pair_step(
     draws: Draws = PLAIN,
     *,
     auto_beta: bool = False,
+    references: References | None = None,
 ) -> Step:
     """A step on pairs: winner and loser share time and noise (Diffusion-DPO, eq. 14; Noise-Conditioned Perception, eq. 15).
 
@@ -97,6 +129,7 @@ def pair_step(
         objective: of ``palate.objectives.pairs``, hyperparameters bound with ``functools.partial``.
         draws: which times and prompts are drawn.
         auto_beta: the objective's ``beta`` is chosen before the first update, see :func:`automatic_beta`.
+        references: what the frozen weights said of the same draws before; they are asked for the rest alone.
 
     Returns:
         Step whose metrics are ``winner_error`` (Lw), ``loser_error`` (Ll), ``margin`` m = -((Lw - Ll) - (Rw - Rl)), without a
@@ -109,20 +142,26 @@ def pair_step(
     """
     named = _named(objective, (*MODELS, "label"))
 
-    def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
+    def drawn(batch: Batch) -> Drawn:
         if not isinstance(batch, PairBatch):
             raise UserError("this objective compares two pictures, but the data holds single ones: use kto or sft")
         noised = noise_batch(policy, space, batch, draws, shared=2)
-        fits, device = measured_fits(policy, space, noised, named, draws.snr_gamma), noised.xt.device
-        pairs = {name: halves(fit) for name, fit in fits.items()}
+        known = references.of(noised, 2) if references else None
+        return Drawn(noised, batch.label, batch.weight, len(batch.label), known)
+
+    def measure(ready: Ready, state: Mapping[str, float]) -> Measured:
+        assert isinstance(ready, Drawn)
+        device, beta = device_of(policy), _beta(named, state)
+        fits = measured_fits(policy, space, ready.noised, named, draws.snr_gamma, ready.known)
+        pairs = {name: fit.halves() for name, fit in fits.items()}
         given = dict[str, Pair[Fit] | Tensor](pairs)
         if "label" in named:
-            given["label"] = batch.label.to(device)
-        beta = _beta(named, state)
-        losses = outside_autocast(objective, device, **given, **beta) * batch.weight.to(device)
+            given["label"] = ready.label.to(device, non_blocking=True)
+        losses = outside_autocast(objective, device, **given, **beta) * ready.weight.to(device, non_blocking=True)
         return losses, pair_metrics(pairs["policy"], pairs.get("reference"), beta.get("beta"))
 
-    return Step(measure, {}, _prepare(policy, space, draws) if auto_beta else None, _after(policy, named))
+    prepare = _prepare(policy, space, draws) if auto_beta else None
+    return Step(drawn, measure, {}, prepare, _after(policy, named, references))
 
 
 def sample_step(
@@ -132,6 +171,7 @@ def sample_step(
     draws: Draws = PLAIN,
     *,
     auto_beta: bool = False,
+    references: References | None = None,
 ) -> Step:
     """A step on single pictures, for objectives of ``palate.objectives.samples`` such as SFT and KTO.
 
@@ -151,23 +191,28 @@ def sample_step(
     with_label = "label" in named
     follows = {"reference_point": "advantage"} if "reference_point" in named else {}
 
-    def measure(batch: Batch, state: Mapping[str, float]) -> Measured:
+    def drawn(batch: Batch) -> Drawn:
         assert isinstance(batch, PairBatch | SampleBatch)  # steps of trajectories have a step of their own
         items = batch if isinstance(batch, SampleBatch) else _singles(batch, both=with_label)
         noised = noise_batch(policy, space, items, draws, shared=1)
-        device, beta = noised.xt.device, _beta(named, state)
-        fits = measured_fits(policy, space, noised, named, draws.snr_gamma)
-        label, given = items.label.to(device), dict[str, Fit | Tensor](fits)
+        known = references.of(noised, 1) if references else None
+        return Drawn(noised, items.label, items.weight, len(batch.label) if isinstance(batch, PairBatch) else 0, known)
+
+    def measure(ready: Ready, state: Mapping[str, float]) -> Measured:
+        assert isinstance(ready, Drawn)
+        noised, device, beta = ready.noised, device_of(policy), _beta(named, state)
+        fits = measured_fits(policy, space, noised, named, draws.snr_gamma, ready.known)
+        label, given = ready.label.to(device, non_blocking=True), dict[str, Fit | Tensor](fits)
         if with_label:
             given["label"] = label
         if "gain" in named:
             given["gain"] = policy.schedule.gain(noised.t).float().to(device)
         if "sigma" in named:
-            given["sigma"] = policy.schedule.marginals(noised.t.cpu())[1].float().to(device)
-        given |= {name: torch.tensor(state.get(name, 0.0), device=device) for name in follows}
-        losses = outside_autocast(objective, device, **given, **beta) * items.weight.to(device) * (1 if with_label else label)
-        if isinstance(batch, PairBatch):
-            p = len(batch.label)
+            given["sigma"] = policy.schedule.marginals(noised.t)[1].float().to(device)
+        given |= {name: torch.full((), state.get(name, 0.0), device=device) for name in follows}
+        losses = outside_autocast(objective, device, **given, **beta) * ready.weight.to(device, non_blocking=True)
+        losses = losses if with_label else losses * label
+        if p := ready.pairs:
             return losses.reshape(-1, p).mean(0), singles_metrics(fits, p, beta.get("beta"))
         metrics = {"error": fits["policy"].error.detach()}
         if "reference" in fits:
@@ -175,7 +220,8 @@ def sample_step(
             metrics["agreement"] = ordered_right((2 * label - 1) * metrics["advantage"])
         return losses, metrics
 
-    return Step(measure, follows, _prepare(policy, space, draws) if auto_beta else None, _after(policy, named))
+    prepare = _prepare(policy, space, draws) if auto_beta else None
+    return Step(drawn, measure, follows, prepare, _after(policy, named, references))
 
 
 def _named(objective: Callable[..., Tensor], known: Collection[str]) -> Mapping[str, inspect.Parameter]:
@@ -187,8 +233,9 @@ def _named(objective: Callable[..., Tensor], known: Collection[str]) -> Mapping[
     return named
 
 
-def _after(policy: MeasuredPolicy, named: Collection[str]) -> Callable[[], None] | None:
-    return lagging(policy).advance_old if "old" in named else None
+def _after(policy: MeasuredPolicy, named: Collection[str], references: References | None) -> list[Callable[[], None]]:
+    """What follows an update."""
+    return [*([lagging(policy).advance_old] if "old" in named else []), *([references.flush] if references else [])]
 
 
 def _beta(named: Mapping[str, inspect.Parameter], state: Mapping[str, float]) -> dict[str, float]:

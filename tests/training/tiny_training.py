@@ -9,6 +9,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from palate.data.cache import TensorCache
 from palate.diffusion.batches import PairBatch
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import VariancePreserving
@@ -17,6 +18,7 @@ from palate.spaces import latent
 from palate.training import place
 from palate.training.loop import train
 from palate.training.options import TrainOptions
+from palate.training.references import References
 from palate.training.steps import pair_step
 
 PAIRS = 11
@@ -101,6 +103,16 @@ def run(
 
 
 if __name__ == "__main__":
-    place.BUCKET = int(sys.argv[3])
-    run(sys.argv[1], train_batch_size=int(sys.argv[2]), max_train_steps=3)
+    folder, size, bucket, *cache = sys.argv[1:]
+    place.BUCKET = int(bucket)
+    if cache:  # the same draws three times: without what is kept, keeping it, and with it
+        for name in ("plain", "filling", "full"):
+            kept = None if name == "plain" else References(TensorCache(cache[0]), {}, together=True)
+            make = functools.partial(pair_step, space=latent(), objective=functools.partial(dpo, beta=50.0), references=kept)
+            run(f"{folder}/{name}", make=make, train_batch_size=int(size), max_train_steps=6, draws_per_pair=2)
+            if kept is not None:
+                kept.close()
+                print(name, kept.computed, kept.found, file=sys.stderr)
+    else:
+        run(folder, train_batch_size=int(size), max_train_steps=3)
     torch.distributed.destroy_process_group()
