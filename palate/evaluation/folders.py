@@ -351,6 +351,12 @@ def _wins(columns: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     return wins
 
 
+def shown_of(folders: Sequence[str | Path]) -> list[Shown]:
+    """A few pictures that all folders have, scored or not, as a result has them."""
+    sides = list(map(read_side, folders))
+    return _shown(sides, [key for key in sides[0].pictures if all(key in side.pictures for side in sides)], 24)
+
+
 def _shown(sides: Sequence[Side], keys: Sequence[tuple[str, int, int]], limit: int) -> list[Shown]:
     """The first picture of evenly spaced prompts: chosen without looking at a score."""
     first = list({sides[0].pictures[key].task: key for key in reversed(keys)}.values())[::-1]

@@ -22,7 +22,7 @@ from palate.base.options import parse
 from palate.data.images import decode
 from palate.evaluation import charts
 from palate.evaluation.compare import Comparison, Group, by_weight, percent
-from palate.evaluation.folders import Result, read_result, read_run
+from palate.evaluation.folders import Result, read_result, read_run, shown_of
 from palate.evaluation.statistics import Average, WinRate
 
 PAGE = Path(__file__).parent / "page"
@@ -76,6 +76,8 @@ def chapter_of(folder: str | Path) -> Chapter:
             labels = list(result.models)
         pictures = [(shown["prompt"], _open(result.folders, shown["files"])) for shown in result.shown[:SHOWN]]
         edited = [_edited(result.folders[0], shown.get("init_image")) for shown in result.shown[:SHOWN]]
+    elif (sides := _unjudged(folder)) is not None:
+        pictures = [(shown["prompt"], _open(sides, shown["files"])) for shown in shown_of(sides)]
     return Chapter(
         title=str(extra.get("title") or title),
         result=result,
@@ -87,6 +89,12 @@ def chapter_of(folder: str | Path) -> Chapter:
         versions=run.get("versions") or {},
         command=run.get("command") or extra.get("command"),
     )
+
+
+def _unjudged(folder: Path) -> list[str] | None:
+    """The picture folders of a run that no judge has seen."""
+    sides = [folder / "evaluation" / side for side in ("base", "tuned")]
+    return [str(side) for side in sides] if all((side / "manifest.jsonl").is_file() for side in sides) else None
 
 
 def _open(folders: Sequence[str], names: Sequence[str]) -> list[Image.Image]:

@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError
 from palate.base.machine import processes
+from palate.data.selection import same_prompt
 from palate.names.prompts import find_prompts
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.online.options import Arithmetic
+from palate.runs.sections import HELD_OUT
 from palate.training.options import TrainOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from palate.data.prompts import Prompt
     from palate.names.judges import NamedJudge
     from palate.runs.recipe import Recipe
+
+
+SHOWN, JUDGED = 8, 64
+"""Held-out prompts that are drawn to be looked at, and that are drawn for judges, unless their number is given."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,8 @@ class Assembled:
 
     recipe: Recipe
     prompts: list[Prompt]
-    """The evaluation prompts; those beyond ``num_evaluation_prompts`` are not compared on."""
+    """The evaluation prompts; those beyond ``num_evaluation_prompts`` are not compared on. Those that are held out are known
+    once the data is read: :meth:`showing`."""
     judges: dict[str, NamedJudge]
     online: Online | None
     """Of a recipe whose model draws what it learns from."""
@@ -53,6 +62,14 @@ class Assembled:
         """What base and tuned model are compared on."""
         return self.prompts[: self.recipe.evaluation.num_evaluation_prompts]
 
+    def showing(self, held_out: Sequence[Prompt]) -> Assembled:
+        """The same, compared on the first of these prompts if the recipe asks for those that are held out."""
+        options = self.recipe.evaluation
+        if options.evaluation_prompts != HELD_OUT:
+            return self
+        number = options.num_evaluation_prompts or (JUDGED if self.judges else SHOWN)
+        return dataclasses.replace(self, prompts=list({same_prompt(p.text): p for p in held_out}.values())[:number])
+
 
 def assemble(recipe: Recipe) -> Assembled:
     """Find all that a recipe names.
@@ -65,10 +82,8 @@ def assemble(recipe: Recipe) -> Assembled:
     from palate.runs.models import check_refiner_fits
 
     options, model = recipe.evaluation, recipe.model
-    prompts = [] if options.evaluation_prompts is None else find_prompts(options.evaluation_prompts)
+    prompts = [] if options.evaluation_prompts in (None, HELD_OUT) else find_prompts(str(options.evaluation_prompts))
     judges = find_judges(options.judges)
-    if options.evaluation_prompts is not None and not judges:
-        raise UserError("evaluation_prompts are given but no judges; add --judges '[mini-heldout]' or kind:folder")
     check_refiner_fits(options.refiner, model.pretrained_model_name_or_path, revision=model.revision)
     if recipe.policy.pretrained_lora is not None:
         from palate.models.lora_file import find_lora

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError
 from palate.base.machine import tell, versions
+from palate.data.prompts import Prompt
 from palate.evaluation.folders import read_run
 from palate.miniature import world
 from palate.models.files import weights_of
@@ -20,6 +21,10 @@ from palate.runs.card import write_card
 from palate.runs.loading import at_home, denoiser_of, drawing_of
 from palate.runs.methods import SpaceOptions
 from palate.runs.recipe import Recipe
+
+SHOWN_PROMPTS = "compared"
+"""In ``run.json``: the prompts of the comparison, where they are those of the data that are held out."""
+
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,10 +41,11 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     """Compare base and tuned model of a finished run again, in its folder."""
     recipe = at_home(recipe)
     out = Path(recipe.training.output_dir)
-    read_run(out)  # damaged, it is told now and not after the drawing
-    if recipe.evaluation.evaluation_prompts is None:
-        raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
+    shown = read_run(out).get(SHOWN_PROMPTS, [])  # damaged, it is told now and not after the drawing
     found = assemble(recipe)
+    found = found.showing([Prompt(text) for text in shown])
+    if not found.compared:
+        raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
     weights = weights_of(out)
     from palate.models.lora import load_lora, tuned
     from palate.models.policy import twin
@@ -87,7 +93,8 @@ class Samples:
 
 
 def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned: nn.Module, command: str) -> None:
-    """Draw the evaluation prompts with both networks, let the judges score them, and write what came out into the run's folder.
+    """Draw the evaluation prompts with both networks, let the judges, if there are any, score them, and write what came out
+    into the run's folder.
 
     command: what was typed; told where no training has told its own.
     """
@@ -115,11 +122,6 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
     del refiner
     denoiser.release()  # room for the judges
     sides = [out / "evaluation" / side for side in pictures]
-    score_folders(found.judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
-    own = recipe.online.train_prompts is not None or recipe.data.train_data in world.PAIRS
-    unseen = own and options.evaluation_prompts == "miniature-unseen"  # of other data it is not known
-    trained_on = list(recipe.online.rewards) if recipe.online.train_prompts is not None else []
-    result = compare_folders(sides, judges=list(found.judges), trained_on=trained_on, unseen=unseen, who="the aligned model")
     shown = _first_of_each(prompts, 12)
     before_after_grid(
         [prompts[i] for i in shown],
@@ -128,6 +130,19 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
         out / "before_after.png",
         columns=4,
     )
+    if not found.judges:
+        (out / "metrics.json").unlink(missing_ok=True)  # of other pictures
+        write_report(out / "report.html", [chapter_of(out)])
+        tell(
+            f"drew before and after in {time.monotonic() - began:.0f} s; see {out / 'report.html'}. For a win rate: "
+            f"palate evaluate {out} --evaluation_prompts partiprompts --judges '[pickscore]'"
+        )
+        return
+    score_folders(found.judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
+    own = recipe.online.train_prompts is not None or recipe.data.train_data in world.PAIRS
+    unseen = own and options.evaluation_prompts == "miniature-unseen"  # of other data it is not known
+    trained_on = list(recipe.online.rewards) if recipe.online.train_prompts is not None else []
+    result = compare_folders(sides, judges=list(found.judges), trained_on=trained_on, unseen=unseen, who="the aligned model")
     method = f"{recipe.objective['name']} in {_space_name(recipe.space)} space"
     title = f"{Path(recipe.model.pretrained_model_name_or_path).name}, aligned by {method}"
     # run.json tells the command of a training; the weights may also have come without it.

@@ -23,6 +23,9 @@ from palate.base.options import (
 )
 from palate.data.options import Reading
 
+HELD_OUT = "held-out"
+"""As ``evaluation_prompts``: those of the data that are not trained on."""
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -104,8 +107,10 @@ class PolicyOptions:
 class EvaluationOptions:
     """How base and tuned model are compared afterwards."""
 
-    evaluation_prompts: str | None = None
-    """A text or JSONL file, a list such as ``miniature-unseen``, or ``module:function``; no comparison without it."""
+    evaluation_prompts: str | None = HELD_OUT
+    """``held-out``: the first prompts of the data that are held out, 8 to look at, or 64 where judges are named (in online
+    training the last of the train prompts); a text or JSONL file, a list such as ``miniature-unseen``, or ``module:function``;
+    null for no comparison."""
     num_evaluation_prompts: Count | None = None
     """Only the first of them; all unless given."""
     images_per_prompt: Annotated[int, at_least(1, 10**5)] = 1

@@ -15,6 +15,7 @@ from palate.base.files import write_atomically
 from palate.base.hub import check_push, push
 from palate.base.jsonl import JsonObject, read_object
 from palate.base.machine import is_main, tell, versions
+from palate.data.prompts import Prompt
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.folders import read_run
 from palate.miniature import prompt_lists, world
@@ -23,13 +24,14 @@ from palate.models.files import KOHYA_FILE, WEIGHTS
 from palate.runs import recipe as recipes
 from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import PUBLIC, write_card
-from palate.runs.compare import Samples, compare_models
+from palate.runs.compare import SHOWN_PROMPTS, Samples, compare_models
 from palate.runs.evidence import counts_of, doubts, encoded_of, learnable, reader_of, validation_reader
 from palate.runs.export import about_training
 from palate.runs.loading import at_home, denoiser_of, policy_of, references_of
 from palate.runs.methods import bind_space, draws_of
 from palate.runs.ready import check_machine, tell_needs
 from palate.runs.recipe import Recipe
+from palate.runs.sections import HELD_OUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,12 +49,12 @@ if TYPE_CHECKING:
 
 
 def train(recipe: Recipe, *, command: str = "") -> Path:
-    """Train as ``recipe`` says and, if it names evaluation prompts, compare with the base model.
+    """Train as ``recipe`` says and, unless its evaluation prompts are null, compare with the base model.
 
     Returns:
         The output folder: ``pytorch_lora_weights.safetensors`` and its kohya twin (or ``unet/``), ``recipe.yaml``,
         ``run.json``, ``log.jsonl``, ``train.log``, ``samples/``, checkpoints, and from the comparison ``evaluation/``,
-        ``report.html``, ``before_after.png``, ``metrics.json``; and ``README.md``, a model card.
+        ``report.html``, ``before_after.png``, and with judges ``metrics.json``; and ``README.md``, a model card.
 
     Raises:
         UserError: a mistake in the recipe or the data; before any weights are loaded where that is possible. A run that
@@ -95,6 +97,9 @@ def _train_offline(found: Assembled, command: str) -> None:
         encoded, held_out = encoded_of(recipe, denoiser, reader, validation)
         nothing = _no_prompt(denoiser) if recipe.training.caption_dropout else None
     encoded = learnable(encoded, recipe.method)
+    if held_out is None and recipe.evaluation.evaluation_prompts == HELD_OUT:
+        tell("nothing is held out: the pictures before and after show prompts of the training data")
+    found = found.showing([Prompt(text) for text in (encoded if held_out is None else held_out).prompts])
     policy = policy_of(recipe, denoiser)
     space = bind_space(recipe.space, policy)
     references = references_of(recipe, policy)
@@ -110,7 +115,7 @@ def _train_offline(found: Assembled, command: str) -> None:
         return {"held_out_accuracy": rate.rate, "held_out_accuracy_low": rate.low, "held_out_accuracy_high": rate.high}
 
     what = "pictures" if reader.single else "pairs"
-    about = {"command": command, "versions": versions(), what: len(encoded), **counts_of(reader.counts)}
+    about = {"command": command, "versions": versions(), what: len(encoded), **counts_of(reader.counts), **_shown(found)}
     if validation is not None:
         about["validation"] = counts_of(validation.counts)
     if recipe.training.resume_from_checkpoint is None:
@@ -143,7 +148,9 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
     samples = Samples(recipe, denoiser, policy)
     watch = online.Watch(found, denoiser, policy, rollouts, tell) if wanted.held_out else None
     denoiser.release()
-    about: JsonObject = {"command": command, "versions": versions(), "prompts": len(wanted.prompts)}
+    # The last of them: held-out rewards are measured on the first.
+    found = found.showing(wanted.prompts[::-1])
+    about: JsonObject = {"command": command, "versions": versions(), "prompts": len(wanted.prompts), **_shown(found)}
     # Whom an address served cannot be asked later.
     if serves := {name: reward.serves for name, reward in wanted.rewards.items() if reward.serves}:
         about["serves"] = serves
@@ -152,6 +159,12 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------------
+
+
+def _shown(found: Assembled) -> JsonObject:
+    """For ``run.json``: the prompts of the comparison where they follow from the data, which need not be there later."""
+    held_out = found.recipe.evaluation.evaluation_prompts == HELD_OUT
+    return {SHOWN_PROMPTS: [prompt.text for prompt in found.prompts]} if held_out else {}
 
 
 def _trainable(recipe: Recipe) -> Denoiser:
@@ -191,7 +204,7 @@ def _finish(found: Assembled, denoiser: Denoiser, policy: Policy, command: str) 
 
         twin = save_kohya(denoiser, policy.trainable_module, out / KOHYA_FILE, about=about_training(recipe, out.resolve().name))
         tell(f"wrote {twin}, the same for ComfyUI and A1111")
-    if recipe.evaluation.evaluation_prompts is not None:
+    if found.compared:
         try:
             compare_models(found, denoiser, policy.frozen, policy.trainable_module, command)
         except KeyboardInterrupt:

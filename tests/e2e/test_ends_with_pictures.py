@@ -1,0 +1,83 @@
+"""Every run ends with pictures of before and after and a page, whatever its recipe names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from palate.data.selection import same_prompt
+from palate.evaluation.manifest import read_manifest
+
+
+def drawn(side: str) -> list[str]:
+    return [picture.prompt for picture in read_manifest(f"out/evaluation/{side}")]
+
+
+def prompts_of(folder: Path) -> set[str]:
+    return {json.loads(line)["prompt"] for line in (folder / "metadata.jsonl").read_text().splitlines()}
+
+
+def test_held_out_prompts_are_shown_before_and_after(palate, pairs_dir):
+    code, _, errors = palate("train", validation_fraction=0.3)
+    assert code == 0, errors
+    about = json.loads(Path("out/run.json").read_text())
+    assert drawn("base") == drawn("tuned") == about["compared"]
+    assert 1 <= len(set(drawn("base"))) == len(drawn("base")) < 8
+    assert set(drawn("base")) < prompts_of(pairs_dir)
+    assert about["pairs"] < 16
+    page = Path("out/report.html").read_text()
+    assert "Before and after training. No judge has compared them." in page
+    assert page.count('<figure class="pair">') == len(drawn("base"))
+    assert Image.open("out/before_after.png").width > 0
+    assert not Path("out/metrics.json").exists()
+    (line,) = [line for line in errors.splitlines() if "drew before and after" in line]
+    assert "palate evaluate out --evaluation_prompts partiprompts --judges '[pickscore]'" in line
+
+
+def test_what_is_held_out_is_not_trained_on_also_with_a_set_of_its_own(palate, pairs_dir):
+    code, _, errors = palate("train", validation_data=pairs_dir / "metadata.jsonl", max_train_samples=2)
+    assert code == 2  # all its prompts are held out
+    code, _, errors = palate("train", validation_fraction=0, max_train_steps=1)
+    assert code == 0, errors
+    assert "nothing is held out: the pictures before and after show prompts of the training data" in errors
+    assert len(drawn("tuned")) == 8 == len({same_prompt(p) for p in drawn("tuned")})
+
+
+def test_judges_that_are_named_judge_them(palate):
+    code, said, errors = palate("train", validation_fraction=0.3, judges="[jpeg_compressibility]", num_evaluation_prompts=1)
+    assert code == 0, errors
+    assert len(drawn("base")) == 1
+    assert "judge prefers" in said or "No clear difference" in said
+    assert [c["judge"] for c in json.loads(Path("out/metrics.json").read_text())["comparisons"]] == ["jpeg_compressibility"]
+
+
+def test_a_finished_run_is_compared_again_on_the_same_prompts_without_its_data(palate, pairs_dir):
+    palate("train", validation_fraction=0.3)
+    shown = drawn("tuned")
+    code, _, errors = palate("evaluate", "out", judges="[jpeg_compressibility]", train_data="gone/")
+    assert code == 0, errors
+    assert drawn("tuned") == shown
+    assert Path("out/metrics.json").is_file()
+    assert palate("evaluate", "out")[0] == 0
+    assert not Path("out/metrics.json").exists()  # it told of judges that this comparison has not asked
+
+
+def test_null_is_no_comparison(palate):
+    code, _, errors = palate("train", evaluation_prompts="null", max_train_steps=1)
+    assert code == 0, errors
+    assert not Path("out/evaluation").exists()
+    assert "compared" not in json.loads(Path("out/run.json").read_text())
+
+
+@pytest.mark.parametrize("judges", [None, "[jpeg_compressibility]"])
+def test_online_training_shows_the_last_of_its_prompts(palate, prompts_file, judges):
+    given = {"rounds": 1, "samples_per_round": 4, "updates_per_round": 1, "sample_num_steps": 2, "objective": "ddpo_is"}
+    given |= {"train_data": None, "cache_dir": None, "max_train_steps": None, "num_evaluation_prompts": 2}
+    code, _, errors = palate("train", train_prompts=prompts_file, judges=judges, **given)
+    assert code == 0, errors
+    lines = prompts_file.read_text().splitlines()
+    assert drawn("tuned") == lines[:-3:-1]
+    assert Path("out/report.html").is_file()
