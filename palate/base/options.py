@@ -398,8 +398,10 @@ def keywords(function: Callable[..., object], given: Mapping[str, object], what:
         value = given.get(name, parameter.default)
         if value is BARE and hints.get(name) is not bool:
             raise UserError(f"{what}: {name} lacks a value")
-        # What comes unannotated from the command line is read as YAML.
+        # What comes unannotated from the command line is read as YAML; a default that is a fraction tells of a number.
         unnamed = parse(value, name) if isinstance(value, str) else value
+        if type(parameter.default) is float and type(unnamed) is int:
+            unnamed = float(unnamed)
         made[name] = typed(hints[name], value, f"{what}: {name}") if name in hints else unnamed
     return made
 

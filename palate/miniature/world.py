@@ -27,6 +27,11 @@ def checkpoint(name: str) -> Path:
     return folder
 
 
+def find_model(name: str) -> str:
+    """The folder of a name in :data:`MODELS`; whatever else ``name`` is, itself."""
+    return str(checkpoint(name)) if name in MODELS else name
+
+
 def pairs(name: str = "miniature-pairs") -> Path:
     """The voted pairs of a name in :data:`PAIRS`, in Pick-a-Pic v2's columns."""
     return _file(ROOT / PAIRS[name] / "train.parquet")

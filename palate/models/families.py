@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError, first_line, short
 from palate.base.hub import fetch, is_hub_id
+from palate.base.options import foreign
+from palate.miniature import world
 
 if TYPE_CHECKING:
     import torch
@@ -57,13 +60,29 @@ REFINER = "StableDiffusionXLImg2ImgPipeline"
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
+_OUTSIDE = re.compile(r"([A-Za-z_][\w.]*:\w+)@(.+)")
+"""How the model of a family from outside is named: ``package.module:Class@FOLDER``."""
+
+
+def family_of(kind: str) -> type[Latent]:
+    """The family of what :func:`check_model` returned."""
+    return FAMILIES[kind].load() if kind in FAMILIES else foreign(kind)  # type: ignore[return-value]
+
+
+def _folder(name: str) -> str:
+    """The folder or hub id in the name of a model."""
+    outside = _OUTSIDE.fullmatch(name)
+    return outside[2] if outside else name
+
+
 def load_denoiser(
     name: str, *, mixed_precision: str = "no", device: str = "cpu", quantize: str | None = None, **source: str | None
 ) -> Denoiser:
     """Load a pipeline folder or hub id.
 
     Args:
-        name: a folder holding ``model_index.json``, or a hub id.
+        name: a folder holding ``model_index.json``, a hub id, ``mini-sd`` or ``mini-sdxl``; of a family that does not come with
+            Palate ``package.module:Class@FOLDER``.
         mixed_precision: ``no``, ``fp16`` or ``bf16``: precision of the frozen weights.
         quantize: ``int8`` or ``nf4``: number format of those of the network's blocks, instead.
         source: ``revision``, ``variant``.
@@ -73,9 +92,9 @@ def load_denoiser(
     """
     given = {k: v for k, v in source.items() if v is not None}
     kind = check_model(name, revision=given.get("revision"))
-    family = FAMILIES[kind].load()
+    family = family_of(kind)
     try:
-        return family(name, dtype=_dtype(mixed_precision), device=device, quantize=quantize, **given)
+        return family(_folder(world.find_model(name)), dtype=_dtype(mixed_precision), device=device, quantize=quantize, **given)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
 
@@ -85,8 +104,9 @@ def load_drawer(
 ) -> Drawer:
     """As :func:`load_denoiser`, and of other families a :class:`palate.models.other.OtherPipeline`, which only draws."""
     given = {k: v for k, v in source.items() if v is not None}
-    kind = _pipeline_class(name, given.get("revision"))
-    if kind in FAMILIES or kind == REFINER:
+    name = world.find_model(name)
+    kind = "" if _OUTSIDE.fullmatch(name) else _pipeline_class(name, given.get("revision"))
+    if not kind or kind in FAMILIES or kind == REFINER:
         return load_denoiser(name, mixed_precision=mixed_precision, device=device, quantize=quantize, **source)
     if quantize is not None:
         raise UserError(f"quantize is for models that can be trained here, and {name} is a {kind}: leave it out")
@@ -129,11 +149,16 @@ def _dtype(mixed_precision: str) -> torch.dtype:
 
 
 def check_model(name: str, *, revision: str | None = None) -> str:
-    """The pipeline class of a folder or hub id; reads no weights.
+    """The pipeline class of a folder or hub id, or ``package.module:Class`` of a family from outside; reads no weights.
 
     Raises:
         UserError: as :func:`load_denoiser`.
     """
+    name = world.find_model(name)
+    if outside := _OUTSIDE.fullmatch(name):
+        family_of(outside[1])  # refused here if it cannot be imported
+        _pipeline_class(outside[2], revision)
+        return outside[1]
     kind = _pipeline_class(name, revision)
     if kind == REFINER:
         raise UserError(f"{name} is a refiner ({kind}), which only finishes pictures: give the base model here")

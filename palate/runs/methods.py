@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from palate.base.errors import UserError, nearest, short
+from palate.base.errors import UserError, nearest, said, short
 from palate.base.options import foreign, keywords, typed
 
 if TYPE_CHECKING:
@@ -66,23 +66,40 @@ def objectives() -> dict[str, tuple[Callable[..., Tensor], Evidence]]:
     }
 
 
-def _objective(name: str) -> tuple[Callable[..., Tensor], Evidence]:
+def _function(name: str) -> Callable[..., Tensor]:
     known = objectives()
     if name in known:
-        return known[name]
+        return known[name][0]
     if ":" not in name:
         raise UserError(f"no objective named {short(name)}{nearest(name, known)}; or package.module:function")
-    function = foreign(name)
+    return foreign(name)
+
+
+def _evidence(name: str, function: Callable[..., Tensor]) -> Evidence:
+    """What an objective learns from: what it is annotated with, else what it can be called on.
+
+    function: its keywords are bound.
+    """
+    if (known := objectives().get(name)) is not None:
+        return known[1]
     first = next(iter(inspect.signature(function).parameters.values()), None)
-    annotation = str(first.annotation) if first is not None else ""
     if first is not None and first.name == "log_prob":
-        return function, "trajectories"
-    if "Pair" not in annotation and "Fit" not in annotation:
-        raise UserError(
-            f"{name}: its first argument must be log_prob for trajectories, or annotated, policy: Pair[Fit] for pairs "
-            "or Fit for single pictures"
-        )
-    return function, "pairs" if "Pair" in annotation else "samples"
+        return "trajectories"
+    annotation = "" if first is None or first.annotation is first.empty else str(first.annotation)
+    if "Pair" in annotation or "Fit" in annotation:
+        return "pairs" if "Pair" in annotation else "samples"
+    failures = []
+    kinds: tuple[Evidence, ...] = ("pairs", "samples")
+    for evidence in kinds:
+        try:
+            _try_objective(function, evidence)
+            return evidence
+        except Exception as error:  # of the user's own code, which may raise anything
+            failures.append(f"on {evidence} {type(error).__name__}: {said(error)}")
+    raise UserError(
+        f"{name} raises {', '.join(failures)}; expected a function of policy and reference, where policy.w.error and "
+        "policy.l.error are (b,) of better and worse pictures, or policy.error (b,) of single ones"
+    )
 
 
 def complete_objective(options: object) -> Named:
@@ -90,7 +107,7 @@ def complete_objective(options: object) -> Named:
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise UserError(f"objective is {short(options)}; expected a name such as {{name: dpo, beta: 5000}}")
     name, given = options["name"], {k: v for k, v in options.items() if k != "name"}
-    function, evidence = _objective(name)
+    function = _function(name)
     auto = {"beta": AUTO} if given.get("beta") == AUTO else {}
     complete = keywords(function, {**given, "beta": 1.0} if auto else given, f"objective {name}")
     if ":" not in name:
@@ -98,7 +115,10 @@ def complete_objective(options: object) -> Named:
             if (isinstance(value, float) and not 0 <= value < math.inf) or (key, value) == ("beta", 0):
                 wanted = "a positive number" if key == "beta" else "0 or more"
                 raise UserError(f"objective {name}: {key} is {value}; expected {wanted}")
-        _try_objective(functools.partial(function, **complete), evidence)
+    bound = functools.partial(function, **complete)
+    evidence = _evidence(name, bound)
+    if ":" not in name:
+        _try_objective(bound, evidence)
     return {"name": name, **complete, **auto}
 
 
@@ -130,10 +150,10 @@ def _try_objective(objective: Callable[..., Tensor], evidence: Evidence, *, kept
 
 def bind_objective(complete: Named) -> Objective:
     """What a complete objective, as :func:`complete_objective` gives it, stands for."""
-    function, evidence = _objective(complete["name"])
     auto = complete.get("beta") == AUTO
     keywords = {k: v for k, v in complete.items() if k != "name"} | ({"beta": math.nan} if auto else {})
-    return Objective(functools.partial(function, **keywords), evidence, auto)
+    bound = functools.partial(_function(complete["name"]), **keywords)
+    return Objective(bound, _evidence(complete["name"], bound), auto)
 
 
 def draws_of(options: TrainOptions, path: Path | None = None, *, no_prompt: Conditioning | None = None) -> Draws:
@@ -159,22 +179,29 @@ def _density(options: TrainOptions, path: Path | None) -> Density:
 
 def complete_space(options: object) -> SpaceOptions:
     """A space, or several with weights, with their defaults. Raises UserError: an unknown name or keyword, or out of range."""
-    from palate import spaces
-
     parts = options if isinstance(options, list) else [options]
     made = []
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
             raise UserError(f"space is {short(part)}; expected a name such as {{name: perceptual, layers: mid}}")
         name, given = part["name"], {k: v for k, v in part.items() if k != "name"}
-        if name not in SPACES:
-            raise UserError(f"no space named {short(name)}{nearest(name, SPACES)}")
         weight = {"weight": typed(float, given.pop("weight", 1.0), "weight of a space")} if isinstance(options, list) else {}
-        made.append({"name": name, **weight, **keywords(getattr(spaces, name), given, f"space {name}")})
+        made.append({"name": name, **weight, **keywords(_maker(name), given, f"space {name}")})
     complete = made if isinstance(options, list) else made[0]
     # Made once around nothing, so that values out of range are refused before any weights are loaded.
     _make_space(complete, lambda x, t, cond, layers: [], _any_schedule())
     return complete
+
+
+def _maker(name: str) -> Callable[..., Space]:
+    """What makes a space of this name from its keywords, and from ``features`` and ``schedule`` of the policy where named."""
+    from palate import spaces
+
+    if name in SPACES:
+        return getattr(spaces, name)
+    if ":" not in name:
+        raise UserError(f"no space named {short(name)}{nearest(name, SPACES)}; or package.module:function")
+    return foreign(name)
 
 
 def _any_schedule() -> Schedule:
@@ -208,5 +235,7 @@ def _make_space(complete: SpaceOptions, features: Features, schedule: Schedule) 
 
     if isinstance(complete, list):
         return spaces.weighted([(_make_space(part, features, schedule), part["weight"]) for part in complete])
-    rest = {k: v for k, v in complete.items() if k not in ("name", "weight")}
-    return spaces.latent(**rest) if complete["name"] == "latent" else spaces.perceptual(features, schedule, **rest)
+    make, rest = _maker(complete["name"]), {k: v for k, v in complete.items() if k not in ("name", "weight")}
+    given = {"features": features, "schedule": schedule}
+    asked = [name for name in given if name in inspect.signature(make).parameters]
+    return make(**{name: given[name] for name in asked}, **rest)

@@ -193,12 +193,12 @@ def load_base(
 
 def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None = None) -> None:
     """Refuse a refiner that cannot finish the pictures of ``base``; reads no weights."""
-    from palate.models.families import FAMILIES, check_model, check_refiner
+    from palate.models.families import check_model, check_refiner, family_of
 
     if refiner is None:
         return
     check_refiner(refiner)
-    if not FAMILIES[check_model(_base(base), revision=revision)].load().refined:
+    if not family_of(check_model(_base(base), revision=revision)).refined:
         raise UserError(f"a refiner finishes pictures of an SDXL model, and {base} is none: leave out --refiner")
 
 
@@ -209,7 +209,7 @@ def _device(mixed_precision: str) -> str:
 
 
 def _base(name: str) -> str:
-    return str(world.checkpoint(name)) if name in world.MODELS else os.path.expanduser(name)
+    return os.path.expanduser(world.find_model(name))
 
 
 def _lora_label(lora: Lora) -> str:
