@@ -235,7 +235,7 @@ def _chart(name: str, points: Points, axis: str, bounds: Sequence[Points] = ()) 
     low, high = (min(0.4, *seen), max(0.6, *seen)) if shares else (min(seen), max(seen))
     if high == low:
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    left, right, top, bottom = 52, 354, 8, 128
+    left, right, top, bottom = 68, 354, 8, 128  # room for -1.75e-08
 
     def line(values: list[float], style: str) -> str:
         span = (xs[-1] - xs[0]) or 1

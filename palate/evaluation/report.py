@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -21,11 +23,12 @@ from palate.base.jsonl import read_lines
 from palate.base.options import parse
 from palate.data.images import decode
 from palate.evaluation import charts
-from palate.evaluation.compare import Comparison, Group, by_weight, percent
+from palate.evaluation.compare import Comparison, Group, Versus, by_weight, percent
 from palate.evaluation.folders import Result, read_result, read_run, shown_of
 from palate.evaluation.statistics import Average, WinRate
 
 PAGE = Path(__file__).parent / "page"
+SHEETS = 12  # of samples during training
 SHOWN, LONGEST = 48, 512  # pairs of pictures on a page, and pixels of a picture's longest side: a page stays small
 
 
@@ -35,8 +38,9 @@ class Chapter:
 
     ``pictures``: prompt, and a picture of each side, which may be fewer than were compared; ``labels``: what the sides are
     called; ``edited``: beside each of ``pictures``, what it was edited from. ``curves``: rows of the training log,
-    ``{"step": 10, "loss": 0.69, ...}``; every number that occurs in two rows or more becomes a chart. ``settings``: whatever a
-    reader needs to repeat the run, nested at will.
+    ``{"step": 10, "loss": 0.69, ...}``; every number that occurs in two rows or more becomes a chart. ``samples``: sheets of
+    pictures that were drawn during training, by the number of updates. ``progress``: how far a run has come. ``settings``:
+    whatever a reader needs to repeat the run, nested at will.
     """
 
     title: str
@@ -45,6 +49,8 @@ class Chapter:
     labels: Sequence[str] = ("before", "after")
     edited: Sequence[Image.Image | None] = ()
     curves: Sequence[Mapping[str, object]] = ()
+    samples: Sequence[tuple[int, Image.Image]] = ()
+    progress: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, object] = field(default_factory=dict)
     command: str | None = None
@@ -78,17 +84,65 @@ def chapter_of(folder: str | Path) -> Chapter:
         edited = [_edited(result.folders[0], shown.get("init_image")) for shown in result.shown[:SHOWN]]
     elif (sides := _unjudged(folder)) is not None:
         pictures = [(shown["prompt"], _open(sides, shown["files"])) for shown in shown_of(sides)]
+    curves = [row for _, row in read_lines(log, may_be_cut=True)] if log.is_file() else []
+    settings = settings if isinstance(settings, dict) else {}
     return Chapter(
         title=str(extra.get("title") or title),
         result=result,
         pictures=pictures,
         labels=labels,
         edited=edited,
-        curves=[row for _, row in read_lines(log, may_be_cut=True)] if log.is_file() else [],
-        settings=settings if isinstance(settings, dict) else {},
+        curves=curves,
+        samples=_samples(folder / "samples"),
+        progress=_progress(curves, settings),
+        settings=_telling(settings),
         versions=run.get("versions") or {},
         command=run.get("command") or extra.get("command"),
     )
+
+
+def _samples(folder: Path) -> list[tuple[int, Image.Image]]:
+    """The sheets that a run has drawn so far, evenly thinned where there are many: the first and the last are among them."""
+    found = sorted(
+        (int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.png") if path.stem[5:].isdigit()
+    )
+    kept = [found[round(i * (len(found) - 1) / (SHEETS - 1))] for i in range(SHEETS)] if len(found) > SHEETS else found
+    return [(step, decode(path.read_bytes())) for step, path in kept]
+
+
+def _progress(rows: Sequence[Mapping[str, object]], settings: Mapping[str, Any]) -> str:
+    """How far a run has come, how fast, and how long it may take still; empty before its first line."""
+    timed = [(float(str(row["step"])), float(str(row["seconds"]))) for row in rows if "seconds" in row and "step" in row]
+    if len(timed) < 2 or timed[-1][0] <= timed[0][0]:
+        return ""
+    (first, began), (done, seconds) = timed[0], timed[-1]
+    speed = (done - first) / max(seconds - began, 1e-3)
+    told = f"{done:.0f} updates in {_time(seconds)}, {speed:.3g} a second"
+    training, online, last = settings.get("training") or {}, settings.get("online") or {}, rows[-1]
+    if total := training.get("max_train_steps"):
+        share = done / total
+    elif online.get("train_prompts"):
+        share = (float(str(last.get("round", 0))) + 1) / online["rounds"]
+    else:
+        share = float(str(last.get("epoch", 0))) / (training.get("num_train_epochs") or 1)
+    left = done / share - done if 0 < share < 1 else 0
+    return f"{told}; about {_time(left / speed)} to go" if left >= 1 else told
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+PRIVATE = ("output_dir", "cache_dir", "resume_from_checkpoint", "push_to_hub")
+"""Options that tell of a machine and not of a result."""
+
+
+def _telling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what does nothing in a run, and without folders of the machine."""
+    idle = [] if (settings.get("online") or {}).get("train_prompts") else ["online"]
+    kept = {name: value for name, value in settings.items() if name not in (*idle, *PRIVATE)}
+    return {name: _telling(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _unjudged(folder: Path) -> list[str] | None:
@@ -119,13 +173,23 @@ def write_report(path: str | Path, chapters: Sequence[Chapter]) -> None:
     """Write one self-contained HTML file, atomically. All text is escaped."""
     if not chapters:
         raise UserError("there is nothing to report; name the folder of a run or of a comparison")
+    write_atomically(path, page_of(chapters).encode())
+
+
+def page_of(chapters: Sequence[Chapter], *, watched: bool = False, waiting: str = "") -> str:
+    """The page as text.
+
+    watched: it asks the server that it came from, which is :mod:`palate.evaluation.watch`, for what is new. waiting: why there
+    is nothing to show yet.
+    """
     for prompt, images, labels in ((*shown, c.labels) for c in chapters for shown in c.pictures):
         if len(images) != len(labels):
             raise UserError(f"{len(images)} pictures of {prompt!r} came with {len(labels)} sides; give as many of each")
     script = Markup((PAGE / "report.js").read_text(encoding="utf-8"))
-    title = chapters[0].title if len(chapters) == 1 else f"{len(chapters)} results"
-    page = _templates().get_template("report.html").render(title=title, style=page_style(), script=script, chapters=chapters)
-    write_atomically(path, page.encode())
+    title = (waiting and "Palate") or (chapters[0].title if len(chapters) == 1 else f"{len(chapters)} results")
+    watch = Markup((PAGE / "watch.js").read_text(encoding="utf-8")) if watched else ""
+    told = {"title": title, "style": page_style(), "script": script, "watch": watch, "waiting": waiting, "chapters": chapters}
+    return _templates().get_template("report.html").render(told)
 
 
 def colours() -> str:
@@ -142,11 +206,18 @@ def page_style() -> Markup:
 def _templates() -> Environment:
     """The page's templates, with all that they ask."""
     found = Environment(
-        loader=FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=_without_folders,
     )
     found.filters |= {
         "bar": charts.bar,
         "by_weight": by_weight,
+        "csv_of_pairs": _csv_of_pairs,
+        "csv_of_rows": _csv_of_rows,
         "curves": charts.curves,
         "distance": charts.distance,
         "entries": _entries,
@@ -170,13 +241,52 @@ def tone(w: WinRate | Average) -> str:
     return "good" if w.low > 0.5 else "bad" if w.high < 0.5 else "even"
 
 
-def _parts(comparisons: Sequence[Comparison]) -> list[tuple[str, str, list[Group]]]:
-    """The parts of the prompts, by judge and field."""
-    return [
-        (c.judge, name, [group for group in c.groups if group.field == name])
-        for c in comparisons
-        for name in dict.fromkeys(group.field for group in c.groups)
-    ]
+def _parts(pairs: Sequence[Versus]) -> list[tuple[str, str, Group]]:
+    """The kinds of prompts, by model and judge."""
+    return [(v.model, c.judge, group) for v in pairs for c in by_weight(v.comparisons) for group in c.groups]
+
+
+_FOLDERS = re.compile(r"(?<![^\s'\"=:\[(])(?:/[^/\s'\":]+)+/(?=[^/\s'\"]|$)")
+
+
+def _without_folders(told: object) -> object:
+    """Absolute paths by their last part: a page is sent to others, and a machine's folders are nobody else's."""
+    return _FOLDERS.sub("…/", told) if isinstance(told, str) and not isinstance(told, Markup) else told
+
+
+def _csv_of_pairs(pairs: Sequence[Versus]) -> str:
+    """Every judge of every model, over all prompts and over each kind of them, as an address of its own."""
+    rows: list[Mapping[str, object]] = []
+    for v in pairs:
+        for c in by_weight(v.comparisons):
+            rows.append({"model": v.model, "base": v.base, "judge": c.judge, "kind": c.kind, **_numbers(c)})
+            rows += [
+                {"model": v.model, "base": v.base, "judge": c.judge, "kind": c.kind, "field": g.field, "value": g.value}
+                | _numbers(g)
+                for g in c.groups
+            ]
+    return _csv_of_rows(rows)
+
+
+def _numbers(found: Comparison | Group) -> dict[str, object]:
+    w, d = found.win_rate, found.difference
+    told = {"share": w.rate, "share_low": w.low, "share_high": w.high, "wins": w.wins, "ties": w.ties, "losses": w.losses}
+    return {**told, "prompts": w.prompts, "difference": d.difference, "difference_low": d.low, "difference_high": d.high}
+
+
+def _csv_of_rows(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with a column for every name that one of them has, as an address that needs no server."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return f"data:text/csv;charset=utf-8;base64,{base64.b64encode(text.getvalue().encode()).decode()}"
+
+
+def _cell(value: object) -> object:
+    """A value; of a text that a table would take for a formula, the text."""
+    value = _without_folders(value)
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 class Embedded(NamedTuple):

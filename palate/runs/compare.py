@@ -64,7 +64,8 @@ class Samples:
     def __init__(self, recipe: Recipe, denoiser: Denoiser, policy: Policy):
         self.options, self.denoiser, self.policy = recipe.evaluation, denoiser, policy
         self.drawing = drawing_of(recipe, denoiser)
-        self.folder = Path(recipe.training.output_dir) / "samples"
+        self.out = Path(recipe.training.output_dir)
+        self.folder = self.out / "samples"
         self.base: list[Image] = []
         prompts = list(self.options.validation_prompts)
         if prompts:
@@ -80,16 +81,27 @@ class Samples:
             network=network,
         )
 
-    def draw(self, step: int) -> None:
+    def draw(self, step: int) -> Path | None:
+        """Draw them after so many steps, if there are prompts, and write the report anew; the path of the pictures."""
+        from palate.evaluation.report import chapter_of, write_report
+
+        drawn = self._draw(step) if self.options.validation_prompts else None
+        try:
+            write_report(self.out / "report.html", [chapter_of(self.out)])
+        except UserError as error:  # a page is not worth a run
+            tell(f"report.html is not written yet: {error}")
+        return drawn
+
+    def _draw(self, step: int) -> Path:
         from palate.evaluation.grid import before_after_grid
 
         self.base = self.base or self._generate(self.policy.frozen)
         tuned = self._generate(self.policy.trainable_module) if step else self.base
         self.folder.mkdir(parents=True, exist_ok=True)
-        before_after_grid(
-            list(self.options.validation_prompts), self.base, tuned, self.folder / f"step-{step:06d}.png", columns=4
-        )
+        path = self.folder / f"step-{step:06d}.png"
+        before_after_grid(list(self.options.validation_prompts), self.base, tuned, path, columns=4)
         self.denoiser.release()
+        return path
 
 
 def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned: nn.Module, command: str) -> None:

@@ -30,8 +30,8 @@ def check_machine(recipe: Recipe) -> None:
         UserError: a package that is missing, or a folder that cannot be made or written to, or whose disk is full.
     """
     from palate.models.quantised import check_quantize
-    from palate.training.log import check_reporter
     from palate.training.optimizers import check_optimizer
+    from palate.training.trackers import check_reporter
 
     check_optimizer(recipe.training.optimizer)
     check_quantize(recipe.model.quantize)

@@ -279,7 +279,7 @@ def _train(
             states=states,
             recipe=recipe.as_dict(),
             defaults=recipes.defaults(),
-            on_sample=samples.draw if recipe.evaluation.validation_prompts else None,
+            on_sample=samples.draw,
             on_evaluate=on_evaluate,
             doubts=doubts,
         )

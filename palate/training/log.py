@@ -1,4 +1,4 @@
-"""The log of a run: ``log.jsonl`` for programs, ``train.log`` for people, TensorBoard on request."""
+"""The log of a run: ``log.jsonl`` for programs, ``train.log`` for people, a tracker on request."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.jsonl import JsonObject, read_lines
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from palate.training.trackers import open_tracker
 
 
 class RunLog:
@@ -25,12 +23,15 @@ class RunLog:
     Args:
         folder: where ``log.jsonl`` and ``train.log`` lie.
         step: the step the run starts from; lines of later steps, left by a run that ended there, are removed.
-        tensorboard: also write TensorBoard events.
+        report_to: where else the numbers go; ``none`` for nowhere.
+        settings: of the run, told there.
     """
 
-    def __init__(self, folder: str | Path, *, step: int = 0, tensorboard: bool = False):
+    def __init__(
+        self, folder: str | Path, *, step: int = 0, report_to: str = "none", settings: Mapping[str, object] | None = None
+    ):
         self.folder = Path(folder)
-        self.events = _events(self.folder, step) if tensorboard else None
+        self.tracker = open_tracker(report_to, self.folder, step, settings or {})
         truncate(self.folder / "log.jsonl", step)
         if step == 0:
             (self.folder / "train.log").unlink(missing_ok=True)
@@ -43,18 +44,22 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.lines.close()
         self.text.close()
-        if self.events is not None:
-            self.events.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
     def record(self, record: Mapping[str, object]) -> None:
         """Write one line of numbers; ``record["step"]`` must be there."""
         self._write(self.lines, json.dumps(record))
         # Where standard error is no terminal there is no progress bar, so the lines themselves are shown.
         self.say("  ".join(f"{name} {_short(value)}" for name, value in record.items()), show=not sys.stderr.isatty())
-        if self.events is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float):
-                    self.events.add_scalar(name, value, record["step"])  # pyright: ignore[reportUnknownMemberType]
+        if self.tracker is not None:
+            numbers = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
+            self.tracker.numbers(int(str(record["step"])), numbers)
+
+    def picture(self, step: int, path: Path) -> None:
+        """Tell of sample pictures that were drawn after so many steps."""
+        if self.tracker is not None:
+            self.tracker.picture(step, path)
 
     def say(self, line: str, *, show: bool = True) -> None:
         """Write a line for people into ``train.log``, and on standard error if ``show``."""
@@ -114,28 +119,11 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def check_reporter(name: str) -> None:
-    """Raise ``UserError`` if the package that a reporter needs is missing."""
-    if name == "tensorboard":
-        _writer()
-
-
-def _writer() -> type[SummaryWriter]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("report_to is tensorboard, which is not installed: pip install 'palate[tensorboard]'") from error
-    return SummaryWriter
-
-
-def _events(folder: Path, step: int) -> SummaryWriter:
-    return _writer()(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-
-
 class Silent:
     def __enter__(self) -> Silent:
         return self
 
     def __exit__(self, *_: object) -> None: ...
     def record(self, record: Mapping[str, object]) -> None: ...
+    def picture(self, step: int, path: Path) -> None: ...
     def say(self, line: str, *, show: bool = True) -> None: ...

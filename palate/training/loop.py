@@ -82,7 +82,8 @@ def train(
         recipe: everything that decides the result, as plain nested values; stored in checkpoints, and resuming is refused if
             it differs (``checkpoints.check_recipe``). The options alone if not given.
         defaults: what the recipe's options stand at where an older checkpoint does not name them.
-        on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only.
+        on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only. Of the
+            pictures whose path it returns the tracker is told.
         on_evaluate: likewise every ``eval_steps``; what it returns joins the log.
         doubts: what the caller knows that cannot be learned from; said at the beginning, beside :mod:`palate.training.alarms`.
 
@@ -354,7 +355,7 @@ class _Run:
             folder = Path(self.options.output_dir)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                self.logs = RunLog(folder, step=start, tensorboard=self.options.report_to == "tensorboard")
+                self.logs = RunLog(folder, step=start, report_to=self.options.report_to, settings=self.recipe)
             except OSError as error:
                 raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from error
         if start:
@@ -394,8 +395,11 @@ class _Run:
         return {**(epochs if rounds is None else rounds.counted(items)), "seconds": seconds}
 
     def sample(self, done: int, on_sample: Callable[[int], object] | None) -> None:
-        if on_sample is not None and self._due(done, self.options.sample_steps):
-            self._in_main_process(on_sample, done)
+        if on_sample is None or not self._due(done, self.options.sample_steps):
+            return
+        drawn = self._in_main_process(on_sample, done)
+        if isinstance(drawn, Path):
+            self.logs.picture(done, drawn)
 
     def _due(self, done: int, every: int | None) -> bool:
         return done in (0, self.total) or (every is not None and done % every == 0)

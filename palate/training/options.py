@@ -13,7 +13,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 TIME_DENSITIES = ("uniform", "logit_normal", "shifted", "grid")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
-REPORTERS = ("none", "tensorboard")
+REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 SNR_GAMMA = Range(above=0, below=math.inf, expected="a positive number such as 5, or null for none")
 NORM = Range(above=0, expected="a positive number, or null for no limit")
 TIME = Range(at_least=0, below=10**6, expected="a time of the schedule, 0 to 999 in most")
@@ -90,7 +90,8 @@ class TrainOptions:
     logging_steps: Count = 10
     """Steps between two lines of the log; each is the mean since the last."""
     report_to: Annotated[str, OneOf(*REPORTERS)] = "none"
-    """``none`` or ``tensorboard``; ``log.jsonl`` and ``train.log`` are always written."""
+    """Where numbers, sample pictures and settings go beside ``log.jsonl``, ``train.log`` and ``report.html``, which are always
+    written. ``WANDB_MODE=offline`` keeps those of wandb on this machine."""
     sample_steps: Count | None = None
     """Steps between two sets of sample pictures; null for only before the first and after the last."""
     eval_steps: Count | None = None

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
+import html
+import http.client
+import io
+import json
 import re
+import threading
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,7 +24,8 @@ from palate.evaluation.compare import compare, count_votes, headline, percent, r
 from palate.evaluation.diversity import diversity, thumbnail
 from palate.evaluation.folders import Result
 from palate.evaluation.grid import before_after_grid
-from palate.evaluation.report import Chapter, write_report
+from palate.evaluation.report import Chapter, chapter_of, page_of, write_report
+from palate.evaluation.watch import server_of
 from palate.miniature.captions import caption
 from tools.miniature import scenes
 
@@ -355,18 +362,17 @@ def test_online_curves_lie_over_what_was_judged(tmp_path):
     drawn = re.findall(r'<polyline class="smooth( trained)?" stroke-dasharray="([^"]+)"', view)
     assert drawn == re.findall(r'<path class="smooth( trained)?" stroke-dasharray="([^"]+)"', view)
     assert len(set(drawn)) == len(drawn) == 3
-    # Without a measure that training does not see, the page says that it cannot tell.
+    # Without a measure that training does not see, it could not tell anything.
     blind = [{k: v for k, v in row.items() if "held_out" not in k} for row in rows]
     write_report(tmp_path / "r.html", [Chapter("online", curves=blind)])
     page = (tmp_path / "r.html").read_text()
-    assert "cannot tell when training went too far" in page
-    assert "was not measured:" not in page
+    assert "How far is too far" not in page
     # The mean of one reward is that reward.
     one = [{k: v for k, v in row.items() if k != "reward/jpeg_compressibility"} for row in blind]
     twice = [{**row, "reward/taste": row["reward_mean"]} if "reward_mean" in row else row for row in one]
     write_report(tmp_path / "r.html", [Chapter("online", curves=twice)])
     page = (tmp_path / "r.html").read_text()
-    assert page.count("taste, trained on 0.1 → 0.7") == 1
+    assert "taste, trained on<span>0.1 → 0.7" in page
     assert "mean reward" not in page
 
 
@@ -380,17 +386,139 @@ def test_the_distance_of_pairs_is_that_of_their_line(tmp_path):
     assert "was not measured" not in page
 
 
-def test_all_categories_but_the_first_are_folded(tmp_path):
+def test_pictures_come_before_the_one_table_of_categories(tmp_path):
     groups = {"category": ["a", "b"] * 50, "challenge": ["x"] * 50 + ["y"] * 50}
     pair = versus("base", "tuned", {"one": wins(0.9), "two": wins(0.8)}, IDS, ALIKE, groups=groups, draws=300)
-    write_report(tmp_path / "r.html", [Chapter("t", Result(["base", "tuned"], ["a", "b"], 100, 100, [pair], [], {}, []))])
+    result = Result(["base", "tuned"], ["a", "b"], 100, 100, [pair], [], {}, [])
+    write_report(tmp_path / "r.html", [Chapter("t", result, pictures=[("p", [BASE[0], TUNED[0]])])])
     page = (tmp_path / "r.html").read_text()
-    assert re.findall(r"<details( open)?><summary>([^<]*)", page) == [
-        (" open", "one by category"),
-        ("", "one by challenge"),
-        ("", "two by category"),
-        ("", "two by challenge"),
+    assert (
+        page.index("<h2>What the judges say") < page.index('<section class="compared">') < page.index("<h2>By kind of prompt")
+    )
+    table = page[page.index("sortable") :]
+    rows = re.findall(r'data-name="Judge">(\w+)</td><th scope="row">(\w)<br><span class="soft">(\w+)', table)
+    assert rows == [
+        (j, v, f)
+        for j in ("one", "two")
+        for v, f in (("a", "category"), ("b", "category"), ("x", "challenge"), ("y", "challenge"))
     ]
+
+
+def downloads(page: str) -> dict[str, list[dict[str, str]]]:
+    found = re.findall(r'download="([^"]+)" href="data:text/csv;charset=utf-8;base64,([^"]*)"', page)
+    return {name: list(csv.DictReader(io.StringIO(base64.b64decode(data).decode()))) for name, data in found}
+
+
+def test_numbers_can_be_taken_away(tmp_path):
+    groups = {"category": ["=cmd", "b"] * 50}
+    pair = versus("base", "/home/me/tuned", {"one": wins(0.9)}, IDS, ALIKE, groups=groups, draws=300)
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "note": "text"}]
+    write_report(
+        tmp_path / "r.html", [Chapter("t", Result(["base", "x"], ["a", "b"], 100, 100, [pair], [], {}, []), curves=rows)]
+    )
+    found = downloads((tmp_path / "r.html").read_text())
+    assert found["training.csv"] == [{"step": "1", "loss": "0.5", "note": ""}, {"step": "2", "loss": "0.25", "note": "text"}]
+    overall, first, second = found["comparison.csv"]
+    assert (overall["judge"], overall["model"], overall["field"]) == ("one", "…/tuned", "")
+    assert float(overall["share"]) == pair.comparisons[0].win_rate.rate
+    assert (first["field"], first["value"], second["value"]) == ("category", "'=cmd", "b")  # no table takes it for a formula
+    assert int(first["prompts"]) + int(second["prompts"]) == int(overall["prompts"])
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("palate train r --output_dir /home/me/out/x --seed 1", "palate train r --output_dir …/x --seed 1"),
+        ("pickscore:/srv/models/PickScore", "pickscore:…/PickScore"),
+        ("--a=/tmp/b/c", "--a=…/c"),
+        ("and/or, 1/2/3, s/m/l", "and/or, 1/2/3, s/m/l"),
+        ("https://example.org/a/b/c", "https://example.org/a/b/c"),
+        ("out/mine/report.html", "out/mine/report.html"),
+    ],
+)
+def test_folders_of_the_machine_are_not_told(tmp_path, told, shown):
+    write_report(tmp_path / "r.html", [Chapter("t", command=told)])
+    assert f"<pre>{shown}</pre>" in html.unescape((tmp_path / "r.html").read_text())
+
+
+def test_samples_over_time_are_thinned_and_in_order(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "log.jsonl").write_text("")
+    for step in range(0, 4000, 100):
+        BASE[0].save(tmp_path / "samples" / f"step-{step:06d}.png")
+    write_report(tmp_path / "r.html", [chapter_of(tmp_path)])
+    steps = [int(n) for n in re.findall(r'class="sample" data-step="(\d+)"', (tmp_path / "r.html").read_text())]
+    assert steps == sorted(set(steps))
+    assert (len(steps), steps[0], steps[-1]) == (12, 0, 3900)
+    assert '<input type="range" min="0" max="11" value="11">' in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "told"),
+    [
+        ({"training": {"max_train_steps": 100}}, [(0, 0), (10, 20)], "10 updates in 20 s, 0.5 a second; about 3 min to go"),
+        ({"training": {"max_train_steps": 100}}, [(0, 0), (100, 200)], "100 updates in 3 min, 0.5 a second"),
+        ({"training": {"num_train_epochs": 4}}, [(0, 0), (10, 10, 1.0)], "10 updates in 10 s, 1 a second; about 30 s to go"),
+        (
+            {"online": {"train_prompts": "p", "rounds": 2}},
+            [(0, 0), (10, 10, 0.5, 0)],
+            "10 updates in 10 s, 1 a second; about 10 s to go",
+        ),
+        ({}, [(0, 0)], ""),
+        ({}, [], ""),
+    ],
+)
+def test_progress_by_hand(tmp_path, settings, rows, told):
+    named = [dict(zip(("step", "seconds", "epoch", "round"), row, strict=False)) for row in rows]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    assert chapter_of(tmp_path).progress == told
+
+
+def test_settings_are_those_that_tell_of_the_result(tmp_path):
+    (tmp_path / "log.jsonl").write_text("")
+    online = {"train_prompts": None, "rounds": 3}
+    settings = {
+        "data": {"cache_dir": "/x/y", "train_data": "/x/pairs"},
+        "training": {"seed": 7, "output_dir": "o"},
+        "online": online,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    assert chapter_of(tmp_path).settings == {"data": {"train_data": "/x/pairs"}, "training": {"seed": 7}}
+    write_report(tmp_path / "r.html", [chapter_of(tmp_path)])
+    assert "<dd>…/pairs</dd>" in (tmp_path / "r.html").read_text()
+
+
+# Watching ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_watched_page_is_of_this_machine_and_tells_when_it_changed(tmp_path):
+    def ask(path: str, host: str = "127.0.0.1") -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+        connection.request("GET", path, headers={"Host": host})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5, "seconds": 1}\n')
+    with server_of([tmp_path], 0) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        status, page = ask("/")
+        assert status == 200
+        assert Page(page).open == []
+        assert "connect-src 'self'" in page
+        first = ask("/state")
+        assert first == ask("/state")
+        with (tmp_path / "log.jsonl").open("a") as file:
+            file.write('{"step": 2, "loss": 0.4, "seconds": 2}\n')
+        assert ask("/state") != first
+        assert "loss from 0.5 to 0.4" in ask("/")[1]
+        (tmp_path / "log.jsonl").unlink()
+        assert "Nothing to show yet" in ask("/")[1]
+        assert ask("/etc/passwd")[0] == ask("/../log.jsonl")[0] == 404
+        assert ask("/", host="evil.example")[0] == 403
+        server.shutdown()
+    assert "connect-src" not in page_of([Chapter("t")])
 
 
 def test_large_pictures_stay_small(tmp_path):

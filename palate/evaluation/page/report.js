@@ -32,4 +32,26 @@ v.onkeydown=function(e){if(!pairs.classList.contains('stacked'))return;
 var by={' ':1,Enter:1,ArrowRight:1,ArrowLeft:-1}[e.key];if(by){e.preventDefault();turn(v,+v.dataset.on+by)}};
 });
 });
+[].forEach.call(document.querySelectorAll('.samples'),function(part){
+var label=part.querySelector('label');if(!label)return;
+var range=label.querySelector('input'),shown=label.querySelector('output'),all=[].slice.call(part.querySelectorAll('.sample'));
+label.hidden=false;part.classList.add('chosen');
+range.oninput=function(){all.forEach(function(f,i){f.classList.toggle('on',i===+range.value)});
+shown.textContent=all[+range.value].dataset.step;
+range.setAttribute('aria-valuetext',shown.textContent+' updates')};range.oninput();
+});
+[].forEach.call(document.querySelectorAll('.sortable'),function(table){
+var body=table.tBodies[0],heads=[].slice.call(table.tHead.rows[0].cells);
+function key(row,i){var c=row.cells[i],t=c.dataset.sort||c.textContent.trim(),n=parseFloat(t);return isNaN(n)?t.toLowerCase():n}
+heads.forEach(function(head,i){
+var b=document.createElement('button');b.type='button';b.textContent=head.textContent;head.textContent='';head.appendChild(b);
+b.onclick=function(){
+var down=head.getAttribute('aria-sort')!=='descending';
+heads.forEach(function(h){h.removeAttribute('aria-sort')});
+head.setAttribute('aria-sort',down?'descending':'ascending');
+[].slice.call(body.rows).sort(function(a,b){var x=key(a,i),y=key(b,i);return (x<y?-1:x>y?1:0)*(down?-1:1)})
+.forEach(function(r){body.appendChild(r)});
+};
+});
+});
 })();
