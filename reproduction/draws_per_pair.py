@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python reproduction/draws_per_pair.py --seeds 0 1 2 --output_dir out/draws
 
-All runs are the recipe miniature-dpo on the first ``--pairs`` pairs: 80 updates of 16, so 64 pairs return 20 times, and 16
+All runs are the recipe miniature-dpo on the first ``--pairs`` pairs: 80 updates of 8, so 32 pairs return 20 times, and 16
 draws are all but fresh. Each is compared with the base model on the same unseen prompts. Finished runs are not repeated; the
 table of those there are is written to ``<output_dir>/table.md`` after each.
 """
@@ -33,7 +33,7 @@ def measure(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "cache_dir": str(given.output_dir / "cache"),
         "seed": seed,
         "max_train_samples": given.pairs,
-        "train_batch_size": 16,
+        "train_batch_size": 8,
         "draws_per_pair": DRAWS[name],
         "validation_fraction": 0.0,
         "validation_prompts": [],
@@ -83,8 +83,8 @@ def write(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=64, help="unseen prompts of the comparison")
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=48, help="unseen prompts of the comparison")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("out/draws"))
     given = parser.parse_args()

@@ -13,16 +13,17 @@ A source that has rounds is asked for a new one where an epoch begins; what it r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.base.seeds import mix
 from palate.training import checkpoints
+from palate.training.ahead import Ahead
 from palate.training.alarms import Alarms
 from palate.training.checkpoints import Stateful
 from palate.training.fits import TrainablePolicy
@@ -40,7 +42,7 @@ from palate.training.optimizers import lr_factor
 from palate.training.options import TrainOptions
 from palate.training.place import Place
 from palate.training.source import Abandoned, BudgetSpent, Source
-from palate.training.steps import Step
+from palate.training.steps import Drawn, Ready, Step
 
 T = TypeVar("T")
 
@@ -94,7 +96,7 @@ def train(
     """
     run = _Run(step, policy, data, options, dict(states or {}), dict(recipe or asdict(options)), dict(defaults or {}))
     start = run.restore()
-    with _Signals() as signals, run.open_log(start) as log, run.progress_bar(start) as bar:
+    with contextlib.closing(run.ahead), _Signals() as signals, run.open_log(start) as log, run.progress_bar(start) as bar:
         if start >= run.total:
             log.say(f"nothing left to do after step {start}: raise max_train_steps to train on")
         if start == 0:
@@ -156,6 +158,7 @@ class _Run:
             return [int(i) for i in data.order(options.seed, epoch)]
 
         self.order = order
+        self.ahead = Ahead(self._ready)
         self.logs: RunLog | Silent = Silent()
         if data.rounds is not None and len(data) % self.batch_size:
             raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")
@@ -287,10 +290,13 @@ class _Run:
         torch.manual_seed(mix(options.seed, done, self.processes.index))
         self.policy.trainable_module.train()
         while True:
-            totals = self._gradients(done, signals)
+            sums = self._gradients(done, signals)
+            norms = place.clip_grad_norm(options.max_grad_norm).reshape(1)
+            # Here the device is waited for, once an update.
+            *found, norm = cast("list[float]", torch.cat([torch.stack(list(sums.values())), norms]).tolist())
+            totals = dict(zip(sums, found, strict=True))
             if not math.isfinite(totals["loss"]):
                 raise _not_finite(done, f"the loss is {totals['loss'] / self.batch_size}")
-            norm = place.clip_grad_norm(options.max_grad_norm)
             if math.isfinite(norm):
                 break
             if not place.lower_scale():  # float16 overflows until it has found a fitting one
@@ -305,29 +311,29 @@ class _Run:
         self.window.add({**totals, "grad_norm": norm, "pairs": self.batch_size, "steps": 1})
         return stop
 
-    def _gradients(self, done: int, signals: _Signals) -> dict[str, float]:
+    def _gradients(self, done: int, signals: _Signals) -> dict[str, Tensor]:
         """Gradients of this update, and sums of loss and metrics over its effective batch, in and over all processes."""
         self.place.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
+        positions = self._positions(done)
         with self.processes.together():
-            for indices, seeds in self._micro_batches(done):
-                for name, values in self._backward(indices, seeds).items():
+            for position, then in zip(positions, [*positions[1:], self._after(done)], strict=True):
+                for name, values in self._backward(self.ahead.get(position, then)).items():
                     sums[name] = sums.get(name, 0.0) + values.float().sum()
-        sums["stop"] = torch.tensor(float(signals.received), device=sums["loss"].device)
+        sums["stop"] = torch.full((), float(signals.received), device=sums["loss"].device)
         totals = self.place.reduce(torch.stack(list(sums.values())))
         self.place.reduce_gradients()
-        found: list[float] = totals.tolist()
-        return dict(zip(sums, found, strict=True))
+        return dict(zip(sums, totals, strict=True))
 
-    def _backward(self, indices: list[int], seeds: Tensor) -> dict[str, Tensor]:
+    def _backward(self, ready: Ready) -> dict[str, Tensor]:
         """Loss and metrics of one micro-batch, whose gradients are added to those that are there."""
         try:
             with self.place.autocast():
-                losses, metrics = self.step(self.data.batch(indices, seeds))
+                losses, metrics = self.step.measure(ready, self.step.state)
             self.place.backward(losses.sum() / self.batch_size)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"no free memory to train on {len(indices)} at once: lower train_batch_size (and raise "
+                f"no free memory to train on {self.options.train_batch_size} at once: lower train_batch_size (and raise "
                 "gradient_accumulation_steps as much, which online training does by itself), or set "
                 "gradient_checkpointing true"
             ) from error
@@ -336,18 +342,28 @@ class _Run:
             metrics |= {"logit_square": u.square(), "logit_abs": u.abs()}
         return metrics
 
-    def _micro_batches(self, done: int) -> Iterator[tuple[list[int], Tensor]]:
-        """This process's share of effective batch number ``done`` (from 1): indices of pairs and their seeds."""
-        size = self.options.train_batch_size
-        for first in range(self.share.start, self.share.stop, size):
-            indices: list[int] = []
-            seeds: list[int] = []
-            for position in range((done - 1) * self.batch_size + first, (done - 1) * self.batch_size + first + size):
-                epoch, place = divmod(position, len(self.data))
-                indices.append(self.order(epoch)[place])
-                fixed = self.options.draws_per_pair  # so many draws, one an epoch, then the first again
-                seeds.append(mix(self.options.seed, epoch if fixed is None else epoch % fixed, indices[-1]))
-            yield indices, torch.tensor(seeds)
+    def _positions(self, done: int) -> list[int]:
+        """In the endless sequence, where the micro-batches of this process begin that update number ``done`` (from 1) has."""
+        first, size = (done - 1) * self.batch_size, self.options.train_batch_size
+        return [first + own for own in range(self.share.start, self.share.stop, size)]
+
+    def _after(self, done: int) -> int | None:
+        """Where the next update begins for this process; None after the last one, and where a new round has yet to be drawn."""
+        if done >= self.total or (self.data.rounds is not None and done * self.batch_size % len(self.data) == 0):
+            return None
+        return self._positions(done + 1)[0]
+
+    def _ready(self, first: int) -> Ready:
+        """The micro-batch that begins at a position, drawn, on the CPU."""
+        indices: list[int] = []
+        seeds: list[int] = []
+        for position in range(first, first + self.options.train_batch_size):
+            epoch, place = divmod(position, len(self.data))
+            indices.append(self.order(epoch)[place])
+            fixed = self.options.draws_per_pair  # so many draws, one an epoch, then the first again
+            seeds.append(mix(self.options.seed, epoch if fixed is None else epoch % fixed, indices[-1]))
+        ready = self.step.draw(self.data.batch(indices, torch.tensor(seeds)))
+        return ready.pinned() if self.place.pins and isinstance(ready, Drawn) else ready
 
     def open_log(self, start: int) -> RunLog | Silent:
         """The log of the main process; the others keep silent."""

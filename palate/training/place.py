@@ -53,6 +53,8 @@ class Place:
         if self.processes.count > 1 and own.type == "cuda" and own != found:
             raise ValueError(f"process {self.processes.index} trains on {own}, but the policy is on {found}")
         self.main = self.accelerator.is_main_process
+        self.pins = own.type == "cuda"
+        """Whether batches are copied faster from memory that is pinned."""
         self.optimizer = make_optimizer(self.weights, options)
         self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
 
@@ -93,11 +95,11 @@ class Place:
                 for gradient, sums in zip(bucket, parts, strict=True):
                     gradient.copy_(sums.view_as(gradient))
 
-    def clip_grad_norm(self, limit: float | None) -> float:
-        """The norm of the gradients, which are scaled down to ``limit`` if it is larger."""
+    def clip_grad_norm(self, limit: float | None) -> Tensor:
+        """The norm of the gradients, which are scaled down to ``limit`` if it is larger; on the device, not waited for."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        return float(torch.nn.utils.clip_grad_norm_(self.weights, limit or math.inf))
+        return torch.nn.utils.clip_grad_norm_(self.weights, limit or math.inf)
 
     def lower_scale(self) -> bool:
         """After gradients that are not finite: whether float16 scaled the loss too far, and the batch is worth repeating."""

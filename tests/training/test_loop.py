@@ -4,11 +4,13 @@ import functools
 import math
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_training import PAIRS, TinyPairs, TinyPolicy, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palate.base.errors import UserError
 from palate.base.seeds import mix
@@ -16,6 +18,7 @@ from palate.objectives.pairs import dpo
 from palate.objectives.samples import kto
 from palate.spaces import latent
 from palate.training import checkpoints, loop
+from palate.training.fits import Draws
 from palate.training.log import read_log
 from palate.training.loop import Stopped
 from palate.training.optimizers import lr_factor
@@ -37,18 +40,18 @@ def assert_close(a, b, tolerance):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
 
 
-class Interrupting(TinyPairs):
-    """Sends a signal when a batch is asked for the n-th time."""
+class Interrupting(TinyPolicy):
+    """Sends a signal when it is asked for the n-th time."""
 
     def __init__(self, when: int, number: signal.Signals = signal.SIGINT):
         super().__init__()
         self.when, self.number, self.calls = when, number, 0
 
-    def batch(self, indices, seeds):
+    def __call__(self, xt, t, cond):
         self.calls += 1
         if self.calls == self.when:
             signal.raise_signal(self.number)
-        return super().batch(indices, seeds)
+        return super().__call__(xt, t, cond)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -62,7 +65,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, number):
     straight = run(tmp_path / "a", **hooks)
     handler = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped:
-        run(tmp_path / "b", data=Interrupting(4, number), **hooks)
+        run(tmp_path / "b", policy=Interrupting(4, number), **hooks)
     assert signal.getsignal(number) is handler
     assert stopped.value.step == 4
     assert stopped.value.checkpoint == tmp_path / "b" / "checkpoint-4"
@@ -95,7 +98,7 @@ def test_checkpoints_keep_named_states(tmp_path):
     straight, stopped, resumed, unknown = (Counting() for _ in range(4))
     run(tmp_path / "a", on_evaluate=straight, states={"counting": straight}, eval_steps=2)
     with pytest.raises(Stopped):
-        run(tmp_path / "b", data=Interrupting(4), on_evaluate=stopped, states={"counting": stopped}, eval_steps=2)
+        run(tmp_path / "b", policy=Interrupting(4), on_evaluate=stopped, states={"counting": stopped}, eval_steps=2)
     options = {"on_evaluate": resumed, "eval_steps": 2, "resume_from_checkpoint": "latest"}
     run(tmp_path / "b", states={"counting": resumed, "unknown": unknown}, **options)
     assert log(tmp_path / "a") == log(tmp_path / "b")
@@ -112,7 +115,7 @@ def test_ktos_reference_point_is_the_same_however_the_batch_is_cut_and_resumed(t
     cut = run(tmp_path / "b", make=kto_step, train_batch_size=2, gradient_accumulation_steps=4)
     assert_close(weights(straight), weights(cut), 1e-6)
     with pytest.raises(Stopped):
-        run(tmp_path / "c", make=kto_step, data=Interrupting(4))
+        run(tmp_path / "c", make=kto_step, policy=Interrupting(4))
     assert_close(weights(straight), weights(run(tmp_path / "c", make=kto_step, resume_from_checkpoint="latest")), 0)
     assert log(tmp_path / "a") == log(tmp_path / "c")
 
@@ -130,7 +133,7 @@ def test_an_automatic_beta_is_chosen_once_logged_and_kept(tmp_path):
     beta = log(tmp_path / "a")[-1]["beta"]
     assert_close(weights(straight), weights(run(tmp_path / "b", beta=beta)), 0)
     with pytest.raises(Stopped):
-        run(tmp_path / "c", make=auto, data=Interrupting(7))  # two batches of eight to choose, then four updates
+        run(tmp_path / "c", make=auto, policy=Interrupting(7))  # two batches of eight to choose, then four updates
     assert_close(weights(straight), weights(run(tmp_path / "c", make=refusing, resume_from_checkpoint="latest")), 0)
 
 
@@ -172,6 +175,65 @@ def test_every_epoch_holds_every_pair_once_and_no_batch_is_short(tmp_path):
     assert log(tmp_path)[-1]["pairs"] == 36
 
 
+def test_the_next_batch_is_drawn_while_this_one_is_measured(tmp_path):
+    asked, drawn = [], threading.Event()
+
+    class Noting(TinyPairs):
+        def batch(self, indices, seeds):
+            asked.append(threading.current_thread())
+            if len(asked) == 2:
+                drawn.set()
+            return super().batch(indices, seeds)
+
+    class Waiting(TinyPolicy):
+        def __call__(self, xt, t, cond):
+            assert drawn.wait(60)  # in the first update, whose batch is not the second one
+            return super().__call__(xt, t, cond)
+
+    run(tmp_path, policy=Waiting(), data=Noting(), max_train_steps=4)
+    assert len(asked) == 4  # none is drawn that nobody needs
+    assert threading.current_thread() not in asked
+    assert not any(thread.is_alive() for thread in asked)
+
+
+def test_what_fails_in_the_thread_fails_the_update_that_needs_it(tmp_path):
+    class Gone(TinyPairs):
+        def batch(self, indices, seeds):
+            if len(self.seen) == 16:
+                raise UserError("the entry has gone")
+            return super().batch(indices, seeds)
+
+    with pytest.raises(UserError, match=r"the entry has gone; the state after step 2 is in .*checkpoint-2"):
+        run(tmp_path, data=Gone())
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes the CPU wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default):
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [None, kto_step])
+def test_a_micro_batch_asks_the_device_for_no_number(make):
+    policy, data = TinyPolicy(), TinyPairs()
+    step = make(policy) if make else pair_step(policy, latent(), functools.partial(dpo, beta=50.0), Draws(snr_gamma=5.0))
+    ready = step.draw(data.batch([0, 1], torch.tensor([3, 4])))
+    with Waits() as waits:
+        losses, _ = step.measure(ready, step.state)
+        losses.sum().backward()
+    assert waits.calls == []
+    with waits:
+        float(losses.detach().sum())
+    assert waits.calls  # it would have been noticed
+
+
 def test_the_update_is_adamw_on_the_weighted_mean(tmp_path):
     # Worked without the loop: batch of pairs order[:2], loss = sum / 2, one AdamW step without clipping.
     trained = run(tmp_path, max_train_steps=1, train_batch_size=2, max_grad_norm=None)
@@ -197,19 +259,18 @@ def test_training_raises_the_accuracy_it_logs(tmp_path):
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path, bad):
     class Poisoned(Interrupting):
-        def batch(self, indices, seeds):
-            batch = super().batch(indices, seeds)
+        def __call__(self, xt, t, cond):
+            output = super().__call__(xt, t, cond)
             if self.calls == 3 and bad == "loss":
-                batch.latents[0] = torch.nan
-            if self.calls == 3 and bad == "gradient":
-                policy.trainable_module.weight.register_hook(lambda grad: grad * torch.inf)
-            return batch
+                return output * torch.nan
+            if self.calls == 3:
+                output.register_hook(lambda grad: grad * torch.inf)
+            return output
 
-    policy = TinyPolicy()
     with pytest.raises(
         UserError, match=r"step 3: the .*(loss is nan|gradient is (inf|nan)); lower learning_rate.*checkpoint-2"
     ):
-        run(tmp_path, policy=policy, data=Poisoned(0))
+        run(tmp_path, policy=Poisoned(0))
     good = checkpoints.load(tmp_path / "checkpoint-2")
     assert_close(good.weights, weights(run(tmp_path / "b", max_train_steps=2)), 0)
 
