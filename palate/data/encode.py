@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from palate.data.encoded import EncodedPairs, EncodedPictures
 from palate.data.images import check_resolution, converted, crop_position, decode_usable, square
 from palate.data.items import Columns, EncodedPair, EncodedPicture, Items
 from palate.data.pairs import LikedPicture, PreferencePair, Reader
+from palate.data.remembered import recall, remember, signature
 
 PIXELS_AT_ONCE = 2**19
 """Two pictures of 512 pixels a side, one of 768 or 1024: half a kilobyte for each in every tensor of those layers."""
@@ -68,6 +69,8 @@ def encode(
 ) -> EncodedPairs | EncodedPictures:
     """Stream pairs, or single pictures, into the cache and return their keys.
 
+    A source whose files are as they were is not read again (:mod:`palate.data.remembered`).
+
     Of pairs winners come first; labels below 1/2 are turned round.
 
     The encoders see only what the cache lacks, each picture and each prompt once, ``batch_size`` at a time (of large pictures
@@ -94,19 +97,31 @@ def encode(
         raise UserError(f"batch_size is {batch_size}, but it must be 1 or more")
     processes = processes or Processes()
     work = _Work(encoders, cache, resolution, random_flip, center_crop, dtype, batch_size, seed)
+    name = work.name_of(items) if isinstance(items, Reader) else None
+    if name is not None:
+        known = recall(cache, name, items)
+        if not processes.any(known is None or not cache.holds(known.keys)) and known is not None:
+            return _encoded(known, cache)
     everywhere = (part[0] * processes.count + processes.index, part[1] * processes.count)
     for share in (everywhere, processes.local):
         work.share = share
         found = _rounds(items, work, processes, progress)
         if part[1] > 1 or not processes.any(not cache.holds(found.keys)):
-            return EncodedPairs(found, cache) if found.pairs else EncodedPictures(found, cache)
+            if name is not None and part[1] == 1 and 0 in (processes.index, processes.local[0]):
+                remember(cache, name, found, cast("Reader", items))
+            return _encoded(found, cache)
     raise UserError(f"entries have gone from the cache folder {cache.folder} while it was filled: run again")
+
+
+def _encoded(items: Items[Any], cache: TensorCache) -> EncodedPairs | EncodedPictures:
+    return EncodedPairs(items, cache) if items.pairs else EncodedPictures(items, cache)
 
 
 def _rounds(
     items: Iterable[PreferencePair] | Iterable[LikedPicture], work: _Work, processes: Processes, progress: bool
 ) -> Items[Any]:
     """All items, once every process knows which pictures cannot be used: one sees that of its own pictures alone."""
+    known: set[str] = set()
     while True:
         columns = Columns()
         stream, about = (items.checked(work.check), items.rows_about()) if isinstance(items, Reader) else (items, None)
@@ -120,9 +135,9 @@ def _rounds(
             work.cache.flush()
         unusable = processes.union(work.unusable)
         work.cache.refresh()
-        if unusable <= work.unusable:
+        if processes.count == 1 or unusable == known:
             break
-        work.unusable |= unusable
+        known, work.unusable = unusable, set(unusable)
     if not columns:
         raise UserError("there are no preference pairs or pictures to encode: check their source")
     return Items(columns.tensors())
@@ -163,6 +178,14 @@ class _Work:
         self.unusable: set[str] = set()
         """Digests of pictures that cannot be used, as far as they are known."""
         self.decoded = functools.lru_cache(maxsize=2)(decode_usable)
+
+    def name_of(self, reader: Reader) -> str | None:
+        """The key under which the items of a reader are remembered: of all that decides theirs. None if that cannot be told."""
+        if (source := signature(reader)) is None:
+            return None
+        models = {"image_model": self.encoders.image_fingerprint, "text_model": self.encoders.text_fingerprint}
+        how = {"resolution": self.resolution, "flips": self.flips, "crop": "centre" if self.center_crop else self.seed}
+        return self.cache.key(kind="set", source=source, **models, **how, **self.common)
 
     def check(self, image: bytes) -> str:
         """Why a picture cannot be used, or nothing; one that has entries, or that another process looks at, can be."""

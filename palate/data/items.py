@@ -75,6 +75,11 @@ class Items(Sequence[Item], Generic[Item]):
         return self._columns["pictures"].shape[1] == 2
 
     @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The columns, of all rows."""
+        return self._tensors
+
+    @property
     def label(self) -> np.ndarray:
         """``(n,)``"""
         return self._columns["label"][self._rows]

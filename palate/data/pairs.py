@@ -107,6 +107,8 @@ class Reader:
         self.mapping = formats.own_names(reading.columns)
         self.voting = {"question": reading.vote_question, "weights": reading.vote_weights}
         self.counts = Counts()
+        self.followed = False
+        """Whether pictures were read that lie beside the files of rows."""
         self._opened: dict[Place, File | DamagedError] = {}
         self._described, self._shown = formats.described(source, places), set[int]()
         for place in places:
@@ -128,6 +130,10 @@ class Reader:
             except DamagedError as error:
                 self._opened[place] = error
         return self._opened[place]
+
+    def files(self) -> Iterator[File | DamagedError]:
+        """Its files, fetched as they are asked for."""
+        return map(self._open, self.places)
 
     def _rows(self) -> Iterator[tuple[File | Path, int, Row | BadValueError]]:
         for place in self.places:
@@ -160,7 +166,7 @@ class Reader:
         return selection.absolute_winners((pair.prompt, pair.pictures, pair.label) for pair in pairs)
 
     @functools.cached_property
-    def _unseen(self) -> Counter[str]:
+    def unseen(self) -> Counter[str]:
         """What the folder holds that no row shows, by reason."""
         found = formats.unread(self.source, self.places)
         found += sum((formats.unread_opinions(f) for f in self._opened.values() if isinstance(f, File)), Counter[str]())
@@ -179,7 +185,7 @@ class Reader:
         self._shown.clear()
         chosen = selection.Selection(winners, reading.deduplicate, reading.max_pairs_per_prompt)
         self.counts = counts = Counts(left_out=chosen.left_out)
-        counts.left_out.update(self._unseen)
+        counts.left_out.update(self.unseen)
         rows = self._rows()
         for file, number, row in rows:
             for item in self._read(file, number, row, check):
@@ -245,7 +251,11 @@ class Reader:
             "rater": "" if rater is None else str(rater),
             "more": formats.others(file, row) if self.keep_columns else {},
         }
-        picture = functools.partial(values.picture, home=file.home, check=check)
+
+        def picture(column: str, value: object) -> bytes:
+            self.followed |= not isinstance(value, bytes) and not (isinstance(value, dict) and value.get("bytes") is not None)
+            return values.picture(column, value, file.home, check)
+
         if "images" in layout:
             votes = values.comparisons(names, row, layout)
             # All pictures are read even if only ties show them: a row is good or bad as a whole.

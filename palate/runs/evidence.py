@@ -15,6 +15,7 @@ from palate.runs.methods import Objective
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
+    from palate.data.cache import TensorCache
     from palate.data.encoded import EncodedPairs, EncodedPictures
     from palate.data.pairs import Counts, Reader
     from palate.models.denoiser import Denoiser
@@ -52,18 +53,34 @@ def validation_reader(recipe: Recipe) -> Reader | None:
     return reader
 
 
-def encoded_of(
-    recipe: Recipe, denoiser: Denoiser, reader: Reader, validation: Reader | None
-) -> tuple[EncodedPairs | EncodedPictures, EncodedPairs | EncodedPictures | None]:
-    """What is trained on, and the held-out pairs or None; they share no prompt."""
+def cache_of(recipe: Recipe) -> TensorCache:
+    """Where encoded pictures and prompts are kept."""
     from palate.data.cache import TensorCache
+
+    limit = recipe.data.cache_limit
+    return TensorCache(recipe.data.cache_dir, None if limit is None else int(limit * 1e9))
+
+
+def encoded_of(
+    recipe: Recipe, denoiser: Denoiser, reader: Reader, validation: Reader | None, part: tuple[int, int] = (0, 1)
+) -> tuple[EncodedPairs | EncodedPictures, EncodedPairs | EncodedPictures | None]:
+    """What is trained on, and the held-out pairs or None; they share no prompt.
+
+    part: as :func:`palate.data.encode.encode` takes it.
+    """
+    import torch
+
     from palate.data.encode import encode
     from palate.data.encoded import EncodedPairs
+    from palate.training.place import meeting
 
     options = recipe.data
     encoders = denoiser.encoders()
     how: dict[str, Any] = {
-        "cache": TensorCache(options.cache_dir),
+        "cache": cache_of(recipe),
+        "dtype": {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.cache_precision],
+        "processes": meeting(),
+        "part": part,
         "resolution": resolution_of(recipe, denoiser),
         "random_flip": options.random_flip,
         "center_crop": options.center_crop,

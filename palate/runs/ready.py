@@ -38,7 +38,12 @@ def check_machine(recipe: Recipe) -> None:
     check_reporter(recipe.training.report_to)
     _check_folder(recipe.training.output_dir, "output_dir")
     if recipe.online.train_prompts is None:
-        _check_folder(recipe.data.cache_dir, "cache_dir")
+        check_cache(recipe)
+
+
+def check_cache(recipe: Recipe) -> None:
+    """Refuse a folder of the cache that cannot be made or written to, or whose disk is full."""
+    _check_folder(recipe.data.cache_dir, "cache_dir")
 
 
 def _check_folder(folder: str, name: str) -> None:
@@ -54,7 +59,10 @@ def tell_needs(recipe: Recipe, denoiser: Denoiser, reader: Reader | None) -> Non
     """
     if reader is not None and (rows := reader.rows_about()) is not None:
         wanted = rows * _bytes_a_row(recipe, denoiser, single=reader.single)
-        _tell_disk(f"the cache of encoded pictures (about {rows} rows)", wanted, recipe.data.cache_dir, "cache_dir")
+        what = f"the cache of encoded pictures (about {rows} rows)"
+        _tell_disk(what, wanted, recipe.data.cache_dir, "cache_dir")
+        if wanted > (limit := (recipe.data.cache_limit or math.inf) * GB):
+            tell(f"warning: {what} may take {wanted / GB:.1f} GB, and cache_limit is {limit / GB:g}: encoding stops there")
     if recipe.policy.train_method == "full":
         weights = 4 * sum(p.numel() for p in denoiser.network.parameters())  # float32
         # Weights, and the mean and mean square of their gradients; Adafactor keeps almost nothing.
@@ -65,11 +73,12 @@ def tell_needs(recipe: Recipe, denoiser: Denoiser, reader: Reader | None) -> Non
 
 
 def _bytes_a_row(recipe: Recipe, denoiser: Denoiser, *, single: bool) -> int:
-    """Of a row's pictures and its prompt as they are kept, in float32; many rows share them."""
+    """Of a row's pictures and its prompt as they are kept; many rows share them."""
     resolution = resolution_of(recipe, denoiser)
     pictures = (1 if single else 2) * (2 if recipe.data.random_flip else 1)
-    text = sum(4 * rows.numel() for rows in denoiser.unconditional().tensors.values())
-    return pictures * 4 * math.prod(denoiser.latent_shape(resolution, resolution)) + text
+    text = sum(rows.numel() for rows in denoiser.unconditional().tensors.values())
+    width = 4 if recipe.data.cache_precision == "fp32" else 2
+    return width * (pictures * math.prod(denoiser.latent_shape(resolution, resolution)) + text)
 
 
 def _tell_disk(what: str, wanted: int, folder: str, option: str) -> None:

@@ -70,6 +70,10 @@ class DataOptions(Reading, _Source):
     """Pairs to measure it on instead, named as ``train_data`` is; what shares a prompt with them is not trained on."""
     cache_dir: str = "~/.cache/palate"
     """Encoded pictures and prompts are kept here and reused by later runs."""
+    cache_precision: Annotated[str, OneOf("fp32", "fp16", "bf16")] = "fp32"
+    """Of what is kept there: ``fp32``, or ``fp16`` or ``bf16`` for half the room; docs/caching.md has what they change."""
+    cache_limit: Annotated[float, POSITIVE] | None = None
+    """Gigabytes that the files of ``cache_dir`` may take: encoding stops before they take more. No limit unless given."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -39,6 +39,7 @@ MAY_DIFFER = frozenset(
         "checkpoints_total_limit",
         "report_to",
         "cache_dir",
+        "cache_limit",
         "rounds",
         "sample_batch_size",
         "held_out_rewards",

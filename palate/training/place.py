@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.base.machine import processes
 from palate.base.processes import Processes
 from palate.training.fits import TrainablePolicy
 from palate.training.optimizers import Average, make_optimizer
@@ -156,6 +159,32 @@ class Place:
             self.average.load_state_dict(state["average"])
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def meeting() -> Processes:
+    """The processes that share this run, before there is a model: they wait for each other, however long one takes.
+
+    What they gather raises ``UserError`` where another of them has ended.
+    """
+    count = processes()
+    if count == 1:
+        return Processes()
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())  # of the world of processes
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # of the GPUs' own, ten minutes is the most
+
+    def gather(rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(count)]
+        try:
+            dist.all_gather(parts, rows, group=group)
+        except RuntimeError as error:
+            raise UserError("another process of this run has ended: see its message") from error
+        return torch.cat(parts)
+
+    local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Processes(dist.get_rank(), count, gather, local)
 
 
 def _accelerator(device: torch.device, mixed_precision: str) -> Accelerator:

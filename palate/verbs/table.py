@@ -9,6 +9,7 @@ GROUPS = {
         "report": "runs or comparisons as one page: palate report FOLDER [FOLDER ...]",
     },
     "data": {
+        "encode": "fill the cache before training, on any number of machines: palate encode RECIPE [--shard I/N]",
         "vote": "a page on which people judge pictures: palate vote DIR [--option value ...]",
         "label": "judges' opinions as pairs to train on: palate label DIR|PAIRS --judges '[...]' --output pairs.parquet",
         "generate": "pictures of many prompts: palate generate MODEL --prompts P --output_dir DIR [--option value ...]",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from itertools import chain
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 
@@ -20,3 +23,37 @@ def test_two_processes_train_as_one(palate, in_two_processes, tmp_path, model_di
     one, two = (load_file(Path(folder, "pytorch_lora_weights.safetensors")) for folder in ("one", "two"))
     for name in one:  # sums in another order, which AdamW's division enlarges: a twentieth of a step of 1e-3 at most
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-5)
+
+
+def shards(folder: Path) -> list[list[bytes]]:
+    """The keys of each shard of a cache."""
+    tables = [pa.ipc.open_stream(path.read_bytes()).read_all() for path in sorted(folder.glob("*.arrow"))]
+    return [table["key"].to_pylist() for table in tables]
+
+
+def test_two_processes_share_the_encoding(palate, in_two_processes, tmp_path, model_dir, pairs_dir):
+    words = ["encode", "quick.yaml", "--pretrained_model_name_or_path", str(model_dir), "--train_data", str(pairs_dir)]
+    started = in_two_processes([sys.executable, "-m", "palate", *words, "--cache_dir", "two"], cwd=tmp_path)
+    codes, said = zip(*started(300), strict=True)
+    assert codes == (0, 0), said
+    assert palate(*words, cache_dir="one")[0] == 0
+    one, two = shards(tmp_path / "one"), shards(tmp_path / "two")
+    assert sorted(chain(*two)) == sorted(chain(*one))  # each once
+    assert len(two) == 2
+    assert min(map(len, two)) >= 10  # of 41: 32 pictures, 8 prompts, and the set itself
+    # Nothing is left to do, of which another run of one process knows.
+    assert palate(*words, cache_dir="two")[0] == 0
+    assert shards(tmp_path / "two") == two
+
+
+def test_where_one_process_fails_the_other_ends_too(palate, in_two_processes, tmp_path, model_dir, pairs_dir):
+    data = shutil.copytree(pairs_dir, tmp_path / "data")
+    (data / "15-rejected.png").write_bytes(b"spoilt")
+    words = ["encode", "quick.yaml", "--pretrained_model_name_or_path", str(model_dir), "--train_data", "data"]
+    started = in_two_processes([sys.executable, "-m", "palate", *words, "--cache_dir", "cache"], cwd=tmp_path)
+    codes, said = zip(*started(300), strict=True)
+    assert codes == (2, 2), said
+    lines = sorted(errors.strip().splitlines()[-1] for errors in said)
+    assert "another process of this run has ended: see its message" in lines[0]
+    assert "row 16, column rejected" in lines[1]
+    assert sum(map(len, shards(tmp_path / "cache"))) >= 30  # what was encoded is kept
