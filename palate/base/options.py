@@ -303,9 +303,11 @@ def typed(kind: Any, value: object, name: str) -> object:
             return ()
         if dict in kinds:
             return {}
-    for origin in kinds:
+    for option in options:
+        if option is type(None):
+            continue
         try:
-            return _as(origin, value)
+            return _as(option, value)
         except (TypeError, ValueError, OverflowError):
             continue
     expected = [*(WORDS.get(k, str(k)) for k in kinds), *(["null"] if type(None) in options else [])]
@@ -319,7 +321,8 @@ def is_nothing(value: object) -> bool:
     return value is None or (isinstance(value, Sequence | Mapping) and not value)
 
 
-def _as(kind: Any, value: object) -> object:
+def _as(wanted: Any, value: object) -> object:
+    kind = typing.get_origin(wanted) or wanted
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -330,7 +333,8 @@ def _as(kind: Any, value: object) -> object:
         return tuple(_as(str, v) for v in cast("Sequence[object]", value)) if isinstance(value, Sequence) else _refuse()
     if kind is dict:
         pairs = cast("Mapping[object, object]", value).items() if isinstance(value, Mapping) else _refuse()
-        return {_as(str, k): _as(str, v) for k, v in pairs}
+        of_values = (*typing.get_args(wanted), str, str)[1]
+        return {_as(str, k): _as(of_values, v) for k, v in pairs}
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         _refuse()
     if kind is float:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from palate.base.errors import UserError
-from palate.base.files import replacing
+from palate.models.adapters import LYCORIS, LycorisLayer, kind_of, lycoris_layers
 from palate.models.denoiser import Denoiser, Kohya
-from palate.models.lora import LoraLayer, lora_layers
+from palate.models.lora import LoraLayer, held_exactly, lora_layers, lycoris_tensors, write_tensors
 
 
 def _with_one_alpha(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
@@ -69,26 +68,34 @@ def save_kohya(
     kohya = denoiser.kohya
     if kohya is None:
         raise UserError(f"kohya's scripts have no layout for LoRAs of {denoiser.card.pipeline}: use that of diffusers")
-    path, found = Path(path), lora_layers(network)
+    path, kind = Path(path), kind_of(network)
+    if kind == "dora":
+        raise UserError(
+            "programs that read kohya's layout scale a DoRA in ways of their own, so it would draw other pictures there: use "
+            "--format diffusers, or --format pipeline, which merges it"
+        )
+    if kind in LYCORIS:
+        metadata = {**_metadata(denoiser, kohya, {}, kind), **_dims(lycoris_layers(network)), **about}
+        return write_tensors(path, lycoris_tensors(denoiser, network, dtype), metadata)
+    found = lora_layers(network)
     layers = _with_one_alpha(found) if kohya.parts is None else _fused(network, found, kohya.parts)
     tensors = {}
     for module, layer in layers.items():
         name = kohya.name(module)
         tensors[f"{name}.lora_down.weight"] = layer.down.to("cpu", dtype).contiguous()
         tensors[f"{name}.lora_up.weight"] = layer.up.to("cpu", dtype).contiguous()
-        alpha = torch.tensor(layer.alpha)
-        tensors[f"{name}.alpha"] = alpha.to(dtype) if alpha.to(dtype) == alpha else alpha
-    metadata = {**_metadata(denoiser, kohya, layers), **about}
-
-    def write(partial: str) -> None:
-        Path(partial).mkdir()
-        save_file(tensors, Path(partial) / path.name, metadata={"format": "pt", **metadata})
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return replacing(path, write, path.name)
+        tensors[f"{name}.alpha"] = held_exactly(layer.alpha, dtype)
+    return write_tensors(path, tensors, {**_metadata(denoiser, kohya, layers), **about})
 
 
-def _metadata(denoiser: Denoiser, kohya: Kohya, layers: Mapping[str, LoraLayer]) -> dict[str, str]:
+def _dims(layers: Mapping[str, LycorisLayer]) -> dict[str, str]:
+    return {
+        "ss_network_dim": _one_of({layer.dim or 0 for layer in layers.values()}),
+        "ss_network_alpha": _one_of({layer.alpha for layer in layers.values()}),
+    }
+
+
+def _metadata(denoiser: Denoiser, kohya: Kohya, layers: Mapping[str, LoraLayer], algo: str | None = None) -> dict[str, str]:
     """``ss_*`` names as kohya's scripts write them, ``modelspec.*`` as the specification has them (Stability-AI/ModelSpec)."""
     linear, conv = ([x for x in layers.values() if (x.down.ndim == 4) is wanted] for wanted in (False, True))
     shape = {
@@ -97,9 +104,9 @@ def _metadata(denoiser: Denoiser, kohya: Kohya, layers: Mapping[str, LoraLayer])
     }
     more = {"conv_dim": _one_of({x.down.shape[0] for x in conv}), "conv_alpha": _one_of({x.alpha for x in conv})}
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if algo else "networks.lora",
         **shape,
-        "ss_network_args": json.dumps(more if conv else {}),
+        "ss_network_args": json.dumps({"algo": algo} if algo else more if conv else {}),
         "ss_base_model_version": kohya.version,
         "ss_v2": str(kohya.second),
         "ss_sd_model_name": Path(denoiser.name).name,

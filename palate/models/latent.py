@@ -17,10 +17,11 @@ from palate.base.errors import UserError
 from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import FLOW, RectifiedFlow, Schedule, from_config
+from palate.models.adapters import is_adapter
 from palate.models.denoiser import Card, Features, Kohya
 from palate.models.drawing import Drawing, check_strength
 from palate.models.fit import Config, check_class, check_sampler, check_steps, text_config
-from palate.models.parts import LORA, Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
+from palate.models.parts import Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
 from palate.models.refiner import Refiner
 
 
@@ -290,7 +291,7 @@ class Latent(ABC):
     ) -> Tensor:
         """Scaled latents of one batch."""
         # Of a weight that no LoRA reaches, for those are float32.
-        weight = next(x for name, x in getattr(pipeline, self.part).named_parameters() if LORA not in name)
+        weight = next(x for name, x in getattr(pipeline, self.part).named_parameters() if not is_adapter(name))
         given, away = (self._prompts[texts].to(weight.device, weight.dtype) for texts in (prompts, negatives))
         square = {"height": drawing.resolution, "width": drawing.resolution}
         found = pipeline(

@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.files import replacing
+from palate.models.adapters import is_adapter, kind_of, targets_of, tuner_layers
 from palate.models.denoiser import Denoiser
-from palate.models.lora import LoraLayer, lora_layers, save_lora
-from palate.models.parts import LORA
+from palate.models.lora import LoraLayer, adapter_layers, save_lora
 from palate.models.quantised import is_quantised
 from palate.models.rounding import to_dtype
 
 
 @contextmanager
-def _of_dtype(module: nn.Module, dtype: torch.dtype, only: str = "") -> Iterator[None]:
-    kept = {name: p.data for name, p in module.named_parameters() if only in name}
+def _adapter_of_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    kept = {name: p.data for name, p in module.named_parameters() if is_adapter(name)}
     parameters = dict(module.named_parameters())
     for name, tensor in kept.items():
         parameters[name].data = tensor.to(dtype)
@@ -37,13 +37,14 @@ def _of_dtype(module: nn.Module, dtype: torch.dtype, only: str = "") -> Iterator
 
 def save_diffusers(denoiser: Denoiser, network: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write the LoRA of ``network`` for ``load_lora_weights``; returns the file."""
-    with _of_dtype(network, dtype, LORA):
+    with _adapter_of_dtype(network, dtype):
         return save_lora(denoiser, network, folder)
 
 
 def before_merging(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights that a LoRA is about to change, as ``dtype`` holds them, by their names after :func:`merge`."""
-    names = [name for name, layer in lora_layers(network).items() if not layer.idle]
+    # The magnitudes of a DoRA change weights too.
+    names = [name for name, layer in adapter_layers(network).items() if not layer.idle or kind_of(network) == "dora"]
     return {f"{n}.weight": network.get_parameter(f"{n}.base_layer.weight").detach().to(dtype, copy=True) for n in names}
 
 
@@ -60,7 +61,7 @@ def merge(network: nn.Module) -> nn.Module:
     """
     if is_quantised(network):
         raise ValueError("a LoRA is merged into whole weights, not into quantised ones")
-    if lora_layers(network):
+    if tuner_layers(network):
         network.fuse_lora()  # type: ignore[operator]
         network.unload_lora()  # type: ignore[operator]
     return network
@@ -140,9 +141,7 @@ def extract_lora(
     if not total:
         raise UserError(f"the tuned {denoiser.part_name} is that of {denoiser.name}: there is no change to extract")
     targets = tuple(denoiser.lora_targets[layers])
-    names = [
-        n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and f".{n}".endswith(_suffixes(targets))
-    ]
+    names = targets_of(network, targets)
     found, covered, held = {}, 0.0, 0.0
     for name in tqdm(names, desc="singular values", disable=not progress):
         change = after[f"{name}.weight"].float() - before[f"{name}.weight"].float()
@@ -165,10 +164,6 @@ def extract_lora(
         module.lora_A["default"].weight.data = layer.down
         module.lora_B["default"].weight.data = layer.up
     return Extraction(len(found), (min(ranks.values()), greatest), held / covered, held / total)
-
-
-def _suffixes(targets: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f".{target}" for target in targets)
 
 
 def _nearest(change: Tensor, rank: int | None, energy: float | None) -> tuple[LoraLayer, float]:

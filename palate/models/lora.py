@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from palate.base.errors import UserError, first_line
 from palate.base.files import replacing
 from palate.base.machine import tell
+from palate.models.adapters import LYCORIS, LycorisLayer, is_adapter, kind_of, lycoris_layers, put_lycoris
 from palate.models.denoiser import Denoiser, Drawer, Kohya
 from palate.models.files import LORA_FILE, lora_in
 from palate.models.lora_file import (
@@ -35,7 +36,7 @@ from palate.models.lora_file import (
     stem_of,
     told_config,
 )
-from palate.models.parts import LORA, read_part
+from palate.models.parts import read_part
 
 
 def tuned(denoiser: Drawer, path: Path) -> nn.Module:
@@ -99,7 +100,7 @@ def load_lora(denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: b
     _tell_idle(file, layers)
     _put(denoiser, parts, file, layers, "default")
     for name, parameter in network.named_parameters():
-        if LORA in name:
+        if is_adapter(name):
             parameter.data = parameter.data.float()
 
 
@@ -214,6 +215,9 @@ def _put(denoiser: Drawer, parts: dict[str, nn.Module], file: Path, layers: Sequ
     for part, of_part in by_part.items():
         for module, layer in of_part.items():
             weight = _base(parts[part].get_submodule(module)).weight.shape
+            if layer.lycoris is not None:
+                _check_product(denoiser, file, module, layer.lycoris, weight)
+                continue
             _as_there(layer.tensors, len(weight))
             _check_shape(denoiser, file, module, layer, weight)
     if lost:
@@ -242,7 +246,8 @@ def _base(module: nn.Module) -> Any:
 def _table(denoiser: Drawer, module: nn.Module, *, network: bool) -> dict[str, str]:
     """The layers that can have a LoRA, by all names with underscores that programs have for them."""
     wanted = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    names = [n for n, m in module.named_modules() if isinstance(_base(m), wanted) and ".base_layer" not in n and LORA not in n]
+    layers = ((n, m) for n, m in module.named_modules() if ".base_layer" not in n and not is_adapter(n))
+    names = [n for n, m in layers if isinstance(_base(m), wanted)]
     found = {name.replace(".", "_"): name for name in names}
     kohya = _one_to_one(denoiser) if network else None
     if kohya is None:
@@ -279,6 +284,19 @@ def _check_shape(denoiser: Drawer, file: Path, module: str, layer: Layer, weight
             raise UserError(f"{where}: its {role} holds {layer.tensors[role].numel()} numbers; expected {weight[0]}")
 
 
+def _check_product(denoiser: Drawer, file: Path, module: str, layer: LycorisLayer, weight: torch.Size) -> None:
+    where = f"{file} cannot be put into {denoiser.name}: size mismatch for {module}"
+    try:
+        found = tuple(layer.product().shape)
+    except RuntimeError as error:
+        raise UserError(f"{where}: its matrices do not fit each other ({first_line(error)}); the file is damaged") from None
+    if found != (weight[0], weight[1:].numel()):
+        raise UserError(
+            f"{where}: it changes weights of {_shape(found)}, the model has {_shape(weight)} there. "
+            "Was it trained for another family of models?"
+        )
+
+
 def _shape(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
 
@@ -288,6 +306,17 @@ def _inject(denoiser: Drawer, model: nn.Module, part: str, file: Path, layers: M
     from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import set_peft_model_state_dict
 
+    kinds = {layer.kind for layer in layers.values()} | {kind_of(model, name) for name in getattr(model, "peft_config", {})}
+    if kinds & {*LYCORIS} and len(kinds) > 1:
+        raise UserError(
+            f"{file} cannot be put beside what is there: {' and '.join(sorted(map(str, kinds)))} do not mix in one model; "
+            "merge one of them first (palate export --format pipeline)"
+        )
+    lycoris = {module: layer.lycoris for module, layer in layers.items() if layer.lycoris is not None}
+    if lycoris:
+        told_config(file, part)  # which refuses PEFT's own files: they keep the strength elsewhere
+        put_lycoris(model, lycoris, adapter)
+        return
     state = _state(layers, one := _one_alpha(layers.values()))
     try:
         config = LoraConfig(**_config(layers, one, told_config(file, part)))
@@ -351,7 +380,7 @@ def _config(layers: Mapping[str, Layer], one: float | None, told: dict[str, Any]
 
 def _check_arrived(denoiser: Drawer, model: nn.Module, file: Path, state: Mapping[str, Tensor], adapter: str) -> None:
     found = {
-        name.replace(f".{adapter}", ""): p for name, p in model.named_parameters() if LORA in name and f".{adapter}" in name
+        name.replace(f".{adapter}", ""): p for name, p in model.named_parameters() if is_adapter(name) and f".{adapter}" in name
     }
     found = {name.removesuffix(".weight") if "magnitude" in name else name: p for name, p in found.items()}
     wrong = [n for n in state if n not in found or not _same(found[n], state[n])] + [n for n in found if n not in state]
@@ -367,16 +396,52 @@ def _same(ours: Tensor, given: Tensor) -> bool:
 
 
 def save_lora(denoiser: Denoiser, network: nn.Module, folder: str | Path) -> Path:
-    """Write the LoRA of ``network`` in diffusers' layout, with alpha in its metadata; returns the file."""
+    """Write the LoRA of ``network`` in diffusers' layout, with alpha in its metadata; returns the file.
+
+    A LoHa or LoKr, for which diffusers has no layout, is written in LyCORIS's.
+    """
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if lycoris_layers(network):
+        return write_tensors(folder / LORA_FILE, lycoris_tensors(denoiser, network), {})
     weights, metadata = get_peft_model_state_dict(network), _collate_lora_metadata({denoiser.part: network})
     for told in metadata.values():
         told["target_modules"] = sorted(told["target_modules"])  # of a set, whose order is another in every process
     return replacing(folder / LORA_FILE, lambda partial: denoiser.save_lora(partial, weights, metadata), LORA_FILE)
+
+
+def lycoris_tensors(denoiser: Denoiser, network: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The LoHa or LoKr of a network by the names of LyCORIS, which ComfyUI and A1111 read."""
+    kohya = denoiser.kohya
+    if kohya is None or kohya.parts is not None:
+        raise ValueError(f"the layers of {denoiser.card.pipeline} have no names of their own there: see check_adapter")
+    tensors: dict[str, Tensor] = {}
+    for module, layer in lycoris_layers(network).items():
+        name = kohya.name(module)
+        for part, matrix in layer.matrices.items():
+            tensors[f"{name}.{layer.mark}_{part}"] = matrix.to("cpu", dtype).contiguous()
+        tensors[f"{name}.alpha"] = held_exactly(layer.alpha, dtype)
+    return tensors
+
+
+def held_exactly(number: float, dtype: torch.dtype) -> Tensor:
+    """A number in ``dtype`` where that holds it, otherwise in float32."""
+    exact = torch.tensor(float(number))
+    return exact.to(dtype) if exact.to(dtype) == exact else exact
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """One safetensors file, whole or not at all; returns it."""
+
+    def write(partial: str) -> None:
+        Path(partial).mkdir()
+        save_file(dict(tensors), Path(partial) / path.name, metadata={"format": "pt", **metadata})
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return replacing(path, write, path.name)
 
 
 @dataclass(frozen=True)
@@ -391,6 +456,10 @@ class LoraLayer:
     def alpha(self) -> float:
         """What a reader divides by the rank to get the scale."""
         return self.scale * self.down.shape[0]
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self.down, self.up
 
     @property
     def idle(self) -> bool:
@@ -408,3 +477,8 @@ def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:
             down, up = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))  # type: ignore[union-attr]
             found[name] = LoraLayer(down, up, float(module.scaling["default"]))
     return found
+
+
+def adapter_layers(network: nn.Module) -> dict[str, LoraLayer] | dict[str, LycorisLayer]:
+    """The trained matrices of a network, of whichever kind, by the name of the layer."""
+    return lycoris_layers(network) or lora_layers(network)

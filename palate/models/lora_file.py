@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from palate.base.errors import UserError, first_line, short
 from palate.base.hub import is_hub_id
+from palate.models.adapters import MATRICES, LycorisLayer
 from palate.models.files import LORA_FILE, lora_in
 
 ADAPTER = r"(?:\.[^.]+)?"
@@ -31,13 +31,13 @@ ROLES = {
     "bias": rf"\.lora_B{ADAPTER}\.bias",
     "magnitude": rf"\.lora_magnitude_vector(?:{ADAPTER}\.weight)?",
     "alpha": r"\.alpha",
+    **{f"{mark}_{part}": rf"\.{mark}_{part}{ADAPTER}" for mark, parts in MATRICES.items() for part in parts},
 }
 """How the names of a layer's tensors end, by what they are; PEFT also writes the name of the adapter, such as ``default``."""
+MATRIX_ROLES = ("down", *(role for role in ROLES if role.startswith(tuple(MATRICES))))
 END = re.compile(f"(?:{'|'.join(f'(?P<{role}>{end})' for role, end in ROLES.items())})$")
 
 OTHER_KINDS = {
-    "a LoHa (LyCORIS)": (".hada_",),
-    "a LoKr (LyCORIS)": (".lokr_",),
     "a DoRA in kohya's layout": (".dora_scale",),
     "a file with whole differences of weights": (".diff", ".diff_b", ".set_weight"),
     "an OFT": (".oft_", ".boft_", ".oft_blocks", ".oft_diag"),
@@ -128,13 +128,31 @@ class Layer:
         return float(self.tensors["alpha"]) if "alpha" in self.tensors else None
 
     @property
+    def lycoris(self) -> LycorisLayer | None:
+        """Its matrices, where it is of a LoHa or LoKr; without an alpha, or a rank to divide it by, its strength is 1."""
+        for mark in MATRICES:
+            if found := {role.removeprefix(f"{mark}_"): t for role, t in self.tensors.items() if role.startswith(f"{mark}_")}:
+                layer = LycorisLayer(mark, found)
+                return layer if None in (self.alpha, layer.dim) else LycorisLayer(mark, found, self.alpha / layer.dim)
+        return None
+
+    @property
+    def kind(self) -> str:
+        found = self.lycoris
+        return {"hada": "loha", "lokr": "lokr"}[found.mark] if found else "dora" if "magnitude" in self.tensors else "lora"
+
+    @property
     def idle(self) -> bool:
         """Whether it changes nothing."""
+        if (found := self.lycoris) is not None:
+            return found.idle
         return self.alpha == 0 or not (self.tensors["down"].any() and self.tensors["up"].any())
 
     @property
     def dead(self) -> bool:
         """Whether it changes nothing and cannot learn to: the gradient of either matrix is a multiple of the other."""
+        if (found := self.lycoris) is not None:
+            return found.dead
         return self.alpha == 0 or not (self.tensors["down"].any() or self.tensors["up"].any())
 
 
@@ -174,8 +192,8 @@ def check_kind(file: Path, names: Sequence[str]) -> None:
     for kind in OTHER_KINDS:
         if of_kind := [name for name in names if kinds[name] == kind]:
             raise UserError(
-                f"{file} is {kind}, or holds parts of one ({_such(of_kind, names)}): only plain LoRA and LoCon are read. "
-                "Merge it into the model with the program that made it, and give that model"
+                f"{file} is {kind}, or holds parts of one ({_such(of_kind, names)}): only LoRA, LoCon, DoRA, LoHa and LoKr are "
+                "read. Merge it into the model with the program that made it, and give that model"
             )
 
 
@@ -192,23 +210,21 @@ def check_names(file: Path, names: Sequence[str], *, trained: bool) -> None:
 
 
 def _check_alphas(file: Path, names: Sequence[str]) -> None:
-    ends = Counter(map(_role, names))
-    if 0 < ends["alpha"] < ends["down"]:
-        raise UserError(
-            f"{file} has an alpha for {ends['alpha']} of its {ends['down']} layers: the strength of the others is not known"
-        )
+    with_alpha, layers = ({placed(stem_of(n)) for n in names if _role(n) in roles} for roles in (("alpha",), MATRIX_ROLES))
+    if with_alpha and (without := layers - with_alpha):
+        has = len(layers) - len(without)
+        raise UserError(f"{file} has an alpha for {has} of its {len(layers)} layers: the strength of the others is not known")
 
 
 def _check_trained(file: Path, names: Sequence[str]) -> None:
     roles = {name: _role(name) for name in names}
     of_text = [n for n in names if placed(stem_of(n))[0] is not None]
-    dora = [n for n in names if roles[n] == "magnitude"]
     biases = [n for n in names if roles[n] == "bias"]
-    for others, what in ((dora, "is a DoRA"), (biases, "has biases"), (of_text, "changes a text encoder")):
+    for others, what in ((biases, "has biases"), (of_text, "changes a text encoder")):
         if others:
             raise UserError(
                 f"{file} {what}, and so also changes what is not trained here ({_such(others, names)}): "
-                "give a plain LoRA of the network alone"
+                "give one of the network alone"
             )
 
 
@@ -260,6 +276,9 @@ def layers_of(file: Path, tensors: Mapping[str, Tensor]) -> list[Layer]:
             raise UserError(f"{file} holds {short_name(name)} twice, under another name too; it is damaged")
         layer.tensors[role] = tensor
     for layer in layers.values():
+        if layer.lycoris is not None:
+            _check_factors(file, layer)
+            continue
         _check_halves(file, layer, tensors)
         if "mid" in layer.tensors:
             _fold(layer.tensors)
@@ -286,6 +305,21 @@ def _check_halves(file: Path, layer: Layer, tensors: Mapping[str, Tensor]) -> No
                 f"{file} cannot be used: {short_name(layer.named + end)} is missing, the other half of "
                 f"{short_name(next((n for n in names if _role(n) == there), names[0]))}"
             )
+
+
+def _check_factors(file: Path, layer: Layer) -> None:
+    """Both factors are there, each whole or as two matrices, and nothing else is."""
+    found = layer.lycoris
+    assert found is not None
+    given = {role for role in layer.tensors if role != "alpha"}
+    wanted: set[str] = set()
+    for number in "12":
+        pair = {f"{found.mark}_w{number}_{half}" for half in "ab"}
+        whole = f"{found.mark}_w{number}"
+        wanted |= {whole} if whole in given else pair | (given & {f"{found.mark}_t{number}"})
+    if wrong := sorted(wanted ^ given):
+        what = "is missing" if wrong[0] in wanted else "has no place beside the others"
+        raise UserError(f"{file} cannot be used: {short_name(f'{layer.named}.{wrong[0]}')} {what}")
 
 
 def _fold(tensors: dict[str, Tensor]) -> None:
@@ -316,16 +350,17 @@ def told_config(file: Path, part: str) -> dict[str, Any] | None:
 def _check_told(file: Path, told: Mapping[str, Any]) -> None:
     """Raise ``UserError`` if a configuration tells of what only its own program can do, or holds what is no such value."""
     if (kind := told.get("peft_type") or "LORA") != "LORA":
-        raise UserError(f"{file} tells that it is of kind {short(kind, 40)}: only plain LoRA and LoCon are read")
+        raise UserError(
+            f"{file} tells that it is of kind {short(kind, 40)}: in PEFT's layout only LoRA and DoRA are read, LoHa and LoKr in "
+            "that of LyCORIS"
+        )
     if (start := told.get("init_lora_weights", True)) not in STARTS:
         raise UserError(
             f"{file} began from changed weights of its model (init_lora_weights {short(start, 40)}), without which it is not "
             "what was trained: save it as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
     if more := [name for name in BESIDE if told.get(name)]:
-        raise UserError(
-            f"{file} is more than a LoRA ({more[0]} {short(told[more[0]], 40)}): only plain LoRA and LoCon are read"
-        )
+        raise UserError(f"{file} is more than a LoRA ({more[0]} {short(told[more[0]], 40)}): only LoRA and DoRA are read")
     for name, expected in TOLD.items():
         if name in told and not _is_told(name, told[name]):
             raise UserError(f"{file} tells {name} {short(told[name], 40)}; expected {expected}: save it again")

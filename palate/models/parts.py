@@ -19,9 +19,6 @@ from palate.diffusion.denoising import Conditioning
 from palate.models.fit import check_class
 from palate.models.quantised import quantise
 
-LORA = ".lora_"
-"""In the names of all of a LoRA's parameters, and of no others."""
-
 
 class Source:
     """A pipeline folder or hub id, and the device its parts go to.

@@ -14,9 +14,10 @@ from palate.base.errors import UserError
 from palate.base.files import replacing
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
+from palate.models.adapters import Adapter, is_adapter
 from palate.models.denoiser import Denoiser, features_of
 from palate.models.lora import load_lora, save_lora
-from palate.models.parts import LORA, digest
+from palate.models.parts import digest
 
 OLD = "old/"
 """Names of the old policy's tensors begin so."""
@@ -30,7 +31,7 @@ def twin(module: nn.Module, *, share: bool) -> nn.Module:
     """
     memo: dict[int, object] = {}
     if share:
-        memo = {id(x): x for name, x in (*module.named_parameters(), *module.named_buffers()) if LORA not in name}
+        memo = {id(x): x for name, x in (*module.named_parameters(), *module.named_buffers()) if not is_adapter(name)}
     return copy.deepcopy(module, memo)
 
 
@@ -41,6 +42,7 @@ class Policy:
         denoiser: the model; its network is changed in place.
         kind: ``lora`` or ``full``.
         rank: of the LoRA matrices.
+        adapter: LoRA or a variant of it, and its patterns.
         lora_layers: ``attention`` (the published recipes), or ``all`` for the linear and convolution layers of all blocks.
         lora_alpha: strength; ``rank`` unless given, so that readers that ignore alpha get the trained strength.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
@@ -58,6 +60,7 @@ class Policy:
         rank: int = 16,
         lora_alpha: float | None = None,
         lora_layers: str = "attention",
+        adapter: Adapter | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
         pretrained_lora: str | Path | None = None,
@@ -78,19 +81,12 @@ class Policy:
             self.frozen = twin(network, share=True).requires_grad_(False)
             self.rank = network.peft_config["default"].r
             for name, parameter in network.named_parameters():
-                parameter.requires_grad_(LORA in name)
+                parameter.requires_grad_(is_adapter(name))
         else:
-            from peft import LoraConfig
-
             if rank < 1:
                 raise UserError(f"rank is {rank}; expected at least 1")
             self.frozen = twin(network, share=True)
-            config = LoraConfig(
-                r=rank,
-                lora_alpha=rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
-                init_lora_weights="gaussian",
-                target_modules=list(denoiser.lora_targets[lora_layers]),
-            )
+            config = (adapter or Adapter()).config(rank, lora_alpha, denoiser.lora_targets[lora_layers])
             with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
                 torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
                 network.add_adapter(config)
@@ -158,7 +154,7 @@ class Policy:
     def _old_weights(self) -> dict[str, Tensor]:
         if self._old is None:
             return {}
-        return {OLD + name: p.detach() for name, p in self._old.named_parameters() if LORA in name}
+        return {OLD + name: p.detach() for name, p in self._old.named_parameters() if is_adapter(name)}
 
     def features(self, x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
         """Features of the frozen model's encoder half; gradients flow to ``x``, never to weights."""

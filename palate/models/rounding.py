@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from palate.base.errors import UserError
+from palate.models.adapters import LycorisLayer
 from palate.models.lora import LoraLayer
 
 COARSE = 0.05
@@ -19,7 +20,7 @@ def called(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
 
 
-def check_lora(layers: Mapping[str, LoraLayer], dtype: torch.dtype) -> list[str]:
+def check_lora(layers: Mapping[str, LoraLayer] | Mapping[str, LycorisLayer], dtype: torch.dtype) -> list[str]:
     """What rounding a LoRA to ``dtype`` loses, in sentences.
 
     Raises:
@@ -28,9 +29,9 @@ def check_lora(layers: Mapping[str, LoraLayer], dtype: torch.dtype) -> list[str]
     held = {name: layer for name, layer in layers.items() if not layer.idle}
     if not held:
         raise UserError("the LoRA changes nothing (its matrices, or their alphas, are 0): there is nothing to export")
-    errors = {name: _error(layer.down, dtype) + _error(layer.up, dtype) for name, layer in held.items()}
+    errors = {name: sum(_error(x, dtype) for x in layer.held) for name, layer in held.items()}
     _check_overflow([name for name, error in errors.items() if not error < torch.inf], len(layers), "layers", dtype)
-    lost = [name for name, x in held.items() if not (x.down.to(dtype).any() and x.up.to(dtype).any())]
+    lost = [name for name, x in held.items() if not all(part.to(dtype).any() for part in x.held)]
     return _lost(lost, len(held), "layers", dtype) + _coarse([e for n, e in errors.items() if n not in lost], dtype)
 
 

@@ -101,7 +101,8 @@ def _front(recipe: Recipe, denoiser: Denoiser) -> dict[str, object]:
 def _lora(out: Path, recipe: Recipe) -> str:
     """What the LoRA is; a continued one has a rank of its own, whatever the recipe says."""
     if recipe.policy.pretrained_lora is None:
-        return f"a LoRA of rank {recipe.policy.rank}"
+        kind = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}[recipe.policy.lora_kind]
+        return f"a {kind} of rank {recipe.policy.rank}"
     with safe_open(out / LORA_FILE, "pt") as opened:
         ranks = {opened.get_slice(name).get_shape()[0] for name in opened.keys() if "lora_A" in name}  # noqa: SIM118
     rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"

@@ -118,11 +118,11 @@ def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.
     import torch
 
     from palate.models import kohya, layouts
-    from palate.models.lora import lora_layers
+    from palate.models.lora import adapter_layers
     from palate.models.rounding import check_lora, check_weights
 
     denoiser, network = found.load_tuned()
-    layers = lora_layers(network)
+    layers = adapter_layers(network)
     told = check_lora(layers, torch.float32 if options.format in MERGED else dtype) if layers else []
     if options.format in MERGED:
         before = layouts.before_merging(network, dtype) if layers else layouts.changed_weights(denoiser.network, network)
@@ -140,7 +140,7 @@ def _written(found: NamedModel, out: Path, options: ExportOptions, dtype: torch.
     extraction = layouts.extract_lora(
         denoiser, network, rank=rank, energy=options.energy, layers=options.lora_layers, progress=progress
     )
-    told = check_lora(lora_layers(denoiser.network), dtype)
+    told = check_lora(adapter_layers(denoiser.network), dtype)
     files = [layouts.save_diffusers(denoiser, denoiser.network, out, dtype=dtype)]
     if denoiser.kohya is not None:
         files.append(kohya.save_kohya(denoiser, denoiser.network, out / KOHYA_FILE, dtype=dtype, about=about))

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from palate.base.machine import processes
+from palate.models.adapters import Adapter, check_adapter
 from palate.runs.methods import check_space
 from palate.runs.models import load_base
 from palate.runs.recipe import Recipe
@@ -27,6 +28,7 @@ def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
         rank=recipe.policy.rank,
         lora_alpha=recipe.policy.lora_alpha,
         lora_layers=recipe.policy.lora_layers,
+        adapter=adapter_of(recipe),
         gradient_checkpointing=recipe.policy.gradient_checkpointing,
         seed=recipe.training.seed,
         pretrained_lora=recipe.policy.pretrained_lora,
@@ -49,6 +51,11 @@ def references_of(recipe: Recipe, policy: Policy) -> References | None:
         "precision": [options.mixed_precision, recipe.model.quantize],
     }
     return References(TensorCache(recipe.data.cache_dir), about, targets=options.keep_targets, together=processes() > 1)
+
+
+def adapter_of(recipe: Recipe) -> Adapter:
+    options = recipe.policy
+    return Adapter(options.lora_kind, options.use_rslora, options.lora_dropout, options.rank_pattern, options.alpha_pattern)
 
 
 def resolution_of(recipe: Recipe, denoiser: Denoiser) -> int:
@@ -100,4 +107,6 @@ def denoiser_of(recipe: Recipe) -> Denoiser:
         full=recipe.policy.train_method == "full",
     )
     check_space(recipe.space, denoiser)
+    if recipe.policy.train_method == "lora" and recipe.policy.pretrained_lora is None:
+        check_adapter(denoiser, adapter_of(recipe), denoiser.lora_targets[recipe.policy.lora_layers])
     return denoiser

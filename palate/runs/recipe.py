@@ -93,6 +93,8 @@ class Recipe:
         arithmetic = Arithmetic.of(self.online, evidence)
         if self.method.auto_beta:
             raise UserError("beta auto is chosen from pairs that are there before training: name a number in online training")
+        if self.policy.lora_dropout:
+            raise UserError("lora_dropout would make the updates see another model than the one that drew: leave it out")
         if self.training.caption_dropout:
             raise UserError("caption_dropout is for training on pictures that were not drawn from the prompt: leave it out")
         if self.objective["name"] == "ddpo_sf" and arithmetic.updates > 1:
@@ -173,6 +175,9 @@ ELSEWHERE = {
     **dict.fromkeys(("model", "model_name_or_path", "pretrained_model"), "pretrained_model_name_or_path"),
     **dict.fromkeys(("network_dim", "lora_rank", "lora_r"), "rank"),
     "network_alpha": "lora_alpha",
+    "network_dropout": "lora_dropout",
+    "use_dora": "write --lora_kind dora",
+    **dict.fromkeys(("algo", "network_module", "network_algo"), "lora_kind"),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "train_batch_size"),
     **dict.fromkeys(("max_steps", "num_train_steps", "max_training_steps"), "max_train_steps"),
     **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),

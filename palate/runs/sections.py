@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from palate.base.errors import UserError
@@ -22,6 +22,10 @@ from palate.base.options import (
     check_ranges,
 )
 from palate.data.options import Reading
+from palate.models.adapters import KINDS, LYCORIS
+
+SHARE_DROPPED = Range(at_least=0, below=1, expected="0 or more, and below 1")
+ADAPTER_OPTIONS = {"lora_kind": "lora", "use_rslora": False, "lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
 
 HELD_OUT = "held-out"
 """As ``evaluation_prompts``: those of the data that are not trained on."""
@@ -98,11 +102,33 @@ class PolicyOptions:
     """Strength of the LoRA is lora_alpha / rank; equal to rank unless given."""
     lora_layers: Annotated[str, OneOf("attention", "all")] = "attention"
     """``attention``, or ``all``: also the feed-forward and convolution layers, nearer to full training."""
+    lora_kind: Annotated[str, OneOf(*KINDS)] = "lora"
+    """``lora``; ``dora``, which also learns the length of every row of weights; ``loha`` or ``lokr``, which change weights in
+    more directions with as few numbers, in LyCORIS's layout."""
+    use_rslora: bool = False
+    """Strength is lora_alpha / sqrt(rank): higher ranks learn as fast as low ones."""
+    lora_dropout: Annotated[float, SHARE_DROPPED] = 0.0
+    """Share of a LoRA's inputs that is left out at random in each update."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of layers whose name ends so, such as ``{to_v: 32}``; PEFT's regular expressions. The strength stays."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """The same for lora_alpha."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third slower, far less memory."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        given = [name for name in ADAPTER_OPTIONS if getattr(self, name) not in (ADAPTER_OPTIONS[name], {})]
+        if given and self.train_method != "lora":
+            raise UserError(f"{given[0]} is of a LoRA, but train_method is {self.train_method}: leave it out")
+        if given and self.pretrained_lora is not None:
+            raise UserError(f"pretrained_lora goes on as it is: leave {given[0]} out")
+        if self.lora_kind in LYCORIS and (self.use_rslora or self.lora_dropout):
+            name = "use_rslora" if self.use_rslora else "lora_dropout"
+            raise UserError(f"{name} is of lora and dora, not of {self.lora_kind}: leave it out")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if wrong := [key for key, value in getattr(self, name).items() if not value > 0]:
+                raise UserError(f"{name} gives {wrong[0]!r} {getattr(self, name)[wrong[0]]}; expected a number above 0")
         if self.pretrained_lora is not None and self.train_method != "lora":
             raise UserError("pretrained_lora continues a LoRA, but train_method is full; use lora, or merge the LoRA first")
 

@@ -199,7 +199,9 @@ def _finish(found: Assembled, denoiser: Denoiser, policy: Policy, command: str) 
     recipe, out = found.recipe, found.out
     written = policy.save(out)
     tell(f"wrote {written}")
-    if recipe.policy.train_method == "lora" and denoiser.kohya is not None:
+    if recipe.policy.train_method == "lora" and recipe.policy.lora_kind == "dora":
+        tell("for ComfyUI and A1111, which scale a DoRA in ways of their own, merge it: palate export ... --format pipeline")
+    elif recipe.policy.train_method == "lora" and denoiser.kohya is not None:
         from palate.models.kohya import save_kohya
 
         twin = save_kohya(denoiser, policy.trainable_module, out / KOHYA_FILE, about=about_training(recipe, out.resolve().name))

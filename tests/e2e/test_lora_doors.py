@@ -71,7 +71,7 @@ REFUSED = {
         "unet.down_blocks.9.attentions.0.to_q.lora_A.weight": torch.ones(2, 8),
         "unet.down_blocks.9.attentions.0.to_q.lora_B.weight": torch.ones(8, 2),
     },
-    "a LoHa (LyCORIS)": {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(8, 2)},
+    "an OFT": {"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": torch.ones(2, 4, 4)},
     "a DoRA in kohya's layout": {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(8, 1)},
     "with whole differences of weights": {"diffusion_model.conv_in.diff_b": torch.ones(8)},
 }

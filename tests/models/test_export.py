@@ -163,7 +163,7 @@ def test_alphas_and_metadata_of_the_kohya_twin(folder, tmp_path):
 def test_a_full_disk_leaves_what_was_there(model_dir, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    from palate.models import kohya
+    from palate.models import lora
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_what_was_there(model_dir, tmp_path, monkeypatch):
     policy = Policy(denoiser, rank=2)
     path = save_kohya(denoiser, policy.trainable_module, tmp_path / KOHYA_FILE, about={})
     before = path.read_bytes()
-    monkeypatch.setattr(kohya, "save_file", full)
+    monkeypatch.setattr(lora, "save_file", full)
     with pytest.raises(UserError, match="cannot be written"):
         save_kohya(denoiser, policy.trainable_module, path, about={})
     assert [p.name for p in tmp_path.iterdir()] == [KOHYA_FILE]

@@ -232,8 +232,7 @@ def test_a_dora_of_peft_is_drawn_with_by_its_magnitudes(model_dir, tmp_path):
     expected = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True)
     x = rand(5, into)
     torch.testing.assert_close(denoiser.network.get_submodule(name)(x), x @ expected.T, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match=r"is a DoRA, .* not trained here \(1 of its 3 tensors"):
-        find_lora(file)
+    assert find_lora(file) == file  # it may be trained on
 
 
 def test_biases_are_drawn_with(model_dir, tmp_path):
@@ -341,8 +340,6 @@ def refusals(model_dir, tmp_path):
 
 KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 KINDS = {
-    "a LoHa": {f"{KEY}.hada_w1_a": (8, 4), f"{KEY}.hada_w1_b": (4, 8), f"{KEY}.hada_w2_a": (8, 4), f"{KEY}.hada_w2_b": (4, 8)},
-    "a LoKr": {f"{KEY}.lokr_w1": (2, 2), f"{KEY}.lokr_w2": (4, 4)},
     "a DoRA in kohya's layout": {f"{KEY}.dora_scale": (8, 1)},
     "whole differences": {f"{KEY}.diff": (8, 8)},
     "a file with whole differences": {"diffusion_model.conv_in.diff_b": (8,)},

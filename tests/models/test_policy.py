@@ -14,10 +14,10 @@ from torch import nn
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, draw
+from palate.models.adapters import is_adapter
 from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser
 from palate.models.lora import tuned
-from palate.models.parts import LORA
 from palate.models.policy import Policy
 from palate.spaces import perceptual
 
@@ -178,12 +178,12 @@ def test_a_continued_lora_starts_as_its_own_reference(load, batch, tmp_path, spa
     disturb(policy)
     assert torch.equal(policy.reference(*batch), expected)
     assert all(torch.equal(a, b) for a, b in zip(policy.features(*batch, space), before, strict=True))
-    assert all(LORA in name for name in policy.state_dict())
+    assert all(is_adapter(name) for name in policy.state_dict())
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     frozen = dict(policy.frozen.named_parameters())
     assert not any(p.requires_grad for p in frozen.values())
     for name, own in policy.trainable_module.named_parameters():
-        assert (own.data_ptr() == frozen[name].data_ptr()) == (LORA not in name)
+        assert (own.data_ptr() == frozen[name].data_ptr()) == (not is_adapter(name))
     # What is saved is the whole change, for a plain pipeline too.
     path = policy.save(tmp_path / "second")
     again = load()

@@ -13,8 +13,8 @@ from torch import nn
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.models import layouts
+from palate.models.adapters import is_adapter
 from palate.models.families import load_denoiser
-from palate.models.parts import LORA
 from palate.models.policy import Policy
 from palate.models.quantised import BLOCK, QuantisedLinear, check_quantize, quantise
 
@@ -150,7 +150,7 @@ def test_there_is_no_second_copy(load, kind, quantize):
     networks = (denoiser.network, policy.frozen, policy._old)
     for network in networks:
         tensors = (*network.named_parameters(), *network.named_buffers())
-        assert {p.data_ptr() for name, p in tensors if LORA not in name} == own
+        assert {p.data_ptr() for name, p in tensors if not is_adapter(name)} == own
         layers = quantised_layers(network)
         assert len(layers) > 5
         assert all(not isinstance(x, torch.Tensor) for layer in layers.values() for x in vars(layer).values())
