@@ -351,8 +351,8 @@ def _check_told(file: Path, told: Mapping[str, Any]) -> None:
     """Raise ``UserError`` if a configuration tells of what only its own program can do, or holds what is no such value."""
     if (kind := told.get("peft_type") or "LORA") != "LORA":
         raise UserError(
-            f"{file} tells that it is of kind {short(kind, 40)}: in PEFT's layout only LoRA and DoRA are read, LoHa and LoKr in "
-            "that of LyCORIS"
+            f"{file} tells that it is of kind {short(kind, 40)}: in PEFT's layout only LoRA and DoRA are read, LoHa and LoKr "
+            "in that of LyCORIS"
         )
     if (start := told.get("init_lora_weights", True)) not in STARTS:
         raise UserError(
