@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from palate.diffusion.denoising import Conditioning
 
 UNET_LAYERS = ("last_down", "mid", "all")
 TRANSFORMER_LAYERS = ("quarter", "half", "all")
@@ -169,6 +172,33 @@ def block_features(
     if gradient_checkpointing and torch.is_grad_enabled():
         return list(checkpoint(run, x, use_reentrant=False))
     return list(run(x))
+
+
+@dataclass(frozen=True)
+class BlockFeatures:
+    """:func:`block_features` of a family, as :class:`palate.models.denoiser.Features`.
+
+    Args:
+        predict: the family's own (network, x, t, cond) -> output.
+        blocks: of a network those that are counted, in the order they run in.
+        image_tokens: (what a block gives, x, cond) -> the tokens of the picture.
+    """
+
+    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+    blocks: Callable[[Any], Sequence[nn.Module]]
+    image_tokens: Callable[[Any, Tensor, Conditioning], Tensor]
+
+    def __call__(
+        self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
+    ) -> list[Tensor]:
+        return block_features(
+            lambda x: self.predict(network, x, t, cond),
+            x,
+            self.blocks(network),
+            lambda output: self.image_tokens(output, x, cond),
+            layers,
+            gradient_checkpointing=gradient_checkpointing,
+        )
 
 
 def _depths(layers: str, blocks: int) -> list[int]:

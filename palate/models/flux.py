@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
+from palate.models.features import TRANSFORMER_LAYERS, BlockFeatures
 from palate.models.fit import Config, check_channels
 from palate.models.latent import Latent, few_steps
 from palate.models.parts import Source, TextEncoder, large
@@ -35,6 +36,7 @@ class Flux(Latent):
         "all": (*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD),
     }
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+    feature_layers: ClassVar[tuple[str, ...]] = TRANSFORMER_LAYERS
     patch, flow, spaced, no_fp16 = 2, True, True, True
     negated, edited, last_reads_on = False, False, True
 
@@ -74,6 +76,15 @@ class Flux(Latent):
             return_dict=False,
         )[0]
         return F.pixel_shuffle(found.mT.unflatten(2, (height, width)), 2)
+
+    @property
+    def features(self) -> BlockFeatures:
+        """Joint blocks, then single ones; each gives text, then picture."""
+        return BlockFeatures(
+            self.predict,
+            lambda network: [*network.transformer_blocks, *network.single_transformer_blocks],
+            lambda output, x, cond: output[1],
+        )
 
     def _scaled(self, found: Tensor, resolution: int) -> Tensor:
         side = resolution // self.vae.factor // 2

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import RectifiedFlow, Schedule
 from palate.models.denoiser import Card, Kohya
+from palate.models.features import TRANSFORMER_LAYERS, BlockFeatures
 from palate.models.fit import Config, check_channels
 from palate.models.flux import kohya_name, together
 from palate.models.latent import Latent, few_steps
@@ -56,6 +57,7 @@ class Flux2Klein(Latent):
     part, part_name = "transformer", "transformer"
     card: ClassVar[Card] = Card("Flux2KleinPipeline", "Flux2Transformer2DModel", "flux2")
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
+    feature_layers: ClassVar[tuple[str, ...]] = TRANSFORMER_LAYERS
     text_recipe = f"layers {LAYERS}"
     vae_kind = PatchVae
     side, flow, spaced, edited = 64, True, True, False
@@ -89,11 +91,7 @@ class Flux2Klein(Latent):
 
     @property
     def lora_targets(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
-        """In joint blocks ``to_out`` is a list of layers, in single ones a layer: these are named one by one."""
-        singles = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(self.network.config.num_single_layers)]
-        attention = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", *singles)
-        joint = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "linear_in", "linear_out")
-        return {"attention": attention, "all": (*attention, *joint)}
+        return lora_targets(self.network.config.num_single_layers)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         (text,) = self.texts
@@ -113,6 +111,15 @@ class Flux2Klein(Latent):
         )[0]
         return found.mT.unflatten(2, (height, width))
 
+    @property
+    def features(self) -> BlockFeatures:
+        """Joint blocks, which give text, then picture, then single ones, which give both as one."""
+        return BlockFeatures(
+            self.predict,
+            lambda network: [*network.transformer_blocks, *network.single_transformer_blocks],
+            lambda output, x, cond: output[1] if isinstance(output, tuple) else output[:, -x[0, 0].numel() :],
+        )
+
     def _scaled(self, found: Tensor, resolution: int) -> Tensor:
         return self.vae.scaled(found)
 
@@ -121,6 +128,15 @@ class Flux2Klein(Latent):
         size = "9b" if self.network.config.num_attention_heads == 32 else "4b"
         code = "https://github.com/black-forest-labs/flux2"
         return Kohya(kohya_name, "flux2", f"Flux.2-klein-{size}", None, code, parts=together)
+
+
+def lora_targets(singles: int) -> dict[str, tuple[str, ...]]:
+    """Of a network with so many single blocks. In joint ones ``to_out`` is a list of layers, in single ones a layer: these are
+    named one by one."""
+    named = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(singles)]
+    attention = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", *named)
+    joint = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "linear_in", "linear_out")
+    return {"attention": attention, "all": (*attention, *joint)}
 
 
 def _grid(*sides: int, device: torch.device) -> Tensor:

@@ -7,7 +7,6 @@ keep the whole weights of the forward pass for the backward one.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ def check_quantize(kind: str | None) -> None:
 
 
 def _bitsandbytes() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that is not used here
     try:
         import bitsandbytes.functional  # type: ignore[import-not-found]
     except (ImportError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card
-from palate.models.features import TRANSFORMER_LAYERS, block_features
+from palate.models.features import TRANSFORMER_LAYERS, BlockFeatures
 from palate.models.fit import Config, check_channels
 from palate.models.latent import Latent
 from palate.models.parts import Source, TextEncoder, large
@@ -90,14 +90,7 @@ class StableDiffusion3(Latent):
         given = {name: cond.tensors[name].to(dtype) for name in self.prompt_arguments}
         return network(xt.to(dtype), timestep=t, **given, return_dict=False)[0]
 
-    def features(  # type: ignore[override]
-        self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, layers: str, *, gradient_checkpointing: bool = False
-    ) -> list[Tensor]:
-        return block_features(
-            lambda x: self.predict(network, x, t, cond),
-            x,
-            list(network.transformer_blocks),  # type: ignore[arg-type]
-            lambda output: output[1],  # a block gives text, then picture
-            layers,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+    @property
+    def features(self) -> BlockFeatures:
+        """A block gives text, then picture."""
+        return BlockFeatures(self.predict, lambda network: list(network.transformer_blocks), lambda output, x, cond: output[1])

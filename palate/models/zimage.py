@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card
+from palate.models.features import TRANSFORMER_LAYERS, BlockFeatures
 from palate.models.fit import Config, check_channels
 from palate.models.latent import Latent, few_steps
 from palate.models.parts import Source, TextEncoder, large
@@ -32,6 +33,7 @@ class ZImage(Latent):
         "attention": ATTENTION,
         "all": (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     }
+    feature_layers: ClassVar[tuple[str, ...]] = TRANSFORMER_LAYERS
     text_recipe = "layer -2"
     patch, flow, spaced, no_fp16, edited = 2, True, True, True, False
 
@@ -60,6 +62,14 @@ class ZImage(Latent):
         pictures = list(xt.to(dtype).unsqueeze(2))  # of one frame
         found = network(pictures, (1 - t / 1000).float(), said(cond, dtype), return_dict=False)[0]
         return -torch.stack(found).squeeze(2)
+
+    @property
+    def features(self) -> BlockFeatures:
+        """Of the blocks behind the refiners, which picture and text share; the picture's tokens come first."""
+        tokens = self.patch**2
+        return BlockFeatures(
+            self.predict, lambda network: list(network.layers), lambda output, x, cond: output[:, : x[0, 0].numel() // tokens]
+        )
 
     def _asked(self, given: Conditioning, away: Conditioning, guidance_scale: float) -> dict[str, object]:
         """The pipeline's c + s (c - u) is u + (s + 1) (c - u): its s = 0 is the 1 that means no guidance here."""

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from palate.base.errors import UserError, nearest
 from palate.diffusion.denoising import TARGET_TIME, Conditioning, Noised, upcast
-from palate.diffusion.schedule import Schedule
+from palate.diffusion.schedule import RectifiedFlow, Schedule, Times
 from palate.diffusion.steps import ddim_step
 from palate.spaces.space import Embed
 
 LAYERS = ("last_down", "mid", "quarter", "half", "all")
 TARGET_TIMES = ("previous", "uniform")
+LEAST_REACH = 1e-3
+"""Of a step by which errors are divided; a random time may be the item's own, to which there is no step."""
 
 
 # The frozen first half of a network: x (b, c, h, w), times (b,), conditioning and layers -> one tensor per layer, finest first;
@@ -58,13 +60,23 @@ class Perceptual:
             z = torch.zeros_like(xt)
             eta = 0.0
 
+        reach = self._reach(noised.t, s, eta)
+
         def embed(output: Float[Tensor, " b *d"]) -> Float[Tensor, "b n"]:
             # In float32: a step moves the latents by about 0.005 of the output, and two models differ by a hundredth of
             # that; half precision would round it away.
             mean, std = ddim_step(self.schedule, upcast(output), xt, noised.t, s, eta)
-            return self._join(self.features(mean + std * z, s, noised.cond, self.layers))
+            return self._join(self.features(mean + std * z, s, noised.cond, self.layers)) / reach
 
         return embed
+
+    def _reach(self, t: Times, s: Times, eta: float) -> Float[Tensor, "b 1"] | float:
+        """How far the step of a rectified flow moves with the output; 1 for all others, whose step weighs as published."""
+        if not isinstance(self.schedule, RectifiedFlow):
+            return 1.0
+        one = torch.ones(len(t), 1, device=t.device)
+        moved, _ = ddim_step(self.schedule, one, torch.zeros_like(one), t, s, eta)
+        return moved.abs().clamp(min=LEAST_REACH)
 
     def _join(self, parts: Sequence[Tensor]) -> Float[Tensor, "b n"]:
         # The authors view every layer as (b, -1, h_min, w_min) and concatenate channels. A mean over elements does not see
@@ -88,7 +100,8 @@ def perceptual(
     An output is embedded by the step it leads to from xt, with noise that policy, reference, target, winner and loser share;
     the frozen encoder sees the result at its own time, with the item's own conditioning. To first order the error is c_t^2
     |J (output - target)|^2 with c_t = beta_t / (sqrt(alpha_t) sqrt(1 - abar_t)), 0.004 to 0.02 for Stable Diffusion: a beta
-    of the latent space does not carry over. Of a rectified flow c_t is 0.002 for one step back at every time: take 20 or more.
+    of the latent space does not carry over. Of a rectified flow, in our extension, errors are divided by c_t^2: they
+    are those of the latent space where features move as the latents do. c_t is 0.002 for one step back: take 20 or more.
 
     layers: "last_down" (the released SDXL weights), "mid", or "all", joined as in the authors' code; of a transformer, in our
     extension, "quarter", "half" or "all" of the blocks up to the middle.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,23 @@ def test_its_own_pictures_are_learned_from(palate, folder):
     )
     assert code == 0, errors
     assert len(losses("out")) == 2
+    assert any(bool(x.any()) for name, x in trained("out").items() if "lora_B" in name)
+
+
+SPACES = {
+    "half": "{name: perceptual, layers: half, steps_back: 20}",
+    "sum": "[{name: latent}, {name: perceptual, layers: all, target_time: uniform}]",
+}
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_pairs_are_learned_from_in_the_perceptual_space(palate, folder, space):
+    options = {"objective.name": "dpo", "objective.beta": "auto", "objective": None, "space": space, "mixed_precision": "bf16"}
+    options |= {"pretrained_model_name_or_path": folder, "resolution": SIDE, "gradient_checkpointing": "true"}
+    code, _, errors = palate("train", **options, max_train_steps=2, validation_prompts="[]")
+    assert code == 0, errors
+    assert "chosen from the spread of errors" in errors
+    assert all(map(math.isfinite, losses("out")))
     assert any(bool(x.any()) for name, x in trained("out").items() if "lora_B" in name)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +202,99 @@ def test_pictures_are_those_of_the_pipeline(load, plain, way):
     )
     assert np.abs(pixels(found[1]) - pixels(expected)).max() <= 1
     assert np.abs(pixels(found[1]) - pixels(found[0])).max() > 1
+
+
+# Features ------------------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(kind: str, network) -> list:
+    """In the order they run in."""
+    return list(network.layers) if kind == "zimage" else [*network.transformer_blocks, *network.single_transformer_blocks]
+
+
+def of_the_picture(kind: str, output, x: torch.Tensor) -> torch.Tensor:
+    """Of all tokens that a block gives."""
+    tokens = x[0, 0].numel() // (1 if kind == "klein" else 4)
+    if isinstance(output, tuple):
+        return output[1]
+    return output[:, :tokens] if kind == "zimage" else output[:, -tokens:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_the_normalised_picture_tokens_of_the_first_blocks(load, kind):
+    denoiser, g = load(kind), torch.Generator().manual_seed(0)
+    network, seen = denoiser.network, []
+    x, t = (
+        torch.randn(2, *denoiser.latent_shape(SIDE, 2 * SIDE), generator=g),
+        torch.tensor([100.0, 700.0], dtype=torch.float64),
+    )
+    cond = denoiser.encode_prompts(["a red house on the left", "a tree"])
+    blocks = blocks_of(kind, network)
+    for block in blocks:
+        block.register_forward_hook(lambda block, given, output: seen.append(of_the_picture(kind, output, x)))
+    before = denoiser.predict(network, x, t, cond)
+    assert len(seen) == len(blocks)
+    assert len({tokens.shape for tokens in seen}) == 1
+    assert seen[0].shape[1] * (1 if kind == "klein" else 4) == x[0, 0].numel()
+    expected = [h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() for h in seen]
+    for layers, depths in {"quarter": [1], "half": [1], "all": [1]}.items():  # of two or three blocks
+        seen.clear()
+        found = denoiser.features(network, x, t, cond, layers)
+        assert len(seen) == depths[-1]  # the rest is not computed
+        for tensor, depth in zip(found, depths, strict=True):
+            torch.testing.assert_close(tensor, expected[depth - 1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(denoiser.predict(network, x, t, cond), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_of_a_deeper_network_are_of_the_chosen_blocks(load, kind):
+    """The last half of twice as many blocks, joint ones and single ones, begins behind those of the first network."""
+    denoiser = load(kind)
+    network, x = denoiser.network, noise(load(kind), 3)
+    for name in ("layers",) if kind == "zimage" else ("transformer_blocks", "single_transformer_blocks"):
+        setattr(
+            network, name, torch.nn.ModuleList([copy.deepcopy(block) for block in getattr(network, name) for _ in range(3)])
+        )
+    blocks, ran = blocks_of(kind, network), []
+    for block in blocks:
+        block.register_forward_hook(lambda block, given, output: ran.append(of_the_picture(kind, output, x)))
+    cond, t = denoiser.encode_prompts(["a red house"]), torch.tensor([500.0], dtype=torch.float64)
+    count = len(blocks)
+    for layers, depths in {"quarter": [count // 4], "half": [count // 2], "all": [count // 6, count // 3, count // 2]}.items():
+        ran.clear()
+        found = denoiser.features(network, x, t, cond, layers)
+        assert len(ran) == depths[-1]
+        for tensor, depth in zip(found, depths, strict=True):
+            h = ran[depth - 1]
+            torch.testing.assert_close(tensor, h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_float32_whatever_the_weights_are(load, kind):
+    half, exact = (load(kind, mixed_precision="bf16") for _ in range(2))
+    exact.network.float()
+    x, t = noise(half, 5), torch.tensor([300.0], dtype=torch.float64)
+    cond = exact.encode_prompts(["a red house"])
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = half.features(half.network, x, t, cond, "half")
+    (expected,) = exact.features(exact.network, x, t, cond, "half")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    (rounded,) = exact.features(exact.network, x.bfloat16().float(), t, cond, "half")
+    assert (rounded - found).abs().max() > 10 * (expected - found).abs().max()  # what half precision would have done
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_features_reach_the_latents_and_no_weights(load, kind):
+    policy = Policy(load(kind), rank=2, gradient_checkpointing=True)
+    x, t = noise(policy.denoiser, 7).requires_grad_(), torch.tensor([300.0], dtype=torch.float64)
+    cond, gradients = policy.denoiser.encode_prompts(["a red house"]), []
+    for checkpointing in (False, True):
+        (out,) = policy.denoiser.features(policy.frozen, x, t, cond, "half", gradient_checkpointing=checkpointing)
+        gradients += torch.autograd.grad((out * torch.linspace(0, 1, out.shape[-1])).square().sum(), x)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 1e-4
+    assert all(p.grad is None for p in policy.frozen.parameters())
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------------

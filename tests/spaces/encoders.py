@@ -33,11 +33,13 @@ class Encoder(nn.Module):
         return {"last_down": [b], "mid": [c], "all": [a, b, c]}[layers]
 
 
-def batch(schedule: Schedule, b: int = 4, *, size: int = 8, dtype: torch.dtype = torch.float64, **times: int) -> Noised:
+def batch(
+    schedule: Schedule, b: int = 4, *, size: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0, **times: int
+) -> Noised:
     generator = torch.Generator().manual_seed(1)
     x0 = torch.randn(b, 4, size, size, generator=generator, dtype=dtype)
     cond = Conditioning({"shift": torch.randn(b // 2, 1, generator=generator)}).repeat(2)
-    return draw(schedule, x0, cond, torch.arange(b // 2), shared=2, **({"t_min": 1} | times))
+    return draw(schedule, x0, cond, torch.arange(seed, seed + b // 2), shared=2, **({"t_min": 1} | times))
 
 
 def output_near(noised: Noised, rms: float, seed: int = 5) -> Tensor:

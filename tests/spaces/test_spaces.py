@@ -6,19 +6,33 @@ from itertools import product
 import pytest
 import torch
 from encoders import SD, Encoder, batch, output_near
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from palate import spaces
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, Noised, fit
-from palate.diffusion.schedule import from_config
+from palate.diffusion.schedule import RectifiedFlow, from_config
 from palate.diffusion.steps import ddim_step
+from palate.spaces.perceptual import TARGET_TIMES
 
 schedule = from_config(SD)
 
 
 def identity(x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
     return [x]
+
+
+class Recording:
+    """The latents as their own features, and the times they were asked at."""
+
+    def __init__(self) -> None:
+        self.times: list[Tensor] = []
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
+        self.times.append(t)
+        return [x]
 
 
 def error(space: spaces.Space, noised: Noised, output: Tensor) -> Tensor:
@@ -85,6 +99,21 @@ def test_identity_at_a_uniform_time():
     torch.testing.assert_close(encoder.seen[0][0], schedule.add_noise(noised.x0, noised.noise, s))
     assert torch.equal(s[:2], s[2:])
     assert s[0] != s[1]
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 20, 300]), st.sampled_from(TARGET_TIMES), st.floats(0.01, 3))
+def test_identity_gives_the_latent_error_of_a_flow(seed: int, back: int, target_time: str, size: float):
+    """However far the step: so the beta of the latent space is near in this one, and stays as it is when steps_back changes."""
+    flow, encoder = RectifiedFlow(), Recording()
+    noised = batch(flow, t_min=back, seed=seed)
+    output = output_near(noised, size)
+    space = spaces.perceptual(encoder, flow, steps_back=back, target_time=target_time)
+    found, s = error(space, noised, output), encoder.times[0]
+    apart = (s - noised.t).abs() >= 1  # to a time as near as that there is hardly a step
+    assert target_time == "uniform" or apart.all()
+    expected = error(spaces.latent(), noised, output)
+    torch.testing.assert_close(found[apart], expected[apart], rtol=1e-4, atol=0)
+    assert (found[~apart] <= expected[~apart] * (1 + 1e-4)).all()
 
 
 def test_first_order_is_the_jacobian_of_the_encoder():
