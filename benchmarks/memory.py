@@ -18,6 +18,7 @@ from torch import nn
 
 from palate.models import flux, flux2, sd, sd3
 from palate.models.zimage import ZImage
+from palate.runs import library
 from palate.runs import recipe as recipes
 from palate.runs.recipe import Recipe
 
@@ -138,7 +139,7 @@ def frozen_bytes(model: nn.Module, quantize: str | None) -> float:
         return total
     inside = [p for n, p in model.named_children() if isinstance(p, nn.ModuleList) or "block" in n]
     layers = [m for part in inside for m in part.modules() if type(m) is nn.Linear]
-    kept = {"int8": lambda w: w.numel() + 2 * w.shape[0], "nf4": lambda w: w.numel() / 2 + 4 * w.numel() / 64}[quantize]
+    kept = {"int8": lambda w: w.numel() + 4 * w.shape[0], "nf4": lambda w: w.numel() / 2 + 4 * w.numel() / 64}[quantize]
     return total + sum(kept(layer.weight) - 2 * layer.weight.numel() for layer in layers)
 
 
@@ -201,7 +202,7 @@ def counted(made: Recipe, name: str) -> tuple[float, float]:
 
 def lora_recipes() -> Iterator[tuple[str, str, Recipe]]:
     """Of published models, with the network each trains."""
-    for recipe in recipes.built_in():
+    for recipe in library.built_in():
         name, made = MODELS.get(recipe.partition("-")[0]), recipes.load(recipe)
         if name is not None and made.policy.train_method == "lora":
             yield recipe, name, made

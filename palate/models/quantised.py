@@ -66,7 +66,7 @@ class QuantisedLinear(nn.Linear):
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The weights ``(out, in)`` in any precision."""
         if self.kind == "int8":
-            return self.packed.to(dtype) * self.scale.to(dtype)
+            return (self.packed * self.scale).to(dtype)
         library, shape = _bitsandbytes(), torch.Size((self.out_features, self.in_features))
         state = library.QuantState(self.scale.data, shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
         return library.dequantize_4bit(self.packed.data, state)
@@ -117,9 +117,9 @@ def is_quantised(network: nn.Module) -> bool:
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers -127 to 127 and the scale of each row, which is rounded first."""
-    scale = (weight.abs().amax(1, keepdim=True).float() / 127).clamp(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
-    return (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+    """Whole numbers -127 to 127, and the scale of each row, float32."""
+    scale = (weight.abs().amax(1, keepdim=True).float() / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight.float() / scale).round().to(torch.int8), scale
 
 
 def _nf4(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,7 @@ def _facts(recipe: Recipe, about: JsonObject) -> dict[str, object]:
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler}, {training.lr_warmup_steps} steps of warm-up",
         "optimizer": training.optimizer,
         "precision": training.mixed_precision,
+        "frozen weights": recipe.model.quantize,
         "seeds": f"training {training.seed}, evaluation {recipe.evaluation.evaluation_seed}",
         "versions": ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items()) or None,
     }

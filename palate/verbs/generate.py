@@ -85,6 +85,9 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
     from palate.base.machine import versions
 
     check_folder(options.output_dir, "output_dir")
+    from palate.models.quantised import check_quantize
+
+    check_quantize(options.quantize)
     from palate.evaluation import editing
     from palate.evaluation.generation import Shard, begun, drawn_by, generate, plan, settings
     from palate.models.drawing import Drawing

@@ -48,8 +48,7 @@ class RandomPairs:
 
     def __init__(self, denoiser):
         generator = torch.Generator().manual_seed(3)
-        side = denoiser.default_resolution
-        self.latents = torch.randn(2, 4, *denoiser.latent_shape(side, side), generator=generator)
+        self.latents = torch.randn(2, 4, *denoiser.latent_shape(64, 64), generator=generator)
         text = denoiser.encode_prompts(["a red house", "a blue tower", "a tree", "a yellow sailboat"])
         self.text = {name: rows.detach() for name, rows in text.tensors.items()}
 
@@ -100,6 +99,37 @@ def test_two_steps(family, tmp_path, objective, space):
     lines = [line for line in read_log(tmp_path / "a" / "log.jsonl") if "loss" in line]
     assert len(lines) == 2
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+
+
+OF_FLOW = {
+    "latent": {"name": "latent"},
+    "perceptual": {"name": "perceptual", "layers": "all", "steps_back": 20},
+}
+
+
+@pytest.mark.parametrize("space", OF_FLOW)
+@pytest.mark.parametrize("kind", ["sd3", "zimage", "klein", "flux"])
+def test_every_objective_has_a_gradient_on_a_rectified_flow(sd3_dir, flow_dir, kind, space):
+    denoiser = load_denoiser(str(sd3_dir if kind == "sd3" else flow_dir(kind)))
+    data = RandomPairs(denoiser)
+    nothing = denoiser.unconditional()
+    policy = Policy(denoiser, rank=2)
+    policy.track_old(0.9)
+    with torch.no_grad():  # on the policy that drew, a picture between good and bad teaches NFT nothing
+        for parameter in policy.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    bound = bind_space(complete_space(OF_FLOW[space]), policy)
+    for name, options in OBJECTIVES.items():
+        chosen = bind_objective(complete_objective({"name": name, **options}))
+        make = pair_step if chosen.evidence == "pairs" else sample_step
+        draws = Draws(caption_dropout=0.5, no_prompt=nothing, snr_gamma=5.0)
+        step = make(policy, bound, chosen.function, draws, auto_beta=chosen.auto_beta)
+        step.begin(data)
+        losses, _ = step(data.batch([0, 1], torch.tensor([5, 6])))
+        gradients = torch.autograd.grad(losses.sum(), list(policy.parameters()), allow_unused=True)
+        found = [gradient for gradient in gradients if gradient is not None]
+        assert all(bool(gradient.isfinite().all()) for gradient in found), name
+        assert sum(bool(gradient.any()) for gradient in found) > 4, name
 
 
 def test_an_objective_may_name_a_policy_that_lags_behind(family, tmp_path):

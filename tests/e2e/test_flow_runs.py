@@ -56,15 +56,52 @@ def test_pairs_are_learned_from_continued_and_drawn(palate, folder, prompts_file
     assert palate("generate", "merged", output_dir="again", **drawn)[0] == 0
 
 
-def test_its_own_pictures_are_learned_from(palate, folder):
-    own = {"train_prompts": "animals", "train_data": None, "rewards": "jpeg_compressibility", "objective": "ddpo_is"}
-    own |= {"samples_per_round": 4, "sample_batch_size": 2, "train_batch_size": 2, "sample_num_steps": 2}
-    code, _, errors = palate(
-        "train", pretrained_model_name_or_path=folder, resolution=SIDE, max_train_steps=2, updates_per_round=1, **own
-    )
+OWN = {"train_prompts": "animals", "train_data": None, "rewards": "jpeg_compressibility", "samples_per_round": 4}
+OWN |= {
+    "sample_batch_size": 4,
+    "train_batch_size": 2,
+    "sample_num_steps": 3,
+    "updates_per_round": 1,
+    "validation_prompts": "[]",
+}
+GROUPS = {"group_size": 2, "advantage": "group", "global_std": "true", "sample_guidance_scale": 1}
+WAYS = {
+    "ddpo_is": {"objective": "ddpo_is", "sample_num_steps": 2},
+    "ddpo_tr in a window that moves": {"objective": "ddpo_tr", **GROUPS, "sample_rule": "flow_sde", "window_size": 1}
+    | {"window_end": 2},
+    "awm": {"objective": "awm", **GROUPS, "weighting": "advantage", "sample_eta": 0},
+    "online dpo": {"objective": "dpo", **GROUPS},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_its_own_pictures_are_learned_from(palate, folder, way):
+    options = {"pretrained_model_name_or_path": folder, "resolution": SIDE, "max_train_steps": 2}
+    code, _, errors = palate("train", **options, **{**OWN, **WAYS[way]})
     assert code == 0, errors
     assert len(losses("out")) == 2
+    assert all(map(math.isfinite, losses("out")))
     assert any(bool(x.any()) for name, x in trained("out").items() if "lora_B" in name)
+
+
+def test_a_trust_region_holds_the_policy_of_a_flow(palate, flow_dir):
+    """Flow-DPPO: `ddpo_tr` without a limit is `ddpo_is` without a clip; with one, steps that have left it are left out."""
+    options = {"pretrained_model_name_or_path": flow_dir("flux"), "resolution": SIDE, **OWN, **GROUPS, "sample_rule": "cps"}
+    options |= {"rounds": 1, "max_train_steps": None, "inner_epochs": 2, "train_batch_size": 4, "learning_rate": 3e-2}
+    runs = {
+        "unclipped": {"objective.name": "ddpo_is", "objective.clip_range": 1e9},
+        "unbounded": {"objective.name": "ddpo_tr", "objective.trust_region": 1e9},
+        "bounded": {"objective.name": "ddpo_tr", "objective.trust_region": 1e-9},
+    }
+    for name, objective in runs.items():
+        code, _, errors = palate("train", **options, **objective, objective=None, output_dir=name)
+        assert code == 0, errors
+    assert losses("unbounded") == losses("unclipped")
+    moved = {name: [line["moved"] for line in read_log(Path(name) / "log.jsonl") if "loss" in line] for name in list(runs)[1:]}
+    assert moved["bounded"][0] == moved["unbounded"][0] == 0  # the policy that sampled
+    assert moved["bounded"][1] == moved["unbounded"][1] > 1e-9
+    assert losses("bounded")[0] == losses("unbounded")[0]
+    assert losses("bounded")[1] != losses("unbounded")[1]  # of the steps that have gone too far
 
 
 SPACES = {

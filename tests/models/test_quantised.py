@@ -66,14 +66,19 @@ def disturb(policy: Policy) -> None:
 # One layer -----------------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**32), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.integers(0, 2**32),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
 def test_int8_is_as_near_as_half_a_step(outputs, inputs, seed, dtype):
-    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight = (1e-3 * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))).to(dtype)
     layer = nn.Linear(inputs, outputs)
     layer.weight.data = weight
     found = QuantisedLinear(layer, "int8", CPU)
     step = weight.float().abs().amax(1, keepdim=True) / 127
-    assert ((found.whole(torch.float32) - weight.float()).abs() <= 0.5 * step * (1 + 2**-6)).all()
+    assert ((found.whole(torch.float32) - weight.float()).abs() <= 0.5 * step * (1 + 1e-4)).all()
     assert found.weight.dtype == dtype
     assert found.weight.shape == weight.shape
 
