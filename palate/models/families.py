@@ -72,7 +72,7 @@ def family_of(kind: str) -> type[Latent]:
 def _folder(name: str) -> str:
     """The folder or hub id in the name of a model."""
     outside = _OUTSIDE.fullmatch(name)
-    return outside[2] if outside else name
+    return world.find_model(outside[2] if outside else name)
 
 
 def load_denoiser(
@@ -94,7 +94,7 @@ def load_denoiser(
     kind = check_model(name, revision=given.get("revision"))
     family = family_of(kind)
     try:
-        return family(_folder(world.find_model(name)), dtype=_dtype(mixed_precision), device=device, quantize=quantize, **given)
+        return family(_folder(name), dtype=_dtype(mixed_precision), device=device, quantize=quantize, **given)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
 
@@ -157,7 +157,7 @@ def check_model(name: str, *, revision: str | None = None) -> str:
     name = world.find_model(name)
     if outside := _OUTSIDE.fullmatch(name):
         family_of(outside[1])  # refused here if it cannot be imported
-        _pipeline_class(outside[2], revision)
+        _pipeline_class(_folder(name), revision)
         return outside[1]
     kind = _pipeline_class(name, revision)
     if kind == REFINER:

@@ -33,7 +33,7 @@ def _words() -> dict[str, tuple[list[str], list[str]]]:
     from palate.verbs.every import records
 
     recipes = list(built_in())
-    first = {"train": recipes, "recipes": ["show", "copy", "schema", *recipes], "vote": ["export", "import"]}
+    first = {"train": recipes, "recipes": ["show", "copy", "schema", *recipes], "vote": ["results", "export", "import"]}
     first |= {"completion": [*SHELLS], "serve-judge": _judges()}
     found = {}
     for verb in VERBS:

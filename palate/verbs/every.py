@@ -12,9 +12,15 @@ def records(verb: str) -> dict[str, type]:
     if verb == "vote":
         from palate.votes.exchange import ExportOptions as VotesOut
         from palate.votes.exchange import ImportOptions as VotesIn
+        from palate.votes.share import ShareOptions
         from palate.votes.study import VoteOptions
 
-        return {"": VoteOptions, "palate vote export": VotesOut, "palate vote import": VotesIn}
+        return {
+            "": VoteOptions,
+            "palate vote results": ShareOptions,
+            "palate vote export": VotesOut,
+            "palate vote import": VotesIn,
+        }
     if verb in ("recipes", "completion"):
         return {}
     return {"": _record(verb)}

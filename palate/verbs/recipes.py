@@ -16,7 +16,7 @@ Lists the recipes by the model they train; with words, those in which all of the
 
 show    prints a recipe
 copy    writes it into a file to edit, then: palate train FILE.yaml
-schema  prints (or writes) a JSON schema of recipes, by which editors complete and check them; docs/options.md"""
+schema  prints (or writes) a JSON schema of recipes, by which editors complete and check them"""
 ACTIONS = {"show": (2, 2), "copy": (2, 3), "schema": (1, 2)}
 """And how many words there may be, with its own."""
 
