@@ -42,6 +42,8 @@ def commands(text: str) -> list[list[str]]:
     inline = re.findall(r"`(palate [^`]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S).replace("\n", " "))
     found = []
     for line in [*lines, *inline]:
+        line = re.sub(r"^(torchrun|accelerate launch) .*-m palate ", "palate ", line)
+        line = line.replace("$objective", "dpo").replace("$seed", "0")  # of loops
         if not line.startswith("palate ") or "..." in line or "VERB" in line:  # a way of speaking, not a command
             continue
         words = shlex.split(line, comments=True)
@@ -136,7 +138,7 @@ def test_templates_of_extensions_run_as_they_stand(number, palate, tmp_path, mon
     if "miniature-ddpo-is" in found[number]:
         small += [
             "--samples_per_round",
-            "4",
+            "8",
             "--updates_per_round",
             "1",
             "--sample_num_steps",
