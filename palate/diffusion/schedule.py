@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float, Float64, Num
 from torch import Tensor
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, short
 from palate.base.seeds import integers, uniform
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+MOST = 100_000
+"""Of times, and of tokens a picture."""
 SPACINGS = ("leading", "trailing", "linspace")
 
 Coefficient = Float64[Tensor, " b *ones"]
@@ -203,6 +205,8 @@ class VariancePreserving(Schedule):
         known = [kind for kind in PREDICTIONS if kind != "flow"]
         if self.prediction_type not in known:
             raise UserError(f"prediction_type {self.prediction_type!r} is not supported{nearest(self.prediction_type, known)}")
+        if self.timestep_spacing not in SPACINGS:
+            raise UserError(f"timestep_spacing is {self.timestep_spacing!r}{nearest(self.timestep_spacing, SPACINGS)}")
 
     @property
     def num_train_timesteps(self) -> int:
@@ -361,24 +365,55 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
             f"{name} is not supported: {reason}; use a model whose scheduler is of the DDPM, DDIM, PNDM or Euler kind, "
             f"with trained_betas or beta_schedule {', '.join(BETA_SCHEDULES)}, or a {FLOW}"
         )
-    abar = torch.cumprod(1 - _betas(name, config), dim=0)
+    betas, prediction = _betas(name, config), str(config.get("prediction_type", "epsilon"))
+    if not (betas.isfinite().all() and betas.min() > 0 and betas.max() < 1):
+        raise UserError(
+            f"{name}: its betas go from {betas.min():g} to {betas.max():g}; expected numbers between 0 and 1, such as 0.00085 "
+            "to 0.012: mend scheduler/scheduler_config.json"
+        )
+    abar = torch.cumprod(1 - betas, dim=0)
     if config.get("rescale_betas_zero_snr"):
+        if prediction == "epsilon":
+            raise UserError(
+                f"{name}: rescale_betas_zero_snr leaves nothing of the picture at the last time, where prediction_type epsilon "
+                "tells nothing of it: set one of the two as the model was trained, such as v_prediction"
+            )
         alpha = abar.sqrt()
         abar = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
     return VariancePreserving(
         abar,
-        str(config.get("prediction_type", "epsilon")),
+        prediction,
         1.0 if config.get("set_alpha_to_one", True) else abar[0].item(),
-        config.get("timestep_spacing", "leading"),
-        int(config.get("steps_offset", 0)),
+        str(config.get("timestep_spacing", "leading")),
+        int(_number(name, config, "steps_offset", 0, (0, len(abar) - 1), whole=True)),
     )
+
+
+def _number(
+    name: str,
+    config: Mapping[str, Any],
+    key: str,
+    default: int | float,
+    between: tuple[int | float, int | float],
+    *,
+    whole: bool = False,
+) -> int | float:
+    """A number of a scheduler's configuration. Raises UserError if it is none, or not ``between``, ends included."""
+    value, (low, high) = config.get(key, default), between
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fine or (whole and value != int(value)):
+        raise UserError(
+            f"{name}: {key} is {short(value, 40)}; expected a {'whole ' if whole else ''}number from {low:g} to {high:g}: mend "
+            "scheduler/scheduler_config.json"
+        )
+    return value
 
 
 def _flow(config: Mapping[str, Any]) -> RectifiedFlow:
     """As `set_timesteps(n)` of FLOW spaces them: from 1 down to the least sigma of its table of T times."""
     otherwise = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
     told = [key for key in otherwise if config.get(key)]
-    if (T := int(config.get("num_train_timesteps", 1000))) != 1000:
+    if (T := _times(FLOW, config)) != 1000:
         told.append(f"num_train_timesteps {T}")
     if (kind := config.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
         told.append(f"time_shift_type {kind}")
@@ -387,23 +422,29 @@ def _flow(config: Mapping[str, Any]) -> RectifiedFlow:
     terminal = config.get("shift_terminal") or None
     if config.get("use_dynamic_shifting"):
         shift = DynamicShift(
-            float(config.get("base_shift", 0.5)),
-            float(config.get("max_shift", 1.15)),
-            int(config.get("base_image_seq_len", 256)),
-            int(config.get("max_image_seq_len", 4096)),
+            float(_number(FLOW, config, "base_shift", 0.5, (-10, 10))),
+            float(_number(FLOW, config, "max_shift", 1.15, (-10, 10))),
+            int(_number(FLOW, config, "base_image_seq_len", 256, (1, MOST), whole=True)),
+            int(_number(FLOW, config, "max_image_seq_len", 4096, (1, MOST), whole=True)),
             kind == "exponential",
         )
         return RectifiedFlow(shift, last=1 / T, terminal=terminal)
-    static = float(config.get("shift", 1.0))
+    static = float(_number(FLOW, config, "shift", 1.0, (1e-3, 1e3)))
     # The table is shifted, and its end then begins a grid that is shifted again.
     least = shifted(torch.tensor(1 / T, dtype=torch.float64), static).item()
     return RectifiedFlow(static, last=least, terminal=terminal)
 
 
 def _betas(name: str, config: Mapping[str, Any]) -> Float64[Tensor, " T"]:
-    kind, T = config.get("beta_schedule"), int(config.get("num_train_timesteps", 1000))
-    if config.get("trained_betas") is not None:
-        return torch.tensor(list(config["trained_betas"]), dtype=torch.float64)
+    kind, T = config.get("beta_schedule"), _times(name, config)
+    if (trained := config.get("trained_betas")) is not None:
+        try:
+            found = torch.tensor(list(trained), dtype=torch.float64)
+        except (TypeError, ValueError):
+            found = torch.zeros(0)
+        if found.shape != (T,):
+            raise UserError(f"{name}: trained_betas is {short(trained, 40)}; expected {T} numbers, as num_train_timesteps says")
+        return found
     if kind == "squaredcos_cap_v2":
         return _cosine_betas(T)
     if kind not in ("linear", "scaled_linear"):
@@ -411,8 +452,12 @@ def _betas(name: str, config: Mapping[str, Any]) -> Float64[Tensor, " T"]:
     if "beta_start" not in config or "beta_end" not in config:
         raise UserError(f"{name}: beta_schedule {kind} needs beta_start and beta_end in the scheduler's config")
     power = 0.5 if kind == "scaled_linear" else 1.0
-    start, end = float(config["beta_start"]) ** power, float(config["beta_end"]) ** power
+    start, end = (float(_number(name, config, key, 0, (0, 1))) ** power for key in ("beta_start", "beta_end"))
     return torch.linspace(start, end, T, dtype=torch.float64) ** (1 / power)
+
+
+def _times(name: str, config: Mapping[str, Any]) -> int:
+    return int(_number(name, config, "num_train_timesteps", 1000, (2, MOST), whole=True))
 
 
 def _cosine_betas(T: int) -> Float64[Tensor, " T"]:

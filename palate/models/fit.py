@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from palate.base.errors import UserError, first_line
@@ -34,6 +35,32 @@ def check_sampler(config: Config, name: str) -> None:
         getattr(diffusers, kind).from_config(config)
     except (TypeError, ValueError, ImportError, NotImplementedError, RuntimeError, KeyError) as error:
         raise UserError(f"the scheduler of {name}, {_a(kind)}, cannot be made: {first_line(error)}") from error
+
+
+def try_sampler(config: Config, name: str) -> None:
+    """Raise ``UserError`` unless the scheduler samples, from the noise that its betas tell: a step is tried, of zeros.
+
+    Some of diffusers' classes invert, inpaint or correct instead, or have noise levels of their own.
+    """
+    import diffusers
+    import torch
+
+    kind = config["_class_name"]
+    sampler = getattr(diffusers, kind).from_config(config)
+    reason = "goes from pictures to noise" if "Inverse" in kind else ""
+    if "beta_schedule" not in signature(type(sampler).__init__).parameters:
+        reason = "has noise levels of its own"
+    try:
+        sampler.set_timesteps(2)
+        latents = torch.zeros(1, 4, 8, 8)
+        sampler.step(sampler.scale_model_input(latents, sampler.timesteps[0]), sampler.timesteps[0], latents)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, ImportError, ZeroDivisionError) as error:
+        reason = reason or f"takes no step ({first_line(error)})"
+    if reason:
+        raise UserError(
+            f"the scheduler of {name}, {_a(kind)}, {reason}: write one that draws pictures into "
+            "scheduler/scheduler_config.json, such as DDIMScheduler"
+        )
 
 
 def check_steps(config: Config, num_inference_steps: int) -> None:

@@ -20,7 +20,7 @@ from palate.diffusion.schedule import FLOW, RectifiedFlow, Schedule, from_config
 from palate.models.adapters import is_adapter
 from palate.models.denoiser import Card, Features, Kohya
 from palate.models.drawing import Drawing, check_strength
-from palate.models.fit import Config, check_class, check_sampler, check_steps, text_config
+from palate.models.fit import Config, check_class, check_sampler, check_steps, text_config, try_sampler
 from palate.models.parts import Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
 from palate.models.refiner import Refiner
 
@@ -84,11 +84,14 @@ class Latent(ABC):
         self.sampler = str(config.get("_class_name", "unknown"))
         self.schedule = self._read_schedule(config)
         check_sampler(config, name)
+        if not self.flow:  # whose steps are given their noise levels by the pipeline
+            try_sampler(config, name)
         self.vae, self.texts = self.vae_kind(self._source, dtype, self.part_name), self._text_encoders(self._source, dtype)
         self._check_parts()
         kind = getattr(diffusers, self.card.network)
         self.network = self._source.read(kind, self.part, quantize=quantize, torch_dtype=dtype)
-        self.default_resolution = _side(self.network.config.get("sample_size", self.side), name, self.part) * self.vae.factor
+        side = _side(self.network.config.get("sample_size", self.side), self.vae.factor, name, self.part)
+        self.default_resolution = side * self.vae.factor
         self._prompts = Remembered(self.encode_prompts, self.unconditional)
 
     def _read_schedule(self, config: Config) -> Schedule:
@@ -322,11 +325,12 @@ class Latent(ABC):
         save(folder, **{f"{self.part}_lora_layers": layers}, **metadata)
 
 
-def _side(sample_size: object, name: str, part: str) -> int:
-    """Of a network's square latents."""
-    if not isinstance(sample_size, int):
+def _side(sample_size: object, factor: int, name: str, part: str) -> int:
+    """Of a network's square latents, of which pictures have ``factor`` times as much."""
+    if not isinstance(sample_size, int) or sample_size < 1 or sample_size * factor % 8:
         raise UserError(
-            f"{part}/config.json of {name} tells no sample_size ({sample_size}); expected a whole number, such as 64"
+            f"{part}/config.json of {name} tells no sample_size ({sample_size}); expected a whole number, such as 64, that "
+            "gives pictures whose side is a multiple of 8"
         )
     return sample_size
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from palate.diffusion.denoising import Conditioning
-from palate.models.fit import check_added, check_channels, check_class, check_sampler, check_text_width, text_config
+from palate.models.fit import (
+    check_added,
+    check_channels,
+    check_class,
+    check_sampler,
+    check_text_width,
+    text_config,
+    try_sampler,
+)
 from palate.models.parts import Remembered, Source, TextEncoder, zeros_like
 
 if TYPE_CHECKING:
@@ -27,6 +35,7 @@ def check_parts(source: Source) -> None:
 
     source.check_files(["unet", "text_encoder_2"])
     check_sampler(source.scheduler_config(), source.name)
+    try_sampler(source.scheduler_config(), source.name)
     network = source.config(UNet2DConditionModel, "unet")
     check_class(network, "unet", source.name, "UNet2DConditionModel")
     check_channels(network, {}, "unet", source.name)  # latents are those of SDXL, of four channels

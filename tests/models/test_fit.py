@@ -49,12 +49,47 @@ def refused(folder, **options) -> str:
     return str(caught.value)
 
 
+SAMPLERS = [
+    *(
+        "DDIM",
+        "DDPM",
+        "PNDM",
+        "LMSDiscrete",
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "HeunDiscrete",
+        "KDPM2Discrete",
+        "DEISMultistep",
+    ),
+    *("KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "LCM", "TCD"),
+]
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_samplers_that_draw(copied, model_dir, monkeypatch, kind):
+    class ReadError(Exception):
+        pass
+
+    def loaded(*_, **__):
+        raise ReadError
+
+    monkeypatch.setattr(Source, "read", loaded)
+    with pytest.raises(ReadError):
+        load_denoiser(str(copied(model_dir, "scheduler", _class_name=f"{kind}Scheduler")))
+
+
 CONFIGS = [
     ("scheduler", {"_class_name": "MySamplerScheduler"}, "is a MySamplerScheduler, a class that diffusers"),
     ("scheduler", {"_class_name": "DDIMSchedular"}, "(the nearest: DDIMScheduler, "),
     ("scheduler", {"_class_name": "AutoencoderKL"}, "is an AutoencoderKL, a class that diffusers"),
     ("scheduler", {"_class_name": ...}, "of no class"),
     ("scheduler", {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "mine"}, "cannot be made: mine is not"),
+    ("scheduler", {"_class_name": "RePaintScheduler"}, "takes no step (RePaintScheduler.step() missing"),
+    ("scheduler", {"_class_name": "ScoreSdeVeScheduler"}, "has noise levels of its own"),
+    ("scheduler", {"_class_name": "EDMEulerScheduler"}, "has noise levels of its own: write one that draws pictures"),
+    ("scheduler", {"_class_name": "DDIMInverseScheduler"}, "goes from pictures to noise"),
+    ("scheduler", {"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+    ("scheduler", {"rescale_betas_zero_snr": True}, "tells nothing of it"),
     ("vae", {"_class_name": "AutoencoderTiny"}, "is an AutoencoderTiny; it is for previews; expected an AutoencoderKL"),
     ("vae", {"_class_name": "AsymmetricAutoencoderKL"}, "is an AsymmetricAutoencoderKL; expected an AutoencoderKL"),
     ("vae", {"latent_channels": 16}, "takes 4 channels, and latents of its VAE have 16"),
