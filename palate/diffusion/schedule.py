@@ -148,14 +148,6 @@ class Schedule(ABC):
         """x0 = a xt + b output and noise = c xt + d output: ((a, b), (c, d)) of each item."""
         return PREDICTIONS[self.prediction_type].inverse(*self.coefficients(t, like))
 
-    def to_x0(self, output: Float[Tensor, " b *d"], xt: Float[Tensor, " b *d"], t: Times) -> Float[Tensor, " b *d"]:
-        """The x0 that a model's output implies. Not finite for epsilon where alpha = 0: there xt says nothing about x0."""
-        return combine(self.inverse(t, xt)[0], xt, output)
-
-    def to_noise(self, output: Float[Tensor, " b *d"], xt: Float[Tensor, " b *d"], t: Times) -> Float[Tensor, " b *d"]:
-        """The noise that a model's output implies; defined at every time, zero terminal SNR included."""
-        return combine(self.inverse(t, xt)[1], xt, output)
-
     def snr(self, t: Times) -> Float64[Tensor, " b"]:
         """Signal-to-noise ratio alpha^2 / sigma^2, (b,) float64, on the CPU."""
         alpha, sigma = self.marginals(t.cpu())

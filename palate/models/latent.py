@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.data.encode import Encoders
+from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import FLOW, RectifiedFlow, Schedule, from_config
 from palate.models.adapters import is_adapter
@@ -64,6 +65,9 @@ class Latent(ABC):
     """Whether its numbers are known to overflow in float16."""
     flow: ClassVar[bool] = False
     """Whether it is a rectified flow."""
+    framed: ClassVar[bool] = False
+    """Whether the cache holds SDXL's framing of every picture: that of Stable Diffusion too, which does not read it, for its
+    models may share a VAE, and so a cache, with SDXL."""
 
     def __init__(
         self,
@@ -177,7 +181,7 @@ class Latent(ABC):
     def picture_conditions(
         self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
     ) -> dict[str, Tensor]:
-        return {}
+        return {"framing": framing(size, resolution, position, flip=flip)} if self.framed else {}
 
     def encoders(self) -> Encoders:
         fingerprint = self.fingerprint()

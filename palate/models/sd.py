@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
 from palate.models.features import UNET_LAYERS, encoder_features
@@ -36,6 +35,7 @@ class StableDiffusion(Latent):
     card: ClassVar[Card] = Card("StableDiffusionPipeline", "UNet2DConditionModel", "stable-diffusion")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
     feature_layers: ClassVar[tuple[str, ...]] = UNET_LAYERS
+    framed: ClassVar[bool] = True
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
 
     def _text_encoders(self, source: Source, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
@@ -53,12 +53,6 @@ class StableDiffusion(Latent):
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         (text,) = self.texts
         return Conditioning({"encoder_hidden_states": text(prompts).last_hidden_state})
-
-    def picture_conditions(
-        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
-    ) -> dict[str, Tensor]:
-        """SDXL's framing, which is not read here: a model of SDXL with the same VAE reads it from the same cache."""
-        return {"framing": framing(size, resolution, position, flip=flip)}
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         dtype: torch.dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]

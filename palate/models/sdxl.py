@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
 from palate.models.features import UNET_LAYERS, encoder_features
@@ -33,6 +32,7 @@ class StableDiffusionXL(Latent):
     card: ClassVar[Card] = Card("StableDiffusionXLPipeline", "UNet2DConditionModel", "stable-diffusion-xl")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
     feature_layers: ClassVar[tuple[str, ...]] = UNET_LAYERS
+    framed: ClassVar[bool] = True
     prompt_arguments: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
         "text_embeds": "pooled_prompt_embeds",
@@ -75,11 +75,6 @@ class StableDiffusionXL(Latent):
             height, width = (side * self.vae.factor for side in x.shape[-2:])
             framing = torch.tensor([height, width, 0, 0, height, width], device=x.device).expand(len(x), 6)
         return {"text_embeds": cond.tensors["text_embeds"], "time_ids": framing}
-
-    def picture_conditions(
-        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
-    ) -> dict[str, Tensor]:
-        return {"framing": framing(size, resolution, position, flip=flip)}
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         dtype: torch.dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implied import to_noise, to_x0
 
 from palate.base.errors import UserError
 from palate.diffusion.schedule import RectifiedFlow, VariancePreserving, from_config
@@ -23,7 +24,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 def to_v(s, output, xt, t):
     """The v that an output implies."""
-    return replace(s, prediction_type="v_prediction").target(s.to_x0(output, xt, t), s.to_noise(output, xt, t), t)
+    return replace(s, prediction_type="v_prediction").target(to_x0(s, output, xt, t), to_noise(s, output, xt, t), t)
 
 
 def latents(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -71,7 +72,7 @@ def test_min_snr_weights_golden():
 def test_gain_is_how_far_x0_moves_with_the_output(t: int, prediction_type: str):
     s = RectifiedFlow() if prediction_type == "flow" else replace(schedule, prediction_type=prediction_type)
     t_, xt, output = torch.tensor([t]), latents(1), latents(2)
-    moved = s.to_x0(output + 1, xt, t_) - s.to_x0(output, xt, t_)
+    moved = to_x0(s, output + 1, xt, t_) - to_x0(s, output, xt, t_)
     torch.testing.assert_close(moved.abs(), s.gain(t_).view(-1, 1, 1, 1).expand_as(moved), rtol=1e-6, atol=1e-12)
 
 
@@ -82,7 +83,7 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_all_predictions(t: int, gamma:
     xt, target = s.add_noise(x0, noise, t_), s.target(x0, noise, t_)
     output = target + 0.1 * latents(t + 2000)
     error = (output - target).square().mean() * s.min_snr_weight(t_, gamma).double()
-    of_x0 = (s.to_x0(output, xt, t_) - x0).square().mean() * s.snr(t_).clamp(max=gamma)
+    of_x0 = (to_x0(s, output, xt, t_) - x0).square().mean() * s.snr(t_).clamp(max=gamma)
     torch.testing.assert_close(error, of_x0, rtol=1e-5, atol=1e-12)
 
 
@@ -94,15 +95,19 @@ def test_round_trips(t: int, prediction_type: str):
     xt, output = s.add_noise(x0, noise, t_), s.target(x0, noise, t_)
     v = replace(schedule, prediction_type="v_prediction").target(x0, noise, t_)
     # Dividing by alpha (0.07 at the last time) or sigma (0.03 at the first) costs two digits of sixteen.
-    torch.testing.assert_close(s.to_x0(output, xt, t_), x0, rtol=0, atol=1e-12)
-    torch.testing.assert_close(s.to_noise(output, xt, t_), noise, rtol=0, atol=1e-12)
+    torch.testing.assert_close(to_x0(s, output, xt, t_), x0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(to_noise(s, output, xt, t_), noise, rtol=0, atol=1e-12)
     torch.testing.assert_close(to_v(s, output, xt, t_), v, rtol=0, atol=1e-12)
     # An output that is wrong means the same thing in all three languages.
     wrong = output + latents(t + 2000)
     for other in PREDICTION_TYPES:
-        to = {"epsilon": s.to_noise, "v_prediction": functools.partial(to_v, s), "sample": s.to_x0}[other]
-        translated = replace(schedule, prediction_type=other).to_noise(to(wrong, xt, t_), xt, t_)
-        torch.testing.assert_close(translated, s.to_noise(wrong, xt, t_), rtol=1e-9, atol=1e-9)
+        to = {
+            "epsilon": functools.partial(to_noise, s),
+            "v_prediction": functools.partial(to_v, s),
+            "sample": functools.partial(to_x0, s),
+        }[other]
+        translated = to_noise(replace(schedule, prediction_type=other), to(wrong, xt, t_), xt, t_)
+        torch.testing.assert_close(translated, to_noise(s, wrong, xt, t_), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
@@ -142,22 +147,22 @@ def test_zero_terminal_snr(prediction_type: str):
     x0, noise = latents(1), latents(2)
     xt, output = s.add_noise(x0, noise, last), s.target(x0, noise, last)
     assert torch.equal(xt, noise)
-    torch.testing.assert_close(s.to_noise(output, xt, last), noise)
-    torch.testing.assert_close(s.to_x0(output, xt, last), x0)
+    torch.testing.assert_close(to_noise(s, output, xt, last), noise)
+    torch.testing.assert_close(to_x0(s, output, xt, last), x0)
     torch.testing.assert_close(to_v(s, output, xt, last), -x0)
     for to in (998, 999, -1):  # one back, nowhere, and all the way
         for eta in (0.0, 1.0):
             mean, std = ddim_step(s, output, xt, last, torch.tensor([to]), eta)
             assert mean.isfinite().all()
             assert std.isfinite().all()
-    assert torch.equal(replace(s, prediction_type="epsilon").to_noise(noise, xt, last), noise)
+    assert torch.equal(to_noise(replace(s, prediction_type="epsilon"), noise, xt, last), noise)
 
 
 def test_dtypes_follow_the_latents():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x, t = latents(1).to(dtype), torch.tensor([500])
         mean, std = ddim_step(schedule, x, x, t, t - 1)
-        found = [mean, std, schedule.add_noise(x, x, t), schedule.to_x0(x, x, t), *schedule.alpha_sigma(t, x)]
+        found = [mean, std, schedule.add_noise(x, x, t), to_x0(schedule, x, x, t), *schedule.alpha_sigma(t, x)]
         assert {tensor.dtype for tensor in found} == {dtype}
     # A half-precision output does not pull float32 latents down.
     assert (

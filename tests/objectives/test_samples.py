@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from implied import to_x0
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Conditioning, Fit, draw
@@ -88,7 +89,7 @@ def of_x0(schedule, outputs, noised, label, mix):
     better, worse = mix * policy + (1 - mix) * old, (1 + mix) * old - mix * policy
     found = 0.0
     for weight, output in ((label, better), (1 - label, worse)):
-        error = schedule.to_x0(output, noised.xt, noised.t) - noised.x0
+        error = to_x0(schedule, output, noised.xt, noised.t) - noised.x0
         found += weight * error.square().flatten(1).mean(1) / error.abs().flatten(1).mean(1).clamp(min=1e-5)
     return 5.0 / mix * found + 1e-4 * (policy - reference).square().flatten(1).mean(1)
 

@@ -8,6 +8,7 @@ import torch
 from encoders import SD, Encoder, batch, output_near
 from hypothesis import given
 from hypothesis import strategies as st
+from implied import to_noise, to_x0
 from torch import Tensor
 
 from palate import spaces
@@ -202,7 +203,7 @@ def test_the_error_does_not_depend_on_the_prediction_type(other: str, target_tim
     native = replace(schedule, prediction_type=other)
 
     def convert(output, xt, t):
-        return native.target(schedule.to_x0(output, xt, t), schedule.to_noise(output, xt, t), t)
+        return native.target(to_x0(schedule, output, xt, t), to_noise(schedule, output, xt, t), t)
 
     theirs = replace(epsilon, target=convert(epsilon.target, epsilon.xt, epsilon.t))
     expected = error(spaces.perceptual(Encoder(), schedule, target_time=target_time), epsilon, output)
