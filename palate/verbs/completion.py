@@ -33,12 +33,18 @@ def _words() -> dict[str, tuple[list[str], list[str]]]:
     from palate.verbs.every import records
 
     recipes = list(built_in())
-    first = {"train": recipes, "recipes": ["show", "copy", "schema", *recipes], "vote": ["results", "export", "import"]}
+    first = {
+        "train": recipes,
+        "encode": recipes,
+        "recipes": ["show", "copy", "schema", *recipes],
+        "vote": ["results", "export", "import"],
+    }
     first |= {"completion": [*SHELLS], "serve-judge": _judges()}
     found = {}
     for verb in VERBS:
-        names = [name for kind in records(verb).values() for name in kind.__dataclass_fields__]
-        names += ["objective", "space"] if verb == "train" else []
+        kinds = [*records(verb).values(), *(records("train").values() if verb == "encode" else ())]
+        names = [name for kind in kinds for name in kind.__dataclass_fields__]
+        names += ["objective", "space"] if verb in ("train", "encode") else []
         found[verb] = (first.get(verb, []), [f"--{name}" for name in dict.fromkeys([*names, "help"])])
     return found
 

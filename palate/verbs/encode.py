@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from palate.base.errors import UserError, short
-from palate.base.options import overrides
+from palate.base.options import checked, help_lines, overrides
 from palate.verbs import asks_help
 
-HELP = """\
-palate encode RECIPE [--shard I/N] [--option value ...]
-
+USAGE = "palate encode RECIPE [--shard I/N] [--option value ...]"
+ABOUT = """\
 Encodes the pictures and prompts that 'palate train RECIPE' with the same options learns from, into its cache_dir. What is
-there already is not encoded again, so it can be stopped and goes on; training may run beside it.
+there already is not encoded again, so it can be stopped and goes on; training may run beside it. The options of the recipe
+are those of 'palate train --help all', and besides:
+"""
 
-  --shard I/N
-      The I-th of N parts (1/4, 2/4, ...), for as many machines that share cache_dir, or whose files (*.arrow) are copied
-      into one folder afterwards. All processes of one machine share its part: accelerate launch -m palate encode ...
-  'palate train --help all' lists the options of a recipe."""
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """Which part is encoded."""
+
+    shard: str = "1/1"
+    """``I/N``: the I-th of N parts (1/4, 2/4, ...), for as many machines that share ``cache_dir``, or whose files (``*.arrow``)
+    are copied into one folder afterwards. All processes of a machine share its part: ``accelerate launch -m palate encode``."""
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """``2/4`` as (1, 4)."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise UserError(
+                f"shard is {short(self.shard)}; expected the number of a part and how many there are, 1/4 to 4/4 say"
+            )
+        return int(found[1]) - 1, int(found[2])
 
 
 def main(words: list[str]) -> int:
     if asks_help(words):
-        print(HELP)
+        print("\n".join([USAGE, "", *ABOUT.splitlines(), *help_lines(EncodeOptions)]))
         return 0
     if words[0].startswith("--"):
         raise UserError("palate encode expects a recipe first, such as: palate encode miniature-dpo --cache_dir DIR")
     from palate.runs import recipe
 
     given = overrides(words[1:])
-    part = _part(given.pop("shard", "1/1"))
+    part = checked(EncodeOptions, {name: given.pop(name) for name in ("shard",) if name in given}, "palate encode").part
     made = recipe.load(words[0], given)
     from palate.runs.encode import encode
 
@@ -39,11 +55,3 @@ def main(words: list[str]) -> int:
     if is_main():
         print(told)
     return 0
-
-
-def _part(given: object) -> tuple[int, int]:
-    """``2/4`` as (1, 4)."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(given))
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"shard is {short(str(given))}; expected the number of a part and how many there are, 1/4 to 4/4 say")
-    return int(found[1]) - 1, int(found[2])

@@ -31,11 +31,12 @@ def _record(verb: str) -> type:
     from palate.runs.export import ExportOptions
     from palate.runs.label import LabelOptions
     from palate.runs.sections import EvaluationOptions
-    from palate.verbs import compare, generate, report, score, serve_judge
+    from palate.verbs import compare, encode, generate, report, score, serve_judge
 
     return {
         "accuracy": AccuracyOptions,
         "compare": compare.Options,
+        "encode": encode.EncodeOptions,
         "evaluate": EvaluationOptions,
         "export": ExportOptions,
         "generate": generate.GenerateOptions,
