@@ -41,6 +41,12 @@ class Encoded(Generic[Item]):
         """The prompt of each item, in order."""
         return list(self.items.prompts)
 
+    def digest(self) -> str:
+        """Of the contents that are learned from: pictures and prompts as they were encoded, labels, weights."""
+        items = self.items
+        parts = (items.keys.tobytes(), items.label.tobytes(), items.weight.tobytes())
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
     def where(self: Kind, chosen: np.ndarray | Sequence[bool]) -> Kind:
         """With some of the items alone."""
         return type(self)(self.items.where(np.asarray(chosen, bool)), self.cache)

@@ -85,6 +85,32 @@ class Items(Sequence[Item], Generic[Item]):
         return self._columns["label"][self._rows]
 
     @property
+    def weight(self) -> np.ndarray:
+        """``(n,)``"""
+        return self._columns["weight"][self._rows]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Which rows of the columns these are ``(n,)``."""
+        return self._rows
+
+    @staticmethod
+    def joined(parts: Sequence[Items[Item]]) -> Items[Item]:
+        """The items of several, one after the other. Raises ``ValueError`` for others of kind or number of keys."""
+        columns = [part._columns for part in parts]
+        if len({(c["pictures"].shape[1:], c["text"].shape[1:]) for c in columns}) > 1:
+            raise ValueError("items of different kinds cannot be joined")
+        found: dict[str, Tensor] = {}
+        for name in columns[0]:
+            values = [c[name][: c[f"{name}_end"][-1]] if f"{name}_end" in c else c[name] for c in columns]
+            if name.endswith("_end"):  # places in the bytes of the same name
+                values = [v + sum(int(c[name][-1]) for c in columns[:i]) for i, v in enumerate(values)]
+            found[name] = torch.from_numpy(np.concatenate(values))
+        starts = [sum(len(c["label"]) for c in columns[:i]) for i in range(len(parts))]
+        rows = np.concatenate([part._rows + start for part, start in zip(parts, starts, strict=True)])
+        return Items(found, rows)
+
+    @property
     def pictures(self) -> np.ndarray:
         """The bytes of the pictures' keys ``(n, 1 or 2, variants, 32)``, winners first."""
         return self._columns["pictures"][self._rows]

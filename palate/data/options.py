@@ -32,6 +32,8 @@ class Reading:
     """Keep the first so many pairs of a prompt; all unless given."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names to those of the file, such as ``{prompt: text}``."""
+    caption_prefix: str = ""
+    """Words before every prompt, such as a trigger word; a blank goes between."""
     vote_question: Annotated[str, OneOf(*QUESTIONS)] = "overall"
     """Of ``votes.db``: the votes on ``overall``, ``appeal`` or ``following``."""
     vote_weights: Annotated[str, OneOf(*WEIGHTS)] = "equal"

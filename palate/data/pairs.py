@@ -160,7 +160,7 @@ class Reader:
     @functools.cached_property
     def _winners(self) -> set[bytes]:
         """The absolute winners of the whole source: found by reading it once more, without decoding pictures."""
-        names = {name: getattr(self.reading, name) for name in ("columns", "vote_question", "vote_weights")}
+        names = {name: getattr(self.reading, name) for name in ("columns", "caption_prefix", "vote_question", "vote_weights")}
         reader = Reader(self.source, self.places, Reading(ties="keep", max_bad_rows=MANY, **names))
         pairs = tqdm(reader.checked(lambda picture: ""), desc="finding absolute winners", unit=" pairs", disable=None)
         return selection.absolute_winners((pair.prompt, pair.pictures, pair.label) for pair in pairs)
@@ -242,6 +242,8 @@ class Reader:
     def _items(self, file: File, number: int, row: Row, check: Callable[[bytes], str]) -> Sequence[Item]:
         names, layout = file.names, file.layout
         prompt = values.prompt(names["prompt"], row.get(names["prompt"]))
+        if self.reading.caption_prefix:
+            prompt = f"{self.reading.caption_prefix} {prompt}"
         weight = values.number(names["weight"], row.get(names["weight"]), default=1.0)
         rater = row.get(names["rater"])
         shared: dict[str, Any] = {

@@ -59,7 +59,7 @@ def recall(cache: TensorCache, key: str, reader: Reader) -> Items[Any] | None:
 def remember(cache: TensorCache, key: str, items: Items[Any], reader: Reader) -> None:
     """Keep what was read under a key, unless pictures were read that its signature does not tell of."""
     if not (reader.followed and any(isinstance(file, File) and file.format in WHOLE for file in reader.files())):
-        counts = json.dumps(dataclasses.asdict(reader.counts)).encode()
+        counts = json.dumps(vars(reader.counts)).encode()  # asdict() would count the entries of a Counter
         cache.put(key, {**items.tensors, "counts": torch.tensor(np.frombuffer(counts, np.uint8))})
         cache.flush()
 

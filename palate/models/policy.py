@@ -17,7 +17,7 @@ from palate.diffusion.schedule import Schedule
 from palate.models.adapters import Adapter, is_adapter
 from palate.models.denoiser import Denoiser, features_of
 from palate.models.lora import load_lora, save_lora
-from palate.models.parts import digest
+from palate.models.parts import digest, sketch
 
 OLD = "old/"
 """Names of the old policy's tensors begin so."""
@@ -125,6 +125,10 @@ class Policy:
         config = sorted((key, value) for key, value in network.config.items() if not key.startswith("_"))
         marginals = [x.numpy().tobytes() for x in self.schedule.marginals(torch.arange(self.schedule.num_train_timesteps))]
         return digest(self.frozen, type(network).__name__, config, self.schedule.prediction_type, marginals)
+
+    def weights_sketch(self) -> str:
+        """Which weights are frozen beside the trained ones."""
+        return sketch(self.frozen)
 
     def track_old(self, decay: float) -> None:
         """From now on keep a policy that lags behind, ``old``, at the cost of a second LoRA.

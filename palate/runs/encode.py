@@ -29,7 +29,7 @@ def encode(recipe: Recipe, part: tuple[int, int] = (0, 1)) -> str:
     reader, validation = reader_of(recipe), validation_reader(recipe)
     denoiser = denoiser_of(recipe)
     tell_needs(recipe, denoiser, reader)
-    encoded, held_out = encoded_of(recipe, denoiser, reader, validation, part)
+    encoded, held_out, _ = encoded_of(recipe, denoiser, reader, validation, part)
     count = len(encoded) + (0 if held_out is None else len(held_out))
     what = "pictures" if reader.single else "pairs"
     of = f", part {part[0] + 1} of {part[1]}," if part[1] > 1 else ""

@@ -15,8 +15,11 @@ from palate.runs.methods import Objective
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from palate.data.cache import TensorCache
     from palate.data.encoded import EncodedPairs, EncodedPictures
+    from palate.data.mixture import Mixture
     from palate.data.pairs import Counts, Reader
     from palate.models.denoiser import Denoiser
 
@@ -27,6 +30,13 @@ def reader_of(recipe: Recipe) -> Reader:
 
     options = recipe.data
     reader = read(world.find_pairs(options.train_data), options)
+    for more in more_readers(recipe):
+        if more.single != reader.single:
+            kinds = ("single pictures", "pairs") if more.single else ("pairs", "single pictures")
+            raise UserError(
+                f"{more.source} holds {kinds[0]}, but {reader.source} {kinds[1]}: sets of one recipe are of one kind"
+            )
+        next(iter(more))
     if reader.single and recipe.method.evidence == "pairs":
         raise UserError(
             f"objective {recipe.objective['name']} compares two pictures, but {options.train_data} holds single ones: use kto "
@@ -34,6 +44,38 @@ def reader_of(recipe: Recipe) -> Reader:
         )
     next(iter(reader))
     return reader
+
+
+def more_readers(recipe: Recipe) -> list[Reader]:
+    """Those of ``more_train_data``, in order."""
+    from palate.data.pairs import read
+
+    return [read(world.find_pairs(source), recipe.data) for source in recipe.data.more_train_data]
+
+
+def mixed(
+    encoded: EncodedPairs | EncodedPictures, recipe: Recipe, sizes: Sequence[int]
+) -> EncodedPairs | EncodedPictures | Mixture:
+    """What the loop goes through: the items themselves, or those of several sets as often as the recipe says.
+
+    sizes: of each set, as it was encoded.
+    """
+    import numpy as np
+
+    from palate.data.mixture import Mixture
+
+    shares = [1.0, *recipe.data.more_train_data.values()]
+    if len(shares) == 1:
+        return encoded
+    sets = np.searchsorted(np.cumsum(sizes), encoded.items.rows, side="right")
+    found = Mixture(encoded, sets, shares)
+    names = [recipe.data.train_data, *recipe.data.more_train_data]
+    told = [
+        f"{int((sets == i).sum())} of {name}, {share:g} times"
+        for i, (name, share) in enumerate(zip(names, shares, strict=True))
+    ]
+    tell(f"an epoch has {len(found)}: {'; '.join(told)}")
+    return found
 
 
 def validation_reader(recipe: Recipe) -> Reader | None:
@@ -47,6 +89,7 @@ def validation_reader(recipe: Recipe) -> Reader | None:
         world.find_pairs(options.validation_data),
         max_bad_rows=options.max_bad_rows,
         columns=options.columns,
+        caption_prefix=options.caption_prefix,
         vote_question=options.vote_question,
     )
     next(iter(reader))
@@ -63,8 +106,8 @@ def cache_of(recipe: Recipe) -> TensorCache:
 
 def encoded_of(
     recipe: Recipe, denoiser: Denoiser, reader: Reader, validation: Reader | None, part: tuple[int, int] = (0, 1)
-) -> tuple[EncodedPairs | EncodedPictures, EncodedPairs | EncodedPictures | None]:
-    """What is trained on, and the held-out pairs or None; they share no prompt.
+) -> tuple[EncodedPairs | EncodedPictures, EncodedPairs | EncodedPictures | None, list[int]]:
+    """What is trained on, and the held-out pairs or None, which share no prompt; and how many each set had.
 
     part: as :func:`palate.data.encode.encode` takes it.
     """
@@ -72,6 +115,7 @@ def encoded_of(
 
     from palate.data.encode import encode
     from palate.data.encoded import EncodedPairs
+    from palate.data.items import Items
     from palate.training.place import meeting
 
     options = recipe.data
@@ -88,7 +132,13 @@ def encoded_of(
         "progress": is_main() and sys.stderr.isatty(),
     }
     encoded = encode(reader, encoders, **how)
-    _say_counts(reader.counts, "pictures" if reader.single else "pairs")
+    what, sizes = "pictures" if reader.single else "pairs", [len(encoded)]
+    _say_counts(reader.counts, what)
+    for more in more_readers(recipe):
+        added = encode(more, encoders, **how)
+        _say_counts(more.counts, what, f"{more.source}: ")
+        sizes.append(len(added))
+        encoded = type(encoded)(Items.joined([encoded.items, added.items]), encoded.cache)
     if told := cut_warning(denoiser, encoded.prompts):
         tell(told)
     if validation is not None:
@@ -97,11 +147,11 @@ def encoded_of(
         kept = encoded.without_prompts(held_out.prompts)
         if len(kept) < len(encoded):
             tell(f"{len(encoded) - len(kept)} left out, whose prompts are in {options.validation_data}")
-        return kept, held_out
+        return kept, held_out, sizes
     # Implicit accuracy is of pairs; single pictures are all trained on.
     if isinstance(encoded, EncodedPairs) and options.validation_fraction > 0 and len(set(encoded.prompts)) > 1:
-        return encoded.split(options.validation_fraction, recipe.training.seed)
-    return encoded, None
+        return *encoded.split(options.validation_fraction, recipe.training.seed), sizes
+    return encoded, None, sizes
 
 
 def learnable(encoded: EncodedPairs | EncodedPictures, objective: Objective) -> EncodedPairs | EncodedPictures:

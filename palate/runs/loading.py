@@ -84,6 +84,8 @@ def at_home(recipe: Recipe) -> Recipe:
             options, **{n: os.path.expanduser(v) for n, v in given.items() if (v or "").startswith("~/")}
         )
 
+    more = {os.path.expanduser(name): share for name, share in recipe.data.more_train_data.items()}
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, more_train_data=more))
     return dataclasses.replace(
         recipe,
         model=written_out(recipe.model, "pretrained_model_name_or_path"),

@@ -56,6 +56,9 @@ class _Source:
     train_data: str = "miniature-pairs"
     """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub such as owner/name, the ``votes.db`` of
     ``palate vote``, ``miniature-pairs`` or ``miniature-sdxl-pairs``."""
+    more_train_data: dict[str, float] = field(default_factory=dict)
+    """Further sets, named and read as ``train_data`` is, and how many times an epoch goes through each, such as
+    ``{votes.db: 3, large.parquet: 0.2}``; through ``train_data`` once."""
     resolution: int | None = None
     """Side of the pictures in pixels, a multiple of 8; the model's own unless given."""
 
@@ -81,6 +84,11 @@ class DataOptions(Reading, _Source):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        for name, share in self.more_train_data.items():
+            if name == self.train_data:
+                raise UserError(f"more_train_data names {name}, which train_data is: name each set once")
+            if not 0 < share <= 1000:
+                raise UserError(f"more_train_data gives {name} {share:g}; expected times an epoch, above 0 and up to 1000")
         if self.resolution is not None:
             from palate.data.images import check_resolution
 

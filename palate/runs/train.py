@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ from palate.runs import recipe as recipes
 from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import PUBLIC, write_card
 from palate.runs.compare import SHOWN_PROMPTS, Samples, compare_models
-from palate.runs.evidence import counts_of, doubts, encoded_of, learnable, reader_of, validation_reader
+from palate.runs.evidence import counts_of, doubts, encoded_of, learnable, mixed, reader_of, validation_reader
 from palate.runs.export import about_training
 from palate.runs.loading import at_home, denoiser_of, policy_of, references_of
 from palate.runs.methods import bind_space, draws_of
@@ -94,9 +95,10 @@ def _train_offline(found: Assembled, command: str) -> None:
     denoiser = _trainable(recipe)
     with denoiser.encoding():
         tell_needs(recipe, denoiser, reader)
-        encoded, held_out = encoded_of(recipe, denoiser, reader, validation)
+        encoded, held_out, sizes = encoded_of(recipe, denoiser, reader, validation)
         nothing = _no_prompt(denoiser) if recipe.training.caption_dropout else None
     encoded = learnable(encoded, recipe.method)
+    data = mixed(encoded, recipe, sizes)
     if held_out is None and recipe.evaluation.evaluation_prompts == HELD_OUT:
         tell("nothing is held out: the pictures before and after show prompts of the training data")
     found = found.showing([Prompt(text) for text in (encoded if held_out is None else held_out).prompts])
@@ -115,17 +117,18 @@ def _train_offline(found: Assembled, command: str) -> None:
         return {"held_out_accuracy": rate.rate, "held_out_accuracy_low": rate.low, "held_out_accuracy_high": rate.high}
 
     what = "pictures" if reader.single else "pairs"
-    about = {"command": command, "versions": versions(), what: len(encoded), **counts_of(reader.counts), **_shown(found)}
+    about = {"command": command, "versions": versions(), what: len(data), **counts_of(reader.counts), **_shown(found)}
     if validation is not None:
         about["validation"] = counts_of(validation.counts)
     if recipe.training.resume_from_checkpoint is None:
-        step.begin(encoded)
+        step.begin(data)
         about |= {"chosen": dict(step.state)} if step.state else {}
         if "beta" in step.state:
             tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
     told = doubts(encoded, recipe.method)
+    origin = {"data": encoded.digest(), "weights": policy.weights_sketch()}
     try:
-        _train(recipe, recipe.training, policy, step, encoded, samples, on_evaluate, about, doubts=told)
+        _train(recipe, recipe.training, policy, step, data, samples, on_evaluate, about, origin, doubts=told)
     finally:
         if references is not None:
             references.close()
@@ -154,7 +157,9 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
     # Whom an address served cannot be asked later.
     if serves := {name: reward.serves for name, reward in wanted.rewards.items() if reward.serves}:
         about["serves"] = serves
-    _train(recipe, wanted.options, policy, step, rollouts, samples, watch, about, {"watch": watch} if watch else {})
+    texts = "\n".join(prompt.text for prompt in wanted.prompts)
+    origin = {"prompts": hashlib.sha256(texts.encode()).hexdigest()[:16], "weights": policy.weights_sketch()}
+    _train(recipe, wanted.options, policy, step, rollouts, samples, watch, about, origin, {"watch": watch} if watch else {})
     _finish(found, denoiser, policy, command)
 
 
@@ -230,7 +235,9 @@ def _check_output(recipe: Recipe, out: Path) -> None:
         read_run(out)  # the page and the card tell of it in the end
         # Without its weights, which are read where they are needed.
         saved = checkpoints.Checkpoint(path, {}, {}, _saved_recipe(path))
-        checkpoints.check_recipe(saved, recipe.as_dict(), defaults=recipes.defaults())
+        # What data and weights it was is looked at once they have been read.
+        may_differ = checkpoints.MAY_DIFFER | {checkpoints.ORIGIN}
+        checkpoints.check_recipe(saved, recipe.as_dict(), may_differ, defaults=recipes.defaults())
     elif found is not None:
         raise UserError(
             f"{out} already holds a run; continue it with --resume_from_checkpoint latest, or name another --output_dir"
@@ -254,6 +261,7 @@ def _train(
     samples: Samples,
     on_evaluate: Callable[[int], Mapping[str, float]] | None,
     about: JsonObject,
+    origin: Mapping[str, str],
     states: Mapping[str, Stateful] | None = None,
     doubts: Sequence[str] = (),
 ) -> None:
@@ -279,7 +287,7 @@ def _train(
             data,
             options=options,
             states=states,
-            recipe=recipe.as_dict(),
+            recipe={**recipe.as_dict(), checkpoints.ORIGIN: dict(origin)},
             defaults=recipes.defaults(),
             on_sample=samples.draw,
             on_evaluate=on_evaluate,

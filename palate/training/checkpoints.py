@@ -53,6 +53,14 @@ MAY_DIFFER = frozenset(
 """Options that may change on resuming. The product of batch size, accumulation and processes is checked by the loop."""
 
 
+ORIGIN = "origin"
+"""Key of a recipe under which stands what data and weights it was trained on, by digests of their contents."""
+PATHS = frozenset(
+    {"train_data", "more_train_data", "validation_data", "pretrained_model_name_or_path", "pretrained_lora", "train_prompts"}
+)
+"""Where data and weights lie: on another machine elsewhere, where a checkpoint tells their contents."""
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """What a checkpoint can keep: plain numbers, texts and tensors, nested as they may be."""
@@ -156,7 +164,14 @@ def check_recipe(
     """
     now, unsaid = (dict(_flat(json.loads(json.dumps(values, default=str)))) for values in (recipe, defaults or {}))
     saved = {key: value for key, value in unsaid.items() if key in now} | dict(_flat(checkpoint.recipe))
-    differing = [key for key in {**saved, **now} if saved.get(key) != now.get(key) and not set(key) & set(may_differ)]
+    told = {key[1] for key in saved if key[0] == ORIGIN}
+    free = {*may_differ, *(PATHS if told else (ORIGIN,))}
+    differing = [key for key in {**saved, **now} if saved.get(key) != now.get(key) and not set(key) & free]
+    if others := [key[1] for key in differing if key[0] == ORIGIN]:
+        raise UserError(
+            f"{checkpoint.path} was trained on other {' and '.join(others)} than are there now (by their contents, wherever "
+            "they lie): resume with the same, or begin anew in another output_dir"
+        )
     if differing:
         changes = ", ".join(f"{'.'.join(key)} was {saved.get(key)!r}, is {now.get(key)!r}" for key in differing)
         raise UserError(
