@@ -25,21 +25,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-
-from palate.training.log import read_log
+from runs import PER_ROUND, Run, draw_curves, pyplot, read_curve, rewards_of, row, table_line, work
 
 METHODS = {
     "DDPO-IS": "miniature-ddpo-is",
@@ -59,19 +51,8 @@ LOW_RATES = (1e-4, 3e-4, 1e-3)
 RWR = ("RWR", "RWR-sparse")
 TUNING_SEED, TUNING_QUERIES = 100, 256
 SPLIT = ("train", "objects", "places", "combinations")
-PER_ROUND = 64
 GUARDS = ("tuned", "tuned-budget", "fast", "fast-budget")
 FASTER, KL_BUDGET = 3, 1.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run: its name (and folder), recipe and overrides; then evaluations, each a list of prompts by name."""
-
-    name: str
-    recipe: str
-    options: dict[str, Any]
-    evaluations: dict[str, str] = field(default_factory=dict)
 
 
 def options(reward: str, seed: int, queries: int, setting: dict[str, float], watch: bool = True) -> dict[str, Any]:
@@ -172,72 +153,6 @@ PARTS = {
 }
 
 
-def carry_out(run: Run, root: Path) -> str:
-    """Train, and evaluate, what is not there yet; returns what to tell."""
-    out = root / run.name
-    words = ["train", run.recipe, "--output_dir", str(out)]
-    words += [word for name, value in run.options.items() for word in (f"--{name}", str(value))]
-    told = []
-    if not (out / "pytorch_lora_weights.safetensors").is_file():
-        if any(out.glob("checkpoint-*")):
-            words += ["--resume_from_checkpoint", "latest"]
-        else:
-            shutil.rmtree(out, ignore_errors=True)
-        if not palate(words, root / f"{run.name}.txt"):
-            return f"{run.name}: failed, see {root / run.name}.txt"
-        told.append("trained")
-    write_curve(out, root / "curves" / f"{run.name}.jsonl")
-    for part, prompts in run.evaluations.items():
-        if not (result := out / f"metrics-{part}.json").is_file():
-            asked = ["--evaluation_prompts", prompts, "--judges", "[jpeg_compressibility, mini-clip, mini-heldout]"]
-            if not palate(["evaluate", str(out), *asked], root / f"{run.name}.txt"):
-                return f"{run.name}: evaluation on {prompts} failed, see {root / run.name}.txt"
-            shutil.copy(out / "metrics.json", result)
-            shutil.copy(out / "before_after.png", out / f"before_after-{part}.png")
-            told.append(f"evaluated on {prompts}")
-    return f"{run.name}: {', '.join(told) or 'was finished'}"
-
-
-def palate(words: list[str], log: Path) -> bool:
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    with log.open("a") as file:
-        command = [sys.executable, "-m", "palate", *words]
-        return subprocess.run(command, env={**os.environ, **threads}, stdout=file, stderr=file).returncode == 0
-
-
-def write_curve(out: Path, path: Path) -> None:
-    """One line a round, and one for each measurement of held-out rewards."""
-    kept = (
-        "step",
-        "reward_queries",
-        "reward_mean",
-        "reward_std",
-        "kl_path",
-        "diversity",
-        "seconds",
-        "effective_samples",
-        "kept",
-    )
-    lines = []
-    for record in read_log(out / "log.jsonl"):
-        line = {k: v for k, v in record.items() if k in kept or k.startswith(("reward/", "held_out/", "parted"))}
-        if "reward_mean" in line or any(k.startswith("held_out/") for k in line):
-            lines.append(json.dumps(line))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-
-
-def read_curve(root: Path, name: str) -> list[dict[str, Any]]:
-    path = root / "curves" / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def rewards_of(curve: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Queries before each round (the pictures of a round show the model that drew them) and its mean reward."""
-    rounds = [line for line in curve if "reward_mean" in line]
-    return [line["reward_queries"] - PER_ROUND for line in rounds], [line["reward_mean"] for line in rounds]
-
-
 def tuned(root: Path) -> dict[str, dict[str, float]]:
     """The chosen settings by name of the method, of RWR's also by ``METHOD, incompress``; empty where nothing was tuned."""
     found = json.loads(path.read_text()) if (path := root / "tuned.json").is_file() else {}
@@ -290,35 +205,13 @@ def plot_curves(given: argparse.Namespace, root: Path) -> list[str]:
             curves = [curve for curve in curves if curve]
             if not curves:
                 continue
-            found = [rewards_of(curve) for curve in curves]
-            rounds = min(len(queries) for queries, _ in found)
-            queries, columns = found[0][0][:rounds], list(zip(*(means[:rounds] for _, means in found), strict=True))
-            (line,) = axis.plot(queries, [statistics.mean(c) for c in columns], label=method)
-            axis.fill_between(queries, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color())
+            draw_curves(axis, method, curves)
             rows.append(row(reward, method, curves))
         axis.set(title=f"{reward} ({REWARDS[reward]})", xlabel="reward queries", ylabel="mean reward of the round")
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(root / "curves.png", dpi=130)
     return rows
-
-
-def row(reward: str, method: str, curves: list[list[dict[str, Any]]]) -> str:
-    """Rewards of the first and the last two rounds that all seeds have, and the held-out judge before and after them."""
-    means = [means for _, means in map(rewards_of, curves)]
-    rounds = min(map(len, means))
-    ends = [statistics.mean(m[:rounds][-2:]) for m in means]
-    first, last = statistics.mean(m[0] for m in means), statistics.mean(ends)
-    each = ", ".join(f"{end:.2f}" for end in ends)
-    equal = [curve for curve, m in zip(curves, means, strict=True) if len(m) == rounds]  # longer ones were judged later
-    judged = [[line[k] for line in curve for k in line if k.startswith("held_out/")] for curve in equal]
-    before, after = (statistics.mean(values[i] for values in judged) for i in (0, -1))
-    cells = [reward, method, rounds * PER_ROUND, f"{first:.2f}", f"{last:.2f} ({each})", f"{last - first:+.2f}"]
-    return table_line([*cells, f"{before:.1f}", f"{after:.1f}"])
-
-
-def table_line(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def generalisation_table(given: argparse.Namespace, root: Path) -> list[str]:
@@ -384,15 +277,6 @@ def grids(given: argparse.Namespace, root: Path) -> None:
     grid.resize((grid.width // 2, grid.height // 2), Image.Resampling.LANCZOS).save(root / "grid.jpg", quality=88)
 
 
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "plot"])
@@ -405,14 +289,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.queries % PER_ROUND:
         parser.error(f"--queries is {given.queries}; expected a multiple of {PER_ROUND}")
-    given.output_dir.mkdir(parents=True, exist_ok=True)
     for part in given.parts:
         if part == "plot":
             plot(given)
             continue
-        with ThreadPoolExecutor(given.processes) as pool:
-            for told in pool.map(lambda run: carry_out(run, given.output_dir), PARTS[part](given)):
-                print(told, flush=True)
+        work(PARTS[part](given), given.output_dir, given.processes)
         if part == "tune":
             choose(given)
 
