@@ -7,9 +7,9 @@ from pathlib import Path
 from palate.base.errors import UserError
 
 ROOT = Path(__file__).parent
-MODELS = ("mini-sd", "mini-sdxl")
-PAIRS = {"miniature-pairs": "pairs", "miniature-sdxl-pairs": "pairs-sdxl"}
-"""Name -> folder of the votes on pictures of mini-sd and of mini-sdxl."""
+MODELS = ("mini-sd", "mini-sdxl", "mini-sd3")
+PAIRS = {"miniature-pairs": "pairs", "miniature-sdxl-pairs": "pairs-sdxl", "miniature-sd3-pairs": "pairs-sd3"}
+"""Name -> folder of the votes on pictures of the model in the same place of :data:`MODELS`."""
 JUDGES = {
     "mini-heldout": ("pickscore", "held out"),
     "mini-pickscore": ("pickscore", "preference"),

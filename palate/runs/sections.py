@@ -36,7 +36,7 @@ class ModelOptions:
     """What is trained."""
 
     pretrained_model_name_or_path: str = "mini-sd"
-    """A diffusers pipeline folder, a hub id such as owner/model, or ``mini-sd``, ``mini-sdxl``."""
+    """A diffusers pipeline folder, a hub id such as owner/model, or ``mini-sd``, ``mini-sdxl``, ``mini-sd3``."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -55,7 +55,7 @@ class _Source:
 
     train_data: str = "miniature-pairs"
     """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub such as owner/name, the ``votes.db`` of
-    ``palate vote``, ``miniature-pairs`` or ``miniature-sdxl-pairs``."""
+    ``palate vote``, ``miniature-pairs``, ``miniature-sdxl-pairs`` or ``miniature-sd3-pairs``."""
     more_train_data: dict[str, float] = field(default_factory=dict)
     """Further sets, named and read as ``train_data`` is, and how many times an epoch goes through each, such as
     ``{votes.db: 3, large.parquet: 0.2}``; through ``train_data`` once."""

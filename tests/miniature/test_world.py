@@ -42,6 +42,18 @@ def test_sdxl_loads_in_plain_diffusers_and_draws() -> None:
     assert picture.size == (64, 64)
 
 
+def test_sd3_loads_in_plain_diffusers_and_draws() -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(world.checkpoint("mini-sd3"), text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.text_encoder_3 is None
+    assert pipe.tokenizer_2.pad_token == "!"
+    assert pipe.transformer.config.qk_norm == "rms_norm"
+    picture = pipe("a red house on the left, on a green meadow", num_inference_steps=2, height=64, width=96).images[0]
+    assert picture.size == (96, 64)
+
+
 @pytest.mark.parametrize("name", sorted(world.JUDGES))
 def test_judges_load_in_plain_transformers(name: str) -> None:
     from transformers import CLIPModel, CLIPTokenizer
@@ -59,7 +71,12 @@ def test_the_held_out_judge_shares_nothing_with_the_labelling_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "least"), [("miniature-pairs", "mini-sd", 2000), ("miniature-sdxl-pairs", "mini-sdxl", 1000)]
+    ("name", "model", "least"),
+    [
+        ("miniature-pairs", "mini-sd", 2000),
+        ("miniature-sdxl-pairs", "mini-sdxl", 1000),
+        ("miniature-sd3-pairs", "mini-sd3", 1000),
+    ],
 )
 def test_pairs_have_pick_a_pic_columns_and_about_an_eighth_ties(name: str, model: str, least: int) -> None:
     table = pq.read_table(world.pairs(name))
@@ -91,5 +108,5 @@ def test_sizes_stay_small() -> None:
     def megabytes(folder: Path) -> float:
         return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
 
-    assert megabytes(world.ROOT / "checkpoints") < 40
-    assert sum(megabytes(world.ROOT / folder) for folder in world.PAIRS.values()) < 20
+    assert megabytes(world.ROOT / "checkpoints") < 60
+    assert sum(megabytes(world.ROOT / folder) for folder in world.PAIRS.values()) < 25

@@ -15,11 +15,11 @@ class BuildOptions:
     work_dir: str = "build"
     """Trainings in progress and finished parts; a build that was stopped continues from them."""
     only: str | None = None
-    """``mini-sdxl``: that model and its pairs alone, from the embedded mini-sd, mini-clip and raters."""
+    """``mini-sdxl`` or ``mini-sd3``: that model and its pairs alone, from the embedded mini-sd, mini-clip and raters."""
 
     def __post_init__(self) -> None:
-        if self.only not in (None, "mini-sdxl"):
-            raise UserError(f"only is {self.only!r}; expected mini-sdxl, or leave it out to rebuild everything")
+        if self.only not in (None, "mini-sdxl", "mini-sd3"):
+            raise UserError(f"only is {self.only!r}; expected mini-sdxl or mini-sd3, or leave it out to rebuild everything")
 
 
 def main(words: list[str]) -> None:
@@ -27,9 +27,10 @@ def main(words: list[str]) -> None:
         print("\n".join(["python -m tools.miniature [--option value ...]", "", *help_lines(BuildOptions)]))
         return
     options = checked(BuildOptions, overrides(words), "python -m tools.miniature")
-    from tools.miniature.build import build_all, build_xl
+    from tools.miniature.build import build_all, build_sd3, build_xl
 
-    (build_all if options.only is None else build_xl)(Path(options.work_dir))
+    build = {None: build_all, "mini-sdxl": build_xl, "mini-sd3": build_sd3}[options.only]
+    build(Path(options.work_dir))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from palate.base.files import write_atomically
 from palate.miniature import world
 from palate.miniature.captions import ATTRIBUTES
-from tools.miniature import base_model, base_model_xl, judging, voting
+from tools.miniature import base_model, base_model_sd3, base_model_xl, judging, voting
 from tools.miniature.base_model import SEED, say
 from tools.miniature.raters import load_eye
 
@@ -22,7 +22,7 @@ from tools.miniature.raters import load_eye
 def build_all(work: Path, target: Path = world.ROOT) -> None:
     """Train and write the whole world. Stages already done in ``work`` are not repeated; ``target`` gets the results.
 
-    On two cores this takes about two hours. Each training continues where it was stopped.
+    On two cores this takes about three hours. Each training continues where it was stopped.
     """
     work.mkdir(parents=True, exist_ok=True)
     sd = work / "mini-sd"
@@ -65,6 +65,7 @@ def build_all(work: Path, target: Path = world.ROOT) -> None:
         shutil.copytree(work / name, target / "checkpoints" / name, dirs_exist_ok=True)
     _write_measured(target, measure(work, voted))
     build_xl(work, target)
+    build_sd3(work, target)
     say(f"the miniature world lies in {target}")
 
 
@@ -79,15 +80,38 @@ def build_xl(work: Path, target: Path = world.ROOT) -> None:
         xl / "model_index.json",
         lambda: base_model_xl.build_diffusion_xl(work, parts / "mini-sd", parts / "mini-clip", xl),
     )
-    texts = voting.prompts(SEED + 52, voting.XL_PAIRS, held_out=False)
-    both = voting.candidates(work, xl, "candidates-xl", texts, SEED * 10 + 1_000_000, steps=10, half=True)
-    pairs = target / world.PAIRS["miniature-sdxl-pairs"] / "train.parquet"
-    voted = voting.write_pairs(pairs, texts, both, parts / "mini-rater", SEED + 53, "mini-sdxl")
-    shutil.copytree(xl, parts / "mini-sdxl", dirs_exist_ok=True)
-    say("measuring mini-sdxl")
+    _have_voted(work, target, xl, "miniature-sdxl-pairs", SEED + 52, SEED * 10 + 1_000_000, steps=10, half=True)
+
+
+def build_sd3(work: Path, target: Path = world.ROOT) -> None:
+    """Train ``mini-sd3`` from the finished mini-sd and mini-clip in ``target``, and have its pictures voted on.
+
+    On one core this takes about an hour and a half.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    parts, sd3 = target / "checkpoints", work / "mini-sd3"
+    _once(
+        sd3 / "model_index.json",
+        lambda: base_model_sd3.build_diffusion_sd3(work, parts / "mini-sd", parts / "mini-clip", sd3),
+    )
+    _have_voted(work, target, sd3, "miniature-sd3-pairs", SEED + 54, SEED * 10 + 2_000_000)
+
+
+def _have_voted(work: Path, target: Path, model: Path, pairs: str, seed: int, first: int, **options: Any) -> None:
+    """Draw pictures of a finished model from ``first`` on, have them voted on, and put all where the package has it.
+
+    options: of :func:`voting.sample`, for the candidates.
+    """
+    parts = target / "checkpoints"
+    texts = voting.prompts(seed, voting.MORE_PAIRS, held_out=False)
+    both = voting.candidates(work, model, f"candidates-{model.name}", texts, first, **options)
+    path = target / world.PAIRS[pairs] / "train.parquet"
+    voted = voting.write_pairs(path, texts, both, parts / "mini-rater", seed + 1, model.name)
+    shutil.copytree(model, parts / model.name, dirs_exist_ok=True)
+    say(f"measuring {model.name}")
     found = {
-        "mini-sdxl: attributes found in pictures of unseen prompts": voting.followed(xl, parts / "mini-rater"),
-        "mini-sdxl: pairs": voted,
+        f"{model.name}: attributes found in pictures of unseen prompts": voting.followed(model, parts / "mini-rater"),
+        f"{model.name}: pairs": voted,
     }
     _write_measured(target, json.loads((parts / "measured.json").read_text()) | found)
 
@@ -140,6 +164,9 @@ so that alignment has something to mend.""",
     "mini-sdxl": """A Stable Diffusion XL pipeline in everything but size: two text encoders (those of mini-sd and
 mini-clip), a pooled embedding, size and crop of every picture, 64 x 64 pictures, mini-sd's VAE, Euler scheduler. Only its
 U-Net was trained, from mini-sd's weights on.""",
+    "mini-sd3": """A Stable Diffusion 3 pipeline in everything but size: a rectified flow whose transformer text and picture
+share (3.5's normalised queries and keys), the text encoders of mini-sd and mini-clip, no T5, mini-sd's VAE. Only its
+transformer was trained, from random weights.""",
     "mini-rater": """The eye of the simulated raters: reads the seven attributes of a scene and the looks of a picture.
 It votes on the pairs and measures the model; it is no judge of results.""",
     "mini-clip": """A contrastive CLIP for CLIPScore: does the picture fit the prompt? Trained on renders and their

@@ -17,11 +17,13 @@ from palate.base.files import write_atomically
 from palate.data import pickapic
 from palate.data.images import to_tensor
 from palate.miniature.captions import ATTRIBUTES, caption, scene_of
+from palate.models.sd3 import T5_LENGTH
 from tools.miniature import scenes
 from tools.miniature.base_model import SEED, say
+from tools.miniature.base_model_sd3 import MergedZeros
 from tools.miniature.raters import crowd, load_eye
 
-PAIRS, XL_PAIRS, UNSEEN = 2400, 1000, 400
+PAIRS, MORE_PAIRS, UNSEEN = 2400, 1000, 400
 STEPS, GUIDANCE = 14, 4.0
 LAST = "num_example_per_prompt"
 COLUMNS = (*sorted(pickapic.TYPES.keys() - {"created_at", "rater", LAST}), LAST)
@@ -40,18 +42,26 @@ def prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
 def sample(
     folder: Path, texts: list[str], seeds: list[int], *, guidance: float = GUIDANCE, steps: int = STEPS, half: bool = False
 ) -> list[Image.Image]:
-    """Pictures of a miniature model by DPM-Solver++, each from its own seed; with ``half`` the U-Net computes in bfloat16."""
+    """Pictures of a miniature model, each from its own seed; with ``half`` the network computes in bfloat16.
+
+    By DPM-Solver++, or of mini-sd3 by its own sampler.
+    """
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)  # of the class that the folder names
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    sd3 = "StableDiffusion3Pipeline" in (folder / "model_index.json").read_text()
+    absent, length = ({"text_encoder_3": None, "tokenizer_3": None}, {"max_sequence_length": 1}) if sd3 else ({}, {})
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **absent)  # of the class that the folder names
+    if sd3:
+        pipe.transformer.set_attn_processor(MergedZeros(T5_LENGTH))
+    else:
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     for start in range(0, len(texts), 32):
         generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + 32]]
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             images += pipe(
-                texts[start : start + 32], num_inference_steps=steps, guidance_scale=guidance, generator=generators
+                texts[start : start + 32], num_inference_steps=steps, guidance_scale=guidance, generator=generators, **length
             ).images
         if start % 640 == 0:
             say(f"sampled {len(images)}/{len(texts)}")
