@@ -94,7 +94,8 @@ def build_sd3(work: Path, target: Path = world.ROOT) -> None:
         sd3 / "model_index.json",
         lambda: base_model_sd3.build_diffusion_sd3(work, parts / "mini-sd", parts / "mini-clip", sd3),
     )
-    _have_voted(work, target, sd3, "miniature-sd3-pairs", SEED + 54, SEED * 10 + 2_000_000)
+    # Without guidance: with it two of its pictures are so much alike that raters cannot tell.
+    _have_voted(work, target, sd3, "miniature-sd3-pairs", SEED + 54, SEED * 10 + 2_000_000, steps=12, guidance=1.0)
 
 
 def _have_voted(work: Path, target: Path, model: Path, pairs: str, seed: int, first: int, **options: Any) -> None:
@@ -110,6 +111,7 @@ def _have_voted(work: Path, target: Path, model: Path, pairs: str, seed: int, fi
     shutil.copytree(model, parts / model.name, dirs_exist_ok=True)
     say(f"measuring {model.name}")
     found = {
+        f"{model.name}: date": time.strftime("%Y-%m-%d"),
         f"{model.name}: attributes found in pictures of unseen prompts": voting.followed(model, parts / "mini-rater"),
         f"{model.name}: pairs": voted,
     }
@@ -200,14 +202,14 @@ def write_cards(folder: Path, measured: dict[str, Any]) -> None:
         ]
         lines += ["| measured | value |", "| --- | --- |"]
         also = ("vae", "pairs") if name == "mini-sd" else ()
-        mine = {k: v for k, v in measured.items() if k.partition(":")[0] in (name, *also)}
+        date = measured.get(f"{name}: date", measured["date"])
+        mine = {k: v for k, v in measured.items() if k.partition(":")[0] in (name, *also) and k != f"{name}: date"}
         for key, value in mine.items():
             for label, number in value.items() if isinstance(value, dict) else [("", value)]:
                 lines.append(f"| {key.partition(': ')[2] or key} {label}".rstrip() + f" | {number:.4g} |")
         lines += [
             "",
-            f"Command: `python -m tools.miniature`, seed {measured['seed']}, {measured['date']}, torch {measured['torch']}, "
-            "CPU.",
+            f"Command: `python -m tools.miniature`, seed {measured['seed']}, {date}, torch {measured['torch']}, CPU.",
             "",
         ]
         write_atomically(folder / name / "README.md", "\n".join(lines).encode())
