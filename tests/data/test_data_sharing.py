@@ -239,6 +239,19 @@ def test_pictures_beside_a_parquet_file_are_read_every_time(tmp_path):
     assert encoders.pictures == [1]
 
 
+def test_counts_are_remembered_with_what_was_left_out_and_bad(tmp_path):
+    data = votes(tmp_path / "data", [P[0], P[1], b"text", P[2], P[3]])
+    rows = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(rows + rows.splitlines()[0])
+    reading = {"max_bad_rows": 2, "deduplicate": True}
+    first, second = (read_pairs(data, **reading) for _ in range(2))
+    encode(first, Encoders().needed(), **defaults(tmp_path / "cache"))
+    encode(second, Encoders().needed(), **defaults(tmp_path / "cache"))
+    assert first.counts.left_out
+    assert len(first.counts.bad) == 2
+    assert second.counts == first.counts
+
+
 def test_what_has_gone_from_the_cache_is_encoded_again(tmp_path):
     data = votes(tmp_path / "data", [P[0], P[1], P[2]])
     encode(read_pairs(data), Encoders().needed(), **defaults(tmp_path / "cache"))
