@@ -28,15 +28,27 @@ FILES = {
 
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` could be ``owner/model`` and is no path: none that is there, none that looks like one, and none in a
-    folder of here, where it will be a slip of the pen."""
+    folder of here, where it will be a slip of the pen unless it was fetched before."""
+    return (
+        has_form_of_id(name) and not Path(name).exists() and (not Path(name.partition("/")[0]).exists() or _was_fetched(name))
+    )
+
+
+def has_form_of_id(name: str) -> bool:
+    """Whether ``name`` is ``owner/model`` by its letters alone."""
     owner, _, repo = name.partition("/")
     return (
         re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", name) is not None
-        and not Path(name).exists()
-        and not Path(owner).exists()
         and owner.lower() not in FOLDERS
         and Path(repo).suffix.lower() not in FILES
     )
+
+
+def _was_fetched(name: str) -> bool:
+    """Whether the hub's cache has a folder of that model or data set; found without the client, whose import settles more."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    return any((cache / f"{kind}--{name.replace('/', '--')}").is_dir() for kind in ("models", "datasets"))
 
 
 def fetch(repo: str, file: str, *, otherwise: str, revision: str | None = None, kind: str = "model") -> Path:

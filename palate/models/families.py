@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError, first_line, short
-from palate.base.hub import fetch, is_hub_id
+from palate.base.hub import fetch, has_form_of_id, is_hub_id
 from palate.base.options import foreign
 from palate.miniature import world
 
@@ -172,7 +172,7 @@ def check_model(name: str, *, revision: str | None = None) -> str:
 
 
 def check_refiner(name: str, *, revision: str | None = None) -> None:
-    """Raise ``UserError`` unless a folder or hub id is SDXL's refiner; reads no weights."""
+    """Raise ``UserError`` unless a folder or hub id is SDXL's refiner, its weights (of a folder) sound."""
     kind = _pipeline_class(name, revision)
     if kind != REFINER:
         raise UserError(f"{name} is a {kind}, not a refiner: expected a {REFINER}, such as SDXL's refiner 1.0")
@@ -182,8 +182,11 @@ def check_refiner(name: str, *, revision: str | None = None) -> None:
     from palate.models.parts import Source
     from palate.models.refiner import check_parts
 
+    source = Source(name, "cpu", **({} if revision is None else {"revision": revision}))
     try:
-        check_parts(Source(name, "cpu", **({} if revision is None else {"revision": revision})))
+        check_parts(source)
+        for part in ("unet", "text_encoder_2"):
+            source.check_finite(part)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded as a refiner: {first_line(error)}") from error
 
@@ -200,7 +203,10 @@ def _pipeline_class(name: str, revision: str | None) -> str:
         )
     if not folder.exists() and not is_hub_id(name):
         shown = short(name, 100, quoted=False)
-        raise UserError(f"no model at {shown}: {_here(folder)}; expected a pipeline folder or a hub id such as owner/model")
+        how = f" (one of the hub: hf download {name} --local-dir {name})" if has_form_of_id(name) else ""
+        raise UserError(
+            f"no model at {shown}: {_here(folder)}; expected a pipeline folder or a hub id such as owner/model{how}"
+        )
     index = folder / "model_index.json" if folder.exists() else _fetch_index(name, revision)
     try:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from palate.base import hub
@@ -101,12 +101,19 @@ class Source:
             )
         return self._listed
 
+    def _is_listed(self) -> bool:
+        """Whether it is known what files there are; a mirror of the hub need not tell."""
+        try:
+            return Path(self.name).exists() or bool(self._on_hub())
+        except UserError:
+            return False
+
     def check_files(self, parts: Sequence[str]) -> None:
-        """Raise ``UserError`` unless a folder has weights of each part, and some part those of the variant asked for."""
+        """Raise ``UserError`` unless there are weights of each part, and some part has those of the variant asked for."""
         variant = self.options.get("variant")
         if variant is not None and not any(self._has(part, variant) for part in parts):
             raise UserError(f"no part of {self.name} has files of variant {variant}: leave out --variant")
-        for part in parts if Path(self.name).exists() else []:
+        for part in parts if self._is_listed() else []:
             found, wanted = self.files(part), self._options_of(part).get("variant")
             if not found:
                 raise UserError(f"{part} of {self.name} cannot be loaded: {part}/ holds no weights; download it again")
@@ -114,12 +121,31 @@ class Source:
                 raise UserError(f"{part} of {self.name} cannot be loaded: it has no plain weights{self._variants(part)}")
 
     def _variants(self, part: str) -> str:
-        """Advice where a folder holds only weights such as diffusion_pytorch_model.fp16.safetensors."""
-        names = self.files(part) if Path(self.name).exists() else []
+        """Advice where there are only weights such as diffusion_pytorch_model.fp16.safetensors."""
+        names = self.files(part) if self._is_listed() else []
         found = {name.split(".")[1].split("-")[0] for name in names if not _plain(name)} - {self.options.get("variant", "")}
         if not found or any(map(_plain, names)):
             return ""
         return f"; its files are of variant {' and '.join(sorted(found))}: add --variant {min(found)}"
+
+    def check_finite(self, part: str) -> None:
+        """Raise ``UserError`` if a weight of a folder's part is NaN or infinite, or a file is damaged; one in memory at a time.
+
+        For what is needed only at the end of a run; of a hub the files are looked at when they were fetched.
+        """
+        variant = self._options_of(part).get("variant")
+        for path in sorted(Path(self.name, part).glob("*.safetensors")):
+            if _plain(path.name) if variant is None else f".{variant}" in path.name:
+                _check_file(path, f"{part} of {self.name}")
+
+
+def _check_file(path: Path, what: str) -> None:
+    try:
+        with safe_open(path, "pt") as opened:
+            wrong = [name for name in opened.keys() if not opened.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}; download it again") from error
+    _refuse_not_finite(wrong, what)
 
 
 def _plain(name: str) -> bool:
@@ -147,7 +173,10 @@ def read_part(kind: Any, name: str, what: str, **options: Any) -> Any:
 
 def check_finite(module: nn.Module, what: str) -> None:
     """Raise ``UserError`` if a weight of ``module``, called ``what``, is NaN or infinite."""
-    wrong = [n for n, p in module.named_parameters() if not p.isfinite().all()]
+    _refuse_not_finite([n for n, p in module.named_parameters() if not p.isfinite().all()], what)
+
+
+def _refuse_not_finite(wrong: Sequence[str], what: str) -> None:
     if wrong:
         raise UserError(
             f"{what} holds NaN or infinity ({len(wrong)} of its weights, the first is {wrong[0]}): it is damaged, or its "

@@ -192,7 +192,7 @@ def load_base(
 
 
 def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None = None) -> None:
-    """Refuse a refiner that cannot finish the pictures of ``base``; reads no weights."""
+    """Refuse a refiner that cannot finish the pictures of ``base``, before anything is loaded."""
     from palate.models.families import check_model, check_refiner, family_of
 
     if refiner is None:

@@ -187,6 +187,19 @@ def test_what_may_be_of_the_hub(name, tmp_path, monkeypatch):
     assert is_hub_id(name)
     (tmp_path / name.split("/")[0]).mkdir()
     assert not is_hub_id(name)
+    for kind in ("models", "datasets"):  # fetched before: a folder of that owner here makes no slip of it
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / kind))
+        (tmp_path / kind / f"{kind}--{name.replace('/', '--')}").mkdir(parents=True)
+        assert is_hub_id(name)
+    (tmp_path / name).mkdir()
+    assert not is_hub_id(name)
+
+
+def test_a_hub_id_in_a_folder_of_that_owner_is_told_what_to_do(early, tmp_path):
+    (tmp_path / "stabilityai").mkdir()
+    line = early("train", pretrained_model_name_or_path="stabilityai/sdxl-turbo")
+    assert "stabilityai is no folder" in line or "is no folder 'sdxl-turbo'" in line
+    assert "hf download stabilityai/sdxl-turbo --local-dir stabilityai/sdxl-turbo" in line
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):

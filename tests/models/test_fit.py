@@ -241,6 +241,51 @@ def test_a_refiner_without_weights(no_weights, copied, sdxl_dir, refiner_dir):
         check_refiner_fits(str(folder), str(sdxl_dir))
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder_2"])
+@pytest.mark.parametrize("damage", ["not finite", "cut short"])
+def test_a_refiner_whose_weights_are_damaged_is_refused_before_training(
+    no_weights, copied, sdxl_dir, refiner_dir, part, damage
+):
+    folder = copied(refiner_dir)
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name, tensor in sorted(tensors.items()) if tensor.is_floating_point())
+    if damage == "not finite":
+        tensors[name].view(-1)[-1] = float("inf")
+        save_file(tensors, file, metadata={"format": "pt"})
+    else:
+        file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(
+        UserError, match=f"{part} of .* holds NaN or infinity" if damage == "not finite" else "cannot be loaded"
+    ):
+        check_refiner_fits(str(folder), str(sdxl_dir))
+
+
+HUB_FILES = {
+    "unet/ holds no weights": ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "unet/config.json"],
+    "unet of owner/model cannot be loaded: it has no plain weights; its files are of variant fp16: add --variant fp16": [
+        *("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    ],
+}
+
+
+@pytest.mark.parametrize("message", HUB_FILES)
+def test_the_files_of_a_hub_are_looked_at_before_any_is_fetched(monkeypatch, message):
+    monkeypatch.setattr("palate.base.hub.files", lambda *_, **__: HUB_FILES[message])
+    with pytest.raises(UserError) as caught:
+        Source("owner/model", "cpu").check_files(["unet", "vae", "text_encoder"])
+    assert message in str(caught.value)
+
+
+def test_a_hub_that_lists_nothing_refuses_nothing(monkeypatch):
+    def files(*_, **__):
+        raise UserError("no list")
+
+    monkeypatch.setattr("palate.base.hub.files", files)
+    Source("owner/model", "cpu").check_files(["unet", "vae"])
+
+
 def test_a_family_that_only_draws_needs_a_known_scheduler(copied, model_dir):
     folder = copied(model_dir, "scheduler", _class_name="Mine")
     index = folder / "model_index.json"
