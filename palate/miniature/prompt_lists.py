@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from itertools import product
-from pathlib import Path
 
+from palate.base.shapes import Shape
 from palate.data.prompts import Prompt, read_prompts
 from palate.miniature import world
 from palate.miniature.captions import ATTRIBUTES, Scene, caption, scene_of
@@ -31,15 +31,22 @@ SPLIT = {
 }
 """Name of a list -> its combinations of object and place: 96, 96, 48 and 48 prompts."""
 
-NAMES = ("miniature-seen", "miniature-unseen", *SPLIT)
+UNSEEN = ("miniature-unseen", "miniature-unseen-mixed")
+"""Lists of prompts that no voted pair shows; of the second the pictures are tall and wide in turn."""
+TALL, WIDE = Shape(height=96, width=64), Shape(height=64, width=96)
+
+NAMES = ("miniature-seen", *UNSEEN, *SPLIT)
 
 
 def find(name: str) -> list[Prompt]:
     """One of :data:`NAMES`; the metadata of every prompt are the attributes of its scene."""
     if name in SPLIT:
         return [_prompt(caption(scene)) for o, p in SPLIT[name] for scene in _some(o, p)]
-    path: Path = {"miniature-seen": world.seen_prompts, "miniature-unseen": world.unseen_prompts}[name]()
-    return [_prompt(prompt.text) for prompt in read_prompts(path)]
+    path = world.unseen_prompts() if name in UNSEEN else world.seen_prompts()
+    found = [_prompt(prompt.text) for prompt in read_prompts(path)]
+    if name == "miniature-unseen-mixed":
+        found = [dataclasses.replace(prompt, shape=WIDE if i % 2 else TALL) for i, prompt in enumerate(found)]
+    return found
 
 
 def _prompt(text: str) -> Prompt:

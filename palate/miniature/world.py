@@ -8,8 +8,14 @@ from palate.base.errors import UserError
 
 ROOT = Path(__file__).parent
 MODELS = ("mini-sd", "mini-sdxl", "mini-sd3")
-PAIRS = {"miniature-pairs": "pairs", "miniature-sdxl-pairs": "pairs-sdxl", "miniature-sd3-pairs": "pairs-sd3"}
-"""Name -> folder of the votes on pictures of the model in the same place of :data:`MODELS`."""
+PAIRS = {
+    "miniature-pairs": "pairs",
+    "miniature-sdxl-pairs": "pairs-sdxl",
+    "miniature-sd3-pairs": "pairs-sd3",
+    "miniature-mixed-pairs": "pairs-mixed",
+}
+"""Name -> folder of the votes on pictures of the model in the same place of :data:`MODELS`; the last on renders of several
+shapes."""
 JUDGES = {
     "mini-heldout": ("pickscore", "held out"),
     "mini-pickscore": ("pickscore", "preference"),

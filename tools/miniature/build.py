@@ -66,6 +66,7 @@ def build_all(work: Path, target: Path = world.ROOT) -> None:
     _write_measured(target, measure(work, voted))
     build_xl(work, target)
     build_sd3(work, target)
+    build_mixed(target)
     say(f"the miniature world lies in {target}")
 
 
@@ -116,6 +117,13 @@ def _have_voted(work: Path, target: Path, model: Path, pairs: str, seed: int, fi
         f"{model.name}: pairs": voted,
     }
     _write_measured(target, json.loads((parts / "measured.json").read_text()) | found)
+
+
+def build_mixed(target: Path = world.ROOT) -> None:
+    """Render the pairs of several sizes; seconds."""
+    path = target / world.PAIRS["miniature-mixed-pairs"] / "train.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    say(f"pairs by size: {voting.write_mixed_pairs(path, SEED + 80)}")
 
 
 def _write_measured(target: Path, measured: dict[str, Any]) -> None:

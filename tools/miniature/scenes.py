@@ -65,26 +65,39 @@ _TRUNK = (104, 68, 40)
 
 
 class _Brush:
-    """Draws shapes given in picture units (0 to 1), lit by the hour of the day."""
+    """Draws shapes given in units of the shorter side, from the corner of the middle square, lit by the hour of the day."""
 
     def __init__(self, image: Image.Image, light: tuple[float, float, float]):
-        self.draw, self.side, self.light = ImageDraw.Draw(image), image.width, light
+        self.draw, self.side, self.light = ImageDraw.Draw(image), min(image.size), light
+        self.left, self.top = ((side / self.side - 1) / 2 for side in image.size)
+
+    def across(self, share: float) -> float:
+        """A place so far across the whole picture."""
+        return share * (1 + 2 * self.left) - self.left
+
+    def down(self, share: float) -> float:
+        """A place so far down the whole picture."""
+        return share * (1 + 2 * self.top) - self.top
+
+    def at(self, *places: float) -> list[float]:
+        """Pixels of x, y, x, y, ..."""
+        return [(place + (self.top if i % 2 else self.left)) * self.side for i, place in enumerate(places)]
 
     def lit(self, colour: tuple[int, int, int], shade: float = 1.0) -> tuple[int, int, int]:
         r, g, b = (int(min(255, c * k * shade)) for c, k in zip(colour, self.light, strict=True))
         return r, g, b
 
     def polygon(self, points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
-        self.draw.polygon([(x * self.side, y * self.side) for x, y in points], fill=colour)
+        self.draw.polygon(self.at(*(place for point in points for place in point)), fill=colour)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: tuple[int, int, int]) -> None:
-        self.draw.rectangle([x0 * self.side, y0 * self.side, x1 * self.side, y1 * self.side], fill=colour)
+        self.draw.rectangle(self.at(x0, y0, x1, y1), fill=colour)
 
     def rounded(self, x0: float, y0: float, x1: float, y1: float, radius: float, colour: tuple[int, int, int]) -> None:
-        self.draw.rounded_rectangle([c * self.side for c in (x0, y0, x1, y1)], radius * self.side, fill=colour)
+        self.draw.rounded_rectangle(self.at(x0, y0, x1, y1), radius * self.side, fill=colour)
 
     def disc(self, x: float, y: float, rx: float, ry: float, colour: tuple[int, int, int]) -> None:
-        self.draw.ellipse([c * self.side for c in (x - rx, y - ry, x + rx, y + ry)], fill=colour)
+        self.draw.ellipse(self.at(x - rx, y - ry, x + rx, y + ry), fill=colour)
 
 
 def _gradient(top: tuple[int, int, int], bottom: tuple[int, int, int], height: int, width: int) -> np.ndarray:
@@ -98,7 +111,7 @@ def _backdrop(brush: _Brush, scene: Scene, horizon: float, rng: np.random.Genera
         return
     haze = np.asarray(_SKY_COLOURS[scene.sky][1], np.float32)
     for centre in (rng.uniform(0.12, 0.3), rng.uniform(0.68, 0.9), rng.uniform(0.4, 0.6)):
-        height, width = rng.uniform(0.17, 0.3), rng.uniform(0.2, 0.3)
+        height, width, centre = rng.uniform(0.17, 0.3), rng.uniform(0.2, 0.3), brush.across(centre)
         peak, rock = horizon - height, np.asarray(brush.lit((112, 108, 132)), np.float32)
         r, g, b = (int(c) for c in 0.75 * rock + 0.25 * haze)
         brush.polygon([(centre - width, horizon), (centre, peak), (centre + width, horizon)], (r, g, b))
@@ -119,13 +132,14 @@ def _backdrop(brush: _Brush, scene: Scene, horizon: float, rng: np.random.Genera
 
 
 def _orb(brush: _Brush, scene: Scene, rng: np.random.Generator) -> None:
-    x, y, r = rng.uniform(0.2, 0.8), rng.uniform(0.13, 0.2), 0.085
+    x, share, r = brush.across(rng.uniform(0.2, 0.8)), rng.uniform(0.13, 0.2), 0.085
+    y = brush.down(share)
     if scene.orb == "sun":
         brush.disc(x, y, r, r, (255, 238, 150))
         brush.disc(x, y, 0.78 * r, 0.78 * r, (255, 248, 196))
     elif scene.orb == "moon":
         sky = np.asarray(_SKY_COLOURS[scene.sky], np.float32)
-        red, green, blue = (int(c) for c in sky[0] * (1 - y / 0.6) + sky[1] * (y / 0.6))
+        red, green, blue = (int(c) for c in sky[0] * (1 - share / 0.6) + sky[1] * (share / 0.6))
         brush.disc(x, y, r, r, (246, 246, 236))
         brush.disc(x + 0.55 * r, y - 0.25 * r, 0.88 * r, 0.88 * r, (red, green, blue))
 
@@ -185,44 +199,48 @@ def _subject(brush: _Brush, scene: Scene, x: float, base: float, k: float) -> No
         brush.box(x - 0.006 * k, base - 0.33 * k, x + 0.008 * k, base - 0.02 * k, light if scene.colour != "white" else shade)
 
 
-def render(scene: Scene, rng: np.random.Generator, flaws: tuple[Flaw, ...] = ()) -> Image.Image:
-    """Draw a scene as a 64 x 64 RGB picture. ``rng`` places what the caption leaves open; ``flaws`` spoil the result."""
-    side = SIZE * SUPERSAMPLING
-    horizon = float(rng.uniform(0.56, 0.64))
+def render(
+    scene: Scene, rng: np.random.Generator, flaws: tuple[Flaw, ...] = (), size: tuple[int, int] = (SIZE, SIZE)
+) -> Image.Image:
+    """Draw a scene as an RGB picture of ``size`` (width, height). ``rng`` places what the caption leaves open; ``flaws`` spoil
+    the result. What is drawn is as large as the shorter side wants, and its places spread over the longer one."""
+    width, height = (side * SUPERSAMPLING for side in size)
+    share = float(rng.uniform(0.56, 0.64))
     light = _LIGHT[scene.sky]
-    rows = int(horizon * side)
+    rows = int(share * height)
     top, bottom = _GROUND_COLOURS[scene.ground]
-    canvas = np.empty((side, side, 3), np.uint8)
-    canvas[:rows] = _gradient(*_SKY_COLOURS[scene.sky], rows, side)
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:rows] = _gradient(*_SKY_COLOURS[scene.sky], rows, width)
     near = tuple(int(c * k) for c, k in zip(top, light, strict=True))
     far = tuple(int(c * k) for c, k in zip(bottom, light, strict=True))
-    canvas[rows:] = _gradient((near[0], near[1], near[2]), (far[0], far[1], far[2]), side - rows, side)
+    canvas[rows:] = _gradient((near[0], near[1], near[2]), (far[0], far[1], far[2]), height - rows, width)
     image = Image.fromarray(canvas)
     brush = _Brush(image, light)
+    horizon = brush.down(share)
 
     if scene.sky == "night":
         for _ in range(14):
-            x, y, r = rng.uniform(0, 1), rng.uniform(0, horizon - 0.1), rng.uniform(0.006, 0.01)
-            brush.disc(x, y, r, r, (226, 228, 250))
+            x, y, r = rng.uniform(0, 1), rng.uniform(0, share - 0.1), rng.uniform(0.006, 0.01)
+            brush.disc(brush.across(x), brush.down(y), r, r, (226, 228, 250))
     _orb(brush, scene, rng)
     if scene.sky == "day":
         for _ in range(2):
             x, y = rng.uniform(0.05, 0.95), rng.uniform(0.28, 0.4)
             for dx, r in ((-0.06, 0.035), (0.0, 0.05), (0.065, 0.032)):
-                brush.disc(x + dx, y, 1.5 * r, 0.6 * r, (246, 250, 254))
+                brush.disc(brush.across(x) + dx, brush.down(y), 1.5 * r, 0.6 * r, (246, 250, 254))
     _backdrop(brush, scene, horizon, rng)
     if scene.ground == "water":
         for _ in range(7):
-            x, y, w = rng.uniform(0, 1), rng.uniform(horizon + 0.05, 0.98), rng.uniform(0.06, 0.13)
+            x, y, w = brush.across(rng.uniform(0, 1)), brush.down(rng.uniform(share + 0.05, 0.98)), rng.uniform(0.06, 0.13)
             brush.box(x - w, y, x + w, y + 0.012, brush.lit((124, 180, 226)))
     elif scene.ground == "sand":
-        brush.disc(rng.uniform(0.1, 0.9), 1.02, 0.5, 0.14, brush.lit((222, 182, 104)))
+        brush.disc(brush.across(rng.uniform(0.1, 0.9)), brush.down(1.02), 0.5, 0.14, brush.lit((222, 182, 104)))
     elif scene.ground == "meadow":
-        brush.disc(rng.uniform(0.1, 0.9), 1.02, 0.55, 0.15, brush.lit((66, 142, 56)))
+        brush.disc(brush.across(rng.uniform(0.1, 0.9)), brush.down(1.02), 0.55, 0.15, brush.lit((66, 142, 56)))
     else:
-        brush.disc(rng.uniform(0.1, 0.9), 1.02, 0.5, 0.13, brush.lit((250, 252, 255)))
+        brush.disc(brush.across(rng.uniform(0.1, 0.9)), brush.down(1.02), 0.5, 0.13, brush.lit((250, 252, 255)))
 
-    x = float(rng.uniform(0.22, 0.32) if scene.side == "left" else rng.uniform(0.68, 0.78))
+    x = brush.across(float(rng.uniform(0.22, 0.32) if scene.side == "left" else rng.uniform(0.68, 0.78)))
     base, scale = horizon + float(rng.uniform(0.1, 0.18)), float(rng.uniform(1.05, 1.25))
     if scene.ground != "water":
         brush.disc(x, base, 0.16 * scale, 0.022 * scale, tuple(int(0.72 * c) for c in near))  # type: ignore[arg-type]
@@ -231,10 +249,11 @@ def render(scene: Scene, rng: np.random.Generator, flaws: tuple[Flaw, ...] = ())
     for flaw in flaws:
         if flaw.kind == "tilt":
             angle = math.copysign(8 + 14 * flaw.strength, rng.uniform(-1, 1))
-            image = image.resize((int(side * 1.35),) * 2, Image.Resampling.BILINEAR).rotate(angle, Image.Resampling.BILINEAR)
-            margin = (image.width - side) // 2
-            image = image.crop((margin, margin, margin + side, margin + side))
-    image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+            image = image.resize((int(width * 1.35), int(height * 1.35)), Image.Resampling.BILINEAR)
+            image = image.rotate(angle, Image.Resampling.BILINEAR)
+            left, upper = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, upper, left + width, upper + height))
+    image = image.resize(size, Image.Resampling.BOX)
     for flaw in flaws:
         image = _spoil(image, flaw, rng)
     return image
@@ -281,10 +300,17 @@ class Shot:
         return appeal(self.flaws)
 
 
-def shoot(scene: Scene, rng: np.random.Generator, *, flaw_share: float = 0.45, wrong_share: float = 0.08) -> Shot:
+def shoot(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    flaw_share: float = 0.45,
+    wrong_share: float = 0.08,
+    size: tuple[int, int] = (SIZE, SIZE),
+) -> Shot:
     """Take a picture of ``scene``: spoilt with probability ``flaw_share``, in a wrong colour with ``wrong_share``."""
     shown = scene
     if rng.uniform() < wrong_share:
         shown = replace(scene, colour=str(rng.choice([c for c in COLOURS if c != scene.colour])))
     flaws = random_flaws(rng, flaw_share)
-    return Shot(scene, shown, flaws, render(shown, rng, flaws))
+    return Shot(scene, shown, flaws, render(shown, rng, flaws, size))

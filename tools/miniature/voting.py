@@ -23,7 +23,9 @@ from tools.miniature.base_model import SEED, say
 from tools.miniature.base_model_sd3 import MergedZeros
 from tools.miniature.raters import crowd, load_eye
 
-PAIRS, MORE_PAIRS, UNSEEN = 2400, 1000, 400
+PAIRS, MORE_PAIRS, UNSEEN, MIXED = 2400, 1000, 400, 450
+SIZES = ((64, 96), (96, 64), (64, 64))
+"""Of the mixed pairs, width and height, in turn."""
 STEPS, GUIDANCE = 14, 4.0
 LAST = "num_example_per_prompt"
 COLUMNS = (*sorted(pickapic.TYPES.keys() - {"created_at", "rater", LAST}), LAST)
@@ -110,21 +112,8 @@ def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, se
         chosen = int(rng.integers(len(people)))
         label = float(everyone[chosen, index])
         ids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(3)]
-        rows.append(
-            pickapic.row(
-                text,
-                jpeg(both[index, 0]),
-                jpeg(both[index, 1]),
-                label,
-                uids=(ids[0], ids[1]),
-                model_0=model,
-                model_1=model,
-                ranking_id=index,
-                user_id=chosen,
-                num_example_per_prompt=1,
-            )
-        )
-    pickapic.write(path, rows, {name: pickapic.TYPES[name] for name in COLUMNS}, group=256, compression="zstd")
+        rows.append(_row(text, (jpeg(both[index, 0]), jpeg(both[index, 1])), label, ids, model, index, chosen))
+    _write(path, rows)
     agree = np.mean([np.mean(a == b) for i, a in enumerate(everyone) for b in everyone[i + 1 :]])
     decided = [(a != 0.5) & (b != 0.5) for i, a in enumerate(everyone) for b in everyone[i + 1 :]]
     among = [
@@ -137,6 +126,47 @@ def write_pairs(path: Path, texts: list[str], both: Tensor, eye_folder: Path, se
         "agreement of two raters": float(agree),
         "agreement of two raters, ties left out": float(np.mean(among)),
     }
+
+
+def write_mixed_pairs(path: Path, seed: int) -> dict[str, int]:
+    """Renders of several sizes, two of a scene, with the vote of one rater who sees what the renderer knows.
+
+    Returns how many pairs there are of each size.
+    """
+    people, rows = crowd(), []
+    for index, text in enumerate(prompts(seed, MIXED, held_out=False)):
+        rng = np.random.default_rng([seed, index])
+        scene, size = scene_of(text), SIZES[index % len(SIZES)]
+        shots = [scenes.shoot(scene, rng, flaw_share=0.6, size=size) for _ in range(2)]
+        chosen = int(rng.integers(len(people)))
+        follow = [np.mean([a == b for a, b in zip(s.asked.labels(), s.shown.labels(), strict=True)]) for s in shots]
+        worth = people[chosen].worth(np.array([s.appeal for s in shots]), np.array(follow), "general")
+        label = people[chosen].vote(float(worth[0]), float(worth[1]), rng)
+        ids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(2)]
+        files = [jpeg(torch.from_numpy(np.array(s.image)).permute(2, 0, 1)) for s in shots]
+        rows.append(_row(text, (files[0], files[1]), label, ids, "renderer", index, chosen))
+    _write(path, rows)
+    return {f"{width}x{height}": sum(SIZES[i % len(SIZES)] == (width, height) for i in range(MIXED)) for width, height in SIZES}
+
+
+def _row(
+    text: str, files: tuple[bytes, bytes], label: float, ids: list[str], model: str, index: int, rater: int
+) -> dict[str, pickapic.Value]:
+    return pickapic.row(
+        text,
+        *files,
+        label,
+        uids=(ids[0], ids[1]),
+        model_0=model,
+        model_1=model,
+        ranking_id=index,
+        user_id=rater,
+        num_example_per_prompt=1,
+    )
+
+
+def _write(path: Path, rows: list[dict[str, pickapic.Value]]) -> None:
+    pickapic.write(path, rows, {name: pickapic.TYPES[name] for name in COLUMNS}, group=256, compression="zstd")
 
 
 def followed(folder: Path, eye_folder: Path, count: int = 400) -> dict[str, float]:
