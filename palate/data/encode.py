@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.processes import Processes
+from palate.base.shapes import Shape
+from palate.data.buckets import Fitted, shared
 from palate.data.cache import TensorCache
 from palate.data.encoded import EncodedPairs, EncodedPictures
-from palate.data.images import check_resolution, converted, crop_position, decode_usable, square
+from palate.data.images import converted, crop_position, decode_usable, framed, size_of
 from palate.data.items import Columns, EncodedPair, EncodedPicture, Items
 from palate.data.pairs import LikedPicture, PreferencePair, Reader
 from palate.data.remembered import recall, remember, signature
@@ -29,10 +31,8 @@ PIXELS_AT_ONCE = 2**19
 class PictureConditions(Protocol):
     """What a model is told of a picture beside its prompt."""
 
-    def __call__(
-        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
-    ) -> dict[str, Tensor]:
-        """By name, of a picture of ``size`` (width, height) that :func:`palate.data.images.square` cuts with the rest."""
+    def __call__(self, size: tuple[int, int], shape: Shape, position: tuple[float, float], *, flip: bool) -> dict[str, Tensor]:
+        """By name, of a picture of ``size`` (width, height) that :func:`palate.data.images.framed` cuts with the rest."""
         ...
 
 
@@ -41,7 +41,7 @@ class Encoders:
     """What encoding needs of a model."""
 
     encode_images: Callable[[Tensor], Tensor]
-    """Pictures ``(b, 3, r, r)``, float32 in [-1, 1], to latents ``(b, c, h, w)``."""
+    """Pictures ``(b, 3, h, w)``, float32 in [-1, 1], to latents ``(b, c, h, w)``."""
     encode_text: Callable[[list[str]], dict[str, Tensor]]
     """Prompts to tensors of as many rows, by name."""
     image_fingerprint: str
@@ -57,7 +57,7 @@ def encode(
     encoders: Encoders,
     *,
     cache: TensorCache,
-    resolution: int,
+    shapes: Sequence[Shape],
     random_flip: bool = False,
     center_crop: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -71,16 +71,17 @@ def encode(
 
     A source whose files are as they were is not read again (:mod:`palate.data.remembered`).
 
-    Of pairs winners come first; labels below 1/2 are turned round.
+    Of pairs winners come first; labels below 1/2 are turned round. Both pictures of a pair get one of the ``shapes``, that of
+    :func:`palate.data.buckets.shared`; what that cost is told in ``Encoded.fitted``.
 
     The encoders see only what the cache lacks, each picture and each prompt once, ``batch_size`` at a time (of large pictures
     fewer), without gradients; so a run that was stopped continues where it was. Latents and encodings of prompts are kept as
     ``dtype``.
 
-    With ``center_crop`` an entry belongs to a picture. Without, the square's position is drawn once per item from ``seed``
-    and the contents of its pictures, for both of a pair the same, and in every epoch (a new position in every epoch could not
-    be cached), and an entry belongs to a picture in a pair. With ``random_flip`` both variants are encoded, and ``batch``
-    chooses.
+    With ``center_crop`` an entry belongs to a picture. Without, the position of what is kept is drawn once per item from
+    ``seed`` and the contents of its pictures, for both of a pair the same, and in every epoch (a new position in every epoch
+    could not be cached), and an entry belongs to a picture in a pair. With ``random_flip`` both variants are encoded, and
+    ``batch`` chooses.
 
     Args:
         processes: those that call this with the same arguments. Each reads all, and encodes the pictures and prompts whose
@@ -89,32 +90,33 @@ def encode(
         part: index and count, where the work is shared by calls that do not wait for each other: the rest is left out.
 
     Raises:
-        UserError: a wrong resolution, a picture that does not decode (of a ``Reader`` where it bears no more of them), NaN or
+        UserError: a wrong shape, a picture that does not decode (of a ``Reader`` where it bears no more of them), NaN or
             infinity from an encoder, no items.
     """
-    check_resolution(resolution)
+    for shape in shapes:
+        Shape.of(shape.told)  # which refuses what no VAE takes
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but it must be 1 or more")
     processes = processes or Processes()
-    work = _Work(encoders, cache, resolution, random_flip, center_crop, dtype, batch_size, seed)
+    work = _Work(encoders, cache, shapes, random_flip, center_crop, dtype, batch_size, seed)
     name = work.name_of(items) if isinstance(items, Reader) else None
     if name is not None:
         known = recall(cache, name, items)
-        if not processes.any(known is None or not cache.holds(known.keys)) and known is not None:
-            return _encoded(known, cache)
+        if not processes.any(known is None or not cache.holds(known[0].keys)) and known is not None:
+            return _encoded(*known, cache)
     everywhere = (part[0] * processes.count + processes.index, part[1] * processes.count)
     for share in (everywhere, processes.local):
         work.share = share
         found = _rounds(items, work, processes, progress)
         if part[1] > 1 or not processes.any(not cache.holds(found.keys)):
             if name is not None and part[1] == 1 and 0 in (processes.index, processes.local[0]):
-                remember(cache, name, found, cast("Reader", items))
-            return _encoded(found, cache)
+                remember(cache, name, found, work.fitted, cast("Reader", items))
+            return _encoded(found, work.fitted, cache)
     raise UserError(f"entries have gone from the cache folder {cache.folder} while it was filled: run again")
 
 
-def _encoded(items: Items[Any], cache: TensorCache) -> EncodedPairs | EncodedPictures:
-    return EncodedPairs(items, cache) if items.pairs else EncodedPictures(items, cache)
+def _encoded(items: Items[Any], fitted: Fitted, cache: TensorCache) -> EncodedPairs | EncodedPictures:
+    return (EncodedPairs if items.pairs else EncodedPictures)(items, cache, fitted)
 
 
 def _rounds(
@@ -124,12 +126,13 @@ def _rounds(
     known: set[str] = set()
     while True:
         columns = Columns()
+        work.fitted, work.met = Fitted(), set()
         stream, about = (items.checked(work.check), items.rows_about()) if isinstance(items, Reader) else (items, None)
         bar = tqdm(stream, total=about, desc="encoding", unit=" items", disable=not progress)
         try:
             for item in bar:
                 columns.add(work.add(item))
-                bar.set_postfix(encoded=work.pictures.encoded, reused=work.pictures.reused, refresh=False)
+                bar.set_postfix(encoded=work.encoded, reused=work.reused, refresh=False)
             work.flush()
         finally:  # what was encoded is kept whatever comes
             work.cache.flush()
@@ -161,30 +164,42 @@ class _Work:
         self,
         encoders: Encoders,
         cache: TensorCache,
-        resolution: int,
+        shapes: Sequence[Shape],
         random_flip: bool,
         center_crop: bool,
         dtype: torch.dtype,
         batch_size: int,
         seed: int,
     ) -> None:
-        self.encoders, self.cache, self.resolution, self.seed = encoders, cache, resolution, seed
+        self.encoders, self.cache, self.shapes, self.seed = encoders, cache, shapes, seed
         self.flips, self.center_crop = (False, True) if random_flip else (False,), center_crop
         self.common = {"dtype": str(dtype).removeprefix("torch."), "version": 2}
         # Of large pictures fewer: a VAE's first layers hold 128 float32 channels of every pixel, several times over.
-        at_once = max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2))
-        self.pictures = _Queue(cache, at_once, lambda items: _encode_pictures(encoders, items, dtype))
+        at_once = {shape: max(1, min(batch_size, PIXELS_AT_ONCE // shape.pixels)) for shape in shapes}
+        encode_pictures = functools.partial(_encode_pictures, encoders, dtype=dtype)
+        self.pictures = {shape: _Queue(cache, n, encode_pictures) for shape, n in at_once.items()}
         self.texts = _Queue(cache, batch_size, lambda prompts: _kept(encoders.encode_text(prompts), dtype))
         self.unusable: set[str] = set()
         """Digests of pictures that cannot be used, as far as they are known."""
         self.decoded = functools.lru_cache(maxsize=2)(decode_usable)
+        self.fitted, self.met = Fitted(), set[int]()
+
+    @property
+    def encoded(self) -> int:
+        return sum(queue.encoded for queue in self.pictures.values())
+
+    @property
+    def reused(self) -> int:
+        return sum(queue.reused for queue in self.pictures.values())
 
     def name_of(self, reader: Reader) -> str | None:
         """The key under which the items of a reader are remembered: of all that decides theirs. None if that cannot be told."""
         if (source := signature(reader)) is None:
             return None
         models = {"image_model": self.encoders.image_fingerprint, "text_model": self.encoders.text_fingerprint}
-        how = {"resolution": self.resolution, "flips": self.flips, "crop": "centre" if self.center_crop else self.seed}
+        told = [shape.told for shape in self.shapes]
+        how = {"resolution": told if len(told) > 1 else told[0], "flips": self.flips}
+        how["crop"] = "centre" if self.center_crop else self.seed
         return self.cache.key(kind="set", source=source, **models, **how, **self.common)
 
     def check(self, image: bytes) -> str:
@@ -203,52 +218,72 @@ class _Work:
         """The keys of an item; what is lacking of it is encoded, by and by."""
         digests = [_digest(image) for image in item.pictures]
         position = (0.5, 0.5) if self.center_crop else crop_position(_item_seed(self.seed, digests))
-        keys = [self._picture(item, image, position) for image in item.pictures]
+        sizes = [self._size(image) for image in item.pictures]
+        shape = shared(self.shapes, sizes)
+        for digest, size in zip(digests, sizes, strict=True):
+            if (met := hash((digest, shape))) not in self.met:  # in however many pairs it is
+                self.met.add(met)
+                self.fitted.add(size, shape)
+        keys = [self._picture(item, image, shape, position) for image in item.pictures]
         text = self.cache.key(kind="text", model=self.encoders.text_fingerprint, prompt=item.prompt, **self.common)
         if self._mine(text) and self.texts.lacks(text):
             self.texts.add(text, item.prompt, item.source)
         if isinstance(item, LikedPicture):
-            return EncodedPicture(item.prompt, text, keys[0], item.label, item.weight, item.source)
+            return EncodedPicture(item.prompt, text, keys[0], item.label, item.weight, item.source, shape)
         if item.label < 0.5:
             keys.reverse()
         label = max(item.label, 1 - item.label)
-        return EncodedPair(item.prompt, text, keys[0], keys[1], label, item.weight, item.source)
+        return EncodedPair(item.prompt, text, keys[0], keys[1], label, item.weight, item.source, shape)
 
     def flush(self) -> None:
-        self.pictures.flush()
-        self.texts.flush()
+        for queue in (*self.pictures.values(), self.texts):
+            queue.flush()
 
     def _mine(self, digest: str) -> bool:
         return int(digest[:8], 16) % self.share[1] == self.share[0]
 
     def _lacking(self, image: bytes) -> bool:
-        """Whether there may be something to encode; without ``center_crop`` only the pair tells."""
-        return not self.center_crop or not all(map(self.pictures.there, self._keys(image, (0.5, 0.5))))
+        """Whether there may be something to encode; which crop and which of several shapes, only the pair tells."""
+        return not self.center_crop or not any(
+            all(map(queue.there, self._keys(image, shape, (0.5, 0.5)))) for shape, queue in self.pictures.items()
+        )
 
-    def _keys(self, image: bytes, position: tuple[float, float]) -> tuple[str, ...]:
+    def _size(self, image: bytes) -> tuple[int, int]:
+        """Width and height; of a picture that cannot be used, which is left out once all processes know of it, any."""
+        try:
+            return size_of(image)
+        except ValueError:
+            try:
+                return self.decoded(image).size
+            except ValueError:
+                return 1, 1
+
+    def _keys(self, image: bytes, shape: Shape, position: tuple[float, float]) -> tuple[str, ...]:
         """One, and that of the mirrored picture if it is wanted."""
         parts = {"kind": "latents", "model": self.encoders.image_fingerprint, "image": _digest(image)}
         parts |= {"colours": "srgb"} if converted(image) else {}  # entries of old did without the profile
-        how = {"resolution": self.resolution, "crop": position, **self.common}
+        how = {"resolution": shape.told, "crop": position, **self.common}
         return tuple(self.cache.key(**parts, **how, flip=flip) for flip in self.flips)
 
-    def _picture(self, item: PreferencePair | LikedPicture, image: bytes, position: tuple[float, float]) -> tuple[str, ...]:
-        keys = self._keys(image, position)
+    def _picture(
+        self, item: PreferencePair | LikedPicture, image: bytes, shape: Shape, position: tuple[float, float]
+    ) -> tuple[str, ...]:
+        keys, queue = self._keys(image, shape, position), self.pictures[shape]
         if self._mine(_digest(image)):
             for key, flip in zip(keys, self.flips, strict=True):
-                if self.pictures.lacks(key):
-                    self.pictures.add(key, self._prepared(item, image, position, flip), item.source)
+                if queue.lacks(key):
+                    queue.add(key, self._prepared(item, image, shape, position, flip), item.source)
         return keys
 
     def _prepared(
-        self, item: PreferencePair | LikedPicture, image: bytes, position: tuple[float, float], flip: bool
+        self, item: PreferencePair | LikedPicture, image: bytes, shape: Shape, position: tuple[float, float], flip: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         try:
             picture = self.decoded(image)
         except ValueError as error:
             raise UserError(f"{item.source or 'an item'}: a picture {error}; remove it or repair the picture") from None
-        conditions = self.encoders.picture_conditions(picture.size, self.resolution, position, flip=flip)
-        return square(picture, self.resolution, position, flip=flip), conditions
+        conditions = self.encoders.picture_conditions(picture.size, shape, position, flip=flip)
+        return framed(picture, shape, position, flip=flip), conditions
 
 
 class _Queue:

@@ -14,6 +14,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
+from palate.data.buckets import Fitted
 from palate.data.cache import TensorCache
 from palate.data.items import EncodedPair, EncodedPicture, Item, Items
 from palate.data.selection import same_prompt
@@ -30,8 +32,8 @@ class Encoded(Generic[Item]):
 
     rounds = None  # unlike the model's own pictures, the items stay the same from epoch to epoch
 
-    def __init__(self, items: Items[Item], cache: TensorCache) -> None:
-        self.items, self.cache = items, cache
+    def __init__(self, items: Items[Item], cache: TensorCache, fitted: Fitted | None = None) -> None:
+        self.items, self.cache, self.fitted = items, cache, fitted or Fitted()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -85,6 +87,10 @@ class Encoded(Generic[Item]):
     def order(self, seed: int, epoch: int) -> list[int]:
         """The order of an epoch: a permutation of all indices, the same for the same ``(seed, epoch)``."""
         return random.Random(f"{seed} {epoch}").sample(range(len(self)), len(self))
+
+    def shape_of(self, index: int) -> Shape | None:
+        """Items of one shape can be in one batch."""
+        return self.items.shape(index)
 
     def _cond(self, pictures: list[dict[str, Tensor]], texts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The conditioning of as many rows: the texts, and what models are told of the pictures."""

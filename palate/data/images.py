@@ -9,6 +9,7 @@ import random
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,18 @@ from jaxtyping import Float, Float32, Int64
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
-from palate.base.errors import UserError, said, short
+from palate.base.errors import said
+from palate.base.shapes import MAX_SIDE, Shape
 
 # Only formats that PIL reads by itself: some others (EPS) start external programs on data from outside.
 OPTIONAL = {"AVIF": features.check_module("avif"), "JPEG2000": features.check_codec("jpg_2000")}
 """Those that some builds of PIL lack."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(name for name, present in OPTIONAL.items() if present))
-MAX_SIDE = 8192
 MAX_PIXELS = MAX_SIDE**2
 LEAST_SIDE, LONGEST = 4, 10
 """Of the pictures that data may hold: the shorter side in pixels, and how many times as long the other one may be."""
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)
+"""EXIF's tag for how a picture was held, and those of its values that turn it by a quarter."""
 SAME = 3
 """Levels of 256 by which a profile may differ from sRGB and still be taken for it."""
 SRGB_GAMMA, SRGB_PRIMARIES = 1 / 2.2, (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
@@ -288,48 +291,64 @@ def to_pictures(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def check_resolution(resolution: int) -> None:
-    """Raise ``UserError`` unless the VAE's factor 8 divides ``resolution``."""
-    if resolution > MAX_SIDE:
-        raise UserError(f"resolution is {short(resolution, quoted=False)}; expected a multiple of 8 up to {MAX_SIDE}")
-    if resolution < 8 or resolution % 8:
-        below = max(8, resolution // 8 * 8)
-        raise UserError(f"resolution is {resolution}, but it must be a positive multiple of 8: try {below} or {below + 8}")
+def size_of(data: bytes | Path) -> tuple[int, int]:
+    """Width and height of a picture, or its file, as :func:`decode` gives it, by its header alone.
+
+    Raises ``ValueError``: it has none that can be read.
+    """
+    formats = (*FORMATS, "TGA") if isinstance(data, bytes) and _is_tga(data) else FORMATS
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=formats) as image:
+            width, height = image.size
+            return (height, width) if image.getexif().get(ORIENTATION, 1) in LYING else (width, height)
+    except Exception as error:  # as in decode
+        raise ValueError(f"cannot be decoded ({said(error)})") from None
 
 
 def crop_position(seed: int) -> tuple[float, float]:
-    """Where a square drawn from ``seed`` lies along the longer side: 0 = left or top, 1 = right or bottom; (across, down)."""
+    """Where what is drawn from ``seed`` lies in the rest of a picture: 0 = left or top, 1 = right or bottom; (across, down)."""
     draw = random.Random(seed)
     return draw.random(), draw.random()
 
 
-def square(
-    image: Image.Image, resolution: int, position: tuple[float, float] = (0.5, 0.5), *, flip: bool = False
-) -> Float32[Tensor, "3 r r"]:
-    """The largest square of a picture at a relative position, resized with antialiasing; values in [-1, 1]; then mirrored."""
-    left, top, side = _largest_square(image.size, position)
+def framed(
+    image: Image.Image, shape: Shape, position: tuple[float, float] = (0.5, 0.5), *, flip: bool = False
+) -> Float32[Tensor, "3 h w"]:
+    """The largest part of a picture that has the proportions of ``shape``, at a relative position, resized to it with
+    antialiasing; values in [-1, 1]; then mirrored."""
+    left, top, width, height = _largest_part(image.size, shape, position)
     # Cropping in source coordinates: one resampling, and no rounding that differs between two sizes of the same picture.
-    box = (left, top, left + side, top + side)
-    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    image = image.resize((shape.width, shape.height), Image.Resampling.LANCZOS, box=box)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
     return pixels.flip(-1) if flip else pixels
 
 
 def framing(
-    size: tuple[int, int], resolution: int, position: tuple[float, float] = (0.5, 0.5), *, flip: bool = False
+    size: tuple[int, int], shape: Shape, position: tuple[float, float] = (0.5, 0.5), *, flip: bool = False
 ) -> Int64[Tensor, 6]:
-    """How :func:`square` frames a picture of ``size`` (width, height), as SDXL is told (arXiv 2307.01952, section 2.2).
+    """How :func:`framed` frames a picture of ``size`` (width, height), as SDXL is told (arXiv 2307.01952, section 2.2).
 
-    Original height and width; top and left of the crop, in pixels of the picture resized so that its shorter side is
-    ``resolution`` (of the mirrored picture, with ``flip``); target height and width.
+    Original height and width; top and left of the crop, in pixels of the picture resized so that it just covers ``shape`` (of
+    the mirrored picture, with ``flip``); target height and width.
     """
-    left, top, side = _largest_square(size, position)
-    left = size[0] - side - left if flip else left
-    scale = resolution / side
-    return torch.tensor([size[1], size[0], round(top * scale), round(left * scale), resolution, resolution])
+    left, top, width, height = _largest_part(size, shape, position)
+    left = size[0] - width - left if flip else left
+    scale = shape.height / height
+    return torch.tensor([size[1], size[0], round(top * scale), round(left * scale), shape.height, shape.width])
 
 
-def _largest_square(size: tuple[int, int], position: tuple[float, float]) -> tuple[float, float, int]:
-    """Left, top and side."""
-    side = min(size)
-    return position[0] * (size[0] - side), position[1] * (size[1] - side), side
+def kept(size: tuple[int, int], shape: Shape) -> float:
+    """Share of a picture of ``size`` (width, height) that :func:`framed` does not cut off."""
+    _, _, width, height = _largest_part(size, shape, (0.0, 0.0))
+    return width * height / (size[0] * size[1])
+
+
+def _largest_part(size: tuple[int, int], shape: Shape, position: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Left, top, width and height."""
+    width, height = map(float, size)
+    if width * shape.height >= height * shape.width:
+        width = height * shape.width / shape.height
+    else:
+        height = width * shape.height / shape.width
+    return position[0] * (size[0] - width), position[1] * (size[1] - height), width, height

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palate.base.shapes import Shape
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
@@ -23,6 +25,7 @@ class EncodedPair:
     label: float  # in [0.5, 1]
     weight: float
     source: str
+    shape: Shape | None = None  # None: that of all
 
     @property
     def pictures(self) -> tuple[tuple[str, ...], ...]:
@@ -39,6 +42,7 @@ class EncodedPicture:
     label: float  # in [0, 1]: probability that it is liked
     weight: float
     source: str
+    shape: Shape | None = None  # None: that of all
 
     @property
     def pictures(self) -> tuple[tuple[str, ...], ...]:
@@ -57,6 +61,8 @@ class Items(Sequence[Item], Generic[Item]):
     """
 
     def __init__(self, columns: Mapping[str, Tensor], rows: np.ndarray | None = None) -> None:
+        if "height" not in columns:  # remembered before there were several shapes
+            columns = {**columns, **dict.fromkeys(("height", "width"), torch.zeros(len(columns["label"]), dtype=torch.int16))}
         self._tensors = columns
         self._columns = {name: column.numpy() for name, column in columns.items()}
         self._rows = np.arange(len(self._columns["label"])) if rows is None else rows
@@ -124,6 +130,11 @@ class Items(Sequence[Item], Generic[Item]):
     def prompts(self) -> Iterator[str]:
         return (self._text("prompts", row) for row in self._rows)
 
+    def shape(self, index: int) -> Shape | None:
+        """Of an item's pictures."""
+        height, width = (int(self._columns[name][self._rows[index]]) for name in ("height", "width"))
+        return Shape(height, width) if height else None
+
     def where(self, chosen: np.ndarray) -> Items[Item]:
         """Some of them, in order: a mask ``(n,)``."""
         return Items(self._tensors, self._rows[chosen])
@@ -143,7 +154,9 @@ class Items(Sequence[Item], Generic[Item]):
         numbers = float(columns["label"][row]), float(columns["weight"][row])
         kind = EncodedPair if self.pairs else EncodedPicture
         text = columns["text"][row].tobytes().hex()
-        return cast("Item", kind(self._text("prompts", row), text, *keys, *numbers, self._text("sources", row)))
+        return cast(
+            "Item", kind(self._text("prompts", row), text, *keys, *numbers, self._text("sources", row), self.shape(index))
+        )
 
     def _text(self, name: str, row: np.int64) -> str:
         ends = self._columns[f"{name}_end"]
@@ -156,6 +169,7 @@ class Columns:
     def __init__(self) -> None:
         self._bytes = {name: bytearray() for name in ("prompts", "sources", "text", "pictures")}
         self._numbers = {"label": array("d"), "weight": array("d"), "prompts_end": array("q"), "sources_end": array("q")}
+        self._numbers |= {"height": array("h"), "width": array("h")}
         self._shape: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -174,6 +188,8 @@ class Columns:
         self._bytes["pictures"] += bytes.fromhex("".join(key for variants in item.pictures for key in variants))
         self._numbers["label"].append(item.label)
         self._numbers["weight"].append(item.weight)
+        self._numbers["height"].append(item.shape.height if item.shape else 0)
+        self._numbers["width"].append(item.shape.width if item.shape else 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """What :class:`Items` takes; at least one item must have been added."""

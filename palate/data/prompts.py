@@ -12,6 +12,7 @@ import numpy as np
 
 from palate.base.errors import UserError, nearest, said, short
 from palate.base.jsonl import JsonObject, decode, lines
+from palate.base.shapes import Shape
 
 LISTS = {
     "animals": "animals.txt",
@@ -20,6 +21,9 @@ LISTS = {
     "counting": "counting.jsonl",
 }
 """Built-in lists, those of the DDPO paper: name -> file in ``prompt_lists/``."""
+
+OWN = ("prompt", "negative", "negative_prompt", "width", "height", "metadata")
+"""What a line of JSONL calls the parts of a prompt; all else is its metadata."""
 
 DRAWS = 1000
 """How often a function that makes one prompt is called."""
@@ -34,14 +38,16 @@ class Prompt:
     """What the picture should not show; the caller's own default unless given."""
     metadata: Mapping[str, object] = field(default_factory=dict)
     """Such as ``category`` and ``challenge``; handed to rewards, and kept in manifests."""
+    shape: Shape | None = None
+    """Of its pictures; the caller's own unless given."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts of a text file (one a line) or of a JSONL file (one object with "prompt" a line), in order.
 
     JSONL is recognised by its ending or by a first line that is a JSON object. Beside "prompt" an object may have "negative"
-    (or "negative_prompt"); "metadata", an object, and all that goes by other names become the prompt's metadata. Blank
-    lines are skipped, duplicates kept.
+    (or "negative_prompt"), and "width" and "height" in pixels; "metadata", an object, and all that goes by other names become
+    the prompt's metadata. Blank lines are skipped, duplicates kept.
 
     Raises:
         UserError: a missing, unreadable or empty file, or a line of JSONL without a prompt.
@@ -91,8 +97,18 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
     metadata = row.get("metadata", {})
     if not isinstance(metadata, dict):
         raise UserError(f"{where}: 'metadata' must be an object, found {short(metadata)}")
-    others = {name: value for name, value in row.items() if name not in ("prompt", "negative", "negative_prompt", "metadata")}
-    return Prompt(prompt.strip(), negative, others | metadata)
+    others = {name: value for name, value in row.items() if name not in OWN}
+    return Prompt(prompt.strip(), negative, others | metadata, _shape(where, row))
+
+
+def _shape(where: str, row: JsonObject) -> Shape | None:
+    sides = [row.get(name) for name in ("width", "height")]
+    sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]  # as tables write them
+    if sides == [None, None]:
+        return None
+    if None in sides:
+        raise UserError(f"{where}: {'width' if sides[0] is None else 'height'} is missing: give both, or neither")
+    return Shape.of("x".join(map(str, sides)), f"{where}: the size")
 
 
 def built_in(name: str) -> list[Prompt]:

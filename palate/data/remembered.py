@@ -16,6 +16,7 @@ import torch
 
 from palate.base.files import spellings
 from palate.data import formats
+from palate.data.buckets import Fitted
 from palate.data.cache import TensorCache
 from palate.data.formats import DamagedError, File
 from palate.data.items import Items
@@ -45,21 +46,24 @@ def signature(reader: Reader) -> str | None:
     return found.hexdigest()
 
 
-def recall(cache: TensorCache, key: str, reader: Reader) -> Items[Any] | None:
-    """The items that were remembered under a key, and the reader's counts as they were; None if there are none."""
+def recall(cache: TensorCache, key: str, reader: Reader) -> tuple[Items[Any], Fitted] | None:
+    """The items that were remembered under a key, what their pictures lost, and the reader's counts as they were; None if there
+    are none."""
     found = cache.get(key)
     if found is None:
         return None
     counts = json.loads(found.pop("counts").numpy().tobytes())
+    fitted = Fitted.of(counts.pop("fitted", {}))
     bad = [BadRow(*row) for row in counts.pop("bad")]
     reader.counts = Counts(**{**counts, "left_out": Counter(counts["left_out"]), "bad": bad})
-    return Items(found)
+    return Items(found), fitted
 
 
-def remember(cache: TensorCache, key: str, items: Items[Any], reader: Reader) -> None:
+def remember(cache: TensorCache, key: str, items: Items[Any], fitted: Fitted, reader: Reader) -> None:
     """Keep what was read under a key, unless pictures were read that its signature does not tell of."""
     if not (reader.followed and any(isinstance(file, File) and file.format in WHOLE for file in reader.files())):
-        counts = json.dumps(vars(reader.counts)).encode()  # asdict() would count the entries of a Counter
+        # asdict() would count the entries of a Counter
+        counts = json.dumps({**vars(reader.counts), "fitted": fitted.told()}).encode()
         cache.put(key, {**items.tensors, "counts": torch.tensor(np.frombuffer(counts, np.uint8))})
         cache.flush()
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from palate.base.errors import UserError, short
 from palate.base.files import write_atomically
-from palate.data.images import decode, square
+from palate.base.shapes import Shape
+from palate.data.images import decode, framed
 from palate.data.prompts import Prompt
 from palate.evaluation.manifest import Picture
 
@@ -27,8 +27,8 @@ FOLDER = "init"
 def find(prompts: Sequence[Prompt], home: str | Path, for_all: str | Path | None = None) -> tuple[list[str], dict[str, Path]]:
     """Of each prompt the name of its picture within a picture folder; and the file behind each name.
 
-    A name holds a digest of the file, so that edits of other pictures are never taken for each other. Without any picture
-    both are empty.
+    A name holds a digest of the file, and the shape if the prompt has its own, so that edits of other pictures are never taken
+    for each other. Without any picture both are empty.
 
     Args:
         home: the folder of the prompts, in which the paths of their ``init_image`` begin and stay.
@@ -40,8 +40,8 @@ def find(prompts: Sequence[Prompt], home: str | Path, for_all: str | Path | None
     """
     if for_all is None and not any(INIT in p.metadata for p in prompts):
         return [], {}
-    names: dict[Path, str] = {}
-    found = []
+    digests: dict[Path, str] = {}
+    found: list[tuple[str, Path]] = []
     for prompt in prompts:
         given = prompt.metadata.get(INIT)
         if given is None and for_all is None:
@@ -49,20 +49,22 @@ def find(prompts: Sequence[Prompt], home: str | Path, for_all: str | Path | None
                 f"prompt {short(prompt.text)} names no {INIT}, others do; add one, or give --init_image for the rest"
             )
         path = Path(for_all).expanduser() if given is None and for_all is not None else _inside(Path(home), given, prompt)
-        if path not in names:
-            names[path] = f"{FOLDER}/{_digest(path, prompt)}.png"
-        found.append(names[path])
-    return found, {name: path for path, name in names.items()}
+        if path not in digests:
+            digests[path] = _digest(path, prompt)
+        own = "" if prompt.shape is None else f"-{prompt.shape.width}x{prompt.shape.height}"
+        found.append((f"{FOLDER}/{digests[path]}{own}.png", path))
+    return [name for name, _ in found], dict(found)
 
 
-def starting(files: Mapping[str, Path], folder: str | Path, resolution: int) -> Callable[[list[Picture]], Tensor]:
-    """Pictures to be -> pixels ``(b, 3, resolution, resolution)`` in [-1, 1] of what they are edited from.
+def starting(files: Mapping[str, Path], folder: str | Path, shape: Shape) -> Callable[[list[Picture]], list[Tensor]]:
+    """Pictures to be -> pixels ``(3, h, w)`` in [-1, 1] of what each is edited from, of its own shape or else ``shape``.
 
-    The largest square in the middle of each file, resized. What was edited is also written into the ``folder``.
+    The largest part in the middle of each file that has the shape's proportions, resized. What was edited is also written
+    into the ``folder``.
     """
 
-    def pixels(name: str) -> Tensor:
-        found = square(decode(files[name].read_bytes()), resolution)
+    def pixels(name: str, shape: Shape) -> Tensor:
+        found = framed(decode(files[name].read_bytes()), shape)
         path = Path(folder) / name
         if not path.is_file():
             stream = io.BytesIO()
@@ -72,10 +74,10 @@ def starting(files: Mapping[str, Path], folder: str | Path, resolution: int) -> 
             write_atomically(path, stream.getvalue())
         return found
 
-    def start(pictures: list[Picture]) -> Tensor:
-        named = [p.init_image or "" for p in pictures]
-        once = {name: pixels(name) for name in dict.fromkeys(named)}
-        return torch.stack([once[name] for name in named])
+    def start(pictures: list[Picture]) -> list[Tensor]:
+        shapes = {p.init_image or "": p.shape or shape for p in pictures}
+        once = {name: pixels(name, of) for name, of in shapes.items()}
+        return [once[p.init_image or ""] for p in pictures]
 
     return start
 

@@ -86,7 +86,7 @@ def plan(
             file = f"{number:05d}-{index:02d}.png"
             picture_of = picture_seed(seed, prompt.text, index)
             init_image = None if init_images is None else init_images[number]
-            found.append(Picture(file, prompt.text, picture_of, index, model, away, prompt.metadata, init_image))
+            found.append(Picture(file, prompt.text, picture_of, index, model, away, prompt.metadata, init_image, prompt.shape))
     return found
 
 
@@ -96,7 +96,7 @@ def drawn_by(
     *,
     network: nn.Module | None = None,
     refiner: Refiner | None = None,
-    start: Callable[[list[Picture]], Tensor] | None = None,
+    start: Callable[[list[Picture]], Sequence[Tensor]] | None = None,
     strength: float = 1.0,
 ) -> Draw:
     """What :func:`generate` draws with: a model, its own network or another.
@@ -110,6 +110,7 @@ def drawn_by(
             [p.seed for p in pictures],
             drawing,
             negatives=[p.negative for p in pictures],
+            shapes=[p.shape for p in pictures],
             network=network,
             refiner=refiner,
             init=None if start is None else start(pictures),
@@ -135,7 +136,7 @@ def settings(
         **({} if quantize is None else {"quantize": quantize}),
         "num_inference_steps": drawing.num_inference_steps,
         "guidance_scale": drawing.guidance_scale,
-        "resolution": drawing.resolution,
+        "resolution": drawing.shape.told,
         **({} if strength is None else {"strength": strength}),
         "sampler": denoiser.sampler,
         "seed": seed,
@@ -222,6 +223,9 @@ def begun(
         new = names.get(old.file)
         if new is not None and (new.key, new.negative) != (old.key, old.negative):
             raise UserError(f"{folder}/{old.file} shows {old.prompt!r}, not {new.prompt!r}; name another folder")
+        if new is not None and new.shape != old.shape:
+            was, now = (shape or "the folder's own size" for shape in (old.shape, new.shape))
+            raise UserError(f"{folder}/{old.file} was drawn at {was}, not {now}; name another folder")
         if new is not None and new.init_image != old.init_image:
             raise UserError(f"{folder}/{old.file} was edited from {old.init_image}, not {new.init_image}; name another folder")
     keys = {p.key: p for p in there}

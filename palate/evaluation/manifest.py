@@ -17,7 +17,9 @@ from typing import TypeVar
 from palate.base.errors import UserError, short
 from palate.base.files import spellings
 from palate.base.jsonl import JsonObject, append_lines, read_lines, read_object, write_object
+from palate.base.shapes import Shape
 from palate.data import formats
+from palate.data.images import size_of
 from palate.data.plain import read_plain
 from palate.data.shards import PICTURES, is_litter
 
@@ -42,6 +44,8 @@ class Picture:
     metadata: Mapping[str, object] = field(default_factory=dict)
     init_image: str | None = None
     """What it was edited from: path relative to the folder, with ``/``."""
+    shape: Shape | None = None
+    """That its prompt asks for; of the folder's settings unless given."""
 
     @property
     def task(self) -> str:
@@ -60,6 +64,8 @@ class Picture:
             found["negative"] = self.negative
         if self.init_image is not None:
             found["init_image"] = self.init_image
+        if self.shape is not None:
+            found |= {"width": self.shape.width, "height": self.shape.height}
         return {**found, "metadata": dict(self.metadata)} if self.metadata else found
 
 
@@ -312,6 +318,12 @@ def differences(sides: Sequence[Side], allowed: bool) -> list[str]:
         away = next((k for k in a.pictures if k in b.pictures and a.pictures[k].init_image != b.pictures[k].init_image), None)
         if away is not None:
             found.append(f"{short(away[0])} was edited from different pictures in {a.folder} and {b.folder}")
+        sizes = [(k, *(_size(s.folder / s.pictures[k].file) for s in (a, b))) for k in a.pictures if k in b.pictures]
+        apart = [(k, one, other) for k, one, other in sizes if one and other and one != other]
+        if apart:
+            key, one, other = apart[0]
+            which = f"such as {short(key[0])}: {one} in {a.folder} and {other} in {b.folder}"
+            found.append(f"{len(apart)} of {len(sizes)} pictures differ in size, {which}")
         for name in sorted((set(a.settings) | set(b.settings)) - {VERSIONS}):
             left, right = a.settings.get(name), b.settings.get(name)
             if left != right:
@@ -326,6 +338,15 @@ def differences(sides: Sequence[Side], allowed: bool) -> list[str]:
     if any(a.settings.get(VERSIONS) != b.settings.get(VERSIONS) for a, b in pairwise(sides)):
         notes.append("The sides were drawn with different versions of the libraries; see their settings.json.")
     return notes
+
+
+def _size(file: Path) -> Shape | None:
+    """Of its header; None where that cannot be read, which whoever looks at the picture will tell."""
+    try:
+        width, height = size_of(file)
+    except ValueError:
+        return None
+    return Shape(height, width)
 
 
 def _picture(where: str, row: JsonObject) -> Picture:
@@ -357,7 +378,14 @@ def _picture(where: str, row: JsonObject) -> Picture:
         negative=negative,
         metadata=metadata,
         init_image=init_image,
+        shape=_shape(row),
     )
+
+
+def _shape(row: JsonObject) -> Shape | None:
+    """None also for what other programs write there: the file itself tells its size."""
+    width, height = (_whole(row.get(name)) for name in ("width", "height"))
+    return Shape(height, width) if isinstance(width, int) and isinstance(height, int) else None
 
 
 def _whole(value: object) -> object:

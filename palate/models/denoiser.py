@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
@@ -79,6 +80,10 @@ class Drawer(Protocol):
         """How many different prompts are longer than the text encoder reads, and how many tokens that is."""
         ...
 
+    def check_shape(self, shape: Shape) -> None:
+        """Raise ``UserError`` for a shape in which the network cannot draw, with the nearest ones in which it can."""
+        ...
+
     def pipeline(self, network: nn.Module | None = None) -> Any:
         """A diffusers pipeline around these weights; LoRAs are put into it."""
         ...
@@ -90,17 +95,18 @@ class Drawer(Protocol):
         drawing: Drawing,
         *,
         negatives: Sequence[str | None] | None = None,
+        shapes: Sequence[Shape | None] | None = None,
         network: nn.Module | None = None,
         refiner: Refiner | None = None,
-        init: Tensor | None = None,
+        init: Sequence[Tensor] | None = None,
         strength: float = 1.0,
         progress: bool = False,
     ) -> list[Image.Image]:
-        """One picture per prompt; picture i depends on ``prompts[i]``, ``negatives[i]`` and ``seeds[i]`` alone.
+        """One picture per prompt; picture i depends on ``prompts[i]``, ``negatives[i]``, ``shapes[i]`` and ``seeds[i]`` alone.
 
-        A ``refiner`` finishes the pictures of an SDXL model. ``init (b, 3, resolution, resolution)`` in [-1, 1] is edited:
-        noised to where the last ``strength`` of the steps begins, and denoised from there (SDEdit, arXiv 2108.01073); at 1 the
-        picture is that of the prompt alone.
+        Without a shape of its own a picture has that of the ``drawing``. A ``refiner`` finishes the pictures of an SDXL model.
+        ``init[i] (3, h, w)`` in [-1, 1], of the picture's shape, is edited: noised to where the last ``strength`` of the steps
+        begins, and denoised from there (SDEdit, arXiv 2108.01073); at 1 the picture is that of the prompt alone.
 
         Raises UserError for pictures that are not finite or all black; for what is edited and refined, or edited at a strength
         that leaves no step.
@@ -142,8 +148,18 @@ class Denoiser(Drawer, Protocol):
         """None: this family cannot be trained in the perceptual space."""
         ...
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Of the latents of a picture of so many pixels, without the batch."""
+    @property
+    def step(self) -> int:
+        """Sides of its pictures are multiples of so many pixels."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """Pixels of the longest side that it can draw."""
+        ...
+
+    def latent_shape(self, shape: Shape) -> tuple[int, ...]:
+        """Of the latents of a picture, without the batch. Raises UserError as :meth:`check_shape`."""
         ...
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
@@ -171,7 +187,7 @@ class Denoiser(Drawer, Protocol):
         ...
 
     def picture_conditions(
-        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
+        self, size: tuple[int, int], shape: Shape, position: tuple[float, float], *, flip: bool
     ) -> dict[str, Tensor]:
         """What the network is told of a picture beside its prompt; see :class:`palate.data.encode.PictureConditions`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class Drawing:
 
     num_inference_steps: int
     guidance_scale: float
-    resolution: int
-    """Side in pixels."""
+    shape: Shape
+    """Of the pictures; a prompt may have its own."""
     batch_size: int = 8
     """Pictures drawn at once."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card, Kohya
 from palate.models.features import TRANSFORMER_LAYERS, BlockFeatures
@@ -50,8 +51,8 @@ class Flux(Latent):
     def caution(self) -> str:
         return "" if self.network.config.guidance_embeds else few_steps(self.name, "FLUX.1-dev")
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        channels, *sides = super().latent_shape(height, width)
+    def latent_shape(self, shape: Shape) -> tuple[int, ...]:
+        channels, *sides = super().latent_shape(shape)
         return channels // 4, *sides
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
@@ -86,9 +87,10 @@ class Flux(Latent):
             lambda output, x, cond: output[1],
         )
 
-    def _scaled(self, found: Tensor, resolution: int) -> Tensor:
-        side = resolution // self.vae.factor // 2
-        return F.pixel_shuffle(found.mT.unflatten(2, (side, side)), 2)
+    def _scaled(self, found: Tensor, shape: Shape) -> Tensor:
+        least = self.vae.factor * self.patch
+        patches = shape.height // least, shape.width // least
+        return F.pixel_shuffle(found.mT.unflatten(2, patches), 2)
 
     @property
     def kohya(self) -> Kohya:

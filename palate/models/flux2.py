@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from palate.base.shapes import Shape
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import RectifiedFlow, Schedule
 from palate.models.denoiser import Card, Kohya
@@ -120,7 +121,7 @@ class Flux2Klein(Latent):
             lambda output, x, cond: output[1] if isinstance(output, tuple) else output[:, -x[0, 0].numel() :],
         )
 
-    def _scaled(self, found: Tensor, resolution: int) -> Tensor:
+    def _scaled(self, found: Tensor, shape: Shape) -> Tensor:
         return self.vae.scaled(found)
 
     @property

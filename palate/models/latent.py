@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from palate.base.errors import UserError
+from palate.base.shapes import MAX_SIDE, STEP, Shape, one_shape_each
 from palate.data.encode import Encoders
 from palate.data.images import framing
 from palate.diffusion.denoising import Conditioning
@@ -153,11 +155,25 @@ class Latent(ABC):
     def unconditional(self) -> Conditioning:
         return self.encode_prompts([""])
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        least = self.vae.factor * self.patch
-        if self.flow and (height % least or width % least):
-            raise UserError(f"pictures are {width} x {height}, but sides must be multiples of {least} for {self.name}")
-        return self.network.config.in_channels, height // self.vae.factor, width // self.vae.factor
+    @property
+    def step(self) -> int:
+        return math.lcm(STEP, self.vae.factor * self.patch)
+
+    @property
+    def most(self) -> int:
+        return MAX_SIDE
+
+    def check_shape(self, shape: Shape) -> None:
+        if not shape.fits(self.step) or max(shape.height, shape.width) > self.most:
+            up_to = f" up to {self.most}" if self.most < MAX_SIDE else ""
+            raise UserError(
+                f"pictures are {shape.width} x {shape.height}, but sides must be multiples of {self.step}{up_to} for "
+                f"{self.name}: try {shape.near(self.step, self.most)}"
+            )
+
+    def latent_shape(self, shape: Shape) -> tuple[int, ...]:
+        self.check_shape(shape)
+        return self.network.config.in_channels, shape.height // self.vae.factor, shape.width // self.vae.factor
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -179,9 +195,9 @@ class Latent(ABC):
         return {"vae": self.vae.digest(), "text": " ".join([*texts, self.text_recipe] if self.text_recipe else texts)}
 
     def picture_conditions(
-        self, size: tuple[int, int], resolution: int, position: tuple[float, float], *, flip: bool
+        self, size: tuple[int, int], shape: Shape, position: tuple[float, float], *, flip: bool
     ) -> dict[str, Tensor]:
-        return {"framing": framing(size, resolution, position, flip=flip)} if self.framed else {}
+        return {"framing": framing(size, shape, position, flip=flip)} if self.framed else {}
 
     def encoders(self) -> Encoders:
         fingerprint = self.fingerprint()
@@ -231,54 +247,54 @@ class Latent(ABC):
         drawing: Drawing,
         *,
         negatives: Sequence[str | None] | None = None,
+        shapes: Sequence[Shape | None] | None = None,
         network: nn.Module | None = None,
         refiner: Refiner | None = None,
-        init: Tensor | None = None,
+        init: Sequence[Tensor] | None = None,
         strength: float = 1.0,
         progress: bool = False,
     ) -> list[Image.Image]:
         self.check_steps(drawing.num_inference_steps)
         options: dict[str, object] = {} if refiner is None else {"denoising_end": refiner.start}
-        starts = self._starts(init, strength, drawing)
-        if starts is not None:
+        editing = self._edits(init, strength, drawing)
+        if editing:
             options["strength"] = strength
-        self._check_refiner(refiner, editing=starts is not None)
+        self._check_refiner(refiner, editing=editing)
         away: list[str | None] = [None] * len(prompts) if negatives is None else list(negatives)
         if not len(prompts) == len(seeds) == len(away):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(away)} negative prompts")
-        self.latent_shape(drawing.resolution, drawing.resolution)
+        asked = [shape or drawing.shape for shape in shapes or [None] * len(prompts)]
+        for shape in set(asked):
+            self.check_shape(shape)
         if not self.negated and any(away):
             raise UserError(
                 f"{self.name} is drawn without classifier-free guidance: a negative prompt has no effect, leave it out"
             )
         self.remember([*prompts, *(n for n in away if n is not None)])
         absent = [(None, None)] * len(self.texts)  # the text encoders may have left memory
-        pipeline = self._assembled(network, absent, editing=starts is not None)
-        images: list[Image.Image] = []
+        pipeline = self._assembled(network, absent, editing=editing)
+        images: dict[int, Image.Image] = {}
         with _evaluating(getattr(pipeline, self.part)):
-            batches = range(0, len(prompts), drawing.batch_size)
-            for start in tqdm(batches, desc="generating", disable=not progress, leave=False):
-                rows = slice(start, start + drawing.batch_size)
-                texts = prompts[rows], away[rows]
-                generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[rows]]
-                begun = None if starts is None else starts[rows]
-                latents = self._denoised(pipeline, *texts, generators, drawing, begun, options)
+            batches = one_shape_each(asked, drawing.batch_size)
+            for rows in tqdm(batches, desc="generating", disable=not progress, leave=False):
+                texts = [prompts[i] for i in rows], [away[i] for i in rows]
+                generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in rows]
+                begun = self.encode_images(torch.stack([init[i] for i in rows])) if init is not None and editing else None
+                latents = self._denoised(pipeline, *texts, generators, drawing, asked[rows[0]], begun, options)
                 if refiner is not None:
                     parts = {"vae": pipeline.vae, "scheduler": pipeline.scheduler}
                     latents = refiner.finish(latents, *texts, generators, drawing, **parts)
-                images += [to_picture(p, prompt) for p, prompt in zip(self.decode(latents).cpu(), prompts[rows], strict=True)]
-        return images
+                images |= {i: to_picture(p, prompts[i]) for i, p in zip(rows, self.decode(latents).cpu(), strict=True)}
+        return [images[i] for i in range(len(prompts))]
 
-    def _starts(self, init: Tensor | None, strength: float, drawing: Drawing) -> Tensor | None:
-        """The latents that are edited; None if there are none, or nothing of them is kept."""
+    def _edits(self, init: Sequence[Tensor] | None, strength: float, drawing: Drawing) -> bool:
+        """Whether pictures are edited: not if there are none, or nothing of them is kept."""
         if init is None:
-            return None
+            return False
         if not self.edited:
             raise UserError(f"{self.name} is a {self.card.pipeline}, which edits no pictures here: draw from the prompt alone")
         check_strength(strength, drawing.num_inference_steps)
-        if strength == 1:
-            return None
-        return torch.cat([self.encode_images(part) for part in init.split(drawing.batch_size)])
+        return strength < 1
 
     def _check_refiner(self, refiner: Refiner | None, *, editing: bool) -> None:
         if refiner is not None and not self.refined:
@@ -293,6 +309,7 @@ class Latent(ABC):
         negatives: list[str | None],
         generators: list[torch.Generator],
         drawing: Drawing,
+        shape: Shape,
         begun: Tensor | None,
         options: dict[str, object],
     ) -> Tensor:
@@ -300,16 +317,16 @@ class Latent(ABC):
         # Of a weight that no LoRA reaches, for those are float32.
         weight = next(x for name, x in getattr(pipeline, self.part).named_parameters() if not is_adapter(name))
         given, away = (self._prompts[texts].to(weight.device, weight.dtype) for texts in (prompts, negatives))
-        square = {"height": drawing.resolution, "width": drawing.resolution}
+        sides = {"height": shape.height, "width": shape.width}
         found = pipeline(
             **self._asked(given, away, drawing.guidance_scale),
-            **(square if begun is None else {"image": begun.to(weight.device, weight.dtype)}),
+            **(sides if begun is None else {"image": begun.to(weight.device, weight.dtype)}),
             num_inference_steps=drawing.num_inference_steps,
             generator=generators,
             output_type="latent",
             **options,
         ).images
-        return self._scaled(found, drawing.resolution)
+        return self._scaled(found, shape)
 
     def _asked(self, given: Conditioning, away: Conditioning, guidance_scale: float) -> dict[str, object]:
         """The pipeline's arguments for prompts, negative prompts and guidance."""
@@ -318,8 +335,8 @@ class Latent(ABC):
         told |= {f"negative_{argument}": away.tensors[name] for name, argument in names}
         return told | {"guidance_scale": guidance_scale}
 
-    def _scaled(self, found: Tensor, resolution: int) -> Tensor:
-        """Scaled latents, of what the pipeline gives as the latents of square pictures of ``resolution``."""
+    def _scaled(self, found: Tensor, shape: Shape) -> Tensor:
+        """Scaled latents, of what the pipeline gives as the latents of pictures of that shape."""
         return found
 
     def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, object]) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from palate.base.errors import UserError, first_line
+from palate.base.shapes import Shape, one_shape_each
 from palate.models.drawing import Drawing
 from palate.models.fit import check_sampler
 from palate.models.parts import Source, check_finite
@@ -62,6 +63,9 @@ class OtherPipeline:
         """None: such pipelines warn of prompts that they cut."""
         return 0, 0
 
+    def check_shape(self, shape: Shape) -> None:
+        """Nothing is known of it before the pipeline has drawn: :meth:`generate` looks at what came."""
+
     def pipeline(self, network: nn.Module | None = None) -> Any:
         """What LoRAs are put into."""
         if not hasattr(self._pipeline, "load_lora_weights"):
@@ -75,9 +79,10 @@ class OtherPipeline:
         drawing: Drawing,
         *,
         negatives: Sequence[str | None] | None = None,
+        shapes: Sequence[Shape | None] | None = None,
         network: nn.Module | None = None,
         refiner: Refiner | None = None,
-        init: Tensor | None = None,
+        init: Sequence[Tensor] | None = None,
         strength: float = 1.0,
         progress: bool = False,
     ) -> list[Image.Image]:
@@ -87,22 +92,29 @@ class OtherPipeline:
         options: dict[str, object] = {
             "num_inference_steps": drawing.num_inference_steps,
             "guidance_scale": drawing.guidance_scale,
-            "height": drawing.resolution,
-            "width": drawing.resolution,
+            "height": drawing.shape.height,
+            "width": drawing.shape.width,
         }
+        asked = [shape or drawing.shape for shape in shapes or [None] * len(prompts)]
         if missing := set(options) - self._takes:
             raise UserError(f"{type(self._pipeline).__name__} takes no {min(missing)}; draw with it in diffusers itself")
         away = [n or "" for n in negatives or [""] * len(prompts)]
         if any(away) and "negative_prompt" not in self._takes:
             raise UserError(f"{type(self._pipeline).__name__} takes no negative prompt; leave it out")
-        images: list[Image.Image] = []
-        for start in range(0, len(prompts), drawing.batch_size):
-            rows = slice(start, start + drawing.batch_size)
+        images: dict[int, Image.Image] = {}
+        for rows in one_shape_each(asked, drawing.batch_size):
+            shape = asked[rows[0]]
+            options |= {"height": shape.height, "width": shape.width}
             if any(away):
-                options["negative_prompt"] = away[rows]
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
-            images += self._pipeline(prompts[rows], generator=generators, **options).images
-        for image, prompt in zip(images, prompts, strict=True):
+                options["negative_prompt"] = [away[i] for i in rows]
+            generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in rows]
+            drawn = self._pipeline([prompts[i] for i in rows], generator=generators, **options).images
+            if drawn[0].size != (shape.width, shape.height):
+                w, h = drawn[0].size
+                raise UserError(f"{type(self._pipeline).__name__} draws {w}x{h} where {shape} is asked for: ask for {w}x{h}")
+            images |= dict(zip(rows, drawn, strict=True))
+        for i, prompt in enumerate(prompts):
+            image = images[i]
             if image.convert("L").getextrema() == (0, 0):
                 raise UserError(f"the picture of {prompt!r} is all black: the model is damaged, or overflows at this precision")
-        return images
+        return [images[i] for i in range(len(prompts))]

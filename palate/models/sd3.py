@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from palate.base.errors import UserError
+from palate.base.shapes import MAX_SIDE, STEP, Shape
 from palate.diffusion.denoising import Conditioning
 from palate.models.denoiser import Card
 from palate.models.features import TRANSFORMER_LAYERS, BlockFeatures
@@ -75,14 +76,18 @@ class StableDiffusion3(Latent):
         pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
         return Conditioning({"encoder_hidden_states": hidden, "pooled_projections": pooled})
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        step = self.vae.factor * int(self.network.config.patch_size)
-        if height % step or width % step:
-            raise UserError(f"pictures are {width} x {height}, but sides must be multiples of {step} for {self.name}")
-        return super().latent_shape(height, width)
+    @property
+    def step(self) -> int:
+        return math.lcm(STEP, self.vae.factor * int(self.network.config.patch_size))
+
+    @property
+    def most(self) -> int:
+        """There are positions for so many patches in a row, whatever the pictures it was trained on."""
+        config = self.network.config
+        return min(MAX_SIDE, self.vae.factor * int(config.patch_size) * int(config.pos_embed_max_size))
 
     def encode_images(self, images: Tensor) -> Tensor:
-        self.latent_shape(images.shape[-2], images.shape[-1])  # refuses what cannot be cut into patches
+        self.latent_shape(Shape(*images.shape[-2:]))  # refuses what cannot be cut into patches
         return super().encode_images(images)
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,12 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.base.processes import Processes
 from palate.base.seeds import mix
+from palate.base.shapes import one_shape_each
 from palate.data.prompts import Prompt, PromptSampler
 from palate.diffusion.batches import PairBatch, SampleBatch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import Transition, guided, sample, transition
-from palate.diffusion.schedule import RectifiedFlow
+from palate.diffusion.schedule import Path, RectifiedFlow
 from palate.online import advantages
 from palate.online.conditions import Encoded
 from palate.online.options import Arithmetic, OnlineOptions
@@ -58,12 +60,14 @@ class SamplingPlan:
         decode: latents to pictures in [0, 1].
         keep_means: for objectives that ask how far a step has moved.
         by_old: the policy that lags behind draws, for objectives that compare with it; it follows where a round begins.
+        shapes: of the latents of each prompt's pictures, where prompts ask for their own; that of ``shape`` otherwise.
     """
 
     shape: tuple[int, ...]
     decode: Callable[[Tensor], Tensor]
     keep_means: bool = False
     by_old: bool = False
+    shapes: Sequence[tuple[int, ...]] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +136,10 @@ class Rollouts:
         self.sampler = PromptSampler(self.prompts, seed)
         self.places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
         self.arithmetic = Arithmetic.of(options, evidence)
-        self.path = policy.schedule.path(options.sample_num_steps, options.timestep_spacing, sampling.shape)
+        self.shapes = list(sampling.shapes) or [sampling.shape] * len(self.prompts)
+        self.paths = {
+            shape: policy.schedule.path(options.sample_num_steps, options.timestep_spacing, shape) for shape in set(self.shapes)
+        }
         self.rule = options.rule
         self.replay, self.progress = replay, progress
         self.tracker = advantages.PromptTracker(options.tracker_buffer_size, options.tracker_min_count)
@@ -160,6 +167,10 @@ class Rollouts:
     def order(self, seed: int, epoch: int) -> list[int]:
         """The plan of a round is already in order."""
         return list(range(len(self)))
+
+    def shape_of(self, index: int) -> tuple[int, ...]:
+        """Of an item's latents."""
+        return self.shapes[int(self.data["prompt"][self.plan[index][0]])]
 
     def begin(
         self, number: int, processes: Processes | None = None, stop: Callable[[], bool] = lambda: False
@@ -198,29 +209,32 @@ class Rollouts:
         rows = [self.plan[i] for i in indices]
         first = torch.tensor([row[0] for row in rows])
         which = self.data["prompt"][first]
+        shape, path = self.shapes[int(which[0])], self.paths[self.shapes[int(which[0])]]
         cond = self._conditions(which, self.options.trained_scale)
         if self.evidence == "trajectories":
             step = torch.tensor([row[1] for row in rows])
             times = step + self._window(self.round).start
             latents = self.data["latents"]
             return TrajectoryBatch(
-                xt=latents[first, step],
-                after=latents[first, step + 1],
-                t=self.path.t[times],
-                s=self.path.s[times],
+                xt=self._unpacked(latents[first, step], shape),
+                after=self._unpacked(latents[first, step + 1], shape),
+                t=path.t[times],
+                s=path.s[times],
                 cond=cond.tensors,
                 old_log_prob=self.data["log_prob"][first, step],
                 advantage=self.data["advantage"][first],
                 prompts=self._texts(which),
-                old_mean=self.data["mean"][first, step] if self.sampling.keep_means else None,
+                old_mean=self._unpacked(self.data["mean"][first, step], shape) if self.sampling.keep_means else None,
             )
         latents, label = self.data["latents"], torch.ones(len(rows))
         if self.evidence == "samples":
             label = self.data["label"][first] if "label" in self.data else label
-            return SampleBatch(latents[first], cond.tensors, label, self.data["weight"][first], seeds)
+            chosen = self._unpacked(latents[first], shape)
+            return SampleBatch(chosen, cond.tensors, label, self.data["weight"][first], seeds)
         second, total = torch.tensor([row[1] for row in rows]), self.data["total"]
         weight = (total[first] != total[second]).float()  # equals teach nothing
-        return PairBatch(torch.cat([latents[first], latents[second]]), cond.repeat(2).tensors, label, weight, seeds)
+        both = self._unpacked(torch.cat([latents[first], latents[second]]), shape)
+        return PairBatch(both, cond.repeat(2).tensors, label, weight, seeds)
 
     def counted(self, position: int) -> dict[str, int | float]:
         """Rounds and reward queries."""
@@ -262,7 +276,8 @@ class Rollouts:
 
     def _listed(self) -> str:
         """A digest of all that is drawn."""
-        listed = json.dumps([[prompt.text, prompt.negative] for prompt in self.prompts])
+        own = [[] if prompt.shape is None else [prompt.shape.told] for prompt in self.prompts]
+        listed = json.dumps([[prompt.text, prompt.negative, *shape] for prompt, shape in zip(self.prompts, own, strict=True)])
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def _texts(self, which: Tensor) -> list[str]:
@@ -298,6 +313,12 @@ class Rollouts:
             self.rewards.wait(pending)
         judged = self.rewards.collect(pending)
         data = {name: processes.gather(torch.cat(tensors)) for name, tensors in parts.items()}
+        order = data.pop("row").argsort()  # in which they were asked for, not drawn
+
+        def sorted_rows(rows: Tensor) -> Tensor:
+            return rows if len(self.paths) == 1 else rows[order]
+
+        data = {name: sorted_rows(rows) for name, rows in data.items()}
         if self.evidence != "trajectories":
             data["latents"] = data["latents"][:, 0]
             del data["log_prob"]
@@ -307,15 +328,15 @@ class Rollouts:
         return Drawn(
             data,
             thumbnails=data.pop("thumbnail"),
-            total=processes.gather(judged.total),
-            raw={name: processes.gather(rows) for name, rows in judged.raw.items()},
+            total=sorted_rows(processes.gather(judged.total)),
+            raw={name: sorted_rows(processes.gather(rows)) for name, rows in judged.raw.items()},
             kl=steps if measured_in_all and options.draws_noise else [],
         )
 
     def _draw_share(
         self, number: int, share: range, processes: Processes, stop: Callable[[], bool]
     ) -> tuple[dict[str, list[Tensor]], list[Pending], Tensor]:
-        """The pictures of this process in batches, and handed in; sums of the KL divergence of each step."""
+        """The pictures of this process in batches of one shape each, and handed in; sums of the KL divergence of each step."""
         options, n = self.options, self.options.samples_per_round
         device = next(iter(self.policy.parameters())).device
         asked = self.sampler.draw(number, n // options.group_size, options.group_size)
@@ -324,9 +345,9 @@ class Rollouts:
         window = self._window(number)
         noisy = None if options.window_end is None else window
         keep = slice(window.start, window.stop + 1) if self.evidence == "trajectories" else slice(-1, None)
-        parts: dict[str, list[Tensor]] = {"latents": [], "log_prob": [], "thumbnail": [], "prompt": [torch.tensor(which)]}
+        parts: dict[str, list[Tensor]] = {name: [] for name in ("latents", "log_prob", "thumbnail", "prompt", "row")}
         pending: list[Pending] = []
-        kl = torch.zeros(len(self.path), dtype=torch.float64)
+        kl = torch.zeros(options.sample_num_steps, dtype=torch.float64)
         predict = lagging(self.policy).old if self.sampling.by_old else self.policy
         refer = guided(self.policy.reference, options.trained_scale)
         bar = tqdm(
@@ -336,30 +357,33 @@ class Rollouts:
             leave=False,
             disable=None if self.progress else True,
         )
-        for start in range(0, len(share), options.sample_batch_size):
+        for places in one_shape_each([self.shapes[i] for i in which], options.sample_batch_size):
             if processes.count == 1 and stop():
                 bar.close()
                 raise Abandoned
-            part = which[start : start + options.sample_batch_size]
+            part, rows = [which[i] for i in places], [share[i] for i in places]
+            shape, path = self.shapes[part[0]], self.paths[self.shapes[part[0]]]
             cond = self._conditions(torch.tensor(part), options.sample_guidance_scale).to(device)
-            measured = max(0, min(len(part), options.kl_samples - share.start - start))
+            measured = sum(row < options.kl_samples for row in rows)  # the first of a round are
 
-            def measure(k: int, x: Tensor, step: Transition, measured: int = measured, cond: Conditioning = cond) -> None:
+            def measure(
+                k: int, x: Tensor, step: Transition, measured: int = measured, cond: Conditioning = cond, path: Path = path
+            ) -> None:
                 if not measured or (noisy is not None and k not in noisy):
                     return
                 there = cond.rows(slice(measured))
                 base = transition(
-                    refer, self.policy.schedule, x[:measured], *self.path.at(k, measured, device), there, rule=self.rule
+                    refer, self.policy.schedule, x[:measured], *path.at(k, measured, device), there, rule=self.rule
                 )
                 kl[k] += Transition(step.mean[:measured], step.std[:measured]).kl(base).double().sum().cpu()
 
             drawn = sample(
                 predict,
                 self.policy.schedule,
-                self.path,
+                path,
                 cond,
-                seeds[start : start + len(part)],
-                self.sampling.shape,
+                seeds[places],
+                shape,
                 guidance_scale=options.sample_guidance_scale,
                 rule=self.rule,
                 noisy=noisy,
@@ -368,27 +392,40 @@ class Rollouts:
                 device=device,
                 on_step=measure if options.draws_noise else None,
             )
-            self._all_finite(drawn.latents, number * n + share.start + start, part)
+            self._all_finite(drawn.latents, [number * n + row for row in rows], part, path)
             with torch.autocast(device.type, enabled=False):
                 pictures = self.sampling.decode(drawn.latents[:, -1]).cpu()
             pending.append(self.rewards.submit(pictures, [self.prompts[i] for i in part]))
             parts["thumbnail"].append(F.adaptive_avg_pool2d(pictures.float(), 16))
-            parts["latents"].append(drawn.latents[:, keep].cpu())
+            parts["prompt"].append(torch.tensor(part))
+            parts["row"].append(torch.tensor(rows))
+            parts["latents"].append(self._packed(drawn.latents[:, keep].cpu()))
             parts["log_prob"].append(drawn.log_prob[:, window.start : window.stop].cpu())
             if drawn.mean is not None:
-                parts.setdefault("mean", []).append(drawn.mean[:, window.start : window.stop].cpu())
+                parts.setdefault("mean", []).append(self._packed(drawn.mean[:, window.start : window.stop].cpu()))
             bar.update(len(part))
         bar.close()
         return parts, pending, kl
 
-    def _all_finite(self, latents: Tensor, first: int, which: Sequence[int]) -> None:
+    def _packed(self, latents: Tensor) -> Tensor:
+        """Latents (b, steps, ...), where prompts have several shapes, in one row each of the longest one's length."""
+        if len(self.paths) == 1:
+            return latents
+        flat = latents.flatten(2)
+        return F.pad(flat, (0, max(map(math.prod, self.paths)) - flat.shape[-1]))
+
+    def _unpacked(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Latents (b, ...) of what :meth:`_packed` gave."""
+        return latents if len(self.paths) == 1 else latents[:, : math.prod(shape)].unflatten(1, shape)
+
+    def _all_finite(self, latents: Tensor, numbers: Sequence[int], which: Sequence[int], path: Path) -> None:
         finite = latents.flatten(2).isfinite().all(2)
         if bool(finite.all()):
             return
         row, after = (int(x) for x in (~finite).nonzero()[0])
         raise UserError(
-            f"picture {first + row} ({self.prompts[which[row]].text!r}) is not finite after step {after - 1} of "
-            f"{len(self.path)} (time {self.path.t[max(0, after - 1)]:g}); "
+            f"picture {numbers[row]} ({self.prompts[which[row]].text!r}) is not finite after step {after - 1} of "
+            f"{len(path)} (time {path.t[max(0, after - 1)]:g}); "
             "lower learning_rate, or use mixed_precision bf16 or no"
         )
 
@@ -482,8 +519,8 @@ class Rollouts:
         first = {row[1]: place for place, row in reversed(list(enumerate(self.plan)))}
         places = sorted({*first.values(), *range(min(size, len(self)))})
         found: list[dict[str, Tensor]] = []
-        for start in range(0, len(places), size):
-            part = places[start : start + size]
+        for cut in one_shape_each([self.shape_of(place) for place in places], size):
+            part = [places[i] for i in cut]
             with torch.no_grad():
                 found.append(self.replay.step(self.batch(part, torch.zeros(len(part), dtype=torch.int64)))[1])
         worst = max(float(metrics["log_ratio"].abs().max()) for metrics in found)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from palate.base.errors import UserError
 from palate.base.files import check_file, check_folder, write_atomically
 from palate.base.options import Batch, Count, OneOf, Seed, Steps, at_least, check_ranges
+from palate.base.shapes import Shape
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.statistics import WinRate
 from palate.miniature import world
@@ -41,8 +42,8 @@ class AccuracyOptions:
     """Times, each with noise of its own, over which an implicit reward is averaged; 10 in the paper."""
     seed: Seed = 0
     """Of times and noise."""
-    resolution: int | None = None
-    """Side of the pictures in pixels for implicit rewards; the run's, or the model's own."""
+    resolution: int | str | None = None
+    """Of the pictures for implicit rewards, as ``1024`` or ``832x1216``; the run's, or the model's own."""
     max_bad_rows: Annotated[int, at_least(0)] = 0
     """So many unusable rows are listed and skipped."""
     max_pairs: Count | None = None
@@ -57,9 +58,7 @@ class AccuracyOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.resolution is not None:
-            from palate.data.images import check_resolution
-
-            check_resolution(self.resolution)
+            Shape.of(self.resolution)
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,13 @@ def _implicit(model: NamedModel, reader: Reader, options: AccuracyOptions, progr
     for space in spaces:
         check_space(space, policy.denoiser)
     of_run = model.recipe.data.resolution if model.recipe is not None else None
+    shape = Shape.of(options.resolution or of_run or policy.denoiser.default_resolution)
+    policy.denoiser.check_shape(shape)
     encoded = encode_pairs(
         reader,
         policy.denoiser.encoders(),
         cache=TensorCache(Path(options.cache_dir).expanduser()),
-        resolution=options.resolution or of_run or policy.denoiser.default_resolution,
+        shapes=[shape],
         progress=progress,
     )
     policy.denoiser.release()

@@ -13,7 +13,7 @@ from palate.base.errors import UserError
 from palate.base.machine import tell, versions
 from palate.data.prompts import Prompt
 from palate.evaluation.folders import read_run
-from palate.miniature import world
+from palate.miniature import prompt_lists, world
 from palate.models.files import weights_of
 from palate.names.judges import score_folders
 from palate.runs.assembly import Assembled, assemble
@@ -152,7 +152,7 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
         return
     score_folders(found.judges.values(), sides, device=denoiser.device, progress=sys.stderr.isatty())
     own = recipe.online.train_prompts is not None or recipe.data.train_data in world.PAIRS
-    unseen = own and options.evaluation_prompts == "miniature-unseen"  # of other data it is not known
+    unseen = own and options.evaluation_prompts in prompt_lists.UNSEEN  # of other data it is not known
     trained_on = list(recipe.online.rewards) if recipe.online.train_prompts is not None else []
     result = compare_folders(sides, judges=list(found.judges), trained_on=trained_on, unseen=unseen, who="the aligned model")
     method = f"{recipe.objective['name']} in {_space_name(recipe.space)} space"

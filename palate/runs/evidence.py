@@ -10,7 +10,7 @@ from palate.base.jsonl import JsonObject
 from palate.base.machine import is_main, tell
 from palate.miniature import world
 from palate.models.families import cut_warning
-from palate.runs.loading import resolution_of
+from palate.runs.loading import shapes_of
 from palate.runs.methods import Objective
 from palate.runs.recipe import Recipe
 
@@ -125,7 +125,7 @@ def encoded_of(
         "dtype": {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.cache_precision],
         "processes": meeting(),
         "part": part,
-        "resolution": resolution_of(recipe, denoiser),
+        "shapes": shapes_of(recipe, denoiser),
         "random_flip": options.random_flip,
         "center_crop": options.center_crop,
         "seed": recipe.training.seed,
@@ -134,9 +134,13 @@ def encoded_of(
     encoded = encode(reader, encoders, **how)
     what, sizes = "pictures" if reader.single else "pairs", [len(encoded)]
     _say_counts(reader.counts, what)
+    for told in encoded.fitted.words():
+        tell(told)
     for more in more_readers(recipe):
         added = encode(more, encoders, **how)
         _say_counts(more.counts, what, f"{more.source}: ")
+        for told in added.fitted.words():
+            tell(f"{more.source}: {told}")
         sizes.append(len(added))
         encoded = type(encoded)(Items.joined([encoded.items, added.items]), encoded.cache)
     if told := cut_warning(denoiser, encoded.prompts):

@@ -11,6 +11,7 @@ from palate.base.errors import UserError
 from palate.base.files import check_file
 from palate.base.hub import check_push, is_hub_id, push
 from palate.base.options import OneOf, Range, Rank, check_ranges
+from palate.base.shapes import Shape
 from palate.models.files import KOHYA_FILE, network_of
 from palate.runs.card import CARD, PUBLIC
 from palate.runs.models import NamedModel, find_model
@@ -193,6 +194,7 @@ def about_training(recipe: Recipe, name: str) -> dict[str, str]:
         "ss_training_comment": f"Palate: {method['name']}" + (f" ({how})" if how else ""),
         "modelspec.title": name,
     }
-    if (side := recipe.data.resolution) is not None:  # otherwise that of the model
-        told["modelspec.resolution"] = f"{side}x{side}"
+    if recipe.data.resolution is not None:  # otherwise that of the model
+        shape = Shape.of(recipe.data.resolution)
+        told["modelspec.resolution"] = f"{shape.width}x{shape.height}"
     return {key: str(value) for key, value in told.items()}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from palate.base.errors import UserError
 from palate.base.machine import processes
+from palate.base.shapes import Shape
 from palate.models.adapters import Adapter, check_adapter
 from palate.runs.methods import check_space
 from palate.runs.models import load_base
@@ -58,11 +61,30 @@ def adapter_of(recipe: Recipe) -> Adapter:
     return Adapter(options.lora_kind, options.use_rslora, options.lora_dropout, options.rank_pattern, options.alpha_pattern)
 
 
-def resolution_of(recipe: Recipe, denoiser: Denoiser) -> int:
-    """Side of the pictures in pixels. Raises UserError if it does not fit the model."""
-    resolution = recipe.data.resolution or denoiser.default_resolution
-    denoiser.latent_shape(resolution, resolution)
-    return resolution
+def shape_of(recipe: Recipe, denoiser: Denoiser) -> Shape:
+    """Of the pictures. Raises UserError if it does not fit the model."""
+    shape = Shape.of(recipe.data.resolution or denoiser.default_resolution)
+    denoiser.check_shape(shape)
+    return shape
+
+
+def shapes_of(recipe: Recipe, denoiser: Denoiser) -> list[Shape]:
+    """Those in which pictures are trained on. Raises UserError: they do not fit the model, or there is no choice of them."""
+    from palate.data.buckets import buckets
+
+    options, shape = recipe.data, shape_of(recipe, denoiser)
+    if not options.buckets:
+        return [shape]
+    step = options.bucket_step or math.lcm(64, denoiser.step)
+    if step % denoiser.step:
+        raise UserError(f"bucket_step is {step}; expected a multiple of {denoiser.step}, as {denoiser.name} needs")
+    found = buckets(shape, step, options.bucket_aspect, denoiser.most)
+    if len(found) < 2:
+        raise UserError(
+            f"resolution {shape} leaves no choice of shapes in steps of {step} with sides up to 1 : {options.bucket_aspect:g}: "
+            "lower bucket_step, or raise resolution or bucket_aspect"
+        )
+    return found
 
 
 def drawing_of(recipe: Recipe, denoiser: Denoiser) -> Drawing:
@@ -71,8 +93,8 @@ def drawing_of(recipe: Recipe, denoiser: Denoiser) -> Drawing:
 
     options = recipe.evaluation
     denoiser.check_steps(options.num_inference_steps)
-    resolution = resolution_of(recipe, denoiser)
-    return Drawing(options.num_inference_steps, options.guidance_scale, resolution, options.evaluation_batch_size)
+    shape = shape_of(recipe, denoiser)
+    return Drawing(options.num_inference_steps, options.guidance_scale, shape, options.evaluation_batch_size)
 
 
 def at_home(recipe: Recipe) -> Recipe:

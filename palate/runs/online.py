@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.machine import processes
 from palate.data.prompts import Prompt
@@ -16,7 +17,7 @@ from palate.data.selection import same_prompt
 from palate.names.rewards import NamedReward
 from palate.online.rollouts import Replay, Rollouts, SamplingPlan
 from palate.runs.assembly import Assembled, Online
-from palate.runs.loading import drawing_of, resolution_of
+from palate.runs.loading import drawing_of, shape_of
 from palate.runs.methods import bind_space, draws_of
 from palate.runs.recipe import Recipe, write
 
@@ -60,8 +61,9 @@ def rollouts_of(
     from palate.online.trajectories import Guided, trajectory_step
     from palate.training import steps
 
-    options, objective, resolution = recipe.online, recipe.method, resolution_of(recipe, denoiser)
-    shape = denoiser.latent_shape(resolution, resolution)
+    options, objective = recipe.online, recipe.method
+    own = shape_of(recipe, denoiser)
+    shape, shapes = denoiser.latent_shape(own), [denoiser.latent_shape(p.shape or own) for p in found.prompts]
     if objective.evidence == "trajectories":
         step = trajectory_step(
             policy,
@@ -74,7 +76,12 @@ def rollouts_of(
         make = steps.pair_step if objective.evidence == "pairs" else steps.sample_step
         acting: Any = Guided(policy, options.trained_scale) if options.trained_scale != 1 else policy
         space = bind_space(recipe.space, policy)
-        path = policy.schedule.path(options.sample_num_steps, options.timestep_spacing, shape)
+        path, *others = (policy.schedule.path(options.sample_num_steps, options.timestep_spacing, s) for s in set(shapes))
+        if recipe.training.time_density == "grid" and any(not torch.equal(path.t, other.t) for other in others):
+            raise UserError(
+                "time_density grid: the prompts ask for several sizes, whose times of sampling differ with this model: "
+                "use another density, or one size"
+            )
         step = make(acting, space, objective.function, draws_of(recipe.training, path))
     if objective.names("old"):
         policy.track_old(1.0)
@@ -92,6 +99,7 @@ def rollouts_of(
             denoiser.decode,
             keep_means=objective.names("moved"),
             by_old=objective.names("old"),
+            shapes=shapes,
         ),
         rewards=_bundle(recipe, found.rewards, denoiser.device),
         options=options,
@@ -182,6 +190,7 @@ class Watch:
             seeds,
             self.drawing,
             negatives=[p.negative for p in prompts],
+            shapes=[p.shape for p in prompts],
             network=self.policy.trainable_module,
         )
 

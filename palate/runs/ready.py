@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from palate.base.errors import UserError
 from palate.base.files import check_folder, nearest_there
 from palate.base.machine import tell
-from palate.runs.loading import resolution_of
+from palate.runs.loading import shape_of
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,11 +74,10 @@ def tell_needs(recipe: Recipe, denoiser: Denoiser, reader: Reader | None) -> Non
 
 def _bytes_a_row(recipe: Recipe, denoiser: Denoiser, *, single: bool) -> int:
     """Of a row's pictures and its prompt as they are kept; many rows share them."""
-    resolution = resolution_of(recipe, denoiser)
     pictures = (1 if single else 2) * (2 if recipe.data.random_flip else 1)
     text = sum(rows.numel() for rows in denoiser.unconditional().tensors.values())
     width = 4 if recipe.data.cache_precision == "fp32" else 2
-    return width * (pictures * math.prod(denoiser.latent_shape(resolution, resolution)) + text)
+    return width * (pictures * math.prod(denoiser.latent_shape(shape_of(recipe, denoiser))) + text)
 
 
 def _tell_disk(what: str, wanted: int, folder: str, option: str) -> None:

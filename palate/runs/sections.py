@@ -21,6 +21,7 @@ from palate.base.options import (
     at_least,
     check_ranges,
 )
+from palate.base.shapes import Shape
 from palate.data.options import Reading
 from palate.models.adapters import KINDS, LYCORIS
 
@@ -55,12 +56,21 @@ class _Source:
 
     train_data: str = "miniature-pairs"
     """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub such as owner/name, the ``votes.db`` of
-    ``palate vote``, ``miniature-pairs``, ``miniature-sdxl-pairs`` or ``miniature-sd3-pairs``."""
+    ``palate vote``, ``miniature-pairs``, ``miniature-sdxl-pairs``, ``miniature-sd3-pairs`` or
+    ``miniature-mixed-pairs``."""
     more_train_data: dict[str, float] = field(default_factory=dict)
     """Further sets, named and read as ``train_data`` is, and how many times an epoch goes through each, such as
     ``{votes.db: 3, large.parquet: 0.2}``; through ``train_data`` once."""
-    resolution: int | None = None
-    """Side of the pictures in pixels, a multiple of 8; the model's own unless given."""
+    resolution: int | str | None = None
+    """Of the pictures in pixels: ``1024`` is a square, ``832x1216`` width x height, multiples of 8; the model's own square
+    unless given."""
+    buckets: bool = False
+    """Train each picture, or pair, near its own proportions: on the nearest of several shapes that have about as many pixels as
+    ``resolution``, instead of on that one."""
+    bucket_step: Annotated[int, at_least(8, 1024)] | None = None
+    """Sides of those shapes are multiples of it; 64 unless given."""
+    bucket_aspect: Annotated[float, Range(at_least=1, at_most=10, expected="1 to 10")] = 2.5
+    """Their longer side is at most so many times the shorter one."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +100,7 @@ class DataOptions(Reading, _Source):
             if not 0 < share <= 1000:
                 raise UserError(f"more_train_data gives {name} {share:g}; expected times an epoch, above 0 and up to 1000")
         if self.resolution is not None:
-            from palate.data.images import check_resolution
-
-            check_resolution(self.resolution)
+            Shape.of(self.resolution)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.seeds import mix
+from palate.base.shapes import one_shape_each
 from palate.training import checkpoints
 from palate.training.ahead import Ahead
 from palate.training.alarms import Alarms
@@ -342,26 +343,36 @@ class _Run:
             metrics |= {"logit_square": u.square(), "logit_abs": u.abs()}
         return metrics
 
-    def _positions(self, done: int) -> list[int]:
-        """In the endless sequence, where the micro-batches of this process begin that update number ``done`` (from 1) has."""
-        first, size = (done - 1) * self.batch_size, self.options.train_batch_size
-        return [first + own for own in range(self.share.start, self.share.stop, size)]
+    def _positions(self, done: int) -> list[tuple[int, ...]]:
+        """In the endless sequence, those of each micro-batch of this process that update number ``done`` (from 1) has.
 
-    def _after(self, done: int) -> int | None:
-        """Where the next update begins for this process; None after the last one, and where a new round has yet to be drawn."""
+        Pictures of several shapes are gone through shape by shape, some of the batches then being smaller than
+        ``train_batch_size``. What is in the effective batch does not depend on that.
+        """
+        first = (done - 1) * self.batch_size
+        own = range(first + self.share.start, first + self.share.stop)
+        shapes = [self.data.shape_of(self._item(position)[1]) for position in own]
+        return [tuple(own[i] for i in places) for places in one_shape_each(shapes, self.options.train_batch_size)]
+
+    def _item(self, position: int) -> tuple[int, int]:
+        """Epoch, and index of what lies at a position."""
+        epoch, place = divmod(position, len(self.data))
+        return epoch, self.order(epoch)[place]
+
+    def _after(self, done: int) -> tuple[int, ...] | None:
+        """How the next update begins for this process; None after the last one, and where a new round has yet to be drawn."""
         if done >= self.total or (self.data.rounds is not None and done * self.batch_size % len(self.data) == 0):
             return None
         return self._positions(done + 1)[0]
 
-    def _ready(self, first: int) -> Ready:
-        """The micro-batch that begins at a position, drawn, on the CPU."""
+    def _ready(self, positions: tuple[int, ...]) -> Ready:
+        """The micro-batch of these positions, drawn, on the CPU."""
         indices: list[int] = []
         seeds: list[int] = []
-        for position in range(first, first + self.options.train_batch_size):
-            epoch, place = divmod(position, len(self.data))
-            indices.append(self.order(epoch)[place])
+        for epoch, index in map(self._item, positions):
+            indices.append(index)
             fixed = self.options.draws_per_pair  # so many draws, one an epoch, then the first again
-            seeds.append(mix(self.options.seed, epoch if fixed is None else epoch % fixed, indices[-1]))
+            seeds.append(mix(self.options.seed, epoch if fixed is None else epoch % fixed, index))
         ready = self.step.draw(self.data.batch(indices, torch.tensor(seeds)))
         return ready.pinned() if self.place.pins and isinstance(ready, Drawn) else ready
 

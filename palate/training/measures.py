@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.seeds import mix
+from palate.base.shapes import one_shape_each
 from palate.diffusion.batches import PairBatch, SampleBatch
 from palate.diffusion.denoising import Fit, Pair
 from palate.objectives.pairs import margin
@@ -44,8 +45,8 @@ def automatic_beta(
     """
     order, count = data.order(0, 0), min(pairs, len(data))
     differences: list[Tensor] = []
-    for start in range(0, count, batch_size):
-        indices = order[start : min(start + batch_size, count)]
+    for places in one_shape_each([data.shape_of(index) for index in order[:count]], batch_size):
+        indices = [order[place] for place in places]
         batch = data.batch(indices, torch.tensor([mix(PROBED, index) for index in indices]))
         if isinstance(batch, SampleBatch):
             half = len(indices) // 2
@@ -99,10 +100,9 @@ def implicit_margins(
     # Both ends of a part are inclusive, as in draw.
     bounds = [first + (last - first) * k // timesteps for k in range(timesteps + 1)]
     parts = [(low, high - 1) for low, high in itertools.pairwise(bounds)]
-    found: list[Tensor] = []
-    labels: list[Tensor] = []
-    for start in tqdm(range(0, len(data), batch_size), desc="implicit reward", unit=" batches", disable=not progress):
-        indices = list(range(start, min(start + batch_size, len(data))))
+    found, labels = torch.zeros(len(data)), torch.zeros(len(data))
+    batches = one_shape_each([data.shape_of(index) for index in range(len(data))], batch_size)
+    for indices in tqdm(batches, desc="implicit reward", unit=" batches", disable=not progress):
         margins: list[Tensor] = []
         for part, (t_min, t_max) in enumerate(parts):
             batch = data.batch(indices, torch.tensor([mix(seed, part, index) for index in indices]))
@@ -111,10 +111,9 @@ def implicit_margins(
             fits = measured_fits(policy, space, noised, ("policy", "reference"))
             margins.append(margin(fits["policy"].halves(), fits["reference"].halves()))
             if part == 0:
-                labels.append(batch.label)
-        found.append(torch.stack(margins).mean(0).cpu())
-    nothing = [torch.zeros(0)]
-    return torch.cat(found or nothing), torch.cat(labels or nothing)
+                labels[indices] = batch.label
+        found[indices] = torch.stack(margins).mean(0).cpu()
+    return found, labels
 
 
 def pair_metrics(policy: Pair[Fit], reference: Pair[Fit] | None, beta: float | None) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -60,8 +60,12 @@ class Source(Protocol):
         """The indices of one epoch, each once; the same for the same arguments."""
         ...
 
+    def shape_of(self, index: int) -> Hashable:
+        """What items have in common that can be in one batch: the shape of their pictures."""
+        ...
+
     def batch(self, indices: Sequence[int], seeds: Tensor) -> Batch:
-        """The items at ``indices``: pairs, single pictures or steps.
+        """The items at ``indices``, all of one shape: pairs, single pictures or steps.
 
         ``seeds[i]`` decides all that is random about the i-th.
         """

@@ -10,6 +10,7 @@ from typing import Annotated
 from palate.base.errors import UserError
 from palate.base.files import check_folder
 from palate.base.options import FRACTION, GUIDANCE, Batch, Count, Quantize, Seed, Steps, at_least, check_ranges
+from palate.base.shapes import Shape
 from palate.verbs import carry_out
 
 USAGE = "palate generate MODEL --prompts P --output_dir DIR [--option value ...]"
@@ -44,13 +45,14 @@ class GenerateOptions:
     """Of classifier-free guidance."""
     init_image: str | None = None
     """A picture that is edited instead of drawing from noise alone, of all prompts that name none: a line of a JSONL file may
-    hold its own ``init_image``, a path in that file's folder. The largest square in its middle is taken."""
+    hold its own ``init_image``, a path in that file's folder. Its middle is taken, in the proportions of what is drawn."""
     strength: float | None = None
     """Of editing, up to 1: the share of the steps that is done, and so of the picture that changes; 0.8 unless given."""
     negative_prompt: str | None = None
     """What no picture should show; a prompt's own ``negative`` goes before it."""
-    resolution: int | None = None
-    """Side in pixels, a multiple of 8; that of the run, or the model's own, unless given."""
+    resolution: int | str | None = None
+    """Of the pictures in pixels: ``1024`` is a square, ``832x1216`` width x height, multiples of 8; that of the run, or the
+    model's own, unless given. A line of a JSONL file may hold its own ``width`` and ``height``."""
     batch_size: Batch = 8
     """Pictures drawn at once."""
     mixed_precision: str = "no"
@@ -71,9 +73,7 @@ class GenerateOptions:
 
             check_strength(self.strength, self.num_inference_steps)
         if self.resolution is not None:
-            from palate.data.images import check_resolution
-
-            check_resolution(self.resolution)
+            Shape.of(self.resolution)
 
 
 def main(words: list[str]) -> int:
@@ -125,7 +125,8 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
         init_images=init_images or None,
     )
     shard, about = Shard.parse(options.shard), model.about()
-    resolution = options.resolution or (model.recipe.data.resolution if model.recipe is not None else None)
+    told = options.resolution or (model.recipe.data.resolution if model.recipe is not None else None)
+    shape = None if told is None else Shape.of(told)
     known = {
         "strength": strength,
         "num_inference_steps": options.num_inference_steps,
@@ -135,11 +136,13 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
         "quantize": options.quantize,
     }
     # Whether the folder may be gone on with is mostly known before any weights are read.
-    begun(options.output_dir, pictures, known if resolution is None else {**known, "resolution": resolution}, about)
+    begun(options.output_dir, pictures, known if shape is None else {**known, "resolution": shape.told}, about)
     denoiser, network, refiner = model.load(mixed_precision=options.mixed_precision, quantize=options.quantize)
-    resolution = resolution or denoiser.default_resolution
-    drawing = Drawing(options.num_inference_steps, options.guidance_scale, resolution, options.batch_size)
-    start = editing.starting(files, options.output_dir, resolution) if files else None
+    shape = shape or Shape.square(denoiser.default_resolution)
+    for one in {shape, *(p.shape for p in pictures if p.shape is not None)}:
+        denoiser.check_shape(one)
+    drawing = Drawing(options.num_inference_steps, options.guidance_scale, shape, options.batch_size)
+    start = editing.starting(files, options.output_dir, shape) if files else None
     if told := cut_warning(denoiser, (text for p in pictures for text in (p.prompt, p.negative))):
         print(told, file=sys.stderr)
     try:

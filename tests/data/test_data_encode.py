@@ -13,11 +13,12 @@ from PIL import Image
 from shards import entries, spoil
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.data.cache import TensorCache
 from palate.data.encode import Encoders as Needed
 from palate.data.encode import encode, encode_pairs
 from palate.data.encoded import EncodedPairs, EncodedPictures
-from palate.data.images import decode, framing, square
+from palate.data.images import decode, framed, framing
 from palate.data.items import EncodedPair, Items
 from palate.data.pairs import LikedPicture, PreferencePair
 
@@ -55,26 +56,27 @@ class Encoders:
 
     def needed(self, **changed) -> Needed:
         """What encoding needs, with some of it changed."""
-        return dataclasses.replace(Needed(self.images, self.text, "vae 1", "text 1", framed), **changed)
+        return dataclasses.replace(Needed(self.images, self.text, "vae 1", "text 1", told), **changed)
 
     def encode(self, items, folder, **options) -> EncodedPairs | EncodedPictures:
         changed = {name: options.pop(name) for name in NEEDED & options.keys()}
         return encode(items, self.needed(**changed), **{**defaults(folder), **options})
 
 
+SQUARE = Shape.square(16)
 NEEDED = {field.name for field in dataclasses.fields(Needed)}
 
 
-def framed(size, resolution, position, *, flip):
-    return {"framing": framing(size, resolution, position, flip=flip)}
+def told(size, shape, position, *, flip):
+    return {"framing": framing(size, shape, position, flip=flip)}
 
 
 def defaults(folder) -> dict:
-    return {"cache": TensorCache(folder), "resolution": 16, "progress": False}
+    return {"cache": TensorCache(folder), "shapes": [SQUARE], "progress": False}
 
 
 def latent(data: bytes, flip: bool = False) -> torch.Tensor:
-    return torch.nn.functional.avg_pool2d(square(decode(data), 16, flip=flip)[None], 8)[0]
+    return torch.nn.functional.avg_pool2d(framed(decode(data), SQUARE, flip=flip)[None], 8)[0]
 
 
 def test_batch_holds_winners_first(tmp_path):
@@ -114,7 +116,7 @@ def test_pictures_of_different_sizes_carry_their_own_framing(tmp_path):
 
 
 def test_a_batch_holds_the_picture_conditions_that_the_model_names(tmp_path):
-    def area(size, resolution, position, *, flip):
+    def area(size, shape, position, *, flip):
         return {"area": torch.tensor(float(size[0] * size[1])), "mirrored": torch.tensor(flip)}
 
     seeds = torch.tensor([5])
@@ -185,7 +187,9 @@ def test_a_stopped_run_continues(tmp_path):
     "change",
     [
         {"image_fingerprint": "vae 2"},
-        {"resolution": 24},
+        {"shapes": [Shape.square(24)]},
+        {"shapes": [Shape(16, 24)]},
+        {"shapes": [Shape(24, 16)]},
         {"dtype": torch.bfloat16},
         {"center_crop": False},
     ],
@@ -277,7 +281,7 @@ def test_encoders_see_the_squares(tmp_path):
         return pixels
 
     Encoders().encode(PAIRS[:1], tmp_path, encode_images=remember)
-    assert torch.equal(seen[0], torch.stack([square(decode(data), 16) for data in P[:2]]))
+    assert torch.equal(seen[0], torch.stack([framed(decode(data), SQUARE) for data in P[:2]]))
 
 
 def test_dtype_of_what_is_kept(tmp_path):
@@ -350,7 +354,7 @@ def test_an_entry_that_has_gone_is_told_and_encoded_anew(tmp_path):
 def test_errors_at_the_door(tmp_path):
     encoders = Encoders()
     with pytest.raises(UserError, match="multiple of 8"):
-        encoders.encode(PAIRS, tmp_path, resolution=20)
+        encoders.encode(PAIRS, tmp_path, shapes=[Shape.square(20)])
     with pytest.raises(UserError, match="batch_size"):
         encoders.encode(PAIRS, tmp_path, batch_size=0)
     with pytest.raises(UserError, match="no preference pairs"):
@@ -504,5 +508,5 @@ def test_accents_count_as_one_however_they_are_encoded(tmp_path):
 def test_large_pictures_are_encoded_a_few_at_a_time(tmp_path, resolution, at_once):
     """The pairs hold four different pictures; 2 * 512^2 = 2^19 pixels are the most at once."""
     encoders = Encoders()
-    encoders.encode(PAIRS, tmp_path, resolution=resolution)
+    encoders.encode(PAIRS, tmp_path, shapes=[Shape.square(resolution)])
     assert encoders.pictures == at_once

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.data import images
-from palate.data.images import FORMATS, check_resolution, converted, crop_position, decode, decode_usable, square
+from palate.data.images import FORMATS, converted, crop_position, decode, decode_usable
+from palate.data.images import framed as frame
 
 
 def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
@@ -26,7 +28,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def framed(data: bytes, resolution: int, crop: str, flip: bool, seed: int) -> torch.Tensor:
     position = (0.5, 0.5) if crop == "center" else crop_position(seed)
-    return square(decode(data), resolution, position, flip=flip)
+    return frame(decode(data), Shape.square(resolution), position, flip=flip)
 
 
 def ramp(width: int, height: int) -> Image.Image:
@@ -69,7 +71,7 @@ def test_flip_mirrors(seed, crop):
 def test_center_crop_takes_the_middle():
     # 4 x 2 pixels of one sample each, blown up 8 times: the middle square is columns 1 and 2.
     columns = np.repeat(np.repeat(np.array([[0, 51, 204, 255]] * 2, dtype=np.uint8), 8, axis=0), 8, axis=1)
-    pixels = square(Image.fromarray(columns).convert("RGB"), 16)
+    pixels = frame(Image.fromarray(columns).convert("RGB"), Shape.square(16))
     # 51 / 127.5 - 1 = -0.6 and 204 / 127.5 - 1 = 0.6
     assert pixels[0, 8, 2].item() == pytest.approx(-0.6, abs=1e-6)
     assert pixels[0, 8, 13].item() == pytest.approx(0.6, abs=1e-6)
@@ -78,7 +80,7 @@ def test_center_crop_takes_the_middle():
 def test_resize_is_antialiased():
     # A checkerboard of single pixels shrunk 8 times is grey; picking pixels would give black or white.
     board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
-    assert square(Image.fromarray(board).convert("RGB"), 16).abs().max() < 0.05
+    assert frame(Image.fromarray(board).convert("RGB"), Shape.square(16)).abs().max() < 0.05
 
 
 def test_random_crop_depends_on_the_seed_alone_and_covers_the_range():
@@ -162,7 +164,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
 @pytest.mark.parametrize("resolution", [0, -8, 4, 100])
 def test_resolution_must_be_a_multiple_of_eight(resolution):
     with pytest.raises(UserError, match="multiple of 8"):
-        check_resolution(resolution)
+        Shape.of(resolution)
 
 
 # What stands beside a picture, and what its values mean ----

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.diffusion.batches import PairBatch
 from palate.diffusion.denoising import Fit
 from palate.models.families import load_denoiser
@@ -48,12 +49,15 @@ class RandomPairs:
 
     def __init__(self, denoiser):
         generator = torch.Generator().manual_seed(3)
-        self.latents = torch.randn(2, 4, *denoiser.latent_shape(64, 64), generator=generator)
+        self.latents = torch.randn(2, 4, *denoiser.latent_shape(Shape(64, 64)), generator=generator)
         text = denoiser.encode_prompts(["a red house", "a blue tower", "a tree", "a yellow sailboat"])
         self.text = {name: rows.detach() for name, rows in text.tensors.items()}
 
     def __len__(self) -> int:
         return 4
+
+    def shape_of(self, index: int) -> None:
+        return None
 
     def order(self, seed: int, epoch: int) -> list[int]:
         return [0, 1, 2, 3]

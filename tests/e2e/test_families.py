@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny_models import BETAS
 
+from palate.base.shapes import Shape
 from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser
 
@@ -145,7 +146,7 @@ def test_stable_diffusion_2_predicts_v_and_draws_as_by_diffusers(palate, sd2_dir
     options = {"num_inference_steps": 4, "guidance_scale": 4.0}
     plain = StableDiffusionPipeline.from_pretrained(sd2_dir, safety_checker=None)
     expected = plain("a tree", generator=torch.Generator().manual_seed(3), **options).images[0]
-    found = denoiser.generate(["a tree"], [3], Drawing(resolution=64, **options))[0]
+    found = denoiser.generate(["a tree"], [3], Drawing(shape=Shape.square(64), **options))[0]
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
     for space in ("latent", "perceptual"):
         code, _, error = palate(
@@ -181,7 +182,7 @@ def test_turbo_kinds_draw_without_guidance_in_few_steps_and_train(palate, model_
         plain = denoiser.pipeline()
         expected = plain("a tree", generator=torch.Generator().manual_seed(3), **options).images[0]
         steps.append(plain.scheduler.timesteps.tolist())
-        found = denoiser.generate(["a red house", "a tree"], [4, 3], Drawing(resolution=64, **options))[1]
+        found = denoiser.generate(["a red house", "a tree"], [4, 3], Drawing(shape=Shape.square(64), **options))[1]
         assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
     assert steps == [[999.0], [999.0, 749.0, 499.0, 249.0]]
     code, _, error = palate(

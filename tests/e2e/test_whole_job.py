@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from palate.base.shapes import Shape
 from palate.data import encode
 from palate.runs import recipe
 from palate.runs import train as run
@@ -405,7 +406,7 @@ def test_a_dozen_lines_of_python_do_the_same(palate, model_dir, pairs_dir, cache
     from palate.training.steps import pair_step
 
     denoiser = load_denoiser(str(model_dir))
-    pairs = encode_pairs(read_pairs(pairs_dir), denoiser.encoders(), cache=TensorCache(cache_dir), resolution=64)
+    pairs = encode_pairs(read_pairs(pairs_dir), denoiser.encoders(), cache=TensorCache(cache_dir), shapes=[Shape.square(64)])
     denoiser.release()
     policy = Policy(denoiser, rank=4)
     space = perceptual(policy.features, policy.schedule)

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser
 
 PROMPTS, SEEDS = ["a red house", "a blue tower on the left"], [3, 4]
-QUICK = Drawing(num_inference_steps=4, guidance_scale=3.0, resolution=64)
+QUICK = Drawing(num_inference_steps=4, guidance_scale=3.0, shape=Shape.square(64))
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.diffusion.denoising import Conditioning, draw
 from palate.models.adapters import is_adapter
 from palate.models.drawing import Drawing
@@ -355,7 +356,7 @@ def test_sampling_needs_no_text_encoder_once_prompts_are_remembered(load):
     denoiser = load()
     denoiser.remember(["a red house"])
     denoiser.release()
-    drawing = Drawing(num_inference_steps=2, guidance_scale=2.0, resolution=64)
+    drawing = Drawing(num_inference_steps=2, guidance_scale=2.0, shape=Shape.square(64))
     assert len(denoiser.generate(["a red house"], [0], drawing)) == 1
     assert not denoiser.texts[0].loaded
     with pytest.raises(ValueError, match="2 seeds"):
@@ -364,7 +365,7 @@ def test_sampling_needs_no_text_encoder_once_prompts_are_remembered(load):
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(load):
     denoiser = load()
-    drawing = Drawing(num_inference_steps=3, guidance_scale=3.0, resolution=64)
+    drawing = Drawing(num_inference_steps=3, guidance_scale=3.0, shape=Shape.square(64))
     prompts, seeds = ["a red house", "a blue tower", "a tree"], [1, 2, 3]
     together = denoiser.generate(prompts, seeds, drawing)
     alone = denoiser.generate(prompts[1:2], seeds[1:2], drawing)[0]

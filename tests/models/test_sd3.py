@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.diffusion.sampling import sample
 from palate.diffusion.schedule import RectifiedFlow
 from palate.diffusion.steps import ddim
@@ -97,7 +98,7 @@ def test_a_drawing_step_by_step_is_that_of_the_pipeline(both, scale):
     expected = plain(
         prompts, latents=latents, num_inference_steps=n, guidance_scale=scale, height=64, width=64, output_type="latent"
     ).images
-    way = denoiser.schedule.path(n, shape=denoiser.latent_shape(64, 64))
+    way = denoiser.schedule.path(n, shape=denoiser.latent_shape(Shape(64, 64)))
     torch.testing.assert_close(way.t.float(), plain.scheduler.timesteps, rtol=1e-5, atol=1e-4)
     cond, empty = denoiser.encode_prompts(prompts), denoiser.unconditional()
     found = latents
@@ -133,7 +134,9 @@ def test_pictures_are_those_of_the_pipeline(both, negative):
     expected = plain(
         PROMPTS[0], negative_prompt=negative, generator=torch.Generator().manual_seed(3), height=64, width=64, **options
     ).images[0]
-    found = denoiser.generate(["a tree", PROMPTS[0]], [1, 3], Drawing(resolution=64, **options), negatives=[None, negative])
+    found = denoiser.generate(
+        ["a tree", PROMPTS[0]], [1, 3], Drawing(shape=Shape.square(64), **options), negatives=[None, negative]
+    )
     assert np.abs(pixels(found[1]) - pixels(expected)).max() <= 1
     assert np.abs(pixels(found[1]) - pixels(found[0])).max() > 1
 
@@ -146,12 +149,12 @@ def test_a_picture_is_edited_as_by_diffusers(load, sd3_dir):
     denoiser = load()
     init = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     options = {"num_inference_steps": 4, "guidance_scale": 3.0}
-    found = denoiser.generate([PROMPTS[0]], [3], Drawing(resolution=64, **options), init=init, strength=0.5)
+    found = denoiser.generate([PROMPTS[0]], [3], Drawing(shape=Shape.square(64), **options), init=init, strength=0.5)
     generator = torch.Generator().manual_seed(3)
     start = denoiser.encode_images(init)
     expected = plain(PROMPTS[0], image=start, strength=0.5, generator=generator, **options).images[0]
     assert np.abs(pixels(found[0]) - pixels(expected)).max() <= 1
-    whole = denoiser.generate([PROMPTS[0]], [3], Drawing(resolution=64, **options))
+    whole = denoiser.generate([PROMPTS[0]], [3], Drawing(shape=Shape.square(64), **options))
     assert np.abs(pixels(found[0]) - pixels(whole[0])).max() > 1
 
 
@@ -169,10 +172,17 @@ def test_latents_are_those_of_the_vae(load, sd3_dir):
 
 
 def test_sides_that_cannot_be_cut_into_patches_are_refused(load):
-    assert load().latent_shape(64, 32) == (4, 16, 8)
-    for refused in (lambda d: d.latent_shape(60, 64), lambda d: d.encode_images(torch.zeros(1, 3, 64, 60))):
+    assert load().latent_shape(Shape(64, 32)) == (4, 16, 8)
+    for refused in (lambda d: d.latent_shape(Shape(60, 64)), lambda d: d.encode_images(torch.zeros(1, 3, 64, 60))):
         with pytest.raises(UserError, match="multiples of 8"):
             refused(load())
+
+
+def test_more_patches_in_a_row_than_there_are_positions_are_refused(load):
+    # 32 positions of patches of 2 latents of 4 pixels
+    assert load().latent_shape(Shape(256, 64)) == (4, 64, 16)
+    with pytest.raises(UserError, match=r"64 x 264, but sides must be multiples of 8 up to 256 for .*: try 64x256"):
+        load().latent_shape(Shape(264, 64))
 
 
 def test_a_cache_tells_models_with_and_without_t5_apart(sd3_dir, sd3_without_t5):
@@ -221,7 +231,7 @@ def test_the_shift_may_grow_with_the_picture(sd3_dir, tmp_path):
     denoiser, plain = load_denoiser(folder), read(folder)
     assert isinstance(denoiser.schedule, RectifiedFlow)
     plain("a", num_inference_steps=4, height=32, width=64, output_type="latent")
-    way = denoiser.schedule.path(4, shape=denoiser.latent_shape(32, 64))
+    way = denoiser.schedule.path(4, shape=denoiser.latent_shape(Shape(32, 64)))
     torch.testing.assert_close(way.t.float(), plain.scheduler.timesteps, rtol=1e-5, atol=1e-4)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.diffusion.denoising import Conditioning, draw
 from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser, load_refiner
@@ -64,7 +65,7 @@ def test_prompts_are_encoded_as_by_diffusers(load, plain):
     assert torch.equal(found["text_embeds"], pooled)
     assert torch.equal(empty["encoder_hidden_states"], away[:1])
     assert torch.equal(empty["text_embeds"], away_pooled[:1])
-    assert denoiser.latent_shape(64, 128) == (4, 16, 32)
+    assert denoiser.latent_shape(Shape(64, 128)) == (4, 16, 32)
     assert denoiser.default_resolution == 64
     assert denoiser.cut_prompts([*PROMPTS, *PROMPTS]) == (1, 40)
 
@@ -113,7 +114,9 @@ def test_pictures_of_ddim_are_those_of_the_pipeline(sdxl_dir, plain, tmp_path, n
     options = {"num_inference_steps": 4, "guidance_scale": 4.0}
     expected = plain(PROMPTS[0], negative_prompt=negative, generator=torch.Generator().manual_seed(3), **options).images[0]
     denoiser = load_denoiser(str(folder))
-    found = denoiser.generate(["a tree", PROMPTS[0]], [1, 3], Drawing(resolution=64, **options), negatives=[None, negative])
+    found = denoiser.generate(
+        ["a tree", PROMPTS[0]], [1, 3], Drawing(shape=Shape.square(64), **options), negatives=[None, negative]
+    )
     assert np.abs(pixels(found[1]) - pixels(expected)).max() <= 1
     assert np.abs(pixels(found[1]) - pixels(found[0])).max() > 1
 
@@ -269,9 +272,9 @@ def test_the_refiner_finishes_pictures_as_by_diffusers(load, plain, refiner_dir)
     expected = second(PROMPTS[0], image=half, denoising_start=0.6, **options).images[0]
     refiner = load_refiner(str(refiner_dir), start=0.6)
     prompts = [PROMPTS[0], "a tree"]
-    found = load().generate(prompts, [3, 4], Drawing(resolution=64, **options), refiner=refiner)
+    found = load().generate(prompts, [3, 4], Drawing(shape=Shape.square(64), **options), refiner=refiner)
     assert np.abs(pixels(found[0]) - pixels(expected)).max() <= 1
-    without = load().generate(prompts, [3, 4], Drawing(resolution=64, **options))
+    without = load().generate(prompts, [3, 4], Drawing(shape=Shape.square(64), **options))
     assert np.abs(pixels(found[0]) - pixels(without[0])).max() > 1
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import guided, join, transition
 from palate.diffusion.steps import ddim
@@ -22,6 +23,7 @@ from palate.models.lora import lora_layers, tuned
 from palate.models.policy import Policy
 
 SIDE, STEPS = 64, 3
+SQUARE, TALL, WIDE = Shape(64, 64), Shape(96, 64), Shape(64, 96)
 PROMPTS = ["a red house on the left", "a very long prompt of many words " * 60, ""]
 KINDS = ["zimage", "klein", "flux"]
 
@@ -44,31 +46,31 @@ def plain(flow_dir):
     return read
 
 
-def noise(denoiser, seed: int) -> torch.Tensor:
+def noise(denoiser, seed: int, shape: Shape = SQUARE) -> torch.Tensor:
     """What the pipeline begins with, before it packs it."""
-    return torch.randn((1, *denoiser.latent_shape(SIDE, SIDE)), generator=torch.Generator().manual_seed(seed))
+    return torch.randn((1, *denoiser.latent_shape(shape)), generator=torch.Generator().manual_seed(seed))
 
 
-def unpacked(kind: str, pipeline, latents: torch.Tensor) -> torch.Tensor:
+def unpacked(kind: str, pipeline, latents: torch.Tensor, shape: Shape = SQUARE) -> torch.Tensor:
     """The pipeline's latents (b, tokens, c) as (b, c, h, w)."""
     if kind.startswith("klein"):
-        side = SIDE // pipeline.vae_scale_factor // 2
-        ids = pipeline._prepare_latent_ids(torch.zeros(len(latents), 1, side, side))
+        sides = (side // pipeline.vae_scale_factor // 2 for side in (shape.height, shape.width))
+        ids = pipeline._prepare_latent_ids(torch.zeros(len(latents), 1, *sides))
         return pipeline._unpack_latents_with_ids(latents, ids)
     if kind in ("flux", "schnell"):
-        return pipeline._unpack_latents(latents, SIDE, SIDE, pipeline.vae_scale_factor)
+        return pipeline._unpack_latents(latents, shape.height, shape.width, pipeline.vae_scale_factor)
     return latents
 
 
-def visited(kind: str, pipeline, prompt: str, **options) -> list[torch.Tensor]:
+def visited(kind: str, pipeline, prompt: str, shape: Shape = SQUARE, **options) -> list[torch.Tensor]:
     """Latents (1, c, h, w) after each of the pipeline's steps."""
     seen = []
 
     def look(_pipeline, _step, _t, found):
-        seen.append(unpacked(kind, pipeline, found["latents"]))
+        seen.append(unpacked(kind, pipeline, found["latents"], shape))
         return {}
 
-    drawn = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "output_type": "latent"}
+    drawn = {"height": shape.height, "width": shape.width, "num_inference_steps": STEPS, "output_type": "latent"}
     pipeline(prompt=prompt, callback_on_step_end=look, **drawn, **options)
     return seen
 
@@ -122,7 +124,7 @@ def test_latents_are_those_that_the_pipeline_decodes(load, plain, kind):
         back = (pipeline.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(denoiser.decode(found), back, rtol=1e-4, atol=1e-5)
-    assert found.shape[1:] == denoiser.latent_shape(SIDE, SIDE)
+    assert found.shape[1:] == denoiser.latent_shape(Shape(SIDE, SIDE))
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------------
@@ -147,18 +149,22 @@ WAYS = {
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [SQUARE, TALL, WIDE], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_step_is_that_of_the_pipeline(load, plain, way):
-    """Times, sign, guidance, packing: the pipeline's own latents step by step, and ours from the same noise."""
+def test_every_step_is_that_of_the_pipeline(load, plain, way, shape):
+    """Times, sign, guidance, packing: the pipeline's own latents step by step, and ours from the same noise.
+
+    The number of tokens, their places and the shift of the times depend on the shape.
+    """
     kind, options, scale, negative = WAYS[way]
     denoiser, pipeline = load(kind), plain(kind)
-    expected = visited(kind, pipeline, PROMPTS[0], generator=torch.Generator().manual_seed(7), **options)
+    expected = visited(kind, pipeline, PROMPTS[0], shape, generator=torch.Generator().manual_seed(7), **options)
     cond = denoiser.encode_prompts(PROMPTS[:1])
     cond = cond if negative is None else join(cond, denoiser.encode_prompts([negative]))
-    path = denoiser.schedule.path(STEPS, shape=denoiser.latent_shape(SIDE, SIDE))
+    path = denoiser.schedule.path(STEPS, shape=denoiser.latent_shape(shape))
     torch.testing.assert_close(path.t.float(), pipeline.scheduler.timesteps, rtol=1e-5, atol=1e-3)
     predict = guided(lambda x, t, cond: denoiser.predict(denoiser.network, x, t, cond), scale)
-    x = noise(denoiser, 7)
+    x = noise(denoiser, 7, shape)
     for k, wanted in enumerate(expected):
         after = transition(predict, denoiser.schedule, x, *path.at(k, 1, "cpu"), cond, rule=ddim(0.0)).mean
         assert (after - x).abs().max() > 0.05
@@ -192,16 +198,20 @@ DRAWN = {
 }
 
 
+@pytest.mark.parametrize("shape", [SQUARE, TALL], ids=str)
 @pytest.mark.parametrize("way", DRAWN)
-def test_pictures_are_those_of_the_pipeline(load, plain, way):
+def test_pictures_are_those_of_the_pipeline(load, plain, way, shape):
+    """Beside one of another shape, too."""
     kind, options, scale, negative = DRAWN[way]
-    drawn = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS}
+    drawn = {"height": shape.height, "width": shape.width, "num_inference_steps": STEPS}
     expected = plain(kind)(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3), **drawn, **options).images[0]
+    away = [None, negative] if negative else None
     found = load(kind).generate(
-        ["a tree", PROMPTS[0]], [1, 3], Drawing(STEPS, scale, SIDE), negatives=[None, negative] if negative else None
+        ["a tree", PROMPTS[0]], [1, 3], Drawing(STEPS, scale, SQUARE), negatives=away, shapes=[None, shape]
     )
+    assert [image.size for image in found] == [(64, 64), (shape.width, shape.height)]
     assert np.abs(pixels(found[1]) - pixels(expected)).max() <= 1
-    assert np.abs(pixels(found[1]) - pixels(found[0])).max() > 1
+    assert shape != SQUARE or np.abs(pixels(found[1]) - pixels(found[0])).max() > 1
 
 
 # Features ------------------------------------------------------------------------------------------------------------------
@@ -456,13 +466,13 @@ def test_others_are_not(load, kind):
 @pytest.mark.parametrize("kind", ["flux", "schnell", "klein-distilled"])
 def test_a_negative_prompt_without_effect_is_refused(load, kind):
     with pytest.raises(UserError, match="a negative prompt has no effect"):
-        load(kind).generate(["a tree"], [0], Drawing(1, 1.0, SIDE), negatives=["a blue tower"])
+        load(kind).generate(["a tree"], [0], Drawing(1, 1.0, SQUARE), negatives=["a blue tower"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_pictures_are_edited(load, kind):
     with pytest.raises(UserError, match="edits no pictures"):
-        load(kind).generate(["a tree"], [0], Drawing(2, 1.0, SIDE), init=torch.zeros(1, 3, SIDE, SIDE), strength=0.5)
+        load(kind).generate(["a tree"], [0], Drawing(2, 1.0, SQUARE), init=torch.zeros(1, 3, SIDE, SIDE), strength=0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -473,5 +483,5 @@ def test_a_picture_at_home_is_of_the_pipelines_size(load, plain, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_size_that_does_not_divide_into_tokens_is_refused(load, kind):
-    with pytest.raises(UserError, match="sides must be multiples of 8"):
-        load(kind).latent_shape(SIDE + 4, SIDE)
+    with pytest.raises(UserError, match=r"64 x 68, but sides must be multiples of 8 for .*: try 64 or 64x72"):
+        load(kind).latent_shape(Shape(SIDE + 4, SIDE))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import PAIRS, TinyPairs, TinyPolicy, run
+from tiny_training import PAIRS, MixedPairs, TinyPairs, TinyPolicy, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palate.base.errors import UserError
@@ -21,6 +21,7 @@ from palate.training import checkpoints, loop
 from palate.training.fits import Draws
 from palate.training.log import read_log
 from palate.training.loop import Stopped
+from palate.training.measures import automatic_beta, implicit_margins
 from palate.training.optimizers import lr_factor
 from palate.training.options import LR_SCHEDULERS, TrainOptions
 from palate.training.place import Place
@@ -163,6 +164,60 @@ def test_two_processes_are_one(tmp_path, in_two_processes, bucket):
     assert_close(weights(one), two.weights, 1e-6)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_shapes_in_a_batch_change_no_number_with_the_cut(tmp_path, in_two_processes):
+    """However the effective batch is cut, in one process or two: what is in it is the same, and so is the sum."""
+    script = Path(__file__).with_name("tiny_training.py")
+    finished = in_two_processes([sys.executable, script, tmp_path / "two", "4", 2**24, "mixed"])
+    whole = weights(run(tmp_path / "a", data=MixedPairs(), max_train_steps=3))
+    cuts = [(4, 2), (2, 4), (1, 8)]
+    for size, pieces in cuts:
+        options = {"train_batch_size": size, "gradient_accumulation_steps": pieces, "max_train_steps": 3}
+        assert_close(whole, weights(run(tmp_path / str(size), data=MixedPairs(), **options)), 1e-6)
+        for a, b in zip(log(tmp_path / "a"), log(tmp_path / str(size)), strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    for code, errors in finished(60):
+        assert code == 0, errors
+    assert_close(whole, checkpoints.load(tmp_path / "two" / "checkpoint-3").weights, 1e-6)
+
+
+def test_shapes_are_met_as_squares_are_each_pair_once_an_epoch_and_in_the_same_batches(tmp_path):
+    mixed, plain = MixedPairs(), TinyPairs()
+    for name, data in (("mixed", mixed), ("plain", plain)):
+        run(tmp_path / name, data=data, max_train_steps=None, num_train_epochs=3, train_batch_size=4)
+    assert len(mixed.seen) == len(plain.seen) == 36
+    for start in range(0, 36, 4):  # updates
+        assert sorted(mixed.seen[start : start + 4]) == sorted(plain.seen[start : start + 4])
+
+
+def test_shapes_stopped_and_resumed_equal_uninterrupted_bit_for_bit(tmp_path):
+    class Stopping(MixedPairs):
+        def batch(self, indices, seeds):
+            if len(self.seen) == 24 and not self.told:
+                self.told = True
+                signal.raise_signal(signal.SIGINT)
+            return super().batch(indices, seeds)
+
+        told = False
+
+    straight = run(tmp_path / "a", data=MixedPairs())
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path / "b", data=Stopping())
+    assert 0 < stopped.value.step < 8
+    assert_close(weights(straight), weights(run(tmp_path / "b", data=MixedPairs(), resume_from_checkpoint="latest")), 0)
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+def test_measures_of_several_shapes_are_those_of_each_alone():
+    policy, space, data = TinyPolicy(), latent(), MixedPairs()
+    with torch.no_grad():
+        policy.trainable_module.weight.add_(0.1)
+    margins, labels = implicit_margins(policy, space, data, batch_size=4)
+    assert labels.tolist() == [1.0] * PAIRS
+    one_by_one, _ = implicit_margins(policy, space, data, batch_size=1)
+    torch.testing.assert_close(margins, one_by_one, rtol=1e-5, atol=1e-7)
+    assert automatic_beta(policy, space, data, batch_size=4) == automatic_beta(policy, space, data, batch_size=1)
 
 
 def test_every_epoch_holds_every_pair_once_and_no_batch_is_short(tmp_path):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_rollouts import PROMPTS, Brightness, decode, rollouts, run, step_for
+from tiny_rollouts import PROMPTS, SHAPES, Brightness, decode, rollouts, run, step_for
 from tiny_training import TinyPolicy
 
 from palate.base.errors import UserError
@@ -108,11 +109,11 @@ def test_the_window_and_the_fraction_of_steps():
     source, _ = drawn(sample_num_steps=6, window_start=1, window_size=4, timestep_fraction=0.5)
     assert len(source) == 8 * 2
     batch = source.batch(range(16), torch.zeros(16, dtype=torch.int64))
-    assert set(batch.t.tolist()) <= set(source.path.t[1:5].tolist())
+    assert set(batch.t.tolist()) <= set(source.paths[2, 4, 4].t[1:5].tolist())
     for row in range(8):
         steps = [step for picture, step in source.plan if picture == row]
         assert len(set(steps)) == 2
-    after = dict(zip(source.path.t.tolist(), source.path.s.tolist(), strict=True))
+    after = dict(zip(source.paths[2, 4, 4].t.tolist(), source.paths[2, 4, 4].s.tolist(), strict=True))
     assert batch.s.tolist() == [after[t] for t in batch.t.tolist()]
 
 
@@ -185,7 +186,7 @@ def test_gradients_reach_the_weights_through_sampling_unless_the_caller_forbids_
 
     def brightness(seeds=(5, 6)) -> torch.Tensor:
         cond = source.conditions.rows(torch.tensor([0, 1]))
-        way, seeds = source.path, torch.tensor(seeds)
+        way, seeds = source.paths[2, 4, 4], torch.tensor(seeds)
         found = sample(policy, policy.schedule, way, cond, seeds, (2, 4, 4), guidance_scale=2.0, rule=source.rule)
         return decode(found.latents[:, -1]).double().mean()
 
@@ -282,6 +283,42 @@ def test_two_processes_are_one(tmp_path, in_two_processes, objective):
         assert ("reward_mean" in a) == ("reward_mean" in b)
         if "reward_mean" in a:
             assert a["reward_mean"] == pytest.approx(b["reward_mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["ddpo_is", "sft", "dpo"])
+def test_prompts_of_several_shapes_are_drawn_as_if_all_had_theirs(objective):
+    options = {"group_size": 2} if objective == "dpo" else {}
+    mixed = rollouts(TinyPolicy(), objective, shapes=SHAPES, **options)
+    told = mixed.begin(1)
+    which = mixed.data["prompt"]
+    totals, latents = mixed.data["total"], mixed.data["latents"]
+    for shape in set(SHAPES):
+        alike = rollouts(TinyPolicy(), objective, shapes=[shape] * 5, **options)
+        assert alike.begin(1).keys() == told.keys()
+        rows = [row for row in range(8) if SHAPES[which[row]] == shape]
+        assert torch.equal(alike.data["prompt"], which)
+        found = latents[rows][..., : math.prod(shape)].unflatten(-1, shape)
+        torch.testing.assert_close(found, alike.data["latents"][rows], rtol=0, atol=1e-6)
+        torch.testing.assert_close(totals[rows], alike.data["total"][rows], rtol=0, atol=1e-6)
+    for index in range(len(mixed)):
+        batch = mixed.batch([index], torch.tensor([0]))
+        assert tuple((batch.xt if objective == "ddpo_is" else batch.latents).shape[1:]) == mixed.shape_of(index)
+
+
+@pytest.mark.parametrize("objective", ["ddpo_is", "dpo"])
+def test_several_shapes_in_two_processes_and_resumed_are_one(tmp_path, in_two_processes, objective):
+    ranked = {"group_size": 2, "updates_per_round": 1} if objective == "dpo" else {}
+    online = ranked | {"shapes": SHAPES}
+    finished = in_two_processes([sys.executable, SCRIPT, tmp_path / "two", objective, "mixed"])
+    one, _ = run(tmp_path / "one", objective, online=online, checkpointing_steps=1)
+    again = tmp_path / "one" / "checkpoint-1"
+    resumed, _ = run(tmp_path / "one", objective, online=online, checkpointing_steps=1, resume_from_checkpoint=str(again))
+    for code, errors in finished(60):
+        assert code == 0, errors
+    two = checkpoints.load(checkpoints.latest(tmp_path / "two"))
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+        torch.testing.assert_close(tensor, two.weights[name], rtol=0, atol=1e-4)
 
 
 def test_the_budget_ends_training(tmp_path):
@@ -542,7 +579,7 @@ def test_noise_is_drawn_in_the_window_alone():
     told = source.begin(1)
     assert [kl > 0 for kl in told["kl_steps"]] == [False, True, False, False]
     # From the latents after the window on, and from the start to it, pictures are those of the plain ODE.
-    window, way = source.data["latents"], source.path
+    window, way = source.data["latents"], source.paths[2, 4, 4]
     seeds = torch.tensor([mix(0, 101, 8 + row) for row in range(8)])
     plain = sample(
         policy, policy.schedule, way, source._conditions(source.data["prompt"], 5.0), seeds, (2, 4, 4),
@@ -564,7 +601,7 @@ def test_a_window_that_moves():
     for number in range(4):
         source.begin(number)
         batch = source.batch(range(2), torch.zeros(2))
-        assert batch.t.tolist() == [int(source.path.t[source.options.window_of(0, number).start])] * 2
+        assert batch.t.tolist() == [int(source.paths[2, 4, 4].t[source.options.window_of(0, number).start])] * 2
         resumed = rollouts(TinyPolicy(), sample_num_steps=6, window_size=1, window_end=6)
         resumed.load_state_dict(source.state_dict(number * len(source) + 1))
         again = resumed.batch(range(2), torch.zeros(2))

@@ -28,6 +28,8 @@ from palate.training.options import TrainOptions
 from palate.training.steps import pair_step, sample_step
 
 PROMPTS = [Prompt(text) for text in ("a dog", "a cat", "a tree", "a house", "a boat")]
+SHAPES = [(2, 4, 4), (2, 4, 6), (2, 6, 4), (2, 4, 6), (2, 4, 4)]
+"""Of their pictures, where they are not all alike."""
 OBJECTIVES = {
     "ddpo_is": ddpo_is,
     "ddpo_sf": ddpo_sf,
@@ -84,13 +86,14 @@ def decode(latents: Tensor) -> Tensor:
 
 
 def rollouts(policy, objective="ddpo_is", *, rewards=None, replay=None, decode=decode, seed=0, prompts=PROMPTS, **options):
+    shapes = options.pop("shapes", ())
     given = {"samples_per_round": 8, "sample_batch_size": 4, "sample_num_steps": 4, "updates_per_round": 2} | options
     text = normal(torch.arange(max(1, len(prompts))), (2,), 3, "cpu", torch.float32)
     return Rollouts(
         policy,
         prompts,
         join(Conditioning({"text": text}), Conditioning({"text": torch.zeros_like(text)})),
-        SamplingPlan((2, 4, 4), decode, by_old=objective == "nft"),
+        SamplingPlan((2, 4, 4), decode, by_old=objective == "nft", shapes=shapes),
         rewards=rewards or Brightness(),
         options=OnlineOptions(**given),
         evidence=EVIDENCE[objective],
@@ -158,5 +161,7 @@ if __name__ == "__main__":
     rewards = FailingOnce() if "reward" in sys.argv else None
     watch = failing_watch if "watch" in sys.argv else None
     given = {"rewards": rewards, "evaluate": watch, "eval_steps": 2, "checkpointing_steps": 100}
+    if "mixed" in sys.argv:
+        ranked["shapes"] = SHAPES
     run(sys.argv[1], sys.argv[2], online=ranked, processes=2, **given)
     torch.distributed.destroy_process_group()

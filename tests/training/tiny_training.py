@@ -69,6 +69,9 @@ class TinyPairs:
     def __len__(self) -> int:
         return len(self.label)
 
+    def shape_of(self, index: int) -> None:
+        return None
+
     def order(self, seed: int, epoch: int) -> list[int]:
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
 
@@ -78,6 +81,23 @@ class TinyPairs:
         latents = torch.cat([self.latents[indices, 0], self.latents[indices, 1]])
         weight = 0.5 + 0.1 * torch.tensor(indices, dtype=torch.float32)
         return PairBatch(latents, {"text": self.text[indices].repeat(2, 1)}, self.label[indices], weight, seeds)
+
+
+class MixedPairs(TinyPairs):
+    """Of three shapes."""
+
+    def __init__(self, n: int = PAIRS):
+        super().__init__(n)
+        generator = torch.Generator().manual_seed(8)
+        self.mixed = [torch.randn(2, 2, 4, 4 + 2 * self.shape_of(i), generator=generator) for i in range(n)]
+
+    def shape_of(self, index: int) -> int:
+        return index % 3
+
+    def batch(self, indices, seeds) -> PairBatch:
+        plain = super().batch(indices, seeds)
+        latents = torch.stack([self.mixed[i] for i in indices], 1).flatten(0, 1)  # fails unless all are of one shape
+        return PairBatch(latents, plain.cond, plain.label, plain.weight, plain.seeds)
 
 
 def run(
@@ -103,7 +123,7 @@ def run(
 
 
 if __name__ == "__main__":
-    folder, size, bucket, *cache = sys.argv[1:]
+    folder, size, bucket, *cache = [word for word in sys.argv[1:] if word != "mixed"]
     place.BUCKET = int(bucket)
     if cache:  # the same draws three times: without what is kept, keeping it, and with it
         for name in ("plain", "filling", "full"):
@@ -114,5 +134,6 @@ if __name__ == "__main__":
                 kept.close()
                 print(name, kept.computed, kept.found, file=sys.stderr)
     else:
-        run(folder, train_batch_size=int(size), max_train_steps=3)
+        data = MixedPairs() if "mixed" in sys.argv else None
+        run(folder, data=data, train_batch_size=int(size), max_train_steps=3)
     torch.distributed.destroy_process_group()
