@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from palate.base.shapes import Shape
 from palate.data.encoded import EncodedPairs, EncodedPictures
 
 
@@ -57,6 +58,10 @@ class Mixture:
         return self._known[1]
 
     _known: tuple[Any, ...] = (None,)
+
+    def shape_of(self, index: int) -> Shape | None:
+        """As :meth:`palate.data.encoded.Encoded.shape_of`."""
+        return self.encoded.shape_of(index % len(self.encoded))
 
     def batch(self, indices: Sequence[int], seeds: Tensor) -> Any:
         """As :meth:`palate.data.encoded.EncodedPairs.batch`, of indices as :meth:`order` gives them."""

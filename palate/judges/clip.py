@@ -150,6 +150,6 @@ def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.d
 
     def load(device: str | torch.device) -> ClipJudge:
         clip = load_clip(place, kind, device, options.dtype)
-        return ClipJudge(kind, clip, Preprocess.load(place, clip.image_size))
+        return ClipJudge(kind, clip, Preprocess.load(place, clip.image_size, floor=kind == "pickscore"))
 
     return load

@@ -32,6 +32,9 @@ class Preprocess:
 
     ``whole``: nothing is cropped, as HPS does it: *longest* side to ``size``, black bars to a square before normalising. HPS
     resizes float pictures, which do not clamp.
+
+    ``floor``: where the crop lies between two pixels it begins at the first, as transformers has it, for which PickScore was
+    trained: of 327 rows the 224 from row 51 on. Else at the even one, as torchvision has it: from row 52 on.
     """
 
     size: int = 224
@@ -39,9 +42,10 @@ class Preprocess:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     whole: bool = False
+    floor: bool = False
 
     @classmethod
-    def load(cls, folder: Path, default_size: int) -> Preprocess:
+    def load(cls, folder: Path, default_size: int, *, floor: bool = False) -> Preprocess:
         """What ``preprocessor_config.json`` in ``folder`` says; CLIP's values at ``default_size`` where it says nothing."""
         path = folder / "preprocessor_config.json"
         config = json.loads(path.read_text()) if path.exists() else {}
@@ -55,7 +59,7 @@ class Preprocess:
         if max(height, width) > size:
             raise UserError(f"{path}: crop_size {height} x {width} exceeds the resized picture ({size}); lower crop_size")
         mean, std = (tuple(map(float, config.get(k, v))) for k, v in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
-        return cls(size, (height, width), mean, std)
+        return cls(size, (height, width), mean, std, floor=floor)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 H W"]:
         x = images.float()
@@ -70,8 +74,7 @@ class Preprocess:
             x = _resize(x, int(self.size * h / short), int(self.size * w / short))
         x = x.clamp(0, 1)
         h, w = x.shape[-2:]
-        # Rounding half to even, as torchvision's centre crop does.
-        top, left = round((h - self.crop[0]) / 2), round((w - self.crop[1]) / 2)
+        top, left = (d // 2 if self.floor else round(d / 2) for d in (h - self.crop[0], w - self.crop[1]))
         return x[..., top : top + self.crop[0], left : left + self.crop[1]]
 
     def _bars(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 H W"]:

@@ -142,15 +142,26 @@ def test_gradient_with_respect_to_the_picture(folder, kind):
     torch.testing.assert_close(rise, 2 * (gradient * step).sum()[None], rtol=0.05, atol=1e-4)
 
 
-def test_preprocessing_is_transformers_own():
+@pytest.mark.parametrize("size", [(150, 97), (97, 150), (64, 96), (832, 1216), (1216, 832)])
+def test_preprocessing_is_transformers_own(size):
+    """PickScore's, of any shape. 224 of 327 rows begin at 51, or they are those of another picture by one grey level a row."""
     from transformers import CLIPImageProcessor
 
-    large = picture(3, (150, 97))
-    ours = Preprocess(size=32, crop=(32, 32))(to_tensor([large]))
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    side = 224 if max(size) > 1000 else 32
+    large = picture(3, size)
+    ours = Preprocess(size=side, crop=(side, side), floor=True)(to_tensor([large]))
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     theirs = processor(images=[large], return_tensors="pt")["pixel_values"]
     # One grey level is 1 / 255 / 0.26 = 0.015 after normalising; transformers rounds to grey levels.
     torch.testing.assert_close(ours, theirs, atol=0.016, rtol=0)
+
+
+def test_a_crop_between_two_pixels_begins_where_the_original_has_it():
+    """Rows tell their number: of 7 the middle 4 begin at 1.5, that is at 1 for transformers and at 2 for torchvision."""
+    rows = torch.arange(7.0).reshape(1, 1, 7, 1).expand(1, 3, 7, 4) / 10
+    plain = {"size": 4, "crop": (4, 4), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    for floor, first in ((True, 0.1), (False, 0.2)):
+        assert Preprocess(**plain, floor=floor)(rows)[0, 0, 0, 0].item() == pytest.approx(first)
 
 
 @settings(max_examples=20, deadline=None)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.diffusion.denoising import Conditioning
 from palate.models import layouts
 from palate.models.adapters import is_adapter
@@ -37,7 +38,7 @@ def batch(denoiser):
     shown = denoiser.picture_conditions((64, 64), 64, (0.0, 0.0), flip=False)
     cond = Conditioning({**cond.tensors, **{name: torch.stack([row, row]) for name, row in shown.items()}})
     t = torch.tensor([200, 700], dtype=torch.float64 if denoiser.flow else torch.long)
-    return torch.randn(2, *denoiser.latent_shape(64, 64), generator=g), t, cond
+    return torch.randn(2, *denoiser.latent_shape(Shape(64, 64)), generator=g), t, cond
 
 
 def quantised_layers(network: nn.Module) -> dict[str, QuantisedLinear]:
