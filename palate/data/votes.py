@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
-from palate.base.errors import UserError, nearest
+from palate.base.errors import UserError, nearest, said, short
 
 HEAD = b"SQLite format 3\0"
 APPLICATION = 0x50414C54  # "PALT", in the file's header
@@ -83,12 +83,17 @@ def open_votes(path: str | Path) -> sqlite3.Connection:
     return connection
 
 
+def unreadable(path: str | Path, error: Exception) -> UserError:
+    """What is said of a damaged database."""
+    return UserError(f"{path} is not a readable database of votes ({said(error)}); restore it from a copy")
+
+
 def check_version(connection: sqlite3.Connection, path: str | Path) -> None:
     """Refuse what is no database of votes, and what a newer Palate wrote."""
     try:
         (application,), (version,) = (connection.execute(f"PRAGMA {p}").fetchone() for p in ("application_id", "user_version"))
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} is not a readable database of votes ({error}); restore it from a copy") from None
+        raise unreadable(path, error) from None
     if application != APPLICATION:
         raise UserError(f"{path} is a database, but not of votes; expected the votes.db that 'palate vote' writes")
     if version > VERSION:
@@ -110,8 +115,10 @@ def vote_rows(path: str | Path, *, question: str = "overall", weights: str = "eq
         raise UserError(f"vote_weights is {weights!r}{nearest(weights, WEIGHTS)}")
     connection = open_votes(path)
     try:
-        rows = [row for row in connection.execute(VALID) if row["question"] == question and not row["repeat"]]
+        rows = [row for row in valid_votes(connection, path) if row["question"] == question and not row["repeat"]]
         asleep = {row["rater"] for row in connection.execute(CHECKED) if 2 * row["passed"] <= row["seen"]}
+    except (sqlite3.Error, TypeError) as error:  # TypeError: numbers that are none
+        raise unreadable(path, error) from None
     finally:
         connection.close()
     weight = {}
@@ -130,6 +137,17 @@ def vote_rows(path: str | Path, *, question: str = "overall", weights: str = "eq
             "model_0": row["model_0"],
             "model_1": row["model_1"],
         }
+
+
+def valid_votes(connection: sqlite3.Connection, path: str | Path) -> list[Vote]:
+    """All votes that say something, repeats among them, as they came. Raises ``UserError`` for a damaged database."""
+    try:
+        found = [cast(Vote, dict(row)) for row in connection.execute(VALID)]
+    except sqlite3.DatabaseError as error:
+        raise unreadable(path, error) from None
+    if (unknown := next((vote["choice"] for vote in found if vote["choice"] not in LABELS), None)) is not None:
+        raise unreadable(path, ValueError(f"a vote is {short(unknown, 40)}"))
+    return found
 
 
 def agreement_weights(votes: Sequence[tuple[str, object, float]]) -> Mapping[str, float]:

@@ -10,14 +10,14 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 from palate.base.errors import UserError
 from palate.base.files import check_file, write_atomically
 from palate.base.options import OneOf, check_ranges
 from palate.data import pickapic
 from palate.data.pairs import PreferencePair, read_pairs
-from palate.data.votes import LABELS, QUESTIONS, VALID, Vote, open_votes
+from palate.data.votes import LABELS, QUESTIONS, Vote, open_votes, valid_votes
 from palate.votes.store import IMPORTED, NAME, Lock, Store
 
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
@@ -64,7 +64,7 @@ def export_votes(folder: str | Path, options: ExportOptions) -> str:
     check_file(output, "output")
     connection = open_votes(folder / NAME)
     try:
-        told = [cast(Vote, dict(row)) for row in connection.execute(VALID)]
+        told = valid_votes(connection, folder / NAME)
     finally:
         connection.close()
     votes = [v for v in told if v["question"] == options.question and not v["repeat"]]

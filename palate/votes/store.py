@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from palate.base.errors import UserError
-from palate.data.votes import APPLICATION, VALID, VERSION, Vote, check_version
+from palate.data.votes import APPLICATION, VERSION, Vote, check_version, unreadable, valid_votes
 
 NAME = "votes.db"
 IMPORTED = "imported"
@@ -77,7 +77,7 @@ class Store:
         except sqlite3.OperationalError as error:
             raise DiskError(self._cannot(error)) from None
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path} is not a readable database of votes ({error}); restore it from a copy") from None
+            raise unreadable(self.path, error) from None
 
     def _prepare(self) -> None:
         if self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -191,16 +191,23 @@ class Store:
     # Reading --------------------------------------------------------------------------------------------------------------
 
     def rows(self, query: str, *values: str | int) -> list[sqlite3.Row]:
-        with self._lock:
-            return self._connection.execute(query, values).fetchall()
+        try:
+            with self._lock:
+                return self._connection.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise unreadable(self.path, error) from None
 
     def pictures(self) -> list[Picture]:
         found = self.rows("SELECT id, file, prompt, seed, number, model, metadata FROM pictures ORDER BY id")
-        return [Picture(*row[:6], json.loads(row["metadata"])) for row in found]
+        try:
+            return [Picture(*row[:6], json.loads(row["metadata"])) for row in found]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise unreadable(self.path, error) from None
 
     def valid_votes(self) -> list[Vote]:
         """All votes that say something, repeats among them, as they came; see ``palate.data.votes.VALID``."""
-        return [cast(Vote, dict(row)) for row in self.rows(VALID)]
+        with self._lock:
+            return valid_votes(self._connection, self.path)
 
 
 class Lock:

@@ -6,11 +6,13 @@ Runs only when asked: ``PALATE_FUZZ=30 pytest -n 0 -s tests/e2e/test_fuzz.py`` t
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import random
 import signal
+import sqlite3
 import tarfile
 import time
 import traceback
@@ -322,7 +324,109 @@ def options(rng: random.Random, folder: Path) -> Callable[[], object]:
     return lambda: load("miniature-dpo", {name: value})
 
 
-DOORS = (metadata, table, parquet, shard, captioned, pictures, yaml, prompts, manifest, scores, labels, options)
+def votes(rng: random.Random, folder: Path) -> Callable[[], object]:
+    """A database of votes with odd values, or damaged, as data, and as what the page has collected."""
+    from palate.votes import exchange, share
+    from palate.votes.store import Store
+
+    del exchange, share  # imported before time is taken
+    (study := folder / "study").mkdir()
+    for i in range(3):
+        (study / f"{i}.png").write_bytes(picture(rng))
+    store = Store(study)
+    numbers = [store.add_picture(f"{i}.png", "a", seed=i, number=0, model=f"m{i}", metadata={}) for i in range(3)]
+    rater, _ = store.add_rater("eve", None)
+    for pair in ((0, 1), (1, 2)):
+        showing = store.add_showing(rater, (numbers[pair[0]], numbers[pair[1]]), swapped=False, repeat=False, mode="compare")
+        store.add_vote(f"{pair}", showing, "overall", rng.choice(["first", "second", "tie"]), 1.0)
+    store.close()
+    path = study / "votes.db"
+    if rng.random() < 0.6:
+        connection = sqlite3.connect(path)
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        tables = {"pictures": "file prompt seed model metadata", "raters": "public name", "showings": "picture_0 rater mode"}
+        table, columns = rng.choice([*tables.items(), ("votes", "choice question seconds showing undone")])
+        value = rng.choice([v for v in ODD if not isinstance(v, list | dict | bool) and v not in (2**70, "\ud800")])
+        with contextlib.suppress(sqlite3.IntegrityError):
+            connection.execute(f"UPDATE {table} SET {rng.choice(columns.split())} = ?", (value,))
+        connection.commit()
+        connection.close()
+    if rng.random() < 0.5:
+        path.write_bytes(bitten(rng, path.read_bytes()))
+
+    def work() -> None:
+        from palate.cli import main
+
+        for kind, name in (("export", "out.jsonl"), ("results", "out.html")):
+            code = main(["vote", kind, str(study), "--output", str(folder / name)])
+            assert code in (0, 2)
+            assert (code == 0) == (folder / name).exists()
+        read_all(folder, path)
+
+    return work
+
+
+COMMANDS = {
+    "generate mini-sd": {"prompts": "p.txt", "num_inference_steps": "1", "output_dir": "drawn", "resolution": "64"},
+    "score .": {"judges": "[jpeg_compressibility]"},
+    "label x.jsonl": {"judges": "[jpeg_compressibility]", "output": "new.parquet"},
+    "accuracy x.jsonl": {"judges": "[jpeg_compressibility]", "output": "told.json"},
+    "compare a b": {"output": "compared.html"},
+    "export nothing": {"format": "kohya", "output": "k.safetensors"},
+    "evaluate nothing": {"num_evaluation_prompts": "1"},
+    "report nothing": {},
+    "train miniature-dpo": {"train_data": "nothing", "max_train_steps": "1"},
+    "train miniature-ddpo-is": {"rounds": "1", "train_prompts": "nothing"},
+    "vote export nothing": {"output": "v.jsonl"},
+    "recipes show": {},
+    "serve-judge nothing": {},
+}
+
+
+def verbs(rng: random.Random, folder: Path) -> Callable[[], object]:
+    """A whole command with odd words, options or values."""
+    (folder / "p.txt").write_text("a\n")
+    (folder / "x.jsonl").write_bytes(as_jsonl(rng, [dict(ROWS[0])]))
+    rows = [{"file": f"{i}.png", "prompt": "a", "seed": i} for i in range(3)]
+    (folder / "manifest.jsonl").write_bytes(as_jsonl(rng, rows))
+    command, options = rng.choice(list(COMMANDS.items()))
+    given, words = dict(options), command.split()
+    odd = [str(v) for v in ODD if "\0" not in str(v)] + [
+        "none",
+        "null",
+        "[]",
+        "[a, b]",
+        "{a: 1}",
+        "1e309",
+        "-5",
+        "~",
+        "/proc/x",
+    ]
+    for _ in range(rng.choice([1, 1, 2])):
+        kind = rng.randrange(4)
+        if kind == 0 and len(words) > 1:
+            words[-1] = rng.choice(odd)
+        elif kind == 1 or not given:
+            given[rng.choice(["seed", "batch_size", "num_inference_steps", "x" * 400, "", "output_dir", "help"])] = rng.choice(
+                odd
+            )
+        else:
+            given[rng.choice(list(given))] = rng.choice(odd)
+
+    def work() -> None:
+        from palate.cli import main
+
+        os.chdir(folder)
+        try:
+            code = main([*words, *(word for name, value in given.items() for word in (f"--{name}", value))])
+        finally:
+            os.chdir(folder.parent)
+        assert code in (0, 2)
+
+    return work
+
+
+DOORS = (metadata, table, parquet, shard, captioned, pictures, yaml, prompts, manifest, scores, labels, options, votes, verbs)
 
 
 def hang(*_: object) -> None:

@@ -400,6 +400,50 @@ def test_a_damaged_database_is_refused_at_once(study_of, tmp_path, capsys):
     assert "restore it from a copy" in capsys.readouterr().err
 
 
+ODD_CELLS = [
+    ("votes", "choice", "maybe"),
+    ("votes", "choice", b"\xff"),
+    ("showings", "picture_0", "many"),
+    ("pictures", "metadata", "{"),
+    ("pictures", "metadata", None),
+]
+
+
+@pytest.mark.parametrize(("table", "column", "value"), ODD_CELLS)
+def test_odd_cells_of_a_database_are_refused_at_every_door(study_of, tmp_path, capsys, table, column, value):
+    import sqlite3
+
+    from palate.cli import main
+    from palate.data.pairs import read_pairs
+
+    study = study_of(prompts=2)
+    rater = _join(study)
+    while study.state(rater)["open"]:
+        _answer(study, rater)
+    study.close()
+    path = tmp_path / "votes.db"
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA ignore_check_constraints = ON")
+    try:
+        connection.execute(f"UPDATE {table} SET {column} = ?", (value,))
+    except sqlite3.IntegrityError:
+        pytest.skip("the table itself refuses it")
+    connection.commit()
+    connection.close()
+    for words in (
+        ["export", str(tmp_path), "--output", str(tmp_path / "v.jsonl")],
+        ["results", str(tmp_path), "--output", str(tmp_path / "v.html")],
+    ):
+        code = main(["vote", *words])
+        error = capsys.readouterr().err
+        assert code == 0 or (code == 2 and error.count("\n") == 1), words
+        assert code == 0 or not (tmp_path / words[-1]).exists()
+    if table == "votes":
+        assert code == 2
+        with pytest.raises(UserError, match="restore it from a copy"):
+            list(read_pairs(path))
+
+
 def test_no_link_and_no_foreign_database_leads_out_of_the_folder(tmp_path, capsys):
     from PIL import Image
 
