@@ -64,7 +64,7 @@ def finish(job: Job, cwd: Path) -> float:
     if job.resumes and not more:
         shutil.rmtree(job.out, ignore_errors=True)  # nothing was reached: as the message says, the folder is deleted
     worker = start(job, cwd, *more)
-    errors = worker.communicate(timeout=300)[1].decode()
+    errors = worker.communicate(timeout=1800)[1].decode()
     assert worker.returncode == 0, errors
     return time.monotonic() - began
 
