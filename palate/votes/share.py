@@ -83,13 +83,17 @@ def share(folder: str | Path, options: ShareOptions) -> str:
 
 def _mode(folder: Path) -> str | None:
     """How the latest votes were asked for."""
-    from palate.data.votes import open_votes
+    import sqlite3
+
+    from palate.data.votes import open_votes, unreadable
     from palate.votes.store import NAME
 
     connection = open_votes(folder / NAME)
     try:
         query = "SELECT mode FROM showings WHERE mode IN ('compare', 'collect') ORDER BY number DESC LIMIT 1"
         return next((row["mode"] for row in connection.execute(query)), None)
+    except sqlite3.DatabaseError as error:
+        raise unreadable(folder / NAME, error) from None
     finally:
         connection.close()
 

@@ -226,7 +226,8 @@ def pictures(rng: random.Random, folder: Path) -> Callable[[], object]:
 
 
 def yaml(rng: random.Random, folder: Path) -> Callable[[], object]:
-    from palate.runs.recipe import built_in, load
+    from palate.runs.library import built_in
+    from palate.runs.recipe import load
 
     text = rng.choice(list(built_in().values())).read_bytes()
     lines = text.split(b"\n")
