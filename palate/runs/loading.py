@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
-from palate.base.machine import processes
+from palate.base.machine import processes, tell
 from palate.base.shapes import Shape
 from palate.models.adapters import Adapter, check_adapter
 from palate.runs.methods import check_space
@@ -69,7 +69,7 @@ def shape_of(recipe: Recipe, denoiser: Denoiser) -> Shape:
 
 
 def shapes_of(recipe: Recipe, denoiser: Denoiser) -> list[Shape]:
-    """Those in which pictures are trained on. Raises UserError: they do not fit the model, or there is no choice of them."""
+    """Those in which pictures are trained on; one if ``resolution`` leaves no choice. Raises UserError: not of this model."""
     from palate.data.buckets import buckets
 
     options, shape = recipe.data, shape_of(recipe, denoiser)
@@ -80,10 +80,11 @@ def shapes_of(recipe: Recipe, denoiser: Denoiser) -> list[Shape]:
         raise UserError(f"bucket_step is {step}; expected a multiple of {denoiser.step}, as {denoiser.name} needs")
     found = buckets(shape, step, options.bucket_aspect, denoiser.most)
     if len(found) < 2:
-        raise UserError(
-            f"resolution {shape} leaves no choice of shapes in steps of {step} with sides up to 1 : {options.bucket_aspect:g}: "
-            "lower bucket_step, or raise resolution or bucket_aspect"
+        tell(
+            f"buckets: resolution {shape} leaves no choice of shapes in steps of {step}, so all pictures are {shape}; a lower "
+            "bucket_step gives more"
         )
+        return [shape]
     return found
 
 

@@ -195,7 +195,7 @@ def test_encoders_leave_memory_and_known_prompts_need_none(load):
     denoiser.release()
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
-    denoiser.generate(["a red house"], [0], Drawing(2, 2.0, 64))
+    denoiser.generate(["a red house"], [0], Drawing(2, 2.0, Shape.square(64)))
     assert [text.loaded for text in denoiser.texts] == [False, False]
 
 
@@ -254,7 +254,7 @@ def test_a_vae_that_overflows_is_an_error_and_never_a_black_picture(load, value,
         last.weight.zero_()
         last.bias.fill_(value)
     with pytest.raises(UserError, match=message):
-        denoiser.generate(["a red house"], [0], Drawing(1, 1.0, 64))
+        denoiser.generate(["a red house"], [0], Drawing(1, 1.0, Shape.square(64)))
 
 
 # The refiner ---------------------------------------------------------------------------------------------------------------
@@ -288,4 +288,6 @@ def test_a_refiner_that_is_none_or_not_whole(refiner_dir, sdxl_dir, model_dir, t
     with pytest.raises(UserError, match="is a refiner"):
         load_denoiser(str(refiner_dir))
     with pytest.raises(UserError, match="an SDXL model"):
-        load_denoiser(str(model_dir)).generate(["a tree"], [0], Drawing(1, 1.0, 64), refiner=load_refiner(str(refiner_dir)))
+        load_denoiser(str(model_dir)).generate(
+            ["a tree"], [0], Drawing(1, 1.0, Shape.square(64)), refiner=load_refiner(str(refiner_dir))
+        )
