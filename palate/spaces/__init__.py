@@ -2,7 +2,7 @@
 
 from palate.spaces.latent import Latent, latent
 from palate.spaces.perceptual import Perceptual, perceptual
-from palate.spaces.space import Embed, Space
+from palate.spaces.space import Embed, Space, draws_noise
 from palate.spaces.weighted import Weighted, weighted
 
-__all__ = ["Embed", "Latent", "Perceptual", "Space", "Weighted", "latent", "perceptual", "weighted"]
+__all__ = ["Embed", "Latent", "Perceptual", "Space", "Weighted", "draws_noise", "latent", "perceptual", "weighted"]

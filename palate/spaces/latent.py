@@ -13,7 +13,6 @@ class Latent:
     """The output as it is, in float32."""
 
     t_min: int = 0
-    draws_noise: bool = False
 
     def __call__(self, noised: Noised) -> Embed:
         return upcast

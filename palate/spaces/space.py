@@ -21,9 +21,9 @@ class Space(Protocol):
         """The earliest time at which outputs can be told apart."""
         ...
 
-    @property
-    def draws_noise(self) -> bool:
-        """Whether it reads ``Noised.step_noise``."""
-        ...
-
     def __call__(self, noised: Noised) -> Embed: ...
+
+
+def draws_noise(space: Space) -> bool:
+    """Whether it says that it reads ``Noised.step_noise``, which is then drawn ahead of it."""
+    return getattr(space, "draws_noise", False)

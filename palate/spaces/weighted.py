@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palate.base.errors import UserError
 from palate.diffusion.denoising import Noised
-from palate.spaces.space import Embed, Space
+from palate.spaces.space import Embed, Space, draws_noise
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Weighted:
     @property
     def draws_noise(self) -> bool:
         """Whether any part does."""
-        return any(space.draws_noise for space, _ in self.parts)
+        return any(draws_noise(space) for space, _ in self.parts)
 
     def __call__(self, noised: Noised) -> Embed:
         embeds = [space(noised) for space, _ in self.parts]

@@ -14,7 +14,7 @@ from palate.diffusion.batches import PairBatch, SampleBatch
 from palate.diffusion.denoising import CAPTION, Conditioning, Fit, Noised, draw
 from palate.diffusion.densities import Density, uniform
 from palate.diffusion.schedule import Schedule
-from palate.spaces import Space
+from palate.spaces import Space, draws_noise
 from palate.training.references import REFERENCE, TARGET, Known
 
 
@@ -103,7 +103,7 @@ def noise_batch(policy: MeasuredPolicy, space: Space, batch: PairBatch | SampleB
     latents, cond = batch.latents.float(), draws.captions(batch.cond, batch.seeds)
     t_min, t_max = max(draws.t_min, space.t_min), draws.t_max
     noised = draw(policy.schedule, latents, cond, batch.seeds, t_min=t_min, t_max=t_max, shared=shared, density=draws.density)
-    return noised.with_step_noise() if space.draws_noise else noised
+    return noised.with_step_noise() if draws_noise(space) else noised
 
 
 def device_of(policy: MeasuredPolicy) -> torch.device:

@@ -106,7 +106,7 @@ def test_a_lora_of_sd3_is_applied_whole_or_refused(palate, sd3_dir, prompts_file
                 "not in the model",
             ),
             ({f"{stem}.dora_scale": torch.ones(out, 1)}, "a DoRA in kohya's layout"),
-            ({f"{stem}.hada_w1_a": torch.ones(2, 2)}, "a LoHa"),
+            ({f"{stem}.hada_w1_a": torch.ones(2, 2)}, "has no place beside the others"),
             ({f"{stem}.bias": torch.ones(2)}, "no part of a LoRA"),
         ):
             code, errors = draws({**good, **extra}, "bad")

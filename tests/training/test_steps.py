@@ -233,7 +233,6 @@ def test_automatic_beta_is_the_reciprocal_of_the_spread_of_errors():
         """The latent space in another unit: errors are 1e-6 of what they were."""
 
         t_min = 0
-        draws_noise = False
 
         def __call__(self, noised):
             return lambda output: 1e-3 * output
@@ -281,7 +280,6 @@ class Pairs11(TinyPairs):
 def test_the_space_bounds_the_times_from_below():
     class Late:
         t_min = 97
-        draws_noise = False
         times = torch.empty(0)
 
         def __call__(self, noised):
@@ -295,7 +293,6 @@ def test_the_space_bounds_the_times_from_below():
 def test_the_target_has_no_error_and_autocast_does_not_reach_the_measurement():
     class Seen:
         t_min = 0
-        draws_noise = False
         dtypes: list[torch.dtype] = []  # noqa: RUF012
 
         def __call__(self, noised):
