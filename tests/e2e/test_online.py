@@ -292,7 +292,7 @@ def test_recipes_are_whole(name):
 
     made = recipe.load(name)
     if made.online.rewards == ("pickscore",):  # whose weights are not here
-        made = recipe.load(name, {"rewards": "[jpeg_compressibility]"})
+        made = recipe.load(name, {"rewards": ["jpeg_compressibility"]})
     found = assemble(made).online
     assert found is not None
     assert found.rewards
