@@ -291,8 +291,8 @@ def test_recipes_are_whole(name):
     from palate.runs.assembly import assemble
 
     made = recipe.load(name)
-    if made.online.rewards == ("pickscore",):  # whose weights are not here
-        made = recipe.load(name, {"rewards": ["jpeg_compressibility"]})
+    if made.online.rewards == ("pickscore",):  # whose weights are not here, nor are the user's prompts
+        made = recipe.load(name, {"rewards": ["jpeg_compressibility"], "train_prompts": "animals"})
     found = assemble(made).online
     assert found is not None
     assert found.rewards
