@@ -67,6 +67,16 @@ class Recipe:
 
     def _check_online(self) -> None:
         """Objective, rollouts and loop must fit together."""
+        if self.training.early_stopping_patience is not None:
+            if self.training.eval_steps is None:
+                raise UserError(
+                    "early_stopping_patience counts measurements on what is held out: say how often with eval_steps"
+                )
+            if self.online.train_prompts is not None or (not self.data.validation_fraction and not self.data.validation_data):
+                raise UserError(
+                    "early_stopping_patience needs held-out pairs, and there are none: name validation_data, or a "
+                    "validation_fraction"
+                )
         evidence, density = self.method.evidence, self.training.time_density
         if self.online.train_prompts is None:
             if evidence == "trajectories":
@@ -175,6 +185,7 @@ ELSEWHERE = {
     **dict.fromkeys(("model", "model_name_or_path", "pretrained_model"), "pretrained_model_name_or_path"),
     **dict.fromkeys(("network_dim", "lora_rank", "lora_r"), "rank"),
     "network_alpha": "lora_alpha",
+    **dict.fromkeys(("patience", "early_stopping", "early_stop_patience"), "early_stopping_patience"),
     "network_dropout": "lora_dropout",
     "use_dora": "write --lora_kind dora",
     **dict.fromkeys(("algo", "network_module", "network_algo"), "lora_kind"),

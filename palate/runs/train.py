@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.hub import check_push, push
-from palate.base.jsonl import JsonObject, read_object
+from palate.base.jsonl import JsonObject, read_object, write_object
 from palate.base.machine import is_main, tell, versions
 from palate.data.prompts import Prompt
 from palate.evaluation.accuracy import accuracy
@@ -114,6 +114,8 @@ def _train_offline(found: Assembled, command: str) -> None:
             return {}
         margins, labels = implicit_margins(policy, space, held_out, batch_size=recipe.training.train_batch_size)
         rate = accuracy(margins.tolist(), labels.tolist(), held_out.prompts)
+        if done and recipe.training.early_stopping_patience is not None:
+            _keep_best(recipe, policy, done, rate.rate)
         return {"held_out_accuracy": rate.rate, "held_out_accuracy_low": rate.low, "held_out_accuracy_high": rate.high}
 
     what = "pictures" if reader.single else "pairs"
@@ -219,6 +221,17 @@ def _finish(found: Assembled, denoiser: Denoiser, policy: Policy, command: str) 
     write_card(out, recipe, denoiser)
     if recipe.training.push_to_hub is not None:
         tell(f"pushed to {push(out, recipe.training.push_to_hub, PUBLIC, message='Align by Palate')}")
+
+
+def _keep_best(recipe: Recipe, policy: Policy, done: int, rate: float) -> None:
+    """The weights of the highest held-out accuracy so far, in ``best/``: with a recipe a run, which every verb takes."""
+    best = Path(recipe.training.output_dir) / "best"
+    if rate <= read_object(best / "found.json", optional=True).get("held_out_accuracy", -1.0):
+        return
+    policy.save(best)
+    own = dataclasses.replace(recipe.training, output_dir=str(best), resume_from_checkpoint=None)
+    recipes.write(dataclasses.replace(recipe, training=own), best / "recipe.yaml")
+    write_object(best / "found.json", {"step": done, "held_out_accuracy": rate})
 
 
 def _check_output(recipe: Recipe, out: Path) -> None:

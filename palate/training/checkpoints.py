@@ -36,6 +36,7 @@ MAY_DIFFER = frozenset(
         "sample_steps",
         "eval_steps",
         "checkpointing_steps",
+        "early_stopping_patience",
         "checkpoints_total_limit",
         "report_to",
         "cache_dir",

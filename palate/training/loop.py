@@ -51,6 +51,10 @@ KEPT = "rollouts"
 """Key of a checkpoint's state under which lies what the rounds remember, and beside it each of ``states`` by its name."""
 
 
+HELD_OUT = "held_out_accuracy"
+"""What of the log early stopping looks at."""
+
+
 class Stopped(KeyboardInterrupt):
     """Training was asked to stop (Ctrl-C or SIGTERM) and did so after a whole step.
 
@@ -121,6 +125,10 @@ def train(
             bar.update()
             bar.set_postfix(run.postfix())
             run.report(done, on_evaluate)
+            if run.enough(done) and done < run.total and not stop:
+                log.say(f"training ends after step {done}: {HELD_OUT} has not risen in {run.waited} measurements")
+                run.end(done, on_sample, on_evaluate)
+                break
             run.sample(done, on_sample)
             every = options.checkpointing_steps
             if every and (done % every == 0 or done == run.total):
@@ -165,6 +173,7 @@ class _Run:
             raise ValueError(f"a round of {len(data)} items does not hold whole effective batches of {self.batch_size}")
         self.round: dict[str, object] = {}  # what a new round told, until it is logged
         self.window, self.last = Window(), dict[str, float]()
+        self.highest, self.waited = -math.inf, 0  # held-out accuracy, and measurements since it rose
         self.began, self.alarms = time.monotonic(), Alarms(options, self.total)
 
     def restore(self) -> int:
@@ -204,6 +213,7 @@ class _Run:
         warned: list[str] | bool = state["warned"]
         self.alarms = Alarms(self.options, self.total, warned if isinstance(warned, list) else ["logits"] * warned)
         self.step.state.update(state["step state"])
+        self.highest, self.waited = state.get("patience", (self.highest, self.waited))
         kept = state.get(KEPT, {})
         if self.data.rounds is not None:
             self.data.rounds.load_state_dict(kept)
@@ -225,6 +235,7 @@ class _Run:
                 "window": self.window.sums,
                 "step state": dict(self.step.state),
                 "warned": self.alarms.said,
+                "patience": (self.highest, self.waited),
                 "seconds": time.monotonic() - self.began,
             }
             if kept := self._kept(done * self.batch_size):
@@ -411,10 +422,21 @@ class _Run:
                 record |= self._in_main_process(on_evaluate, done) or {}
             except UserError as error:
                 failed = error
+        if (held_out := record.get(HELD_OUT)) is not None:
+            rose = held_out > self.highest
+            self.highest, self.waited = max(held_out, self.highest), 0 if rose else self.waited + 1
         if record:
             self.logs.record({"step": done, **self._counted(done * self.batch_size), **record})
         if failed is not None:
             self.give_up(done, failed)
+
+    def enough(self, done: int) -> bool:
+        """Whether held-out accuracy, which the main process knows, has not risen for too long; in all processes alike."""
+        patience = self.options.early_stopping_patience
+        if patience is None or not self._due(done, self.options.eval_steps):
+            return False
+        device = next(self.policy.parameters()).device
+        return bool(self.place.reduce(torch.tensor([float(self.main and self.waited >= patience)], device=device)) > 0)
 
     def _counted(self, items: int) -> dict[str, int | float]:
         rounds, seconds = self.data.rounds, round(time.monotonic() - self.began, 2)

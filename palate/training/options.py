@@ -96,6 +96,9 @@ class TrainOptions:
     """Steps between two sets of sample pictures; null for only before the first and after the last."""
     eval_steps: Count | None = None
     """Steps between two measurements on what is held out; null for only before the first and after the last."""
+    early_stopping_patience: Count | None = None
+    """Stop when the accuracy on held-out pairs has not risen in so many measurements (``eval_steps``); the best weights lie
+    in ``best/``. Null for all steps."""
     checkpointing_steps: Count | None = 500
     """Steps between two checkpoints; one more at the end. Null for none, except where a run is interrupted."""
     checkpoints_total_limit: Count | None = None
