@@ -422,7 +422,7 @@ class _Run:
                 record |= self._in_main_process(on_evaluate, done) or {}
             except UserError as error:
                 failed = error
-        if (held_out := record.get(HELD_OUT)) is not None:
+        if isinstance(held_out := record.get(HELD_OUT), float):
             rose = held_out > self.highest
             self.highest, self.waited = max(held_out, self.highest), 0 if rose else self.waited + 1
         if record:
@@ -435,7 +435,7 @@ class _Run:
         patience = self.options.early_stopping_patience
         if patience is None or not self._due(done, self.options.eval_steps):
             return False
-        device = next(self.policy.parameters()).device
+        device = next(iter(self.policy.parameters())).device
         return bool(self.place.reduce(torch.tensor([float(self.main and self.waited >= patience)], device=device)) > 0)
 
     def _counted(self, items: int) -> dict[str, int | float]:

@@ -48,7 +48,7 @@ def test_it_stops_where_the_rule_says_also_when_resumed(palate):
 
 def test_it_needs_measurements_of_something(palate):
     for options, said in (
-        ({"eval_steps": None}, "say how often there is one, with eval_steps"),
+        ({"eval_steps": None}, "say how often with eval_steps"),
         ({"validation_fraction": 0}, "needs held-out pairs, and there are none"),
     ):
         code, _, errors = palate("train", **{**OPTIONS, **options}, early_stopping_patience=2)
