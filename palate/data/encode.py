@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from palate.base.errors import UserError
+from palate.base.machine import tell
 from palate.base.processes import Processes
 from palate.base.shapes import Shape
 from palate.data.buckets import Fitted, shared
@@ -128,6 +130,7 @@ def _rounds(
         columns = Columns()
         work.fitted, work.met = Fitted(), set()
         stream, about = (items.checked(work.check), items.rows_about()) if isinstance(items, Reader) else (items, None)
+        stream = stream if progress else _pace(stream, about)
         bar = tqdm(stream, total=about, desc="encoding", unit=" items", disable=not progress)
         try:
             for item in bar:
@@ -152,6 +155,22 @@ def encode_pairs(pairs: Iterable[PreferencePair], encoders: Encoders, **options:
     if not isinstance(encoded, EncodedPairs):
         raise UserError("these are single pictures, not pairs: expected two pictures an item, and which is the better one")
     return encoded
+
+
+def _pace(stream: Iterable[Any], about: int | None) -> Iterator[Any]:
+    """The same, told of in lines where there is no bar: after a minute, and every ten."""
+    began = time.monotonic()
+    due = began + 60
+    for done, item in enumerate(stream):
+        if (now := time.monotonic()) > due and done:
+            due = now + 600
+            left = (
+                ""
+                if about is None
+                else f" of about {about}, {max(0, about - done) * (now - began) / done / 60:.0f} minutes left"
+            )
+            tell(f"encoding: {done} items{left} at {done / (now - began):.3g} a second")
+        yield item
 
 
 class _Work:
