@@ -69,6 +69,10 @@ def check(words: list[str]) -> None:
     first = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
     if verb == "train":
         check_train(rest[0], overrides(rest[first:]))
+    elif verb == "encode":  # takes the options of train, and its own
+        given = overrides(rest[first:])
+        checked(kind, {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}, "palate encode")
+        check_train(rest[0], given)
     elif verb == "evaluate":
         found = overrides(rest[first:])
         assert set(found) <= {*recipe.OPTIONS, "objective"}
