@@ -317,13 +317,13 @@ def processes(folder: Path, pairs: int = 240) -> Rows:
 
 def precision(_: Path, pairs: int = 32) -> Rows:
     """Of the miniature's pictures and VAE: root mean square, over the standard deviation of latents."""
-    from palate.data.images import decode, square
+    from palate.data.images import decode, framed
     from palate.miniature import world
     from palate.models.families import load_denoiser
 
     made = load_denoiser(str(world.checkpoint("mini-sd"))).encoders()
     found = read_pairs(world.find_pairs("miniature-pairs"), max_train_samples=pairs)
-    pixels = torch.stack([square(decode(data), 64) for pair in found for data in pair.pictures])
+    pixels = torch.stack([framed(decode(data), Shape(64, 64)) for pair in found for data in pair.pictures])
     noise = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)) - 0.5
     with torch.no_grad():
         latents, other = made.encode_images(pixels), made.encode_images(pixels + noise / 127.5)
