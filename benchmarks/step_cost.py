@@ -1,77 +1,224 @@
-"""What a training step costs, by method, and what the cache of latents saves.
+"""What a training step costs, in processor time relative to the bare passes, for U-Nets of real proportions.
 
-    python benchmarks/step_cost.py --pairs 16 --repeats 5
+    OMP_NUM_THREADS=1 python benchmarks/step_cost.py sd15 --repeats 7
+    OMP_NUM_THREADS=1 python benchmarks/step_cost.py sdxl --repeats 7
 
-One process, one model, one machine: the ratios are what matters. "floor" is the policy's forward and backward pass alone.
+U-Net, VAE and text encoders have the blocks of Stable Diffusion 1.5 or SDXL at a fifth of the width, random weights, and
+smaller latents, so that attention is about as much of the whole. All cases are interleaved in one process, so a slow moment of
+the machine hits all; of each the median ratio to the bare passes of the same turn is told. "bare" is the reference's forward
+pass, the policy's forward and backward pass and the optimizer, without data, draws, metrics and log; "scripts" is the order of
+work of diffusers' DPO scripts: pictures and prompts encoded in every step, adapters switched off for the reference.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from palate.data.cache import TensorCache
 from palate.diffusion.batches import PairBatch
-from palate.miniature import world
-from palate.models.families import load_denoiser
+from palate.diffusion.denoising import Conditioning
+from palate.diffusion.schedule import from_config
 from palate.models.policy import Policy
-from palate.objectives import pairs, samples
+from palate.models.sd import StableDiffusion
+from palate.models.sdxl import StableDiffusionXL
+from palate.objectives import pairs
 from palate.spaces import latent, perceptual
-from palate.training.steps import pair_step, sample_step
+from palate.spaces.space import Space
+from palate.training.references import References
+from palate.training.steps import pair_step
+
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+FIFTH: dict[str, dict[str, Any]] = {
+    "sd15": {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 152, "attention_head_dim": 8},
+    "sdxl": {
+        "block_out_channels": (64, 128, 256),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (1, 2, 4),
+        "cross_attention_dim": 152 + 256,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 256 + 6 * 256,
+    },
+}
+SIDES = {"sd15": 32, "sdxl": 40}
+ENCODERS = {"sd15": ((152, 608, 12, 8),), "sdxl": ((152, 608, 12, 8), (256, 1024, 32, 4))}
+"""Width, inner width, layers and heads of the text encoders."""
+TOKENS = 77
+
+
+def model(kind: str) -> Any:
+    """A denoiser with nothing but a network and a schedule."""
+    from diffusers import UNet2DConditionModel
+
+    family = StableDiffusion if kind == "sd15" else StableDiffusionXL
+    made = object.__new__(family)
+    made.name, made.device, made.schedule = kind, torch.device("cpu"), from_config(SCHEDULE)
+    made.network = UNet2DConditionModel(sample_size=SIDES[kind], **FIFTH[kind])
+    return made
+
+
+def encoders(kind: str) -> tuple[nn.Module, list[nn.Module]]:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vae = AutoencoderKL(
+        block_out_channels=(24, 48, 96, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=8,
+    )
+    texts = [
+        CLIPTextModel(
+            CLIPTextConfig(hidden_size=w, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
+        )
+        for w, inner, layers, heads in ENCODERS[kind]
+    ]
+    return vae.requires_grad_(False), [text.requires_grad_(False) for text in texts]
+
+
+class Bench:
+    """One policy, one batch and all the ways to take a step with them."""
+
+    def __init__(self, kind: str, p: int, folder: str) -> None:
+        torch.manual_seed(0)
+        self.kind, self.p, side = kind, p, SIDES[kind]
+        self.policy = Policy(model(kind), rank=16)
+        self.vae, self.texts = encoders(kind)
+        self.pictures = torch.rand(2 * p, 3, 8 * side, 8 * side) * 2 - 1
+        self.tokens = torch.randint(0, 49408, (p, TOKENS))
+        cond = self.encoded()
+        self.latents = torch.randn(2 * p, 4, side, side)
+        ones = torch.ones(p)
+        self.batch = PairBatch(self.latents, cond.tensors, ones, ones, torch.arange(p))
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6)
+        self.dpo = partial(pairs.dpo, beta=5000.0)
+        self.ncp = perceptual(self.policy.features, self.policy.schedule)
+        self.folder = folder
+
+    def encoded(self) -> Conditioning:
+        hidden = torch.cat([text(self.tokens).last_hidden_state for text in self.texts], dim=-1)
+        tensors = {"encoder_hidden_states": hidden.repeat(2, 1, 1)}
+        if self.kind == "sdxl":
+            size = 8 * SIDES[self.kind]
+            framing = torch.tensor([size, size, 0, 0, size, size]).expand(2 * self.p, 6)
+            tensors |= {"text_embeds": hidden[:, 0, -256:].repeat(2, 1), "framing": framing}
+        return Conditioning(tensors)
+
+    def updated(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        self.optimizer.step()
+
+    def bare(self, *, reference: bool = True) -> None:
+        t, cond = torch.full((2 * self.p,), 500), Conditioning(self.batch.cond)
+        if reference:
+            self.policy.reference(self.latents, t, cond)
+        self.updated(self.policy(self.latents, t, cond).square().mean())
+
+    def scripts(self) -> None:
+        with torch.no_grad():
+            latents = self.vae.encode(self.pictures).latent_dist.sample() * 0.18215
+            cond = self.encoded()
+        network: Any = self.policy.denoiser.network
+        noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
+        t = torch.randint(0, 1000, (self.p,)).repeat(2)
+        xt = self.policy.schedule.add_noise(latents, noise, t)
+        errors = (self.policy(xt, t, cond) - noise).square().mean((1, 2, 3))
+        network.disable_adapters()
+        with torch.no_grad():
+            fixed = (self.policy(xt, t, cond) - noise).square().mean((1, 2, 3))
+        network.enable_adapters()
+        (w, l), (rw, rl) = errors.chunk(2), fixed.chunk(2)
+        self.updated(-F.logsigmoid(-2500 * ((w - l) - (rw - rl))).mean())
+
+    def ours(self, space: Space, *, kept: bool = False, targets: bool = False) -> Callable[[], None]:
+        references = None
+        if kept:
+            # The space's name stands for its settings: one folder holds what all cases keep.
+            about = {"space": type(space).__name__, "targets": targets}
+            references = References(TensorCache(self.folder), about, targets=targets)
+        step = pair_step(self.policy, space, self.dpo, references=references)
+        if references is not None:
+            step(self.batch)
+            references.flush()  # the first epoch
+
+        def run() -> None:
+            self.updated(step(self.batch)[0].mean())
+
+        return run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(world.checkpoint("mini-sd")))
-    parser.add_argument("--pairs", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("kind", choices=list(FIFTH))
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
-    denoiser = load_denoiser(given.model)
-    side, p = denoiser.default_resolution, given.pairs
-    pictures = torch.rand(2 * p, 3, side, side) * 2 - 1
-    latents = denoiser.encode_images(pictures)
-    cond = denoiser.encode_prompts(["a red house on the left"] * 2 * p).tensors
-    batch = PairBatch(latents, cond, torch.ones(p), torch.ones(p), torch.arange(p))
-    policy = Policy(denoiser, rank=16)
-    ncp = perceptual(policy.features, policy.schedule)
-    dpo, cpo = partial(pairs.dpo, beta=5000.0), partial(pairs.cpo, beta=500.0, bc_weight=1.0)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(given.kind, given.pairs, folder)
+        cases: dict[str, Callable[[], None]] = {
+            "bare": bench.bare,
+            "bare without reference": partial(bench.bare, reference=False),
+            "scripts": bench.scripts,
+            "DPO": bench.ours(latent()),
+            "DPO, reference kept": bench.ours(latent(), kept=True),
+            "NCP-DPO": bench.ours(bench.ncp),
+            "NCP-DPO, reference kept": bench.ours(bench.ncp, kept=True),
+            "NCP-DPO, reference and targets kept": bench.ours(bench.ncp, kept=True, targets=True),
+        }
+        seconds = measured(cases, given.repeats)
+    tell(given.kind, given.pairs, seconds)
 
-    def trained(step: Callable) -> Callable[[], None]:
-        def run() -> None:
-            step(batch)[0].mean().backward()
 
-        return run
-
-    def floor() -> None:
-        t = torch.full((2 * p,), 500)
-        from palate.diffusion.denoising import Conditioning
-
-        policy(latents, t, Conditioning(cond)).square().mean().backward()
-
-    cases = {
-        "floor: policy forward and backward": floor,
-        "SFT, latent (winners only)": trained(sample_step(policy, latent(), samples.sft)),
-        "CPO, latent": trained(pair_step(policy, latent(), cpo)),
-        "DPO, latent": trained(pair_step(policy, latent(), dpo)),
-        "DPO, perceptual": trained(pair_step(policy, ncp, dpo)),
-        "encoding the pictures of one step (what the cache saves)": lambda: denoiser.encode_images(pictures),
-        "encoding its prompts (what the cache saves)": lambda: denoiser.encode_prompts(["a red house on the left"] * 2 * p),
-    }
+def measured(cases: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Processor seconds of each case in each turn, after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(given.repeats + 1):  # interleaved, so that a slow moment of the machine hits all cases
+    for turn in range(repeats + 1):
         for name, case in cases.items():
-            began = time.perf_counter()
+            began = time.process_time()
             case()
             if turn:
-                seconds[name].append(time.perf_counter() - began)
-    reference = statistics.median(seconds["DPO, latent"])
-    print(f"{p} pairs a step, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {given.repeats}")
+                seconds[name].append(time.process_time() - began)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+
+def tell(kind: str, p: int, seconds: dict[str, list[float]]) -> None:
+    about = SimpleNamespace(torch=torch.__version__, turns=len(seconds["bare"]))
+    print(f"{kind}: {p} pairs a step, one thread, torch {about.torch}, medians of {about.turns} turns")
+    print("| case | processor s | of bare |\n| --- | ---: | ---: |")
     for name, taken in seconds.items():
-        print(f"{statistics.median(taken):8.3f} s  {statistics.median(taken) / reference:5.2f} x DPO latent   {name}")
+        print(f"| {name} | {statistics.median(taken):.2f} | {ratio(seconds, name, 'bare'):.2f} |")
+    for one, other in (
+        ("scripts", "DPO"),
+        ("scripts", "DPO, reference kept"),
+        ("scripts", "bare without reference"),
+        ("NCP-DPO", "DPO"),
+        ("NCP-DPO, reference kept", "DPO"),
+        ("NCP-DPO, reference and targets kept", "DPO"),
+        ("NCP-DPO, reference and targets kept", "DPO, reference kept"),
+    ):
+        print(f"{one} / {other}: {ratio(seconds, one, other):.2f}")
 
 
 if __name__ == "__main__":

@@ -323,6 +323,8 @@ def is_nothing(value: object) -> bool:
 
 def _as(wanted: Any, value: object) -> object:
     kind = typing.get_origin(wanted) or wanted
+    if kind is object:  # as YAML has it
+        return value
     if kind is bool:
         if isinstance(value, bool):
             return value

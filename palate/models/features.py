@@ -119,7 +119,7 @@ class _Enough(Exception):  # noqa: N818  no error, but the way out
 
 
 @contextmanager
-def _outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[object]]:
+def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[object]]:
     """What the blocks give, in their order; the run inside ends after the last one."""
     found: list[object] = []
 
@@ -165,7 +165,7 @@ def block_features(
     chosen = [blocks[depth - 1] for depth in _depths(layers, len(blocks))]
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(x.device.type, enabled=False), Float32Weights(), _exact_products(), _outputs_of(chosen) as found:
+        with torch.autocast(x.device.type, enabled=False), Float32Weights(), _exact_products(), outputs_of(chosen) as found:
             predict(x)
         return tuple(F.rms_norm(tokens.float(), tokens.shape[-1:], eps=1e-6) for tokens in map(image_tokens, found))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
 from palate.base.jsonl import JsonObject
-from palate.base.machine import is_main, tell
+from palate.base.machine import is_main, processes, tell
 from palate.miniature import world
 from palate.models.families import cut_warning
 from palate.runs.loading import shapes_of
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from palate.data.mixture import Mixture
     from palate.data.pairs import Counts, Reader
     from palate.models.denoiser import Denoiser
+    from palate.models.policy import Policy
+    from palate.training.references import References
 
 
 def reader_of(recipe: Recipe) -> Reader:
@@ -102,6 +104,23 @@ def cache_of(recipe: Recipe) -> TensorCache:
 
     limit = recipe.data.cache_limit
     return TensorCache(recipe.data.cache_dir, None if limit is None else int(limit * 1e9))
+
+
+def references_of(recipe: Recipe, policy: Policy) -> References | None:
+    """What is kept of the reference, where draws return."""
+    from palate.training.references import References
+
+    options = recipe.training
+    if options.draws_per_pair is None:
+        return None
+    about = {
+        "version": 1,
+        "frozen": policy.reference_digest(),
+        "space": recipe.space,
+        "snr_gamma": options.snr_gamma,
+        "precision": [options.mixed_precision, recipe.model.quantize],
+    }
+    return References(cache_of(recipe), about, targets=options.keep_targets, together=processes() > 1)
 
 
 def encoded_of(

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError
-from palate.base.machine import processes, tell
+from palate.base.machine import tell
 from palate.base.shapes import Shape
 from palate.models.adapters import Adapter, check_adapter
 from palate.runs.methods import check_space
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from palate.models.denoiser import Denoiser
     from palate.models.drawing import Drawing
     from palate.models.policy import Policy
-    from palate.training.references import References
 
 
 def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
@@ -36,24 +35,6 @@ def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
         seed=recipe.training.seed,
         pretrained_lora=recipe.policy.pretrained_lora,
     )
-
-
-def references_of(recipe: Recipe, policy: Policy) -> References | None:
-    """What is kept of the reference, where draws return."""
-    from palate.data.cache import TensorCache
-    from palate.training.references import References
-
-    options = recipe.training
-    if options.draws_per_pair is None:
-        return None
-    about = {
-        "version": 1,
-        "frozen": policy.reference_digest(),
-        "space": recipe.space,
-        "snr_gamma": options.snr_gamma,
-        "precision": [options.mixed_precision, recipe.model.quantize],
-    }
-    return References(TensorCache(recipe.data.cache_dir), about, targets=options.keep_targets, together=processes() > 1)
 
 
 def adapter_of(recipe: Recipe) -> Adapter:

@@ -33,7 +33,7 @@ def check_machine(recipe: Recipe) -> None:
     from palate.training.optimizers import check_optimizer
     from palate.training.trackers import check_reporter
 
-    check_optimizer(recipe.training.optimizer)
+    check_optimizer(recipe.training)
     check_quantize(recipe.model.quantize)
     check_reporter(recipe.training.report_to)
     _check_folder(recipe.training.output_dir, "output_dir")

@@ -26,9 +26,18 @@ from palate.runs import recipe as recipes
 from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import PUBLIC, write_card
 from palate.runs.compare import SHOWN_PROMPTS, Samples, compare_models
-from palate.runs.evidence import counts_of, doubts, encoded_of, learnable, mixed, reader_of, validation_reader
+from palate.runs.evidence import (
+    counts_of,
+    doubts,
+    encoded_of,
+    learnable,
+    mixed,
+    reader_of,
+    references_of,
+    validation_reader,
+)
 from palate.runs.export import about_training
-from palate.runs.loading import at_home, denoiser_of, policy_of, references_of
+from palate.runs.loading import at_home, denoiser_of, policy_of
 from palate.runs.methods import bind_space, draws_of
 from palate.runs.ready import check_machine, tell_needs
 from palate.runs.recipe import Recipe

@@ -14,39 +14,65 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from palate.base.errors import UserError, first_line
+from palate.base.errors import UserError, first_line, said
+from palate.base.options import foreign
 
 if TYPE_CHECKING:
     from palate.training.options import TrainOptions
 
 
 def make_optimizer(weights: Sequence[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
-    """The optimizer that ``options.optimizer`` names.
+    """The optimizer that ``options.optimizer`` names, in the state in which it trains.
 
     Raises:
-        UserError: it needs a package that is not installed.
+        UserError: it needs a package that is not installed, or refuses its options or these weights.
     """
+    kind, own = _kind(options)
+    given = {"lr": options.learning_rate, **own, **options.optimizer_options}
+    try:
+        optimizer = kind(weights, **given)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        told = ", ".join(f"{name} {value!r}" for name, value in given.items())
+        raise UserError(f"optimizer {options.optimizer} with {told}: {said(error)}") from error
+    if averages_itself(optimizer) and options.ema_decay is not None:
+        raise UserError(f"optimizer {options.optimizer} averages the weights itself: leave ema_decay out")
+    switch(optimizer, train=True)
+    return optimizer
+
+
+def _kind(options: TrainOptions) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, object]]:
+    """The class, and what of our options it is told beside the rate."""
+    if ":" in options.optimizer:
+        kind = foreign(options.optimizer)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise UserError(f"optimizer {options.optimizer} is not a class of torch optimizers; expected package.module:Class")
+        return kind, {}
     if options.optimizer == "adafactor":
         # Adafactor (arXiv 1804.04235) as Diffusion-DPO trains SDXL with it: no relative step, no scaling by the parameter.
         # torch multiplies the rate by max(eps2, rms of the parameter) and has no switch for it: eps2 = 1 makes that 1 for all
         # weights of an rms up to 1, which only some scales of normalisation layers exceed, and those by little.
-        return torch.optim.Adafactor(
-            weights, lr=options.learning_rate, eps=(1e-15, 1.0), weight_decay=options.adam_weight_decay
-        )
-    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW if options.optimizer == "adamw" else _adamw_8bit()
-    return kind(
-        weights,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-    )
+        return torch.optim.Adafactor, {"eps": (1e-15, 1.0), "weight_decay": options.adam_weight_decay}
+    return torch.optim.AdamW if options.optimizer == "adamw" else _adamw_8bit(), {
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "weight_decay": options.adam_weight_decay,
+        "eps": options.adam_epsilon,
+    }
 
 
-def check_optimizer(name: str) -> None:
+def averages_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it trains with other weights than those that are its result, as schedule-free ones do (arXiv 2405.15682)."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+def switch(optimizer: torch.optim.Optimizer, *, train: bool) -> None:
+    """The weights become those that are trained, or those that are the result, where the two differ."""
+    if averages_itself(optimizer):
+        getattr(optimizer, "train" if train else "eval")()
+
+
+def check_optimizer(options: TrainOptions) -> None:
     """Raise ``UserError`` if the package that an optimizer needs is missing."""
-    if name == "adamw_8bit":
-        _adamw_8bit()
+    _kind(options)
 
 
 def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from palate.base.errors import UserError
@@ -35,8 +35,11 @@ class TrainOptions:
     """``owner/name``: afterwards, upload weights and model card to this repository, private if it is new. Token: HF_TOKEN."""
     seed: Seed = 0
     """Decides order, times and noise."""
-    optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adamw"
-    """``adamw``; with less memory ``adamw_8bit`` (needs bitsandbytes and a GPU) or ``adafactor`` (fixed step, no momentum)."""
+    optimizer: str = "adamw"
+    """``adamw``; with less memory ``adamw_8bit`` (needs bitsandbytes and a GPU) or ``adafactor`` (fixed step, no momentum); or
+    any class of optimizers as ``package.module:Class``, which gets ``lr`` and the options below."""
+    optimizer_options: dict[str, object] = field(default_factory=dict[str, object])
+    """Keywords of the optimizer's class, such as ``{fused: true}`` for ``adamw`` on a GPU, or ``{weight_decay: 0.01}``."""
     learning_rate: Annotated[float, POSITIVE] = 1e-5
     """Of the optimizer, after warm-up."""
     lr_scheduler: Annotated[str, OneOf(*LR_SCHEDULERS)] = "constant_with_warmup"
@@ -108,6 +111,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if ":" not in self.optimizer and (refusal := OneOf(*OPTIMIZERS).refusal(self.optimizer)):
+            raise UserError(f"optimizer is {refusal}; or package.module:Class")
         if self.t_max is not None and self.t_max < self.t_min:
             raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
         if self.keep_targets and self.draws_per_pair is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +20,7 @@ from palate.base.errors import UserError
 from palate.base.machine import processes
 from palate.base.processes import Processes
 from palate.training.fits import TrainablePolicy
-from palate.training.optimizers import Average, make_optimizer
+from palate.training.optimizers import Average, make_optimizer, switch
 from palate.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -135,11 +135,20 @@ class Place:
         return all(bool(p.isfinite().all()) for p in self.weights)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the weights are their average, if one is kept."""
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
+        """Inside, the weights are their average, if one is kept here or by the optimizer."""
+        return self._result() if self.average is None else self.average.applied()
+
+    @contextlib.contextmanager
+    def _result(self) -> Generator[None]:
+        switch(self.optimizer, train=False)
+        try:
+            yield
+        finally:
+            switch(self.optimizer, train=True)
 
     def settle(self) -> None:
-        """The average, if one is kept, is the result."""
+        """The average, if one is kept here or by the optimizer, is the result."""
+        switch(self.optimizer, train=False)
         if self.average is not None:
             self.average.swap()
 

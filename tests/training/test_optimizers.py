@@ -95,3 +95,73 @@ def test_the_average_is_sampled_evaluated_and_the_result(tmp_path):
     torch.testing.assert_close(flat(policy.state_dict()), third)
     # Training itself goes on from the weights, not from their average.
     torch.testing.assert_close(flat(run(tmp_path / "b", **options).state_dict()), live[2])
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Plain SGD whose result is the mean of its iterates, as optimizers without a schedule have one: ``train`` and ``eval``."""
+
+    def __init__(self, params, lr, times=1.0):
+        super().__init__(params, lr=times * lr)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["n"] = state.get("n", 0) + 1
+            state["mean"] = state.get("mean", 0) + (p.detach() - state.get("mean", 0)) / state["n"]
+
+    def _swap(self):
+        for p in self.param_groups[0]["params"]:
+            if "mean" in self.state[p]:
+                p.data, self.state[p]["mean"] = self.state[p]["mean"], p.data
+
+    def train(self):
+        if self.param_groups[0].get("result"):
+            self._swap()
+        self.param_groups[0]["result"] = False
+
+    def eval(self):
+        if not self.param_groups[0].get("result"):
+            self._swap()
+        self.param_groups[0]["result"] = True
+
+
+def test_an_optimizer_of_ones_own_trains_as_the_same_by_name(tmp_path):
+    keywords = {"betas": [0.9, 0.999], "weight_decay": 1e-2, "eps": 1e-8}
+    ours = run(tmp_path / "a")
+    theirs = run(tmp_path / "b", optimizer="torch.optim:AdamW", optimizer_options=keywords)
+    assert torch.equal(flat(ours.state_dict()), flat(theirs.state_dict()))
+    other = run(tmp_path / "c", optimizer_options={"eps": 1e-2})
+    assert not torch.equal(flat(ours.state_dict()), flat(other.state_dict()))
+
+
+def test_what_averages_itself_is_sampled_and_ends_as_its_average(tmp_path):
+    name = f"{ScheduleFree.__module__}:ScheduleFree"
+    policy, seen = TinyPolicy(), []
+    options = {"optimizer": name, "learning_rate": 0.1, "checkpointing_steps": 1, "max_train_steps": 3}
+    run(tmp_path / "a", policy=policy, on_sample=lambda _: seen.append(flat(policy.state_dict())), sample_steps=1, **options)
+    trained = [flat(checkpoints.load(tmp_path / "a" / f"checkpoint-{n}").weights) for n in (1, 2, 3)]
+    for n, found in enumerate(seen[1:], 1):
+        torch.testing.assert_close(found, torch.stack(trained[:n]).mean(0))
+    torch.testing.assert_close(flat(policy.state_dict()), torch.stack(trained).mean(0))
+    run(tmp_path / "b", **{**options, "max_train_steps": 2})
+    resumed = run(tmp_path / "b", **options, resume_from_checkpoint="latest")
+    assert torch.equal(flat(resumed.state_dict()), flat(policy.state_dict()))
+    with pytest.raises(UserError, match="averages the weights itself: leave ema_decay out"):
+        run(tmp_path / "c", ema_decay=0.9, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": "adamx"}, r"optimizer is 'adamx' \(did you mean 'adamw'.*\); or package.module:Class"),
+        ({"optimizer": "torch.optim:AdamX"}, "torch.optim:AdamX: .*has no attribute 'AdamX'"),
+        ({"optimizer": "torch.nn:Linear"}, "torch.nn:Linear is not a class of torch optimizers"),
+        ({"optimizer_options": {"bets": 1}}, "optimizer adamw with lr .*unexpected keyword argument 'bets'"),
+        ({"optimizer": "torch.optim:Muon"}, "optimizer torch.optim:Muon with lr .*2D"),
+    ],
+)
+def test_optimizers_that_cannot_be_made_are_refused_in_one_line(given, message):
+    with pytest.raises(UserError, match=message) as refused:
+        make_optimizer(parameters(), TrainOptions(**given))
+    assert "\n" not in str(refused.value)
