@@ -52,7 +52,7 @@ def test_help_of_train_tells_the_few_and_where_the_rest_is(words, said):
 def test_all_options_are_told_when_they_are_asked_for(said):
     text = said("train", "--help", "all")
     assert all(f"\n  --{name}" in text for name in recipe.OPTIONS)
-    assert "  --optimizer adamw | adamw_8bit | adafactor (default: adamw)\n" in text
+    assert "  --optimizer adamw | adamw_8bit | adafactor | package.module:Class (default: adamw)\n" in text
 
 
 @pytest.mark.parametrize("name", ["sd15-dpo-12gb", "mine.yaml"])
@@ -102,7 +102,7 @@ def test_what_needs_no_tensor_loads_none(words):
         ("palate train sdxl-dpo-24gb --optimizer ada", "adamw adamw_8bit adafactor"),
         ("palate train r --objective ip", "ipo"),
         ("palate score d --judges pick", "pickscore"),
-        ("palate recipes copy sd35-n", "sd35-ncp-dpo-24gb"),
+        ("palate recipes copy sd35-nc", "sd35-ncp-dpo-24gb"),
         ("palate export out --format k", "kohya"),
     ],
 )

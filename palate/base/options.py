@@ -139,7 +139,8 @@ def help_lines(kind: type, given: Mapping[str, object] | None = None, only: Coll
     lines: list[str] = []
     for name in known if only is None else only:
         leaf, one = known[name], admitted.get(name)
-        choices = f" {' | '.join(one.choices)}" if isinstance(one, OneOf) else ""
+        texts = (*one.choices, *(["package.module:Class"] if one.or_class else [])) if isinstance(one, OneOf) else ()
+        choices = f" {' | '.join(texts)}" if texts else ""
         is_given = given is not None and name in given
         value = cast("Mapping[str, object]", given)[name] if is_given else default_of(leaf)
         shown = "" if value is None or value in ((), [], {}) else f" ({'here' if is_given else 'default'}: {as_yaml(value)})"
@@ -205,17 +206,24 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """The texts that an option admits, or each text of a list of them: ``Annotated[str, OneOf("drop", "keep")]``."""
+    """The texts that an option admits, or each text of a list of them: ``Annotated[str, OneOf("drop", "keep")]``.
+
+    or_class: whether ``package.module:Class`` is admitted too.
+    """
 
     choices: tuple[str, ...]
+    or_class: bool
 
-    def __init__(self, *choices: str) -> None:
+    def __init__(self, *choices: str, or_class: bool = False) -> None:
         object.__setattr__(self, "choices", choices)
+        object.__setattr__(self, "or_class", or_class)
 
     def refusal(self, value: str | tuple[str, ...]) -> str:
         """As :meth:`Range.refusal`."""
-        texts = value if isinstance(value, tuple) else (value,)
-        return next((f"{short(text)}{nearest(str(text), self.choices)}" for text in texts if text not in self.choices), "")
+        texts = [text for text in (value if isinstance(value, tuple) else (value,)) if not (self.or_class and ":" in text)]
+        also = "; or package.module:Class" if self.or_class else ""
+        wrong = (text for text in texts if text not in self.choices)
+        return next((f"{short(text)}{nearest(str(text), self.choices)}{also}" for text in wrong), "")
 
 
 def at_least(least: int, at_most: int | None = None) -> Range:

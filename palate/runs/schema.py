@@ -64,7 +64,10 @@ def _kind(hint: Any, admitted: Range | OneOf | None) -> JsonObject:
     origin = typing.get_origin(hint) or hint
     if origin is type(None):
         return {"type": "null"}
-    text: JsonObject = {"type": "string", **({"enum": list(admitted.choices)} if isinstance(admitted, OneOf) else {})}
+    text: JsonObject = {"type": "string"}
+    if isinstance(admitted, OneOf):
+        named = {"enum": list(admitted.choices)}
+        text |= {"anyOf": [named, {"pattern": ":"}]} if admitted.or_class else named
     if origin is tuple:
         return {"anyOf": [{"type": "array", "items": text}, text]}
     if origin is dict:

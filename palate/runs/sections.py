@@ -37,7 +37,7 @@ class ModelOptions:
     """What is trained."""
 
     pretrained_model_name_or_path: str = "mini-sd"
-    """A diffusers pipeline folder, a hub id such as owner/model, or ``mini-sd``, ``mini-sdxl``, ``mini-sd3``."""
+    """A pipeline folder, a hub id such as owner/model, or ``mini-sd``, ``mini-sdxl``, ``mini-sd3``."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -55,15 +55,13 @@ class _Source:
     """The first options of the data section: fields of a dataclass come in the order of its bases, the last one first."""
 
     train_data: str = "miniature-pairs"
-    """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub such as owner/name, the ``votes.db`` of
-    ``palate vote``, ``miniature-pairs``, ``miniature-sdxl-pairs``, ``miniature-sd3-pairs`` or
-    ``miniature-mixed-pairs``."""
+    """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub, a ``votes.db``, ``miniature-pairs``,
+    ``miniature-sdxl-pairs``, ``miniature-sd3-pairs`` or ``miniature-mixed-pairs``."""
     more_train_data: dict[str, float] = field(default_factory=dict)
     """Further sets, named and read as ``train_data`` is, and how many times an epoch goes through each, such as
     ``{votes.db: 3, large.parquet: 0.2}``; through ``train_data`` once."""
     resolution: int | str | None = None
-    """Of the pictures in pixels: ``1024`` is a square, ``832x1216`` width x height, multiples of 8; the model's own square
-    unless given."""
+    """Pixels: ``1024`` for squares, or ``832x1216``, width x height; the model's own unless given."""
     buckets: bool = False
     """Train each picture, or pair, near its own proportions: on the nearest of several shapes that have about as many pixels as
     ``resolution``, instead of on that one."""
@@ -175,7 +173,7 @@ class EvaluationOptions:
     """Pictures drawn at once."""
     judges: tuple[str, ...] = ()
     """``mini-heldout``, ``mini-pickscore``, ``mini-clip``, ``mini-aesthetic``; ``pickscore``, ``hpsv2.1``, ``imagereward`` and
-    others with the published weights; ``kind:folder`` such as ``pickscore:models/PickScore_v1``; docs/judges.md lists all."""
+    others, or ``kind:folder`` such as ``pickscore:models/PickScore_v1``; docs/judges.md lists all."""
     validation_prompts: tuple[str, ...] = ()
     """Shown in the sample pictures during training."""
 

@@ -35,7 +35,7 @@ class TrainOptions:
     """``owner/name``: afterwards, upload weights and model card to this repository, private if it is new. Token: HF_TOKEN."""
     seed: Seed = 0
     """Decides order, times and noise."""
-    optimizer: str = "adamw"
+    optimizer: Annotated[str, OneOf(*OPTIMIZERS, or_class=True)] = "adamw"
     """``adamw``; with less memory ``adamw_8bit`` (needs bitsandbytes and a GPU) or ``adafactor`` (fixed step, no momentum); or
     any class of optimizers as ``package.module:Class``, which gets ``lr`` and the options below."""
     optimizer_options: dict[str, object] = field(default_factory=dict[str, object])
@@ -77,7 +77,7 @@ class TrainOptions:
     num_train_epochs: Count = 1
     """Passes over the data, rounded up to whole updates."""
     mixed_precision: Annotated[str, OneOf(*MIXED_PRECISIONS)] = "no"
-    """``no``, ``fp16`` or ``bf16``: precision of the forward pass. Trainable weights and errors stay float32."""
+    """Precision of the forward pass; trainable weights and errors stay float32."""
     adam_beta1: Annotated[float, SHARE_KEPT] = 0.9
     """Decay of AdamW's mean of gradients."""
     adam_beta2: Annotated[float, SHARE_KEPT] = 0.999
@@ -93,8 +93,8 @@ class TrainOptions:
     logging_steps: Count = 10
     """Steps between two lines of the log; each is the mean since the last."""
     report_to: Annotated[str, OneOf(*REPORTERS)] = "none"
-    """Where numbers, sample pictures and settings go beside ``log.jsonl``, ``train.log`` and ``report.html``, which are always
-    written. ``WANDB_MODE=offline`` keeps those of wandb on this machine."""
+    """Where numbers, sample pictures and settings go beside ``log.jsonl``, ``train.log`` and ``report.html``.
+    ``WANDB_MODE=offline`` keeps those of wandb on this machine."""
     sample_steps: Count | None = None
     """Steps between two sets of sample pictures; null for only before the first and after the last."""
     eval_steps: Count | None = None
@@ -111,8 +111,6 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if ":" not in self.optimizer and (refusal := OneOf(*OPTIMIZERS).refusal(self.optimizer)):
-            raise UserError(f"optimizer is {refusal}; or package.module:Class")
         if self.t_max is not None and self.t_max < self.t_min:
             raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
         if self.keep_targets and self.draws_per_pair is None:
