@@ -55,8 +55,8 @@ class _Source:
     """The first options of the data section: fields of a dataclass come in the order of its bases, the last one first."""
 
     train_data: str = "miniature-pairs"
-    """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub, a ``votes.db``, ``miniature-pairs``,
-    ``miniature-sdxl-pairs``, ``miniature-sd3-pairs`` or ``miniature-mixed-pairs``."""
+    """Parquet, JSONL, JSON, CSV or tar file, a folder of them, a data set of the hub, ``votes.db``; ``miniature-pairs``,
+    ``miniature-sdxl-pairs``, ``miniature-sd3-pairs``, ``miniature-mixed-pairs``."""
     more_train_data: dict[str, float] = field(default_factory=dict)
     """Further sets, named and read as ``train_data`` is, and how many times an epoch goes through each, such as
     ``{votes.db: 3, large.parquet: 0.2}``; through ``train_data`` once."""
@@ -173,7 +173,7 @@ class EvaluationOptions:
     """Pictures drawn at once."""
     judges: tuple[str, ...] = ()
     """``mini-heldout``, ``mini-pickscore``, ``mini-clip``, ``mini-aesthetic``; ``pickscore``, ``hpsv2.1``, ``imagereward`` and
-    others, or ``kind:folder`` such as ``pickscore:models/PickScore_v1``; docs/judges.md lists all."""
+    others, or ``kind:folder`` such as ``pickscore:models/PickScore_v1``; see docs/judges.md."""
     validation_prompts: tuple[str, ...] = ()
     """Shown in the sample pictures during training."""
 
