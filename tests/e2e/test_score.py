@@ -149,7 +149,7 @@ def test_a_comparison_does_not_use_stale_scores(palate, folder, tmp_path):
     shutil.copytree(folder, other)
     code, _, errors = palate("compare", folder, other, output_dir=tmp_path.parent / f"{tmp_path.name}-page")
     assert code == 0, errors
-    Image.new("RGB", (16, 16)).save(other / "5.png")
+    Image.new("RGB", Image.open(other / "5.png").size).save(other / "5.png")
     code, _, errors = palate("compare", folder, other, output_dir=tmp_path.parent / f"{tmp_path.name}-page2")
     assert (code, "5.png before that picture or its prompt changed; run: palate score" in errors) == (2, True)
 

@@ -436,7 +436,7 @@ def test_learning_rates_match_diffusers(name):
         ({"ema_decay": 1.0}, r"ema_decay is 1\.0"),
         ({"snr_gamma": 0.0}, r"snr_gamma is 0\.0"),
         ({"caption_dropout": 1.5}, r"caption_dropout is 1\.5"),
-        ({"report_to": "wandb"}, "report_to is 'wandb'"),
+        ({"report_to": "mlflow"}, "report_to is 'mlflow'"),
     ],
 )
 def test_options_are_checked(wrong, message):
