@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from palate.base.shapes import Shape
 from palate.diffusion.denoising import Conditioning
 from palate.runs.models import load_base
 
@@ -22,7 +23,7 @@ def main(name: str) -> None:
         side, g = denoiser.default_resolution, torch.Generator().manual_seed(0)
         with torch.no_grad():
             cond = denoiser.encode_prompts(PROMPTS)
-            xt = torch.randn(len(PROMPTS), *denoiser.latent_shape(side, side), generator=g)
+            xt = torch.randn(len(PROMPTS), *denoiser.latent_shape(Shape(side, side)), generator=g)
             t = denoiser.schedule.uniform(torch.arange(len(PROMPTS)), 100, 900, 0, "cpu")
             said[quantize] = denoiser.predict(denoiser.network, xt, t, Conditioning(dict(cond.tensors)))
     whole = said[None]

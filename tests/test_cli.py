@@ -59,7 +59,7 @@ def test_recipes(capsys, tmp_path, monkeypatch):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[0] for line in lines if line.startswith("  ")) == list(library.built_in())
-    assert [line for line in lines if line[:1].strip()][:2] == ["mini-sd", "mini-sdxl"]
+    assert [line for line in lines if line[:1].strip()][:2] == ["mini-sd", "mini-sd3"]
     assert main(["recipes", "show", "miniature-dpo"]) == 0
     shown = capsys.readouterr().out
     assert shown == library.find("miniature-dpo").read_text()

@@ -142,7 +142,7 @@ def test_a_grid_is_the_times_of_sampling_at_the_size_of_the_pictures(palate, flo
     class Spied(rollouts.Rollouts):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            sampled_at.update(self.path.t.tolist())
+            sampled_at.update(t for path in self.paths.values() for t in path.t.tolist())
 
     monkeypatch.setattr(fits, "draw", spied)
     monkeypatch.setattr(online, "Rollouts", Spied)

@@ -235,7 +235,7 @@ def test_features_are_the_normalised_picture_tokens_of_the_first_blocks(load, ki
     denoiser, g = load(kind), torch.Generator().manual_seed(0)
     network, seen = denoiser.network, []
     x, t = (
-        torch.randn(2, *denoiser.latent_shape(SIDE, 2 * SIDE), generator=g),
+        torch.randn(2, *denoiser.latent_shape(Shape(SIDE, 2 * SIDE)), generator=g),
         torch.tensor([100.0, 700.0], dtype=torch.float64),
     )
     cond = denoiser.encode_prompts(["a red house on the left", "a tree"])
@@ -472,7 +472,7 @@ def test_a_negative_prompt_without_effect_is_refused(load, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_pictures_are_edited(load, kind):
     with pytest.raises(UserError, match="edits no pictures"):
-        load(kind).generate(["a tree"], [0], Drawing(2, 1.0, SQUARE), init=torch.zeros(1, 3, SIDE, SIDE), strength=0.5)
+        load(kind).generate(["a tree"], [0], Drawing(2, 1.0, SQUARE), init=[torch.zeros(3, SIDE, SIDE)], strength=0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
