@@ -41,7 +41,7 @@ def levels(images):
 def test_parity_with_diffusers(denoiser, init):
     from diffusers import AutoPipelineForImage2Image
 
-    found = levels(denoiser.generate(PROMPTS, SEEDS, QUICK, init=init, strength=0.5))
+    found = levels(denoiser.generate(PROMPTS, SEEDS, QUICK, init=list(init), strength=0.5))
     pipeline = AutoPipelineForImage2Image.from_pipe(denoiser.pipeline(), add_watermarker=False)
     wanted = pipeline(
         PROMPTS,
@@ -63,7 +63,7 @@ def test_strength_from_all_to_nothing(folder, init, tmp_path):
 
     def edited(strength, steps=4):
         drawing = dataclasses.replace(QUICK, num_inference_steps=steps)
-        return levels(denoiser.generate(PROMPTS, SEEDS, drawing, init=init, strength=strength))
+        return levels(denoiser.generate(PROMPTS, SEEDS, drawing, init=list(init), strength=strength))
 
     kept = (denoiser.decode(denoiser.encode_images(init)) * 255).permute(0, 2, 3, 1).numpy()
     apart = [np.abs(x - kept).mean() for x in (edited(0.002, 500), edited(0.5), edited(1.0))]
@@ -72,15 +72,15 @@ def test_strength_from_all_to_nothing(folder, init, tmp_path):
 
 
 def test_a_picture_depends_on_its_own_row_alone(denoiser, init):
-    both = levels(denoiser.generate(PROMPTS, SEEDS, QUICK, init=init, strength=0.75))
-    second = levels(denoiser.generate(PROMPTS[1:], SEEDS[1:], QUICK, init=init[1:], strength=0.75))
+    both = levels(denoiser.generate(PROMPTS, SEEDS, QUICK, init=list(init), strength=0.75))
+    second = levels(denoiser.generate(PROMPTS[1:], SEEDS[1:], QUICK, init=list(init[1:]), strength=0.75))
     assert np.abs(both[1:] - second).max() <= 1
     one_by_one = dataclasses.replace(QUICK, batch_size=1)
-    single = levels(denoiser.generate(PROMPTS, SEEDS, one_by_one, init=init, strength=0.75))
+    single = levels(denoiser.generate(PROMPTS, SEEDS, one_by_one, init=list(init), strength=0.75))
     assert np.abs(both - single).max() <= 1
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.2, 1.1, float("nan")])
 def test_no_step_left(denoiser, init, strength):
     with pytest.raises(UserError, match=r"leaves a step: at least 0\.25"):
-        denoiser.generate(PROMPTS, SEEDS, QUICK, init=init, strength=strength)
+        denoiser.generate(PROMPTS, SEEDS, QUICK, init=list(init), strength=strength)

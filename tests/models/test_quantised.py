@@ -35,7 +35,7 @@ def batch(denoiser):
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         cond = denoiser.encode_prompts(["a red house", "a blue tower"])
-    shown = denoiser.picture_conditions((64, 64), 64, (0.0, 0.0), flip=False)
+    shown = denoiser.picture_conditions((64, 64), Shape.square(64), (0.0, 0.0), flip=False)
     cond = Conditioning({**cond.tensors, **{name: torch.stack([row, row]) for name, row in shown.items()}})
     t = torch.tensor([200, 700], dtype=torch.float64 if denoiser.flow else torch.long)
     return torch.randn(2, *denoiser.latent_shape(Shape(64, 64)), generator=g), t, cond

@@ -149,7 +149,7 @@ def test_a_picture_is_edited_as_by_diffusers(load, sd3_dir):
     denoiser = load()
     init = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     options = {"num_inference_steps": 4, "guidance_scale": 3.0}
-    found = denoiser.generate([PROMPTS[0]], [3], Drawing(shape=Shape.square(64), **options), init=init, strength=0.5)
+    found = denoiser.generate([PROMPTS[0]], [3], Drawing(shape=Shape.square(64), **options), init=list(init), strength=0.5)
     generator = torch.Generator().manual_seed(3)
     start = denoiser.encode_images(init)
     expected = plain(PROMPTS[0], image=start, strength=0.5, generator=generator, **options).images[0]

@@ -83,7 +83,7 @@ def test_the_empty_prompt_is_encoded_where_the_pipeline_says_so(sdxl_dir, tmp_pa
 def test_a_cache_that_stable_diffusion_filled_serves_sdxl_with_the_same_vae(model_dir, sdxl_dir):
     """What is kept of a picture is what any of them needs: its size and crop too."""
     one, other = load_denoiser(str(model_dir)), load_denoiser(str(sdxl_dir))
-    about = (48, 32), 64, (0.25, 0.5)
+    about = (48, 32), Shape.square(64), (0.25, 0.5)
     kept, wanted = (d.picture_conditions(*about, flip=True) for d in (one, other))
     assert kept.keys() == wanted.keys()
     assert wanted["framing"].tolist() == kept["framing"].tolist() == [32, 48, 0, 24, 64, 64]
