@@ -73,7 +73,7 @@ EARLY = [
     ({"objective": "cpo"}, "objective cpo needs beta, bc_weight"),
     ({"objective.bta": 1}, "objective dpo has no option 'bta' (did you mean 'beta'?"),
     ({"objective.beta": "much"}, "beta is 'much'; expected a number"),
-    ({"objective": "json:dumps"}, "or annotated, policy"),
+    ({"objective": "json:dumps"}, "json:dumps raises on pairs"),
     ({"objective": "nowhere.to_be:found"}, "No module named 'nowhere'"),
     ({"objective": "json:found"}, "has no attribute 'found'"),
     ({"space": "latnt"}, "no space named 'latnt' (did you mean 'latent'?"),
