@@ -6,7 +6,6 @@ Only the transformer is trained, from random weights. There is no T5 encoder: in
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from palate.models.sd3 import T5_LENGTH
-from tools.miniature.base_model import SEED, SHOTS, latents_of, picture_set, say, train
-from tools.miniature.base_model_xl import first_text_encoder, second_text_encoder
+from tools.miniature.base_model import SEED, SHOTS, latents_of, picture_set, train
+from tools.miniature.base_model_xl import first_text_encoder, second_text_encoder, two_tokenizers, write_pipeline
 
 STEPS, BATCH = 4400, 32
 WIDTH, LAYERS, HEAD = 160, 6, 32
@@ -95,12 +94,8 @@ def encoded(encoders: tuple, tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
 def build_diffusion_sd3(work: Path, sd: Path, clip: Path, folder: Path) -> None:
     """Train the transformer: velocities at logit-normal times (arXiv 2403.03206), one caption in ten left out."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-    from transformers import CLIPTokenizer
 
-    tokenizers = (
-        CLIPTokenizer.from_pretrained(sd / "tokenizer"),
-        CLIPTokenizer.from_pretrained(sd / "tokenizer", pad_token="!"),  # the second pads so, in SD3
-    )
+    tokenizers = two_tokenizers(sd)
     vae = AutoencoderKL.from_pretrained(sd / "vae", dtype=torch.float32).eval()
     images, captions, *_ = picture_set(work, "shots", SEED, SHOTS)
     latents = latents_of(work, vae, images)
@@ -139,11 +134,4 @@ def build_diffusion_sd3(work: Path, sd: Path, clip: Path, folder: Path) -> None:
         tokenizer_2=tokenizers[1],
         tokenizer_3=None,
     )
-    pipeline.to(torch.float16).save_pretrained(folder)
-    for name in ("tokenizer", "tokenizer_2"):  # what is read instead of tokenizer.json by older libraries
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copy(sd / "tokenizer" / file, folder / name / file)
-    # transformers loads in the stored precision, diffusers in float32: half text encoders would not fit beside the rest.
-    for name, encoder in (("text_encoder", encoders[0]), ("text_encoder_2", encoders[1])):
-        encoder.float().save_pretrained(folder / name)
-    say(f"wrote {folder}")
+    write_pipeline(pipeline, folder, sd)

@@ -141,15 +141,31 @@ def new_scheduler():
     )
 
 
+def two_tokenizers(sd: Path):
+    """mini-sd's for both text encoders; the second pads with ``!``, as in SDXL and SD3."""
+    from transformers import CLIPTokenizer
+
+    return tuple(CLIPTokenizer.from_pretrained(sd / "tokenizer", **padding) for padding in ({}, {"pad_token": "!"}))
+
+
+def write_pipeline(pipeline, folder: Path, sd: Path) -> None:
+    """Write a pipeline with mini-sd's tokenizer twice and two text encoders."""
+    encoders = {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
+    pipeline.to(torch.float16).save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):  # what is read instead of tokenizer.json by older libraries
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(sd / "tokenizer" / file, folder / name / file)
+    # transformers loads in the stored precision, diffusers in float32: half text encoders would not fit beside the rest.
+    for name, encoder in encoders.items():
+        encoder.float().save_pretrained(folder / name)
+    say(f"wrote {folder}")
+
+
 def build_diffusion_xl(work: Path, sd: Path, clip: Path, folder: Path) -> None:
     """Train the U-Net: noise prediction with min-SNR-5 weights; for one caption in ten zeros, as SDXL's pipeline has them."""
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-    from transformers import CLIPTokenizer
 
-    tokenizers = (
-        CLIPTokenizer.from_pretrained(sd / "tokenizer"),
-        CLIPTokenizer.from_pretrained(sd / "tokenizer", pad_token="!"),  # the second pads so, in SDXL
-    )
+    tokenizers = two_tokenizers(sd)
     vae = AutoencoderKL.from_pretrained(sd / "vae", dtype=torch.float32).eval()
     images, captions, *_ = picture_set(work, "shots", SEED, SHOTS)
     latents, time_ids = treated_latents(work, vae, images)
@@ -189,11 +205,4 @@ def build_diffusion_xl(work: Path, sd: Path, clip: Path, folder: Path) -> None:
         scheduler=scheduler,
         add_watermarker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(folder)
-    for name in ("tokenizer", "tokenizer_2"):  # what is read instead of tokenizer.json by older libraries
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copy(sd / "tokenizer" / file, folder / name / file)
-    # transformers loads in the stored precision, diffusers in float32: half text encoders would not fit beside the rest.
-    for name, encoder in (("text_encoder", first), ("text_encoder_2", second)):
-        encoder.float().save_pretrained(folder / name)
-    say(f"wrote {folder}")
+    write_pipeline(pipeline, folder, sd)
