@@ -5,20 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from PIL import Image, PngImagePlugin
+from drawn_pictures import draw
 
 from palate.base.errors import UserError
 from palate.data.pairs import read
 from palate.data.plain import read_plain, words_of_name
 from palate.evaluation.manifest import is_picture_folder, read_manifest
-
-
-def draw(path, prompt: str | None = None, seed: int = 1, model: str = "dream", colour: int = 0) -> None:
-    texts = PngImagePlugin.PngInfo()
-    if prompt is not None:
-        texts.add_text("parameters", f"{prompt}\nSteps: 20, Seed: {seed}, Model: {model}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), (colour, 90, 30)).save(path, pnginfo=texts)
 
 
 @pytest.fixture

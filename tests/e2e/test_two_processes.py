@@ -56,4 +56,5 @@ def test_where_one_process_fails_the_other_ends_too(palate, in_two_processes, tm
     lines = sorted(errors.strip().splitlines()[-1] for errors in said)
     assert "another process of this run has ended: see its message" in lines[0]
     assert "row 16, column rejected" in lines[1]
-    assert sum(map(len, shards(tmp_path / "cache"))) > 0  # what was encoded is kept
+    # What was encoded is kept: of the one that fails a whole batch; how far the other is by then, only time tells.
+    assert sum(map(len, shards(tmp_path / "cache"))) >= 8

@@ -6,19 +6,11 @@ import json
 from collections import Counter
 
 import pytest
-from PIL import Image, PngImagePlugin
+from drawn_pictures import draw
 
 from palate.evaluation.manifest import Picture
 from palate.votes.store import Store
 from palate.votes.study import MANY, NEIGHBOURS, Study, VoteOptions, _within_prompts, find_sides
-
-
-def draw(path, prompt: str | None = None, seed: int = 1, model: str = "dream", colour: int = 0) -> None:
-    texts = PngImagePlugin.PngInfo()
-    if prompt is not None:
-        texts.add_text("parameters", f"{prompt}\nSteps: 20, Seed: {seed}, Model: {model}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), (colour, 90, 30)).save(path, pnginfo=texts)
 
 
 def prompts_of(study: Study) -> list[str]:
