@@ -18,7 +18,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, TypeVar, cast
 
@@ -146,6 +146,16 @@ def help_lines(kind: type, given: Mapping[str, object] | None = None, only: Coll
         shown = "" if value is None or value in ((), [], {}) else f" ({'here' if is_given else 'default'}: {as_yaml(value)})"
         lines += [f"  --{name}{choices}{shown}", *indented(about.get(name, ""))]
     return lines
+
+
+def leaves(values: Mapping[str, object], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Nested values with the names that lead to them, from the outside in; an empty mapping is a value."""
+    for name, value in values.items():
+        names = (*above, str(name))
+        if isinstance(value, Mapping) and value:
+            yield from leaves(cast("Mapping[str, object]", value), names)
+        else:
+            yield names, value
 
 
 def default_of(leaf: dataclasses.Field[Any]) -> object:

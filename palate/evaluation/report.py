@@ -20,7 +20,7 @@ from PIL import Image
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.jsonl import read_lines
-from palate.base.options import parse
+from palate.base.options import leaves, parse
 from palate.data.images import decode
 from palate.evaluation import charts
 from palate.evaluation.compare import Comparison, Group, Versus, by_weight, percent
@@ -202,17 +202,22 @@ def page_style() -> Markup:
     return Markup(colours() + (PAGE / "report.css").read_text(encoding="utf-8"))
 
 
-@cache
-def _templates() -> Environment:
-    """The page's templates, with all that they ask."""
-    found = Environment(
-        loader=FileSystemLoader(PAGE),
+def environment(folder: Path) -> Environment:
+    """What fills in the templates of a folder of pages; all text is escaped, and no name may be missing."""
+    return Environment(
+        loader=FileSystemLoader(folder),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
-        finalize=_without_folders,
     )
+
+
+@cache
+def _templates() -> Environment:
+    """The page's templates, with all that they ask."""
+    found = environment(PAGE)
+    found.finalize = _without_folders
     found.filters |= {
         "bar": charts.bar,
         "by_weight": by_weight,
@@ -311,10 +316,6 @@ def embedded(image: Image.Image, longest: int = LONGEST) -> Embedded:
     return Embedded(base64.b64encode(buffer.getvalue()).decode(), image.width, image.height)
 
 
-def _entries(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Nested settings as ``objective.beta`` and its value."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _entries(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
+def _entries(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Nested settings as ``objective.beta`` and its value, where there is one."""
+    return ((".".join(names), value) for names, value in leaves(values) if value is not None)

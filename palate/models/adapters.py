@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from palate.base.errors import UserError, nearest
+from palate.models.denoiser import Denoiser, one_to_one
 
 KINDS = ("lora", "dora", "loha", "lokr")
 LYCORIS = {"loha": "hada", "lokr": "lokr"}
@@ -79,9 +80,9 @@ def targets_of(network: nn.Module, suffixes: Iterable[str]) -> list[str]:
     return [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and f".{n}".endswith(ends)]
 
 
-def check_adapter(denoiser: Any, adapter: Adapter, suffixes: Iterable[str]) -> None:
+def check_adapter(denoiser: Denoiser, adapter: Adapter, suffixes: Iterable[str]) -> None:
     """Raise ``UserError`` for a pattern that fits no layer, or a kind whose file the family has no names for."""
-    if adapter.kind in LYCORIS and (denoiser.kohya is None or denoiser.kohya.parts is not None):
+    if adapter.kind in LYCORIS and one_to_one(denoiser) is None:
         raise UserError(
             f"lora_kind {adapter.kind} is kept in LyCORIS's layout, which has no names for the layers of "
             f"{denoiser.card.pipeline}: use lora or dora"
@@ -124,6 +125,11 @@ class LycorisLayer:
     mark: str
     matrices: Mapping[str, Tensor]
     strength: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """``loha`` or ``lokr``."""
+        return next(kind for kind, mark in LYCORIS.items() if mark == self.mark)
 
     @property
     def dim(self) -> int | None:
@@ -189,9 +195,9 @@ def put_lycoris(model: nn.Module, layers: Mapping[str, LycorisLayer], adapter: s
     """Put layers, which were checked, into a model: PEFT's layers with these very matrices."""
     from peft import LoHaConfig, LoKrConfig, inject_adapter_in_model
 
-    mark = next(iter(layers.values())).mark
-    kind = LoHaConfig if mark == "hada" else LoKrConfig
-    inject_adapter_in_model(kind(r=1, alpha=1, target_modules=list(layers)), model, adapter_name=adapter)
+    first = next(iter(layers.values()))
+    mark, config = first.mark, LoHaConfig if first.kind == "loha" else LoKrConfig
+    inject_adapter_in_model(config(r=1, alpha=1, target_modules=list(layers)), model, adapter_name=adapter)
     for name, layer in layers.items():
         module: Any = model.get_submodule(name)
         device = module.get_base_layer().weight.device

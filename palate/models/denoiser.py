@@ -226,3 +226,9 @@ def features_of(denoiser: Denoiser) -> Features:
     if found is None:
         raise UserError(f"{denoiser.name} is of a family without a perceptual space: train it in the latent space")
     return found
+
+
+def one_to_one(drawer: Drawer) -> Kohya | None:
+    """Kohya's names for the family's layers, where each layer has one of its own; otherwise diffusers takes them apart."""
+    kohya: Kohya | None = getattr(drawer, "kohya", None)
+    return None if kohya is None or kohya.parts is not None else kohya

@@ -21,7 +21,7 @@ from palate.base.errors import UserError, first_line
 from palate.base.files import replacing
 from palate.base.machine import tell
 from palate.models.adapters import LYCORIS, LycorisLayer, is_adapter, kind_of, lycoris_layers, put_lycoris
-from palate.models.denoiser import Denoiser, Drawer, Kohya
+from palate.models.denoiser import Denoiser, Drawer, one_to_one
 from palate.models.files import LORA_FILE, lora_in
 from palate.models.lora_file import (
     Layer,
@@ -122,16 +122,10 @@ def _layers(denoiser: Drawer, parts: dict[str, nn.Module], file: Path, *, traine
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}; download it again") from error
-    if _one_to_one(denoiser) is None and not _known(denoiser, parts, names):
+    if one_to_one(denoiser) is None and not _known(denoiser, parts, names):
         tensors = _converted(denoiser, file, tensors)
     check_names(file, list(tensors), trained=trained)
     return layers_of(file, tensors)
-
-
-def _one_to_one(denoiser: Drawer) -> Kohya | None:
-    """Kohya's names for the family's layers, where each layer has one of its own; otherwise diffusers takes them apart."""
-    kohya = getattr(denoiser, "kohya", None)
-    return None if kohya is None or kohya.parts is not None else kohya
 
 
 def _known(denoiser: Drawer, parts: dict[str, nn.Module], names: Sequence[str]) -> bool:
@@ -249,7 +243,7 @@ def _table(denoiser: Drawer, module: nn.Module, *, network: bool) -> dict[str, s
     layers = ((n, m) for n, m in module.named_modules() if ".base_layer" not in n and not is_adapter(n))
     names = [n for n, m in layers if isinstance(_base(m), wanted)]
     found = {name.replace(".", "_"): name for name in names}
-    kohya = _one_to_one(denoiser) if network else None
+    kohya = one_to_one(denoiser) if network else None
     if kohya is None:
         return found
     for name in names:
@@ -415,8 +409,8 @@ def save_lora(denoiser: Denoiser, network: nn.Module, folder: str | Path) -> Pat
 
 def lycoris_tensors(denoiser: Denoiser, network: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The LoHa or LoKr of a network by the names of LyCORIS, which ComfyUI and A1111 read."""
-    kohya = denoiser.kohya
-    if kohya is None or kohya.parts is not None:
+    kohya = one_to_one(denoiser)
+    if kohya is None:
         raise ValueError(f"the layers of {denoiser.card.pipeline} have no names of their own there: see check_adapter")
     tensors: dict[str, Tensor] = {}
     for module, layer in lycoris_layers(network).items():

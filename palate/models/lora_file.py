@@ -139,7 +139,7 @@ class Layer:
     @property
     def kind(self) -> str:
         found = self.lycoris
-        return {"hada": "loha", "lokr": "lokr"}[found.mark] if found else "dora" if "magnitude" in self.tensors else "lora"
+        return found.kind if found else "dora" if "magnitude" in self.tensors else "lora"
 
     @property
     def idle(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from palate.base.errors import UserError
-from palate.runs.evidence import cache_of, encoded_of, reader_of, validation_reader
+from palate.runs.evidence import encoded_of, reader_of, validation_reader
 from palate.runs.loading import at_home, denoiser_of
 from palate.runs.ready import check_cache, tell_needs
 from palate.runs.recipe import Recipe
@@ -28,9 +28,10 @@ def encode(recipe: Recipe, part: tuple[int, int] = (0, 1)) -> str:
     check_cache(recipe)
     reader, validation = reader_of(recipe), validation_reader(recipe)
     denoiser = denoiser_of(recipe)
-    tell_needs(recipe, denoiser, reader)
-    encoded, held_out, _ = encoded_of(recipe, denoiser, reader, validation, part)
+    with denoiser.encoding():
+        tell_needs(recipe, denoiser, reader)
+        encoded, held_out, _ = encoded_of(recipe, denoiser, reader, validation, part)
     count = len(encoded) + (0 if held_out is None else len(held_out))
     what = "pictures" if reader.single else "pairs"
     of = f", part {part[0] + 1} of {part[1]}," if part[1] > 1 else ""
-    return f"{count} {what}{of} encoded in {recipe.data.cache_dir}, which takes {cache_of(recipe).size / 1e9:.3g} GB"
+    return f"{count} {what}{of} encoded in {recipe.data.cache_dir}, which takes {encoded.cache.size / 1e9:.3g} GB"

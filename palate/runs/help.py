@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
-import typing
 from pathlib import Path
 
 from palate.base.options import as_yaml, help_lines, indented
 from palate.runs import library
 from palate.runs.methods import SPACES, objectives
-from palate.runs.recipe import OPTIONS, Recipe, load
+from palate.runs.recipe import OPTIONS, RECORDS, Recipe, load
 
 FEW = {
     "what learns from what": (
@@ -40,12 +38,6 @@ FEW = {
 """Options that most runs set, by heading."""
 
 
-def sections() -> dict[str, type]:
-    """The sections of a recipe that are a record of options, and that record."""
-    hints = typing.get_type_hints(Recipe)
-    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
-
-
 def train_help(name: str | None = None, *, everything: bool = False) -> str:
     """The help of ``palate train``.
 
@@ -64,15 +56,14 @@ def train_help(name: str | None = None, *, everything: bool = False) -> str:
             "",
         ]
     given = {name: getattr(getattr(recipe, section), name) for name, section in OPTIONS.items()} if recipe else {}
-    kinds = sections()
     if not everything:
         for heading, names in FEW.items():
             lines += [heading]
             for option in names:
-                lines += help_lines(kinds[OPTIONS[option]], given, [option])
+                lines += help_lines(RECORDS[OPTIONS[option]], given, [option])
             lines += [""]
         return "\n".join([*lines, *_method(recipe), "", _more(name if recipe else None)])
-    for section, kind in kinds.items():
+    for section, kind in RECORDS.items():
         lines += [section, *help_lines(kind, given), ""]
     return "\n".join([*lines, *_method(recipe)])
 

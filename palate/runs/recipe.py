@@ -34,9 +34,9 @@ from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions, P
 from palate.training.options import TrainOptions
 
 
-def _given(options: Any) -> str:
+def _given(options: Any) -> list[str]:
     """The names of those options that are not at their default."""
-    return ", ".join(f.name for f in fields(options) if getattr(options, f.name) != getattr(type(options)(), f.name))
+    return [f.name for f in fields(options) if getattr(options, f.name) != getattr(type(options)(), f.name)]
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Recipe:
                 )
             if given := _given(self.online):
                 raise UserError(
-                    f"without train_prompts these options do nothing: {given}; name train_prompts, or leave them out"
+                    f"without train_prompts these options do nothing: {', '.join(given)}; name train_prompts, or leave them out"
                 )
             return
-        if "train_data" in _given(self.data).split(", "):
+        if "train_data" in _given(self.data):
             raise UserError(
                 f"train_data {self.data.train_data} would not be read: with train_prompts the model draws what it learns "
                 "from; leave one of the two out"
@@ -140,7 +140,7 @@ class Recipe:
         """An objective that compares with the policy that drew, and the options of that policy."""
         name = self.objective["name"]
         if not self.method.names("old"):
-            if "old_decay" in _given(self.online).split(", "):
+            if "old_decay" in _given(self.online):
                 raise UserError(f"old_decay does nothing with objective {name}, which names no old policy: leave it out")
             return
         if self.policy.train_method != "lora":
@@ -159,18 +159,9 @@ def defaults() -> dict[str, Any]:
 
 
 SECTIONS = {f.name: f for f in fields(Recipe)}
-OPTIONS: dict[str, str] = {
-    leaf.name: section
-    for section, kind in (
-        ("model", ModelOptions),
-        ("data", DataOptions),
-        ("policy", PolicyOptions),
-        ("online", OnlineOptions),
-        ("training", TrainOptions),
-        ("evaluation", EvaluationOptions),
-    )
-    for leaf in fields(kind)
-}
+RECORDS: dict[str, type] = {n: kind for n, kind in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
+"""The sections that are a record of options, and that record."""
+OPTIONS: dict[str, str] = {leaf.name: section for section, kind in RECORDS.items() for leaf in fields(kind)}
 """Leaf name -> section."""
 
 
@@ -273,14 +264,12 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:
 
 def build(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Check nested dictionaries and make a :class:`Recipe`."""
-    kinds = typing.get_type_hints(Recipe)
     made: dict[str, Any] = {}
     for name, value in content.items():
         if name not in SECTIONS:
             raise UserError(f"{where}: unknown section {short(name)}{nearest(str(name), SECTIONS)}")
-        kind = kinds[name]
-        if dataclasses.is_dataclass(kind):
-            made[name] = section(kind, {} if value is None else value, f"{where}: {name}")  # type: ignore[arg-type]
+        if name in RECORDS:
+            made[name] = section(RECORDS[name], {} if value is None else value, f"{where}: {name}")
         elif value is not None:
             made[name] = {"name": value} if isinstance(value, str) else value
             if name == "objective" and not isinstance(made[name], dict):

@@ -12,8 +12,8 @@ from typing import Any
 from palate import spaces
 from palate.base.jsonl import JsonObject
 from palate.base.options import OneOf, Range, default_of, field_docs, ranges
-from palate.runs.help import sections
 from palate.runs.methods import AUTO, SPACES, objectives
+from palate.runs.recipe import RECORDS
 
 PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -25,7 +25,7 @@ def schema() -> JsonObject:
     parts: JsonObject = {
         "objective": _named(known, {"beta": {"anyOf": [{"type": "number"}, {"const": AUTO}]}}),
         "space": {"anyOf": [space, {"type": "array", "items": space}]},
-        **{name: _section(kind) for name, kind in sections().items()},
+        **{name: _section(kind) for name, kind in RECORDS.items()},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -44,7 +44,7 @@ from palate.runs.recipe import Recipe
 from palate.runs.sections import HELD_OUT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from palate.diffusion.denoising import Conditioning
     from palate.models.denoiser import Denoiser

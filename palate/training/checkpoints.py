@@ -11,10 +11,10 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 from torch import Tensor
 
 from palate.base.errors import UserError, first_line
+from palate.base.options import leaves
 
 MAY_DIFFER = frozenset(
     {
@@ -163,8 +164,8 @@ def check_recipe(
     Raises:
         UserError: names the keys that differ, with both values.
     """
-    now, unsaid = (dict(_flat(json.loads(json.dumps(values, default=str)))) for values in (recipe, defaults or {}))
-    saved = {key: value for key, value in unsaid.items() if key in now} | dict(_flat(checkpoint.recipe))
+    now, unsaid = (dict(leaves(json.loads(json.dumps(values, default=str)))) for values in (recipe, defaults or {}))
+    saved = {key: value for key, value in unsaid.items() if key in now} | dict(leaves(checkpoint.recipe))
     told = {key[1] for key in saved if key[0] == ORIGIN}
     free = {*may_differ, *(PATHS if told else (ORIGIN,))}
     differing = [key for key in {**saved, **now} if saved.get(key) != now.get(key) and not set(key) & free]
@@ -179,14 +180,6 @@ def check_recipe(
             f"{checkpoint.path} was trained otherwise: {changes}; resume with the same values, "
             "or begin anew in another output_dir"
         )
-
-
-def _flat(value: object, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    if isinstance(value, dict) and value:
-        for name, inner in cast("dict[object, object]", value).items():
-            yield from _flat(inner, (*key, str(name)))
-    else:
-        yield key, value
 
 
 def _all(output_dir: Path) -> list[Path]:

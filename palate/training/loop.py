@@ -435,8 +435,7 @@ class _Run:
         patience = self.options.early_stopping_patience
         if patience is None or not self._due(done, self.options.eval_steps):
             return False
-        device = next(iter(self.policy.parameters())).device
-        return bool(self.place.reduce(torch.tensor([float(self.main and self.waited >= patience)], device=device)) > 0)
+        return self.processes.any(self.main and self.waited >= patience)
 
     def _counted(self, items: int) -> dict[str, int | float]:
         rounds, seconds = self.data.rounds, round(time.monotonic() - self.began, 2)

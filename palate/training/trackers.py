@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from palate.base.errors import UserError
+from palate.base.options import leaves
 
 NEEDS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 """Name -> the module that it needs."""
@@ -120,9 +121,6 @@ class _Trackio:
         self.module.finish()
 
 
-def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, object]) -> dict[str, Any]:
     """Nested settings as ``objective.beta`` and its value."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+    return {".".join(names): value for names, value in leaves(settings) if value != {}}

@@ -6,9 +6,9 @@ from __future__ import annotations
 def records(verb: str) -> dict[str, type]:
     """The records of a verb's options by a heading; the heading is empty where there is one."""
     if verb == "train":
-        from palate.runs.help import sections
+        from palate.runs.recipe import RECORDS
 
-        return sections()
+        return RECORDS
     if verb == "vote":
         from palate.votes.exchange import ExportOptions as VotesOut
         from palate.votes.exchange import ImportOptions as VotesIn

@@ -11,16 +11,16 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from PIL import Image
 
 from palate.base.errors import UserError
 from palate.base.files import check_file, write_atomically
 from palate.data.images import decode
-from palate.data.votes import LABELS, Vote
+from palate.data.votes import LABELS, QUESTIONS, Vote
 from palate.evaluation import charts
 from palate.evaluation.compare import percent
-from palate.evaluation.report import embedded, page_style, sha256, tone
+from palate.evaluation.report import embedded, environment, page_style, sha256, tone
 from palate.evaluation.statistics import WinRate
 from palate.votes.results import Comparison, Rate
 
@@ -141,7 +141,7 @@ def _only(told: Told) -> Comparison | None:
 
 
 def _judged(folder: Path, votes: Sequence[Vote]) -> list[Judged]:
-    question = next((q for q in ("overall", "appeal", "following") if any(v["question"] == q for v in votes)), "")
+    question = next((q for q in QUESTIONS if any(v["question"] == q for v in votes)), "")
     pairs: dict[tuple[int, int], list[Vote]] = defaultdict(list)
     for vote in votes:
         if vote["question"] == question and not vote["repeat"]:
@@ -168,12 +168,6 @@ def _win(rate: Rate) -> WinRate:
 
 @cache
 def _templates() -> Environment:
-    found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "page"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    found = environment(Path(__file__).parent / "page")
     found.filters |= {"bar": charts.bar, "percent": percent, "sha256": sha256, "shown": embedded, "tone": tone, "win": _win}
     return found

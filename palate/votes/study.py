@@ -565,9 +565,8 @@ class Study:
         public = {row["id"]: row["public"] for row in raters}
         for row in self.store.rows("SELECT * FROM showings ORDER BY number"):
             pictures = (row["picture_0"], row["picture_1"])
-            rater, pair = public[row["rater"]], number.get(pictures)
-            check = row["mode"] == "check"
-            pair = None if check else pair
+            rater, check = public[row["rater"]], row["mode"] == "check"
+            pair = None if check else number.get(pictures)
             self._add(_Showing(row["id"], rater, pair, pictures, bool(row["swapped"]), bool(row["repeat"]), {}, check))
         for row in self.store.rows("SELECT id, showing, question, choice, undone FROM votes ORDER BY rowid"):
             self._votes[row["id"]] = (row["showing"], row["question"])

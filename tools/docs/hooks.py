@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from palate import spaces
 from palate.base.options import OneOf, Range, as_yaml, default_of, field_docs, ranges
-from palate.runs.help import sections
 from palate.runs.methods import SPACES, objectives
+from palate.runs.recipe import RECORDS
 from palate.verbs.every import records
 from palate.verbs.table import GROUPS
 
@@ -48,7 +48,7 @@ def options_page() -> str:
     lines = ["# All options", "", "Made from the records that check them; `palate VERB --help` tells the same.", ""]
     lines += ["## palate train", "", *_named("objective", {name: function for name, (function, _) in objectives().items()})]
     lines += _named("space", {name: getattr(spaces, name) for name in SPACES})
-    for name, kind in sections().items():
+    for name, kind in RECORDS.items():
         lines += [f"### {name}", "", " ".join(str(kind.__doc__).partition("\n\n")[0].split()), "", *_table(kind)]
     for verb in (verb for group in GROUPS.values() for verb in group if verb != "train"):
         for heading, kind in records(verb).items():
