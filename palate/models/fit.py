@@ -18,8 +18,12 @@ MORE_CHANNELS = {9: "inpainting", 8: "editing by instructions", 7: "upscaling", 
 """What a U-Net is for that takes more than latents of four channels, by how many it takes."""
 
 
-def check_sampler(config: Config, name: str) -> None:
-    """Raise ``UserError`` unless diffusers has the scheduler's class and makes one of the configuration."""
+def check_sampler(config: Config, name: str, *, draws: bool = False) -> None:
+    """Raise ``UserError`` unless diffusers has the scheduler's class and makes one of the configuration.
+
+    draws: also unless it samples, from the noise that its betas tell: a step is tried, of zeros. Some of diffusers' classes
+    invert, inpaint or correct instead, or have noise levels of their own.
+    """
     import diffusers
 
     kind = config.get("_class_name")
@@ -31,36 +35,36 @@ def check_sampler(config: Config, name: str) -> None:
             f"{diffusers.__version__} does not have{f' (the nearest: {near})' if near else ''}: write a class of diffusers "
             "into scheduler/scheduler_config.json, such as DDIMScheduler"
         )
-    try:
-        getattr(diffusers, kind).from_config(config)
-    except (TypeError, ValueError, ImportError, NotImplementedError, RuntimeError, KeyError) as error:
-        raise UserError(f"the scheduler of {name}, {_a(kind)}, cannot be made: {first_line(error)}") from error
-
-
-def try_sampler(config: Config, name: str) -> None:
-    """Raise ``UserError`` unless the scheduler samples, from the noise that its betas tell: a step is tried, of zeros.
-
-    Some of diffusers' classes invert, inpaint or correct instead, or have noise levels of their own.
-    """
-    import diffusers
-    import torch
-
-    kind = config["_class_name"]
-    sampler = getattr(diffusers, kind).from_config(config)
-    reason = "goes from pictures to noise" if "Inverse" in kind else ""
-    if "beta_schedule" not in signature(type(sampler).__init__).parameters:
+    made = getattr(diffusers, kind)
+    reason = ""
+    if draws and "beta_schedule" not in signature(made.__init__).parameters:
         reason = "has noise levels of its own"
-    try:
-        sampler.set_timesteps(2)
-        latents = torch.zeros(1, 4, 8, 8)
-        sampler.step(sampler.scale_model_input(latents, sampler.timesteps[0]), sampler.timesteps[0], latents)
-    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, ImportError, ZeroDivisionError) as error:
-        reason = reason or f"takes no step ({first_line(error)})"
+    elif draws and "Inverse" in kind:
+        reason = "goes from pictures to noise"
+    if not reason:
+        try:
+            sampler = made.from_config(config)
+        except (TypeError, ValueError, ImportError, NotImplementedError, RuntimeError, KeyError) as error:
+            raise UserError(f"the scheduler of {name}, {_a(kind)}, cannot be made: {first_line(error)}") from error
+        reason = _why_no_step(sampler) if draws else ""
     if reason:
         raise UserError(
             f"the scheduler of {name}, {_a(kind)}, {reason}: write one that draws pictures into "
             "scheduler/scheduler_config.json, such as DDIMScheduler"
         )
+
+
+def _why_no_step(sampler: Any) -> str:
+    """Empty if it takes one."""
+    import torch
+
+    try:
+        sampler.set_timesteps(2)
+        latents = torch.zeros(1, 4, 8, 8)
+        sampler.step(sampler.scale_model_input(latents, sampler.timesteps[0]), sampler.timesteps[0], latents)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, ImportError, ZeroDivisionError) as error:
+        return f"takes no step ({first_line(error)})"
+    return ""
 
 
 def check_steps(config: Config, num_inference_steps: int) -> None:

@@ -23,7 +23,7 @@ from palate.diffusion.schedule import FLOW, RectifiedFlow, Schedule, from_config
 from palate.models.adapters import is_adapter
 from palate.models.denoiser import Card, Features, Kohya
 from palate.models.drawing import Drawing, check_strength
-from palate.models.fit import Config, check_class, check_sampler, check_steps, text_config, try_sampler
+from palate.models.fit import Config, check_class, check_sampler, check_steps, text_config
 from palate.models.parts import Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
 from palate.models.refiner import Refiner
 
@@ -89,9 +89,7 @@ class Latent(ABC):
         self._scheduler_config = config = self._source.scheduler_config()
         self.sampler = str(config.get("_class_name", "unknown"))
         self.schedule = self._read_schedule(config)
-        check_sampler(config, name)
-        if not self.flow:  # whose steps are given their noise levels by the pipeline
-            try_sampler(config, name)
+        check_sampler(config, name, draws=not self.flow)  # a flow's steps are given their noise levels by the pipeline
         self.vae, self.texts = self.vae_kind(self._source, dtype, self.part_name), self._text_encoders(self._source, dtype)
         self._check_parts()
         kind = getattr(diffusers, self.card.network)

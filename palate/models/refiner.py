@@ -15,7 +15,6 @@ from palate.models.fit import (
     check_sampler,
     check_text_width,
     text_config,
-    try_sampler,
 )
 from palate.models.parts import Remembered, Source, TextEncoder, zeros_like
 
@@ -34,8 +33,7 @@ def check_parts(source: Source) -> None:
     from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
 
     source.check_files(["unet", "text_encoder_2"])
-    check_sampler(source.scheduler_config(), source.name)
-    try_sampler(source.scheduler_config(), source.name)
+    check_sampler(source.scheduler_config(), source.name, draws=True)
     network = source.config(UNet2DConditionModel, "unet")
     check_class(network, "unet", source.name, "UNet2DConditionModel")
     check_channels(network, {}, "unet", source.name)  # latents are those of SDXL, of four channels
