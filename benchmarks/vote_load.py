@@ -104,7 +104,7 @@ class Rater(threading.Thread):
                 name = f"rater{self.number:04d}-{turn:04d}"
                 body = {"vote": name, "showing": state["open"][0]["id"], "question": "overall"}
                 began, slowed, retried = time.perf_counter(), self.slowed, self.retried
-                state = self.ask("POST", "/api/vote", {**body, "choice": ("left", "right")[turn % 2], "seconds": 0.5})
+                state = self.ask("POST", "/api/vote", {**body, "choice": ("1", "2")[turn % 2], "seconds": 0.5})
                 if (slowed, retried) == (self.slowed, self.retried):  # an answer, not a wait for a server that was killed
                     self.seconds.append(time.perf_counter() - began)
                 self.acknowledged.append(name)

@@ -107,7 +107,9 @@ def label(names: Mapping[str, str], row: Row, layout: tuple[str, ...]) -> float:
 def comparisons(names: Mapping[str, str], row: Row, layout: tuple[str, ...]) -> list[tuple[int, int, float]]:
     """All pairs i < j of several pictures, with the share of raters who put i first: exactly 0.5 is a tie.
 
-    An equal rank counts half to both. The layout of ``rankings`` is that of HPD v2's annotations (arXiv 2306.09341).
+    An equal rank counts half to both. In a ``ranking`` a picture without a rank (null) lies behind all that have one, and two
+    such are no pair: so a vote for the best of several is written. The layout of ``rankings`` is that of HPD v2's annotations
+    (arXiv 2306.09341).
     """
     images = row.get(names["images"])
     if not isinstance(images, list) or len(images) < 2:
@@ -118,7 +120,7 @@ def comparisons(names: Mapping[str, str], row: Row, layout: tuple[str, ...]) -> 
         what = "rankings" if kind == "rankings" else "numbers"
         raise BadValueError(column, f"must be a list of {what}, found {short(given)}")
     rankings = [
-        _ranks(column, ranks, len(images), what="rank" if kind != "scores" else "number")
+        _ranks(column, ranks, len(images), what="rank" if kind != "scores" else "number", partly=kind == "ranking")
         for ranks in (given if kind == "rankings" else [given])
     ]
     if kind == "scores":  # higher is better
@@ -126,14 +128,16 @@ def comparisons(names: Mapping[str, str], row: Row, layout: tuple[str, ...]) -> 
     votes = []
     for i, j in itertools.combinations(range(len(images)), 2):
         halves = sum(2 * (ranks[i] < ranks[j]) + (ranks[i] == ranks[j]) for ranks in rankings)
-        votes.append((i, j, halves / (2 * len(rankings))))
+        if any(min(ranks[i], ranks[j]) < math.inf for ranks in rankings):
+            votes.append((i, j, halves / (2 * len(rankings))))
     return votes
 
 
-def _ranks(column: str, ranks: object, count: int, *, what: str) -> Sequence[float]:
+def _ranks(column: str, ranks: object, count: int, *, what: str, partly: bool) -> Sequence[float]:
     if not isinstance(ranks, list) or len(ranks) != count:
         raise BadValueError(column, f"each must hold one {what} for each of {count} images: {short(ranks)}")
-    return [number(column, rank) for rank in ranks]
+    partly = partly and any(rank is not None for rank in ranks)
+    return [math.inf if rank is None and partly else number(column, rank) for rank in ranks]
 
 
 def picture(column: str, value: object, home: Home, check: Callable[[bytes], str]) -> bytes:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import sqlite3
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ from palate.base.files import check_file, write_atomically
 from palate.base.options import OneOf, check_ranges
 from palate.data import pickapic
 from palate.data.pairs import PreferencePair, read_pairs
-from palate.data.votes import LABELS, QUESTIONS, Vote, open_votes, valid_votes
+from palate.data.votes import LABELS, PLACES, QUESTIONS, Vote, open_votes, valid_votes
 from palate.votes.store import IMPORTED, NAME, Lock, Store
 
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
-COLUMNS = ("prompt", "image_0", "image_1", "label", "rater", "question", "choice", "model_0", "model_1", "seed", "created_at")
+COLUMNS = (
+    *("prompt", "image_0", "image_1", "label", "rater", "question", "choice", "model_0", "model_1", "seed", "created_at"),
+    "ranking_id",
+)
 PICKAPIC = {name: kind for name, kind in pickapic.TYPES.items() if name != "num_example_per_prompt"}
 
 
@@ -30,7 +34,8 @@ class ExportOptions:
     """Votes of a folder to a file that ``palate train --train_data FILE`` reads."""
 
     output: str
-    """``.parquet`` with Pick-a-Pic's columns and the pictures inside; ``.jsonl`` or ``.csv`` name the pictures' files."""
+    """``.parquet`` with Pick-a-Pic's columns and the pictures inside; ``.jsonl`` or ``.csv`` name the pictures' files. Of more
+    than two pictures at a time ``.jsonl`` has rankings."""
     question: Annotated[str, OneOf(*QUESTIONS)] = "overall"
     """``overall``, ``appeal`` or ``following``."""
 
@@ -52,7 +57,10 @@ class ImportOptions:
 
 
 def export_votes(folder: str | Path, options: ExportOptions) -> str:
-    """Write the votes on one question, one a row; planned repeats and skipped pairs are left out, both bad counts as a tie.
+    """Write the votes on one question; planned repeats and skipped pairs are left out, both bad counts as a tie.
+
+    A row is what a vote says of two pictures; those of one vote have the same ``ranking_id``. JSONL has rankings
+    instead, one a vote, if more than two were shown at a time: 1 for the best, null for the others, of which no more is said.
 
     Returns a sentence about what was written. Raises ``UserError`` for no votes, an unknown ending, or a JSONL or CSV file
     from which the pictures could not be named without leaving its folder.
@@ -73,12 +81,14 @@ def export_votes(folder: str | Path, options: ExportOptions) -> str:
     for name in {v[side] for v in votes for side in ("image_0", "image_1")}:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{folder / NAME} names the picture {name}, outside {folder}: it is from elsewhere, or damaged")
-    kept = [v for v in votes if all((folder / v[side]).is_file() for side in ("image_0", "image_1"))]
+    gone = {v["id"] for v in votes if not all((folder / v[side]).is_file() for side in ("image_0", "image_1"))}
+    kept = [v for v in votes if v["id"] not in gone]
     if not kept:
         raise UserError(f"none of the pictures that were voted on is left in {folder}")
     kinds[output.suffix](kept, folder, output)
-    lost = len(votes) - len(kept)
-    return f"wrote {len(kept)} votes to {output}" + (f"; {lost} were left out, their pictures are gone" if lost else "")
+    given, wrote = (len({v["id"] for v in found}) for found in (votes, kept))
+    lost = given - wrote
+    return f"wrote {wrote} votes to {output}" + (f"; {lost} were left out, their pictures are gone" if lost else "")
 
 
 def import_votes(folder: str | Path, options: ImportOptions) -> str:
@@ -134,9 +144,11 @@ def _add(store: Store, folder: Path, pairs: Iterable[PreferencePair], question: 
         rater, public = store.add_rater("", None, pair.rater or f"imported {Path(pair.source.partition(', row')[0]).stem}")
         pictures = (min(first, second), max(first, second))
         shown = store.rows(
-            "SELECT id FROM showings WHERE rater = ? AND picture_0 = ? AND picture_1 = ? AND repeat = 0", rater, *pictures
+            "SELECT id FROM showings WHERE rater = ? AND picture_0 = ? AND picture_1 = ? AND picture_2 IS NULL AND repeat = 0",
+            rater,
+            *pictures,
         )
-        showing = shown[0]["id"] if shown else store.add_showing(rater, pictures, swapped=False, repeat=False, mode="import")
+        showing = shown[0]["id"] if shown else store.add_showing(rater, pictures, arrangement=0, repeat=False, mode="import")
         name = _digest("\0".join((public, str(pictures), question)).encode())[:32]
         try:
             store.add_vote(name, showing, question, choice, None)
@@ -148,9 +160,10 @@ def _add(store: Store, folder: Path, pairs: Iterable[PreferencePair], question: 
 
 def _parquet(votes: list[Vote], folder: Path, output: Path) -> None:
     raters = {rater: i for i, rater in enumerate(dict.fromkeys(v["rater"] for v in votes))}
+    numbers = _numbers(votes)
 
     def rows() -> Iterator[Mapping[str, pickapic.Value]]:
-        for number, vote in enumerate(votes):
+        for vote in votes:
             image_0, image_1 = ((folder / vote[side]).read_bytes() for side in ("image_0", "image_1"))
             yield pickapic.row(
                 vote["prompt"],
@@ -160,7 +173,7 @@ def _parquet(votes: list[Vote], folder: Path, output: Path) -> None:
                 uids=(_digest(image_0)[:32], _digest(image_1)[:32]),
                 model_0=vote["model_0"],
                 model_1=vote["model_1"],
-                ranking_id=number,
+                ranking_id=numbers[vote["id"]],
                 user_id=raters[vote["rater"]],
                 created_at=vote["created"],
                 rater=vote["rater"],
@@ -170,17 +183,19 @@ def _parquet(votes: list[Vote], folder: Path, output: Path) -> None:
 
 
 def _jsonl(votes: list[Vote], folder: Path, output: Path) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _named(votes, folder, output)]
+    prefix = _prefix(folder, output)
+    rows = _rankings(votes, prefix) if any(len(v["shown"]) > 2 for v in votes) else _rows(votes, prefix)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_atomically(output, "".join(lines).encode())
 
 
 def _csv(votes: list[Vote], folder: Path, output: Path) -> None:
-    write_atomically(output, _table(_named(votes, folder, output)).encode())
+    write_atomically(output, _table(_rows(votes, _prefix(folder, output))).encode())
 
 
 def votes_csv(votes: Sequence[Vote]) -> str:
     """Votes as a table, with planned repeats left out; pictures are named as the folder of the votes has them."""
-    return _table(_row(vote, Path()) for vote in votes if not vote["repeat"])
+    return _table(_rows([vote for vote in votes if not vote["repeat"]], Path()))
 
 
 def _table(rows: Iterable[Mapping[str, object]]) -> str:
@@ -191,25 +206,52 @@ def _table(rows: Iterable[Mapping[str, object]]) -> str:
     return text.getvalue()
 
 
-def _named(votes: list[Vote], folder: Path, output: Path) -> Iterator[dict[str, object]]:
+def _prefix(folder: Path, output: Path) -> Path:
+    """How the file that is written names the folder."""
     here, base = folder.resolve(), output.parent.resolve()
     if not here.is_relative_to(base):
         raise UserError(
             f"{output} would name pictures outside its folder, which no reader follows: write it to "
             f"{folder / output.name}, or export .parquet, which holds the pictures"
         )
-    prefix = here.relative_to(base)
-    yield from (_row(vote, prefix) for vote in votes)
+    return here.relative_to(base)
 
 
-def _row(vote: Vote, prefix: Path) -> dict[str, object]:
-    return {
-        "prompt": vote["prompt"],
-        **{side: (prefix / vote[side]).as_posix() for side in ("image_0", "image_1")},
-        "label": LABELS[vote["choice"]],
-        **{name: vote[name] for name in ("rater", "question", "choice", "model_0", "model_1", "seed")},
-        "created_at": vote["created"],
-    }
+def _numbers(votes: Sequence[Vote]) -> dict[str, int]:
+    """A number for each vote."""
+    return {name: i for i, name in enumerate(dict.fromkeys(v["id"] for v in votes))}
+
+
+def _rows(votes: Sequence[Vote], prefix: Path) -> Iterator[dict[str, object]]:
+    numbers = _numbers(votes)
+    for vote in votes:
+        yield {
+            "prompt": vote["prompt"],
+            **{side: (prefix / vote[side]).as_posix() for side in ("image_0", "image_1")},
+            "label": LABELS[vote["choice"]],
+            **{name: vote[name] for name in ("rater", "question", "choice", "model_0", "model_1", "seed")},
+            "created_at": vote["created"],
+            "ranking_id": numbers[vote["id"]],
+        }
+
+
+def _rankings(votes: Sequence[Vote], prefix: Path) -> Iterator[dict[str, object]]:
+    together: dict[str, list[Vote]] = defaultdict(list)
+    for vote in votes:
+        together[vote["id"]].append(vote)
+    for said in together.values():
+        named = {v[f"picture_{n}"]: (v[f"image_{n}"], v[f"model_{n}"]) for v in said for n in (0, 1)}
+        best = {v[f"picture_{PLACES.index(v['choice'])}"] for v in said if v["choice"] in PLACES}
+        vote, shown = said[0], said[0]["shown"]
+        yield {
+            "prompt": vote["prompt"],
+            "images": [(prefix / named[number][0]).as_posix() for number in shown],
+            # Of two pictures, or if all are alike, the others' rank is known.
+            "ranking": [1 if number in best or not best else 2 if len(shown) == 2 else None for number in shown],
+            "models": [named[number][1] for number in shown],
+            **{name: vote[name] for name in ("rater", "question", "seed")},
+            "created_at": vote["created"],
+        }
 
 
 def _digest(data: bytes) -> str:

@@ -1,8 +1,9 @@
 """Who is shown which pair next: plain state without clock, files or chance, so that its laws can be tested.
 
-A *pair* is the number of a row of ``pairs``. A rater *takes* a pair, then *answers* or *skips* it; a pair that is held by
-as many raters as asked is dealt to no other. The order is that of uncertainty sampling (Lewis and Gale 1994): pairs with
-fewer raters first, among those the ones whose two pictures are nearest in strength, then a shuffle of the rater's own.
+A *pair* is the number of a row of ``pairs``: two pictures, or up to four that are shown together. A rater *takes* a pair,
+then *answers* or *skips* it; a pair that is held by as many raters as asked is dealt to no other. The order is that of
+uncertainty sampling (Lewis and Gale 1994): pairs with fewer raters first, among those the ones whose pictures are nearest in
+strength, then a shuffle of the rater's own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import factorial
 
 import numpy as np
 
@@ -18,10 +20,10 @@ GAP = 8  # so many other pairs lie at least between a pair and its repeat, lest 
 
 @dataclass(frozen=True)
 class Dealt:
-    """A pair as one rater sees it: ``swapped`` puts its second picture on the left."""
+    """A pair as one rater sees it; ``arrangement`` is the number of the order in which its pictures stand."""
 
     pair: int
-    swapped: bool
+    arrangement: int
     repeat: bool = False
 
 
@@ -38,16 +40,19 @@ class _Rater:
 class Queue:
     """The state of all raters' queues.
 
-    ``pairs[i]`` are the numbers of two pictures, ``raters_per_pair`` how many people judge a pair, ``repeats`` the share of
+    ``pairs[i]`` are the numbers of its pictures, ``raters_per_pair`` how many people judge a pair, ``repeats`` the share of
     a rater's pairs that come again with sides changed (0 for none), ``seed`` decides shuffles and sides.
     """
 
-    def __init__(self, pairs: Sequence[tuple[int, int]], *, raters_per_pair: int, repeats: float = 0.0, seed: str = "") -> None:
+    def __init__(self, pairs: Sequence[tuple[int, ...]], *, raters_per_pair: int, repeats: float = 0.0, seed: str = "") -> None:
         self.pairs = list(pairs)
         self.raters_per_pair, self.repeats, self.seed = raters_per_pair, repeats, seed
         pictures = sorted({picture for pair in self.pairs for picture in pair})
         self._number = {picture: i for i, picture in enumerate(pictures)}
-        self._ends = np.array([(self._number[a], self._number[b]) for a, b in self.pairs], dtype=np.int64).reshape(-1, 2)
+        longest = max(map(len, self.pairs), default=2)
+        rows = [[self._number[p] for p in pair] for pair in self.pairs]
+        self._ends = np.array([row + row[:1] * (longest - len(row)) for row in rows], dtype=np.int64).reshape(-1, longest)
+        """The pictures of each pair; a shorter one has its first again, which changes no extent."""
         self.held = np.zeros(len(self.pairs), dtype=np.int64)
         """How many raters a pair has gone to, ``(pairs,)``."""
         self._points, self._seen = np.zeros(len(pictures)), np.zeros(len(pictures))
@@ -63,7 +68,8 @@ class Queue:
         """
         state = self._rater(rater)
         if (again := self._due_repeat(state)) is not None:
-            return Dealt(again, not self._swapped(rater, again), repeat=True)
+            last = factorial(len(self.pairs[again])) - 1
+            return Dealt(again, last - self._arrangement(rater, again), repeat=True)
         free = (self.held < self.raters_per_pair) & ~self._gone
         free[list({*state.taken, *state.open})] = False
         if not free.any():
@@ -71,13 +77,13 @@ class Queue:
         if champion is not None:
             challenged = free & (self._ends == self._number.get(champion, -1)).any(axis=1)
             free = challenged if challenged.any() else free
-        rates = (self._points + 1) / (self._seen + 2)
-        distance = np.round(np.abs(rates[self._ends[:, 0]] - rates[self._ends[:, 1]]), 1)
+        rates = ((self._points + 1) / (self._seen + 2))[self._ends]
+        distance = np.round(rates.max(axis=1) - rates.min(axis=1), 1)
         if state.noise is None:
             state.noise = np.random.default_rng(_number(self.seed, "order", rater)).random(len(self.pairs))
         rank = 2 * self.held + distance + 0.1 * state.noise  # fewest raters, then nearest in strength, then by chance
         pair = int(np.argmin(np.where(free, rank, np.inf)))
-        return Dealt(pair, self._swapped(rater, pair))
+        return Dealt(pair, self._arrangement(rater, pair))
 
     def take(self, rater: str, dealt: Dealt) -> None:
         """The rater now has this pair before them."""
@@ -91,23 +97,23 @@ class Queue:
 
     # Answers; none of them concern repeats, which measure consistency and nothing else --------------------------------------
 
-    def answer(self, rater: str, pair: int, label: float) -> None:
-        """``label`` is 1 for the pair's first picture, 0 for its second, 0.5 for neither."""
+    def answer(self, rater: str, pair: int, best: int | None) -> None:
+        """``best`` is the place of the preferred picture in the pair, None for a tie."""
         state = self._rater(rater)
         state.open.remove(pair)
         state.answered.add(pair)
-        self._score(pair, label, 1)
+        self._score(pair, best, 1)
 
     def skip(self, rater: str, pair: int) -> None:
         """The rater sees the pair no more; another may take it instead."""
         self._rater(rater).open.remove(pair)
         self.held[pair] -= 1
 
-    def undo_answer(self, rater: str, pair: int, label: float) -> None:
+    def undo_answer(self, rater: str, pair: int, best: int | None) -> None:
         state = self._rater(rater)
         state.answered.remove(pair)
         state.open.add(pair)
-        self._score(pair, label, -1)
+        self._score(pair, best, -1)
 
     def undo_skip(self, rater: str, pair: int) -> None:
         """Only where there is ``room``: others may have taken the place meanwhile."""
@@ -163,15 +169,14 @@ class Queue:
         old = state.taken[: max(0, dealt - GAP)]
         return next((p for p in old if p in state.answered and p not in state.repeated and not self._gone[p]), None)
 
-    def _swapped(self, rater: str, pair: int) -> bool:
-        a, b = self.pairs[pair]
-        return bool(_number(self.seed, "side", rater, str(a), str(b)) & 1)
+    def _arrangement(self, rater: str, pair: int) -> int:
+        pictures = self.pairs[pair]
+        return _number(self.seed, "side", rater, *map(str, pictures)) % factorial(len(pictures))
 
-    def _score(self, pair: int, label: float, sign: int) -> None:
-        first, second = self._ends[pair]
-        self._points[first] += sign * label
-        self._points[second] += sign * (1 - label)
-        self._seen[[first, second]] += sign
+    def _score(self, pair: int, best: int | None, sign: int) -> None:
+        ends = [self._number[p] for p in self.pairs[pair]]
+        self._points[ends] += 0.5 * sign if best is None else [float(sign * (place == best)) for place in range(len(ends))]
+        self._seen[ends] += sign
 
 
 def _number(*parts: str) -> int:

@@ -17,6 +17,7 @@ from palate.data.votes import LABELS, QUESTIONS, Vote
 from palate.evaluation.statistics import krippendorff_alpha
 
 DRAWS = 2000  # of the bootstrap of a category, of which there may be many
+CHOSEN = {"first": "preferred", "second": "preferred"}
 Pair = tuple[int, int]
 
 
@@ -100,6 +101,8 @@ class Results(TypedDict):
     votes: int
     raters_per_pair: int
     judged: int
+    at_once: int
+    """The most pictures that were shown together."""
     questions: dict[str, Question]
     raters: list[Rater]
 
@@ -107,19 +110,22 @@ class Results(TypedDict):
 def results(
     votes: Sequence[Vote], *, mode: str, raters_per_pair: int, checks: Mapping[str, tuple[int, int]] | None = None
 ) -> Results:
-    """Plain values for the owner's page, from rows of ``palate.data.votes.VALID`` in any order.
+    """Plain values for the owner's page, from ``palate.data.votes.valid_votes`` in any order.
 
     Per question: win rates of each two models over votes (ties as half; clusters are prompts), the majorities of pairs, and
-    Bradley-Terry strengths; Krippendorff's alpha (nominal) over pairs with two raters or more. Planned repeats count for
-    nothing but ``consistency``. ``checks``: by rater, attention checks passed and seen.
+    Bradley-Terry strengths; Krippendorff's alpha (nominal) over pairs with two raters or more. A vote for the best of several
+    pictures counts as one on each pair that it compares; two raters who choose at random then agree on half of the pairs
+    that both compare, as on single pairs. Planned repeats count for nothing but ``consistency``. ``checks``: by rater,
+    attention checks passed and seen.
     """
     fresh = [Counted(**v, label=LABELS[v["choice"]], pair=_pair(v)) for v in votes if not v["repeat"]]
     asked = [q for q in QUESTIONS if any(v["question"] == q for v in fresh)]
     return {
         "mode": mode,
-        "votes": len(fresh),
+        "votes": _votes(fresh),
         "raters_per_pair": raters_per_pair,
-        "judged": len({v["pair"] for v in fresh}),
+        "judged": len({v["shown"] for v in fresh}),
+        "at_once": max((len(v["shown"]) for v in fresh), default=2),
         "questions": {q: _question([v for v in fresh if v["question"] == q]) for q in asked},
         "raters": _raters(fresh, [v for v in votes if v["repeat"]], checks or {}),
     }
@@ -129,12 +135,16 @@ def _pair(vote: Vote) -> Pair:
     return vote["picture_0"], vote["picture_1"]
 
 
+def _votes(said: Sequence[Vote]) -> int:
+    return len({v["id"] for v in said})
+
+
 def _question(votes: list[Counted]) -> Question:
     across = [v for v in votes if v["model_0"] != v["model_1"]]
     models = sorted({v[side] for v in across for side in ("model_0", "model_1")})
     return {
-        "votes": len(votes),
-        "choices": dict(Counter("preferred" if v["choice"] in ("first", "second") else v["choice"] for v in votes)),
+        "votes": _votes(votes),
+        "choices": dict(Counter({v["id"]: CHOSEN.get(v["choice"], v["choice"]) for v in votes}.values())),
         "alpha": _alpha(votes),
         "comparisons": [
             _comparison(a, b, found)
@@ -211,7 +221,7 @@ def _raters(fresh: list[Counted], repeats: list[Vote], checks: Mapping[str, tupl
     by_unit: dict[tuple[Pair, str], list[Counted]] = defaultdict(list)
     for vote in fresh:
         by_unit[vote["pair"], vote["question"]].append(vote)
-    first = {(v["rater"], v["pair"], v["question"]): v["label"] for v in fresh}
+    first, again = _said(fresh), _said(repeats)
     found: list[Rater] = []
     for rater in dict.fromkeys(v["rater"] for v in fresh):
         own = [v for v in fresh if v["rater"] == rater]
@@ -221,20 +231,16 @@ def _raters(fresh: list[Counted], repeats: list[Vote], checks: Mapping[str, tupl
             for other in by_unit[v["pair"], v["question"]]
             if other["rater"] != rater
         ]
-        again = [
-            first[key] == LABELS[v["choice"]]
-            for v in repeats
-            if (key := (v["rater"], _pair(v), v["question"])) in first and v["rater"] == rater
-        ]
-        seconds = [v["seconds"] for v in own if v["seconds"] is not None]
+        same = [first[key] == said for key, said in again.items() if key[0] == rater and key in first]
+        seconds = [taken for taken in {v["id"]: v["seconds"] for v in own}.values() if taken is not None]
         found.append(
             {
                 "rater": rater,
                 "name": own[0]["name"],
-                "votes": len(own),
+                "votes": _votes(own),
                 "agreement": sum(others) / len(others) if others else None,
-                "same": sum(again),
-                "repeated": len(again),
+                "same": sum(same),
+                "repeated": len(same),
                 "seconds": median(seconds) if seconds else None,
                 "left": _left(own),
                 "passed": checks.get(rater, (0, 0))[0],
@@ -244,7 +250,15 @@ def _raters(fresh: list[Counted], repeats: list[Vote], checks: Mapping[str, tupl
     return sorted(found, key=lambda row: -row["votes"])
 
 
+def _said(votes: Sequence[Vote]) -> dict[tuple[str, tuple[int, ...], str], set[tuple[Pair, float]]]:
+    """By rater, pictures and question, all that a vote says."""
+    found: dict[tuple[str, tuple[int, ...], str], set[tuple[Pair, float]]] = defaultdict(set)
+    for v in votes:
+        found[v["rater"], v["shown"], v["question"]].add((_pair(v), LABELS[v["choice"]]))
+    return found
+
+
 def _left(votes: list[Counted]) -> float | None:
-    """How often the left picture was preferred: far from a half, somebody did not look."""
+    """How often, of each two pictures, the one that stands first was preferred: far from a half, somebody did not look."""
     sides = [(v["choice"] == "first") != bool(v["swapped"]) for v in votes if v["choice"] in ("first", "second")]
     return sum(sides) / len(sides) if sides else None

@@ -142,7 +142,13 @@ def make_app(study: Study, *, host: str = "127.0.0.1") -> Starlette:
     async def state(request: Request) -> Response:
         rater = rater_of(request)
         if rater is None:
-            about = {"mode": study.mode, "questions": study.questions, "pairs": len(study.pairs), "ended": study.ended}
+            about = {
+                "mode": study.mode,
+                "questions": study.questions,
+                "pairs": len(study.pairs),
+                "ended": study.ended,
+                "at_once": study.options.at_once,
+            }
             about |= {"until": _when(study), "thanks": study.options.thanks, "personal": bool(study.options.people)}
             return JSONResponse({"join": True, "form": form_token(request), **about})
         slow_down(reads, rater)

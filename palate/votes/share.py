@@ -17,7 +17,7 @@ from PIL import Image
 from palate.base.errors import UserError
 from palate.base.files import check_file, write_atomically
 from palate.data.images import decode
-from palate.data.votes import LABELS, QUESTIONS, Vote
+from palate.data.votes import PLACES, QUESTIONS, Vote
 from palate.evaluation import charts
 from palate.evaluation.compare import percent
 from palate.evaluation.report import embedded, environment, page_style, sha256, tone
@@ -34,7 +34,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Side:
-    """A picture of a pair, its model, and how many votes preferred it."""
+    """A picture, its model, and how many votes preferred it."""
 
     picture: Image.Image
     model: str
@@ -43,11 +43,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Judged:
-    """A pair and what was said of it."""
+    """Pictures that were shown together, and what was said of them."""
 
     prompt: str
     votes: int
-    sides: tuple[Side, Side]
+    sides: list[Side]
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,18 @@ def share(folder: str | Path, options: ShareOptions) -> str:
     if not (folder / NAME).is_file():
         raise UserError(f"{folder} holds no votes; 'palate vote {folder}' collects them")
     check_file(output, "output")
-    with closing(Lock(folder)), closing(Study(folder, VoteOptions(mode=_mode(folder), allow_different_settings=True))) as study:
+    asked = VoteOptions(**_asked(folder), allow_different_settings=True)
+    with closing(Lock(folder)), closing(Study(folder, asked)) as study:
         votes = study.votes_here()
         if not votes:
             raise UserError(f"{folder / NAME} holds no votes on its pictures yet")
-        write_atomically(output, result_page(study.folder, study.told(), votes).encode())
-    return f"wrote {output}: {len(votes)} votes, without the raters' names"
+        told = study.told()
+        write_atomically(output, result_page(study.folder, told, votes).encode())
+    return f"wrote {output}: {told['votes']} votes, without the raters' names"
 
 
-def _mode(folder: Path) -> str | None:
-    """How the latest votes were asked for."""
+def _asked(folder: Path) -> dict[str, str | int]:
+    """How the latest votes were asked for: their mode, and how many pictures at once."""
     import sqlite3
 
     from palate.data.votes import open_votes, unreadable
@@ -90,8 +92,10 @@ def _mode(folder: Path) -> str | None:
 
     connection = open_votes(folder / NAME)
     try:
-        query = "SELECT mode FROM showings WHERE mode IN ('compare', 'collect') ORDER BY number DESC LIMIT 1"
-        return next((row["mode"] for row in connection.execute(query)), None)
+        query = "SELECT mode, max(2 + (picture_2 IS NOT NULL) + (picture_3 IS NOT NULL)) FROM showings WHERE mode = ?"
+        latest = "SELECT mode FROM showings WHERE mode IN ('compare', 'collect') ORDER BY number DESC LIMIT 1"
+        found = connection.execute(latest).fetchone()
+        return {} if found is None else dict(zip(("mode", "at_once"), connection.execute(query, found).fetchone(), strict=True))
     except sqlite3.DatabaseError as error:
         raise unreadable(folder / NAME, error) from None
     finally:
@@ -100,7 +104,7 @@ def _mode(folder: Path) -> str | None:
 
 def result_page(folder: Path, told: Told, votes: Sequence[Vote]) -> str:
     """The page as text. ``votes`` are those that ``told`` counts; their pictures lie in ``folder``."""
-    seconds = [v["seconds"] for v in votes if v["seconds"] is not None]
+    seconds = [taken for taken in {v["id"]: v["seconds"] for v in votes}.values() if taken is not None]
     checked = sum(r["checked"] for r in told["raters"])
     return (
         _templates()
@@ -114,17 +118,26 @@ def result_page(folder: Path, told: Told, votes: Sequence[Vote]) -> str:
             titles=TITLES,
             shown=_judged(folder, votes),
             seconds=median(seconds) if seconds else None,
+            raters=_most_raters(votes),
             passed=sum(r["passed"] for r in told["raters"]) / checked if checked else None,
             day=f"{datetime.now():%d %B %Y}".lstrip("0"),
         )
     )
 
 
+def _most_raters(votes: Sequence[Vote]) -> int:
+    """How many people judged the same pictures, at most."""
+    raters: dict[tuple[int, ...], set[str]] = defaultdict(set)
+    for vote in votes:
+        raters[vote["shown"]].add(vote["rater"])
+    return max(map(len, raters.values()), default=0)
+
+
 def headline(told: Told) -> str:
     """What the votes say, in a sentence; the page of the owner has the same."""
     only = _only(told)
     if only is None:
-        return f"{told['votes']} votes on {told['judged']} pairs"
+        return f"{told['votes']} votes on {told['judged']} {'pairs' if told['at_once'] == 2 else 'sets'}"
     a, b, rate = only["a"], only["b"], only["win_rate"]
     if rate["low"] > 0.5:
         return f"{b} is preferred in {percent(rate['rate'])} % of the votes"
@@ -142,23 +155,31 @@ def _only(told: Told) -> Comparison | None:
 
 def _judged(folder: Path, votes: Sequence[Vote]) -> list[Judged]:
     question = next((q for q in QUESTIONS if any(v["question"] == q for v in votes)), "")
-    pairs: dict[tuple[int, int], list[Vote]] = defaultdict(list)
+    together: dict[tuple[int, ...], list[Vote]] = defaultdict(list)
     for vote in votes:
         if vote["question"] == question and not vote["repeat"]:
-            pairs[vote["picture_0"], vote["picture_1"]].append(vote)
-    groups = sorted(pairs.values(), key=lambda group: (group[0]["prompt"], group[0]["image_0"]))
+            together[vote["shown"]].append(vote)
+    groups = sorted(together.values(), key=lambda group: (group[0]["prompt"], group[0]["image_0"]))
     found: list[Judged] = []
     for group in groups[:: max(1, len(groups) // SHOWN)][:SHOWN]:
-        files = [folder / group[0][side] for side in ("image_0", "image_1")]
+        # Every vote speaks of all pictures of its showing, so that the group names them all.
+        named = {vote[f"picture_{n}"]: (vote[f"image_{n}"], vote[f"model_{n}"]) for vote in group for n in (0, 1)}
+        files = [folder / named[number][0] for number in group[0]["shown"]]
         if not all(file.is_file() and file.resolve().is_relative_to(folder.resolve()) for file in files):
             continue
         try:
-            one, other = (decode(file.read_bytes()) for file in files)
+            pictures = [decode(file.read_bytes()) for file in files]
         except (OSError, ValueError):
             continue
-        labels = [LABELS[vote["choice"]] for vote in group]
-        sides = Side(one, group[0]["model_0"], labels.count(1.0)), Side(other, group[0]["model_1"], labels.count(0.0))
-        found.append(Judged(group[0]["prompt"], len(group), sides))
+        preferred = {
+            vote["id"]: vote[f"picture_{0 if vote['choice'] == 'first' else 1}"] for vote in group if vote["choice"] in PLACES
+        }
+        chosen = list(preferred.values())
+        sides = [
+            Side(picture, named[number][1], chosen.count(number))
+            for number, picture in zip(group[0]["shown"], pictures, strict=True)
+        ]
+        found.append(Judged(group[0]["prompt"], len({vote["id"] for vote in group}), sides))
     return found
 
 

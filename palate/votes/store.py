@@ -16,33 +16,40 @@ from pathlib import Path
 from typing import NamedTuple
 
 from palate.base.errors import UserError
-from palate.data.votes import APPLICATION, VERSION, Vote, check_version, unreadable, valid_votes
+from palate.data.votes import (
+    APPLICATION,
+    INDEXES,
+    SHOWINGS,
+    SHOWN,
+    UPGRADE,
+    VERSION,
+    VOTES,
+    Vote,
+    check_version,
+    passed_checks,
+    run_statements,
+    unreadable,
+    valid_votes,
+)
 
 NAME = "votes.db"
 IMPORTED = "imported"
 """The folder beside the votes that holds pictures which came with imported ones, and the model they count as."""
 LARGEST = (1 << 63) - 1  # whole number that SQLite holds; ComfyUI's seeds reach twice as far
-TABLES = """
+TABLES = f"""
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE pictures (
     id INTEGER PRIMARY KEY, file TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, seed INTEGER, number INTEGER, model TEXT NOT NULL,
-    metadata TEXT NOT NULL DEFAULT '{}'
+    metadata TEXT NOT NULL DEFAULT '{{}}'
 );
 CREATE TABLE raters (
     id INTEGER PRIMARY KEY, public TEXT NOT NULL UNIQUE, name TEXT NOT NULL, token TEXT UNIQUE, created TEXT NOT NULL
 );
-CREATE TABLE showings (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, rater INTEGER NOT NULL REFERENCES raters,
-    picture_0 INTEGER NOT NULL REFERENCES pictures, picture_1 INTEGER NOT NULL REFERENCES pictures, swapped INTEGER NOT NULL,
-    repeat INTEGER NOT NULL, mode TEXT NOT NULL, created TEXT NOT NULL, CHECK (picture_0 < picture_1)
-);
-CREATE TABLE votes (
-    id TEXT NOT NULL PRIMARY KEY, showing TEXT NOT NULL REFERENCES showings (id), question TEXT NOT NULL,
-    choice TEXT NOT NULL CHECK (choice IN ('first', 'second', 'tie', 'bad', 'skip')), seconds REAL, created TEXT NOT NULL,
-    undone INTEGER NOT NULL DEFAULT 0
-);
-CREATE UNIQUE INDEX one_showing ON showings (rater, picture_0, picture_1, repeat);
-CREATE UNIQUE INDEX one_answer ON votes (showing, question) WHERE undone = 0;
+{SHOWINGS};
+{VOTES};
+{INDEXES};
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {VERSION}
 """
 
 
@@ -81,18 +88,18 @@ class Store:
 
     def _prepare(self) -> None:
         if self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            check_version(self._connection, self.path)  # there is but one version so far: nothing to bring up to date
+            version = check_version(self._connection, self.path)
             if (found := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(" ".join(found.split()))
+            if version < VERSION:
+                with self.writing():
+                    run_statements(self._connection, UPGRADE)
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute("PRAGMA foreign_keys = ON")
         if not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             with self.writing():
-                for statement in TABLES.split(";"):
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA application_id = {APPLICATION}")
-                self._connection.execute(f"PRAGMA user_version = {VERSION}")
+                run_statements(self._connection, TABLES)
 
     def _setting(self, name: str, make: Callable[[], str]) -> str:
         with self.writing():
@@ -165,14 +172,18 @@ class Store:
             made = self._connection.execute("INSERT INTO raters (public, name, token, created) VALUES (?, ?, ?, ?)", values)
             return int(made.lastrowid or 0), public
 
-    def add_showing(self, rater: int, pictures: tuple[int, int], *, swapped: bool, repeat: bool, mode: str) -> str:
-        """A new opaque name under which this rater is shown these two pictures; the lower number comes first."""
+    def add_showing(self, rater: int, pictures: tuple[int, ...], *, arrangement: int, repeat: bool, mode: str) -> str:
+        """A new opaque name under which this rater is shown these two to four pictures; the lower number comes first.
+
+        ``arrangement`` is how they stand: see ``palate.data.votes.standing``.
+        """
         name = secrets.token_urlsafe(12)
+        four = (*pictures, None, None)[:4]
         with self.writing():
             self._connection.execute(
-                "INSERT INTO showings (id, rater, picture_0, picture_1, swapped, repeat, mode, created) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (name, rater, *pictures, int(swapped), int(repeat), mode, _now()),
+                f"INSERT INTO showings (id, rater, {', '.join(SHOWN)}, arrangement, repeat, mode, created) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (name, rater, *four, arrangement, int(repeat), mode, _now()),
             )
         return name
 
@@ -205,9 +216,14 @@ class Store:
             raise unreadable(self.path, error) from None
 
     def valid_votes(self) -> list[Vote]:
-        """All votes that say something, repeats among them, as they came; see ``palate.data.votes.VALID``."""
+        """All votes that say something, repeats among them, as they came."""
         with self._lock:
             return valid_votes(self._connection, self.path)
+
+    def passed_checks(self) -> dict[str, tuple[int, int]]:
+        """By rater, attention checks passed and seen."""
+        with self._lock:
+            return passed_checks(self._connection, self.path)
 
 
 class Lock:

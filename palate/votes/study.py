@@ -26,7 +26,7 @@ from palate.base.files import write_atomically
 from palate.base.options import Count, OneOf, Port, Range, check_ranges
 from palate.data.plain import read_plain
 from palate.data.shards import PICTURES, is_litter
-from palate.data.votes import CHECKED, LABELS, QUESTIONS, SPOILT, Vote
+from palate.data.votes import PLACES, QUESTIONS, SHOWN, SPOILT, Vote, standing
 from palate.evaluation.manifest import MANIFEST, UNNAMED, Side, differences, has_pictures, read_manifest, read_settings
 from palate.evaluation.manifest import Picture as Listed
 from palate.votes.queue import Dealt, Queue
@@ -34,7 +34,7 @@ from palate.votes.results import Results, results
 from palate.votes.store import IMPORTED, Store
 
 MODES = ("compare", "collect")
-CHOICES = ("left", "right", "tie", "bad", "skip")
+CHOICES = ("1", "2", "3", "4", "tie", "bad", "skip")  # a number is that of the place where the better picture stands
 AHEAD = 4  # pairs a rater holds: the one before them and those whose pictures are fetched meanwhile
 MAX_BYTES, MAX_PIXELS = 64 << 20, 8192 * 8192  # of a picture that is shown
 LEASE = 20 * 60.0  # after so many seconds without a sign of life a rater's untouched pairs go to others
@@ -58,6 +58,8 @@ class VoteOptions:
     mode: Annotated[str, OneOf(*MODES)] | None = None
     """``compare`` (two models on the same prompt and seed) or ``collect`` (any two pictures of a prompt); compare unless given,
     where the folder has two models."""
+    at_once: Annotated[int, Range(at_least=2, at_most=len(SHOWN), expected="a whole number from 2 to 4")] = 2
+    """So many pictures are shown together at most; of 3 or 4 the best is chosen, which is then better than each other."""
     questions: Annotated[tuple[str, ...], OneOf(*QUESTIONS)] = ()
     """A list of ``overall``, ``appeal`` (the prompt is hidden), ``following``; all in compare, overall in collect."""
     raters: Count | None = None
@@ -88,6 +90,8 @@ class VoteOptions:
         self.closes()
         if len(set(self.people)) < len(self.people) or not all(name.strip() for name in self.people):
             raise UserError("people must have different names, which are not blank: each gets a link of their own")
+        if self.chain and self.at_once > 2:
+            raise UserError("chain challenges the better of two: leave it out, or at_once")
         if self.chain and self.mode == "compare":
             raise UserError(
                 "chain is for collecting pairs; in compare every pair is one prompt and seed: leave one of them out"
@@ -110,19 +114,18 @@ class _Showing:
     id: str
     rater: str
     pair: int | None  # None: no pair of this study, but of an earlier one in the same folder, or a check
-    pictures: tuple[int, int]
-    swapped: bool
+    pictures: tuple[int, ...]
+    arrangement: int
     repeat: bool
     votes: dict[str, tuple[str, str]]  # question -> choice, name of the vote
     check: bool = False
 
 
 class Shown(TypedDict):
-    """A pair as a rater's page shows it: opaque names of the pictures, and the questions answered so far."""
+    """A pair as a rater's page shows it: opaque names of the pictures as they stand, and the questions answered so far."""
 
     id: str
-    left: str
-    right: str
+    pictures: list[str]
     prompt: str
     answered: list[str]
 
@@ -142,6 +145,7 @@ class State(TypedDict):
     name: str
     mode: str
     questions: list[str]
+    at_once: int
     done: int
     left: int
     open: list[Shown]
@@ -181,7 +185,7 @@ class Study:
         sides, notes = find_sides(self.folder)
         listed = _listed(sides)
         self.mode = options.mode or ("compare" if not options.chain and _mostly_across(sides) else "collect")
-        rows = _across_models(listed) if self.mode == "compare" else _within_prompts(listed)
+        rows = _rows(listed, self.mode, options.at_once)
         if not rows:
             raise UserError(
                 f"{folder} has no two models with pictures of the same prompt and seed: generate both with the same "
@@ -207,7 +211,7 @@ class Study:
         self.pictures = {p.id: p for p in self.store.pictures()}
         self._opaque = {number: self._sign("picture", p.file)[:20] for number, p in self.pictures.items()}
         self._by_opaque = {name: number for number, name in self._opaque.items()}
-        self.pairs = [(min(ids[a], ids[b]), max(ids[a], ids[b])) for a, b in rows]
+        self.pairs = [tuple(sorted(ids[i] for i in row)) for row in rows]
         self.gone: set[int] = set()
         self._restore()
 
@@ -327,14 +331,14 @@ class Study:
     def votes_here(self) -> list[Vote]:
         """The votes on this study's pairs alone: others, imported or of another mode, answer other questions."""
         pairs = set(self.pairs)
-        return [vote for vote in self.store.valid_votes() if (vote["picture_0"], vote["picture_1"]) in pairs]
+        return [vote for vote in self.store.valid_votes() if vote["shown"] in pairs]
 
     def told(self) -> Told:
         """What the votes on this study's pairs say."""
-        every, here = self.store.valid_votes(), self.votes_here()
-        checks = {row["rater"]: (row["passed"], row["seen"]) for row in self.store.rows(CHECKED)}
-        found = results(here, mode=self.mode, raters_per_pair=self.raters_per_pair, checks=checks)
-        return {**found, "pairs": len(set(self.pairs)), "gone": len(self.gone), "elsewhere": len(every) - len(here)}
+        here = self.votes_here()
+        elsewhere = {vote["id"] for vote in self.store.valid_votes()} - {vote["id"] for vote in here}
+        found = results(here, mode=self.mode, raters_per_pair=self.raters_per_pair, checks=self.store.passed_checks())
+        return {**found, "pairs": len(set(self.pairs)), "gone": len(self.gone), "elsewhere": len(elsewhere)}
 
     # Dealing --------------------------------------------------------------------------------------------------------------
 
@@ -347,7 +351,7 @@ class Study:
                 del open_[shown.id]
         while len(open_) < (1 if self.options.chain else AHEAD):
             if (check := self._due_check(rater)) is not None:
-                self._show(rater, Dealt(-1, bool(int(self._sign("side", f"{rater} {check}")[0], 16) & 1)), check)
+                self._show(rater, Dealt(-1, int(self._sign("side", f"{rater} {check}")[0], 16) & 1), check)
                 continue
             dealt = self.queue.choose(rater, self._champion(rater))
             if dealt is None:
@@ -359,13 +363,13 @@ class Study:
             self.queue.take(rater, dealt)
             self._show(rater, dealt, self.pairs[dealt.pair])
 
-    def _show(self, rater: str, dealt: Dealt, pictures: tuple[int, int]) -> None:
+    def _show(self, rater: str, dealt: Dealt, pictures: tuple[int, ...]) -> None:
         check = dealt.pair < 0
         mode, repeat = ("check", False) if check else (self.mode, dealt.repeat)
-        name = self.store.add_showing(self._ids[rater], pictures, swapped=dealt.swapped, repeat=repeat, mode=mode)
-        self._add(_Showing(name, rater, None if check else dealt.pair, pictures, dealt.swapped, repeat, {}, check))
+        name = self.store.add_showing(self._ids[rater], pictures, arrangement=dealt.arrangement, repeat=repeat, mode=mode)
+        self._add(_Showing(name, rater, None if check else dealt.pair, pictures, dealt.arrangement, repeat, {}, check))
 
-    def _due_check(self, rater: str) -> tuple[int, int] | None:
+    def _due_check(self, rater: str) -> tuple[int, ...] | None:
         """The attention check that is next for a rater, in an order of their own; None while there is none to come."""
         dealt, share = self._dealt[rater], self.options.checks
         # The first comes in the middle of the first 1 / share pairs: short studies have one too.
@@ -374,13 +378,13 @@ class Study:
         left = [pair for pair in self.checks if pair not in dealt]
         return min(left, key=lambda pair: self._sign("check", f"{rater} {pair}"), default=None)
 
-    def _make_checks(self, listed: Sequence[tuple[int, Listed]]) -> list[tuple[int, int]]:
+    def _make_checks(self, listed: Sequence[tuple[int, Listed]]) -> list[tuple[int, ...]]:
         """Pairs of a picture and its spoilt copy, which is written beside the votes."""
         if not self.options.checks:
             return []
         readable = (found for found in listed if (self.folder / found[1].file).is_file())
         chosen = sorted(readable, key=lambda found: _hash(found[1].file))[:CHECKS]
-        pairs = []
+        pairs: list[tuple[int, ...]] = []
         for number, picture in chosen:
             file = f"{SPOILT}/{_hash(picture.file)[:24]}.png"
             try:
@@ -397,7 +401,7 @@ class Study:
         if not self.options.chain or not self._done[rater]:
             return None
         shown = self._showings[self._votes[self._done[rater][-1]][0]]
-        return {1.0: shown.pictures[0], 0.0: shown.pictures[1]}.get(self._verdict(shown))
+        return self._preferred(shown)
 
     def _soon(self, rater: str) -> list[str]:
         """In a chain, where the next pair hangs on the answer: the pictures that any answer would bring."""
@@ -405,12 +409,12 @@ class Study:
         if not self.options.chain or shown is None or shown.pair is None:
             return []
         found: dict[int, None] = {}
-        for champion, label in ((shown.pictures[0], 1.0), (shown.pictures[1], 0.0), (None, 0.5)):
+        for best in (*range(len(shown.pictures)), None):
             if not shown.repeat:
-                self.queue.answer(rater, shown.pair, label)
-            dealt = self.queue.choose(rater, champion)
+                self.queue.answer(rater, shown.pair, best)
+            dealt = self.queue.choose(rater, None if best is None else shown.pictures[best])
             if not shown.repeat:
-                self.queue.undo_answer(rater, shown.pair, label)
+                self.queue.undo_answer(rater, shown.pair, best)
             found.update(dict.fromkeys(self.pairs[dealt.pair] if dealt else ()))
         return [self._opaque[number] for number in found]
 
@@ -448,8 +452,13 @@ class Study:
             raise RefusedError(409, "this pair is answered already, or enough people have judged it meanwhile")
         if question in shown.votes or question not in self.questions:
             raise RefusedError(409, "this question is answered already")
-        if choice in ("left", "right"):
-            choice = "first" if (choice == "left") != shown.swapped else "second"
+        if choice.isdigit():
+            stood = standing(range(len(shown.pictures)), shown.arrangement)
+            if int(choice) > len(stood):
+                raise RefusedError(
+                    400, f"this choice is among {len(stood)} pictures: expected 1 to {len(stood)}, found {choice}"
+                )
+            choice = PLACES[stood[int(choice) - 1]]
         if seconds is not None:
             seconds = min(max(seconds, 0.0), 3600.0)
         self.store.add_vote(name, shown.id, question, choice, seconds)
@@ -459,21 +468,26 @@ class Study:
         self._done[rater].append(name)
         self._settle(shown, before)
 
-    def _verdict(self, shown: _Showing) -> float | str | None:
-        """What a finished showing says of its first picture, or "skip"; None while questions are open."""
+    def _verdict(self, shown: _Showing) -> str | None:
+        """The choice that a finished showing counts for, "skip" among them; None while questions are open."""
         choices = {question: choice for question, (choice, _) in shown.votes.items()}
         if "skip" in choices.values():
             return "skip"
         if set(self.questions) - set(choices):
             return None
-        return LABELS[choices.get("overall", choices[self.questions[0]])]
+        return choices.get("overall", choices[self.questions[0]])
+
+    def _preferred(self, shown: _Showing) -> int | None:
+        """The picture that a finished showing prefers; None for no such."""
+        verdict = self._verdict(shown)
+        return shown.pictures[PLACES.index(verdict)] if verdict in PLACES else None
 
     def _closed(self, shown: _Showing) -> bool:
         """A skip that cannot be undone: others have taken the place."""
         skipped = shown.pair is not None and not shown.repeat and self._verdict(shown) == "skip"
         return skipped and not self.queue.room(shown.pair or 0)
 
-    def _settle(self, shown: _Showing, before: float | str | None) -> None:
+    def _settle(self, shown: _Showing, before: str | None) -> None:
         """Tell queue and list what a vote, or its undoing, changed."""
         after, queue = self._verdict(shown), self.queue
         if before == after:
@@ -481,12 +495,12 @@ class Study:
         if shown.pair is not None and not shown.repeat:
             if before == "skip":
                 queue.undo_skip(shown.rater, shown.pair)
-            elif isinstance(before, float):
-                queue.undo_answer(shown.rater, shown.pair, before)
+            elif before is not None:
+                queue.undo_answer(shown.rater, shown.pair, _best(before))
             if after == "skip":
                 queue.skip(shown.rater, shown.pair)
-            elif isinstance(after, float):
-                queue.answer(shown.rater, shown.pair, after)
+            elif after is not None:
+                queue.answer(shown.rater, shown.pair, _best(after))
         if after is None:
             self._open[shown.rater][shown.id] = shown
         else:
@@ -507,6 +521,7 @@ class Study:
             "name": self._names.get(rater, ""),
             "mode": self.mode,
             "questions": self.questions,
+            "at_once": self.options.at_once,
             "done": pairs_done,
             "left": 0 if self.ended else self.queue.left(rater) + len(self._open[rater]),
             "open": [] if self.ended else [self._told(s) for s in sorted(self._open[rater].values(), key=self._when)],
@@ -525,17 +540,14 @@ class Study:
         found: dict[int, None] = {}
         for name in reversed(self._done[rater]):
             shown = self._showings[self._votes[name][0]]
-            label = self._verdict(shown)
-            if not shown.check and label in (0.0, 1.0):
-                found[shown.pictures[0 if label else 1]] = None
+            if not shown.check and (picture := self._preferred(shown)) is not None:
+                found[picture] = None
         return [self._opaque[number] for number in found if number not in self.gone][:LIKED]
 
     def _told(self, shown: _Showing) -> Shown:
-        first, second = (self._opaque[p] for p in shown.pictures)
         return {
             "id": shown.id,
-            "left": second if shown.swapped else first,
-            "right": first if shown.swapped else second,
+            "pictures": [self._opaque[p] for p in standing(shown.pictures, shown.arrangement)],
             "prompt": self.pictures[shown.pictures[0]].prompt,
             "answered": list(shown.votes),
         }
@@ -554,7 +566,7 @@ class Study:
         self._ids = {row["public"]: row["id"] for row in raters}
         self._tokens = {row["token"]: row["public"] for row in raters if row["token"]}
         self._names = {row["public"]: row["name"] for row in raters}
-        self._dealt: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._dealt: dict[str, list[tuple[int, ...]]] = defaultdict(list)
         self._last_seen: dict[str, float] = {}
         self._showings: dict[str, _Showing] = {}
         self._order: dict[str, int] = {}
@@ -564,10 +576,10 @@ class Study:
         number = {pair: i for i, pair in enumerate(self.pairs)}
         public = {row["id"]: row["public"] for row in raters}
         for row in self.store.rows("SELECT * FROM showings ORDER BY number"):
-            pictures = (row["picture_0"], row["picture_1"])
+            pictures = tuple(row[name] for name in SHOWN if row[name] is not None)
             rater, check = public[row["rater"]], row["mode"] == "check"
             pair = None if check else number.get(pictures)
-            self._add(_Showing(row["id"], rater, pair, pictures, bool(row["swapped"]), bool(row["repeat"]), {}, check))
+            self._add(_Showing(row["id"], rater, pair, pictures, row["arrangement"], bool(row["repeat"]), {}, check))
         for row in self.store.rows("SELECT id, showing, question, choice, undone FROM votes ORDER BY rowid"):
             self._votes[row["id"]] = (row["showing"], row["question"])
             if not row["undone"]:
@@ -581,7 +593,7 @@ class Study:
             if shown.pair is None:
                 self._settle(shown, None)
                 continue
-            self.queue.take(shown.rater, Dealt(shown.pair, shown.swapped, shown.repeat))
+            self.queue.take(shown.rater, Dealt(shown.pair, shown.arrangement, shown.repeat))
             self._settle(shown, None)
         # What was let go of before is open again here: where others have taken the place, they keep it.
         for shown in self._showings.values():
@@ -719,6 +731,24 @@ def _mostly_across(sides: Sequence[Side]) -> bool:
     return 2 * len({i for pair in across for i in pair}) >= len(listed)
 
 
+def _rows(listed: Sequence[Listed], mode: str, at_once: int) -> list[tuple[int, ...]]:
+    """What is shown together: all pairs, or, of more at once, each picture in one set of its prompt (in compare, of its prompt
+    and seed, with one picture of each model), shuffled, the sets as even as can be."""
+    if at_once == 2:
+        return list(_across_models(listed) if mode == "compare" else _within_prompts(listed))
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, p in enumerate(listed):
+        key = (p.prompt, p.seed, p.index) if mode == "compare" else (p.prompt,)
+        if mode != "compare" or p.model not in {listed[j].model for j in groups.get(key, ())}:
+            groups.setdefault(key, []).append(i)
+    found: list[tuple[int, ...]] = []
+    for rows in groups.values():
+        shuffled = sorted(rows, key=lambda i: _hash(listed[i].file))
+        sets = -(-len(rows) // at_once)
+        found += [tuple(shuffled[n::sets]) for n in range(sets) if len(rows) > 1]
+    return found
+
+
 MANY = 64  # pictures of a prompt; of more, not all pairs are asked for: they would be thousands
 NEIGHBOURS = 31
 
@@ -793,6 +823,11 @@ def _without_texts(data: bytes) -> bytes:
             return b"".join(parts)
         at += 12 + length
     raise ValueError("is a PNG that ends too early")
+
+
+def _best(verdict: str) -> int | None:
+    """The place of the preferred picture; None for a tie, and where all are bad."""
+    return PLACES.index(verdict) if verdict in PLACES else None
 
 
 def _hash(token: str) -> str:

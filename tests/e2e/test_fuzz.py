@@ -338,7 +338,7 @@ def votes(rng: random.Random, folder: Path) -> Callable[[], object]:
     numbers = [store.add_picture(f"{i}.png", "a", seed=i, number=0, model=f"m{i}", metadata={}) for i in range(3)]
     rater, _ = store.add_rater("eve", None)
     for pair in ((0, 1), (1, 2)):
-        showing = store.add_showing(rater, (numbers[pair[0]], numbers[pair[1]]), swapped=False, repeat=False, mode="compare")
+        showing = store.add_showing(rater, (numbers[pair[0]], numbers[pair[1]]), arrangement=0, repeat=False, mode="compare")
         store.add_vote(f"{pair}", showing, "overall", rng.choice(["first", "second", "tie"]), 1.0)
     store.close()
     path = study / "votes.db"

@@ -76,7 +76,7 @@ TEXTS = [
 def test_no_text_is_a_fault_of_the_server(visitor, study_of, text):
     headers = {"X-Palate": visitor.form(), "Content-Type": "application/json"}
     shown = visitor.get("/api/state").json()["open"][0]
-    whole = {"vote": "vote-000001", "showing": shown["id"], "question": "overall", "choice": "left", "seconds": 1.0}
+    whole = {"vote": "vote-000001", "showing": shown["id"], "question": "overall", "choice": "1", "seconds": 1.0}
     for path, body in (
         ("/api/join", {"name": text}),
         ("/api/undo", {"vote": text}),

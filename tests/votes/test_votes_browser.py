@@ -148,10 +148,10 @@ def test_compare_by_keyboard(serve, visit):
     page.keyboard.press("z")
     assert page.locator("#zoom").get_attribute("aria-pressed") == "true"
     page.keyboard.press("f")
-    expect(page.locator("#right")).to_be_hidden()
+    expect(page.locator("#frame-2")).to_be_hidden()
     page.keyboard.press(" ")
-    expect(page.locator("#left")).to_be_hidden()
-    expect(page.locator("#right")).to_be_visible()
+    expect(page.locator("#frame-1")).to_be_hidden()
+    expect(page.locator("#frame-2")).to_be_visible()
     page.keyboard.press("f")
     page.keyboard.press("?")
     expect(page.locator("#help")).to_be_visible()
@@ -171,39 +171,39 @@ def test_collect_by_touch_on_a_phone(serve, visit):
     server = serve("--mode", "collect", prompts=2, per_prompt=2, models=("plain",))
     page = visit(server, PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    expect(page.locator("#right")).to_be_hidden()  # one at a time, at the full width
-    box = page.locator("#left").bounding_box()
+    expect(page.locator("#frame-2")).to_be_hidden()  # one at a time, at the full width
+    box = page.locator("#frame-1").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 360
     assert box["width"] > 300
-    expect(page.locator(".answer .left-word")).to_have_text("First")
+    expect(page.locator(".answer .word-1")).to_have_text("First")
     for button in page.locator("#ballot button:visible").all():
         assert button.bounding_box()["height"] >= 40
         assert button.bounding_box()["x"] + button.bounding_box()["width"] <= 360
     page.locator("#help-open").tap()
     expect(page.locator("#help-title")).to_be_in_viewport(ratio=1)  # a narrow page begins at its top
     page.locator("#help-close").tap()
-    page.locator(".answer .left-word").tap()  # of a picture that was not seen nothing is said: it is shown instead
-    expect(page.locator("#right")).to_be_visible()
+    page.locator(".answer .word-1").tap()  # of a picture that was not seen nothing is said: it is shown instead
+    expect(page.locator("#frame-2")).to_be_visible()
     expect(page.locator("#notice")).to_contain_text("now you have seen both")
     _count(page, 0, 2)
-    page.locator("#right").tap()  # flips back, and is no vote
-    expect(page.locator("#left")).to_be_visible()
+    page.locator("#frame-2").tap()  # flips back, and is no vote
+    expect(page.locator("#frame-1")).to_be_visible()
     page.locator("#zoom").tap()
-    page.locator("#left").tap()  # ends the zoom and is no vote
+    page.locator("#frame-1").tap()  # ends the zoom and is no vote
     _count(page, 0, 2)
-    page.locator(".answer .right-word").tap()
+    page.locator(".answer .word-2").tap()
     _count(page, 1, 2)
     page.locator("#undo").tap()
     _count(page, 0, 2)
     _ready(page)
     page.locator("#flicker").tap()  # both, above each other
-    for frame in (page.locator("#left"), page.locator("#right")):
+    for frame in (page.locator("#frame-1"), page.locator("#frame-2")):
         assert frame.bounding_box()["width"] > 150
-    expect(page.locator(".answer .left-word")).to_have_text("Upper")
+    expect(page.locator(".answer .word-1")).to_have_text("Upper")
     page.locator(".answer", has_text="Tie").tap()
     _ready(page)
-    page.locator("#right").tap()
+    page.locator("#frame-2").tap()
     expect(page.locator("#finished")).to_be_visible()
     assert [choice for choice, _ in _saved(server, 2)] == ["tie", "plain"]
     expect(page.locator("#liked img")).to_have_count(1)
@@ -223,10 +223,10 @@ def test_a_second_click_on_begin_is_no_vote_and_nothing_looks_chosen(serve, brow
     page.mouse.click(x, y)
     _ready(page)
     _count(page, 0, 4)
-    frame = page.locator("#left").bounding_box()
+    frame = page.locator("#frame-1").bounding_box()
     page.mouse.move(frame["x"] + 40, frame["y"] + 40)
     page.mouse.move(frame["x"] + 80, frame["y"] + 80)
-    ring = "getComputedStyle(document.querySelector('#left')).outlineStyle"
+    ring = "getComputedStyle(document.querySelector('#frame-1')).outlineStyle"
     assert page.evaluate(ring) == "solid"
     time.sleep(0.6)
     page.mouse.click(frame["x"] + 80, frame["y"] + 80)
@@ -267,11 +267,11 @@ def test_a_chain_has_every_possible_challenger_there(serve, visit):
         quiet = len(asked)
         while page.wait_for_timeout(500) or len(asked) > quiet:
             quiet = len(asked)
-        before = [page.locator(f"#{side}-picture").get_attribute("src") for side in ("left", "right")]
+        before = [page.locator(f"#frame-{side} img").get_attribute("src") for side in ("1", "2")]
         asked.clear()
         page.keyboard.press(("ArrowLeft", "ArrowRight", "ArrowDown")[turn % 3])
         expect(page.locator("#live")).to_contain_text(f"Pair {turn + 2}.")
-        now = [page.locator(f"#{side}-picture").get_attribute("src") for side in ("left", "right")]
+        now = [page.locator(f"#frame-{side} img").get_attribute("src") for side in ("1", "2")]
         if turn % 3 < 2:
             assert before[turn % 3] in now
         assert not [url for url in asked if url.endswith(tuple(now))]  # nothing that is shown had to be asked for
@@ -315,15 +315,15 @@ def test_reload_in_the_middle(serve, visit):
     page.keyboard.press("ArrowLeft")
     _count(page, 1, 4)
     _saved(server, 1)
-    before = page.locator("#left-picture").get_attribute("src")
+    before = page.locator("#frame-1 img").get_attribute("src")
     page.reload()
     _ready(page)
     _count(page, 1, 4)
-    assert page.locator("#left-picture").get_attribute("src") == before
+    assert page.locator("#frame-1 img").get_attribute("src") == before
     page.keyboard.press("u")  # what was done before the reload
     _count(page, 0, 4)
     _saved(server, 0)
-    assert page.locator("#left-picture").get_attribute("src") != before
+    assert page.locator("#frame-1 img").get_attribute("src") != before
 
 
 def test_the_server_is_killed_and_comes_back(serve, visit):
@@ -360,14 +360,54 @@ def test_a_picture_that_vanishes_is_skipped(serve, visit, tmp_path):
 
 def test_names_and_order_for_a_screen_reader(serve, visit):
     page = visit(serve())
-    assert page.locator("#left").get_attribute("aria-label") == "The left picture is better"
+    assert page.locator("#frame-1").get_attribute("aria-label") == "The left picture is better"
     expect(page.locator("#live")).to_contain_text("Pair 1. Which picture is more appealing?")
     order = []
     page.locator("#question").focus()
     for _ in range(8):
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.dataset.choice || document.activeElement.id"))
-    assert order == ["left", "right", "left", "tie", "bad", "right", "skip", "zoom"]  # undo has nothing to undo yet
+    assert order == ["1", "2", "1", "tie", "bad", "2", "skip", "zoom"]  # undo has nothing to undo yet
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
     _count(page, 1, 4)
+
+
+def test_best_of_four_by_key_and_on_a_phone(serve, visit):
+    server = serve(
+        "--mode", "collect", "--at_once", "4", "--repeats", "0", "--raters", "2", prompts=2, per_prompt=4, models=("plain",)
+    )
+    page = visit(server, name="Ann")
+    expect(page.locator("#question")).to_have_text("Which picture do you like best?")
+    expect(page.locator(".frame:visible")).to_have_count(4)
+    page.keyboard.press("ArrowLeft")  # of four, says nothing
+    _count(page, 0, 2)
+    boxes = [frame.bounding_box() for frame in page.locator(".frame:visible").all()]
+    assert len({(round(box["x"]), round(box["y"])) for box in boxes}) == 4
+    assert all(box["y"] + box["height"] <= page.locator("#answers").bounding_box()["y"] for box in boxes)
+    page.keyboard.press("3")
+    _count(page, 1, 2)
+    expect(page.locator("#live")).to_contain_text("Picture 3 is the best. Set 2.")
+    _ready(page)
+    time.sleep(0.6)
+    page.locator("#frame-4").click()
+    expect(page.locator("#finished-text")).to_contain_text("You have judged 2 sets.")
+    phone = visit(server, PHONE, name="Bob")
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 360
+    expect(phone.locator(".frame:visible")).to_have_count(1)  # one at a time; a tap shows the next
+    for button in phone.locator("#ballot button:visible").all():
+        assert button.bounding_box()["height"] >= 40
+        assert button.bounding_box()["x"] + button.bounding_box()["width"] <= 360
+    phone.locator(".answer[data-choice='2']:visible").tap()
+    expect(phone.locator("#notice")).to_contain_text("This is picture 2 of 4: look at the others, too.")
+    time.sleep(0.6)
+    phone.locator("#frame-2").tap()
+    phone.locator("#frame-3").tap()
+    expect(phone.locator("#frame-4")).to_be_visible()
+    phone.locator(".answer[data-choice='2']:visible").tap()
+    _count(phone, 1, 2)
+    phone.locator("#undo").tap()
+    _count(phone, 0, 2)
+    assert len(_saved(server, 2)) == 2
+    page.goto(server.owner)
+    expect(page.locator("#summary")).to_contain_text("2 of 2 sets judged, 2 votes by 1 rater")

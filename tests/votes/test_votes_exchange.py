@@ -25,7 +25,7 @@ def voted(tmp_path):
         rater = study.rater(study.join(name))
         for turn in range(6):
             shown = study.state(rater)["open"][0]
-            best = "left" if shown["left"] in tuned else "right"
+            best = "1" if shown["pictures"][0] in tuned else "2"
             choice = best if name == "Ann" else ("tie", "bad", "skip", best, best, best)[turn]
             for question in study.questions:
                 vote = f"{name}-{turn}-{question}"

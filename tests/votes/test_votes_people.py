@@ -58,7 +58,7 @@ def test_after_the_end_nobody_votes_and_everybody_is_thanked(open_study):
     study = open_study(until="2026-12-05T18:00", thanks="Cake at four.")
     rater = study.rater(study.join("Ann"))
     shown = study.state(rater)["open"][0]
-    study.vote(rater, name="vote-00000001", showing=shown["id"], question="overall", choice="left")
+    study.vote(rater, name="vote-00000001", showing=shown["id"], question="overall", choice="1")
     study.clock[0] = NOON + timedelta(hours=6)
     state = study.state(rater)
     assert (state["ended"], state["open"], state["left"], state["thanks"], state["name"]) == (
@@ -68,8 +68,8 @@ def test_after_the_end_nobody_votes_and_everybody_is_thanked(open_study):
         "Cake at four.",
         "Ann",
     )
-    assert state["liked"] == [shown["left"]]
-    other = {"name": "vote-00000002", "showing": study.state(rater)["rater"], "question": "overall", "choice": "left"}
+    assert state["liked"] == [shown["pictures"][0]]
+    other = {"name": "vote-00000002", "showing": study.state(rater)["rater"], "question": "overall", "choice": "1"}
     for attempt in (
         lambda: study.join("Bob"),
         lambda: study.vote(rater, **other),
@@ -90,7 +90,7 @@ def test_people_have_a_link_each_and_nobody_else_votes(open_study, client_of):
         assert device.get(f"/enter/{keys[0]}").headers["location"] == "/"
         state = device.get("/api/state").json()
         assert (state["name"], len(state["open"])) == ("Ann", 4)
-    assert phone.vote(state["open"][0]["id"], "overall", "left").status_code == 200
+    assert phone.vote(state["open"][0]["id"], "overall", "1").status_code == 200
     assert laptop.get("/api/state").json()["done"] == 1
     stranger = client_of(study, host="0.0.0.0")
     assert stranger.get("/enter/" + "0" * 32).status_code == 403
@@ -115,10 +115,10 @@ def test_checks_find_who_does_not_look_and_are_no_votes(open_study, tmp_path):
     awake, asleep = (study.rater(study.join(name)) for name in ("Ann", "Bob"))
 
     def look(shown) -> str:
-        return "left" if shown["right"] in spoilt else "right"
+        return "1" if shown["pictures"][1] in spoilt else "2"
 
     def sleep(shown) -> str:
-        return "right" if shown["right"] in spoilt else "left"
+        return "2" if shown["pictures"][1] in spoilt else "1"
 
     assert answer(study, awake, look) == answer(study, asleep, sleep) == 5  # four pairs, and one check among them
     told = study.told()
@@ -139,8 +139,8 @@ def test_a_check_that_was_open_is_open_after_a_restart_and_gone_without_checks(o
     study = open_study(checks=0.2)
     rater = study.rater(study.join())
     spoilt = {study._opaque[n] for n, p in study.pictures.items() if p.model == SPOILT}
-    while shown := [s for s in study.state(rater)["open"] if not spoilt & {s["left"], s["right"]}]:
-        study.vote(rater, name=f"vote-{shown[0]['id']}", showing=shown[0]["id"], question="overall", choice="left")
+    while shown := [s for s in study.state(rater)["open"] if not spoilt & {*s["pictures"]}]:
+        study.vote(rater, name=f"vote-{shown[0]['id']}", showing=shown[0]["id"], question="overall", choice="1")
     (check,) = study.state(rater)["open"]
     study.close()
     again = open_study(checks=0.2)
@@ -153,7 +153,7 @@ def test_the_page_of_results_stands_alone_and_names_nobody(open_study, tmp_path,
     study = open_study(raters=2, checks=0.2)
     for name in ("Ann <b>", "Bob"):
         rater = study.rater(study.join(name))
-        answer(study, rater, lambda shown: "left")
+        answer(study, rater, lambda shown: "1")
     study.close()
     output = tmp_path / "sent" / "results.html"
     output.parent.mkdir()
@@ -161,7 +161,7 @@ def test_the_page_of_results_stands_alone_and_names_nobody(open_study, tmp_path,
     assert "8 votes, without the raters' names" in capsys.readouterr().out
     page = output.read_text()
     assert "8 votes by 2 people" in page
-    assert "4 of 4 pairs judged, by up to 5 people each" in page
+    assert "4 of 4 pairs judged, by up to 2 people each" in page
     assert page.count("data:image/webp;base64,") == 8
     assert not re.search(r"Ann|Bob|rater-[0-9a-f]{6}", re.sub(r"base64,[^\"]*", "", page))
     assert not re.search(r"(src|href)=\"(?!data:)", page)
@@ -171,7 +171,7 @@ def test_the_page_of_results_stands_alone_and_names_nobody(open_study, tmp_path,
 def test_the_owner_saves_page_and_table(open_study, client_of):
     study = open_study(raters=1)
     rater = study.rater(study.join("=1+1"))
-    answer(study, rater, lambda shown: "left")
+    answer(study, rater, lambda shown: "1")
     visitor = client_of(study)
     for path in ("/results/page", "/results/votes.csv"):
         assert visitor.get(path).status_code == 403

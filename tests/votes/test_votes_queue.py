@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
+from math import factorial
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ class _Party:
         self.shown: dict[str, list[Dealt]] = {}
         self.holds: dict[str, set[int]] = {}
         self.away: dict[str, set[int]] = {}
-        self.done: dict[str, list[tuple[str, int, float]]] = {}
+        self.done: dict[str, list[tuple[str, int, int | None]]] = {}
         self.gone: set[int] = set()
 
     def move(self, rater: str, kind: str, choice: int) -> None:
@@ -42,7 +43,7 @@ class _Party:
         elif kind in ("answer", "skip") and holds:
             pair = sorted(holds)[choice % len(holds)]
             holds.remove(pair)
-            label = (choice % 3) / 2
+            label = (0, 1, None)[choice % 3]
             queue.answer(rater, pair, label) if kind == "answer" else queue.skip(rater, pair)
             done.append((kind, pair, label))
         elif kind == "undo" and done:
@@ -95,7 +96,9 @@ def test_laws(pictures, raters_per_pair, repeats, moves):
             if dealt.repeat:
                 first = next(j for j, other in enumerate(shown) if other.pair == dealt.pair)
                 assert i - first > GAP
-                assert dealt.swapped != shown[first].swapped
+                assert (
+                    dealt.arrangement + shown[first].arrangement == factorial(len(party.pairs[dealt.pair])) - 1
+                )  # the reverse
 
 
 @settings(max_examples=30, deadline=None)
@@ -112,7 +115,7 @@ def test_everyone_diligent_completes_everything(pictures, raters_per_pair, rater
                 assert queue.held[dealt.pair] == min(n for pair, n in enumerate(queue.held) if pair not in seen[name])
                 seen[name].add(dealt.pair)
                 queue.take(name, dealt)
-                queue.answer(name, dealt.pair, 1.0)
+                queue.answer(name, dealt.pair, 0)
         turns += 1
     assert set(queue.held) == {min(raters, raters_per_pair)}
     assert all(queue.left(name) == 0 for name in names)
@@ -124,8 +127,8 @@ def test_uncertain_pairs_come_first():
     pairs = [(0, 2), (1, 3), (0, 1), (0, 3), (2, 3), (1, 2)]
     queue = Queue(pairs, raters_per_pair=1)
     for pair in (0, 1):
-        queue.take("a", Dealt(pair, False))
-        queue.answer("a", pair, 1.0)
+        queue.take("a", Dealt(pair, 0))
+        queue.answer("a", pair, 0)
     first = []
     for _ in range(2):
         dealt = queue.choose("b")
@@ -137,9 +140,9 @@ def test_uncertain_pairs_come_first():
 def test_sides_are_a_fair_coin_of_rater_and_pair():
     pairs = list(combinations(range(30), 2))
     queue, again = (Queue(pairs, raters_per_pair=1, seed="s") for _ in range(2))
-    swapped = [queue._swapped("a", i) for i in range(len(pairs))]
-    assert swapped == [again._swapped("a", i) for i in range(len(pairs))]
-    assert swapped != [queue._swapped("b", i) for i in range(len(pairs))]
+    swapped = [queue._arrangement("a", i) for i in range(len(pairs))]
+    assert swapped == [again._arrangement("a", i) for i in range(len(pairs))]
+    assert swapped != [queue._arrangement("b", i) for i in range(len(pairs))]
     assert 0.4 < sum(swapped) / len(swapped) < 0.6  # 435 tosses: 4 standard deviations are 0.096
 
 
@@ -149,7 +152,7 @@ def test_the_champion_is_challenged_again():
     for _ in range(4):
         dealt = queue.choose("a", champion=3)
         queue.take("a", dealt)
-        queue.answer("a", dealt.pair, 1.0)
+        queue.answer("a", dealt.pair, 0)
         faced.append(queue.pairs[dealt.pair])
     assert all(3 in pair for pair in faced)
     assert 3 not in queue.pairs[queue.choose("a", champion=3).pair]
@@ -164,6 +167,6 @@ def test_planned_repeats(repeats, expected):
         queue.take("a", dealt)
         again += dealt.repeat
         if not dealt.repeat:
-            queue.answer("a", dealt.pair, 1.0)
+            queue.answer("a", dealt.pair, 0)
     # A quarter of 40 are 10, of which the 4th and 8th come before any pair is old enough.
     assert again == expected

@@ -33,10 +33,10 @@ def test_vote_undo_and_results(study_of, client_of):
     assert visitor.get("/api/state").json()["join"]
     visitor.join("Ann <script>")
     shown = visitor.get("/api/state").json()["open"][0]
-    assert visitor.get(f"/picture/{shown['left']}").content.startswith(b"\x89PNG")
+    assert visitor.get(f"/picture/{shown['pictures'][0]}").content.startswith(b"\x89PNG")
     for question in ("appeal", "overall", "following"):
-        assert visitor.vote(shown["id"], question, "left", f"named-{question}").status_code == 200
-    state = visitor.vote(shown["id"], "following", "left", "named-following").json()
+        assert visitor.vote(shown["id"], question, "1", f"named-{question}").status_code == 200
+    state = visitor.vote(shown["id"], "following", "1", "named-following").json()
     assert state["done"] == 1
     assert visitor.tell("/api/undo", vote="named-following").json()["open"][0]["answered"] == ["appeal", "overall"]
     assert visitor.get("/results").status_code == visitor.get("/api/results").status_code == 403
@@ -54,7 +54,7 @@ def test_results_are_of_the_pairs_at_hand(study_of, client_of):
         visitor = client_of(study)
         visitor.join()
         while shown := visitor.get("/api/state").json()["open"]:
-            visitor.vote(shown[0]["id"], "overall", "left")
+            visitor.vote(shown[0]["id"], "overall", "1")
     within = 3 * 6 - 6  # of four pictures of a prompt six pairs, of which two are of both models and one seed
     visitor.get(f"/enter/{study.key('owner')}")
     told = visitor.get("/api/results").json()
@@ -98,7 +98,7 @@ def test_the_page_has_nothing_inline_and_nothing_from_elsewhere():
 )
 def test_posting_from_elsewhere_is_refused(visitor, headers):
     shown = visitor.get("/api/state").json()["open"][0]
-    body = {"vote": "forged-vote", "showing": shown["id"], "question": "appeal", "choice": "left"}
+    body = {"vote": "forged-vote", "showing": shown["id"], "question": "appeal", "choice": "1"}
     assert visitor.tell("/api/vote", headers, **body).status_code == 403
     assert visitor.get("/api/state").json()["last"] is None
     same = {"Origin": "http://localhost:8421", "Sec-Fetch-Site": "same-origin"}
@@ -140,11 +140,11 @@ def test_no_path_leads_anywhere(visitor, name):
         (b"x" * 9000, 413),
         (b"not json", 400),
         (b"[1]", 400),
-        (b'{"vote": 3, "showing": "a", "question": "appeal", "choice": "left"}', 400),
-        (b'{"vote": "abcdefgh", "showing": "a", "question": "appeal", "choice": "left", "seconds": NaN}', 400),
-        (b'{"vote": "abcdefgh", "showing": "a", "question": "appeal", "choice": "left", "more": 1}', 400),
-        (b'{"vote": "abcdefgh", "showing": "a", "question": "appeal", "choice": "left"}', 404),
-        (b'{"vote": "abcdefgh", "showing": "a", "question": "apeal", "choice": "left"}', 400),
+        (b'{"vote": 3, "showing": "a", "question": "appeal", "choice": "1"}', 400),
+        (b'{"vote": "abcdefgh", "showing": "a", "question": "appeal", "choice": "1", "seconds": NaN}', 400),
+        (b'{"vote": "abcdefgh", "showing": "a", "question": "appeal", "choice": "1", "more": 1}', 400),
+        (b'{"vote": "abcdefgh", "showing": "a", "question": "appeal", "choice": "1"}', 404),
+        (b'{"vote": "abcdefgh", "showing": "a", "question": "apeal", "choice": "1"}', 400),
         (b"[" * 8000, 400),
     ],
 )
@@ -160,12 +160,12 @@ def test_another_raters_pair_is_not_mine(study_of, client_of):
     one.join()
     other.join()
     theirs = other.get("/api/state").json()["open"][0]["id"]
-    assert one.vote(theirs, "appeal", "left").status_code == 404
+    assert one.vote(theirs, "appeal", "1").status_code == 404
 
 
 def test_too_often(visitor):
     shown = visitor.get("/api/state").json()["open"][0]["id"]
-    answers = [visitor.vote(shown, "appeal", "left", "the-same-vote") for _ in range(60)]
+    answers = [visitor.vote(shown, "appeal", "1", "the-same-vote") for _ in range(60)]
     slow = [a for a in answers if a.status_code == 429]
     assert slow
     assert int(slow[0].headers["retry-after"]) >= 1
@@ -192,13 +192,13 @@ def test_a_full_disk_is_an_answer(study_of, client_of, monkeypatch, capsys):
         raise DiskError("database or disk is full")
 
     monkeypatch.setattr(study.store, "add_vote", full)
-    answer = visitor.vote(shown, "appeal", "left", "kept-later")
+    answer = visitor.vote(shown, "appeal", "1", "kept-later")
     assert answer.status_code == 507
     assert "disk is full" in answer.json()["error"]
     assert "votes.db" not in answer.json()["error"]
     assert "disk is full" in capsys.readouterr().err
     monkeypatch.undo()
-    assert visitor.vote(shown, "appeal", "left", "kept-later").json()["open"][0]["answered"] == ["appeal"]
+    assert visitor.vote(shown, "appeal", "1", "kept-later").json()["open"][0]["answered"] == ["appeal"]
 
 
 def test_many_threads_at_once(study_of):
@@ -214,7 +214,7 @@ def test_many_threads_at_once(study_of):
                 if not open_:
                     return
                 name = f"rater{number:02d}-{turn:02d}"
-                study.vote(rater, name=name, showing=open_[0]["id"], question="overall", choice="left")
+                study.vote(rater, name=name, showing=open_[0]["id"], question="overall", choice="1")
                 acknowledged.append(name)
         except Exception as error:
             errors.append(error)

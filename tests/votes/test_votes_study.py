@@ -19,7 +19,7 @@ def _join(study, name=""):
     return study.rater(study.join(name))
 
 
-def _answer(study, rater, choice="left", vote=None):
+def _answer(study, rater, choice="1", vote=None):
     """Answer the first open question of the rater's first pair; the new state."""
     state = study.state(rater)
     shown = state["open"][0]
@@ -50,8 +50,8 @@ def test_what_the_page_sees_tells_nothing_of_the_model(study_of):
     state = json.dumps(study.state(_join(study)))
     assert not any(word in state for word in ("plain", "tuned", ".png"))
     shown = study.state(_join(study))["open"][0]
-    for side in ("left", "right"):
-        data = study.picture(shown[side])
+    for side in (0, 1):
+        data = study.picture(shown["pictures"][side])
         assert b"parameters" not in data
         assert b"Model" not in data
 
@@ -86,7 +86,7 @@ def test_sides_are_counted_right(study_of, mode):
     tuned = {name for number, name in study._opaque.items() if study.pictures[number].model == "tuned"}
     sides = Counter()
     while study.state(rater)["open"]:
-        choice = "left" if study.state(rater)["open"][0]["left"] in tuned else "right"
+        choice = "1" if study.state(rater)["open"][0]["pictures"][0] in tuned else "2"
         sides[choice] += 1
         _answer(study, rater, choice)
     assert sides.total() == 24
@@ -99,7 +99,7 @@ def test_a_vote_sent_twice_counts_once(study_of):
     study = study_of(questions=("overall",))
     rater = _join(study)
     shown = study.state(rater)["open"][0]["id"]
-    vote = {"name": "the-same-vote", "showing": shown, "question": "overall", "choice": "left"}
+    vote = {"name": "the-same-vote", "showing": shown, "question": "overall", "choice": "1"}
     assert study.vote(rater, **vote)["done"] == study.vote(rater, **vote)["done"] == 1
     with pytest.raises(RefusedError, match="answered already"):
         study.vote(rater, **{**vote, "name": "another-name"})
@@ -112,7 +112,7 @@ def test_undo_and_undo_again(study_of):
     study = study_of(questions=("overall",))
     rater = _join(study)
     first = study.state(rater)["open"][0]["id"]
-    _answer(study, rater, "left", "vote-one")
+    _answer(study, rater, "1", "vote-one")
     _answer(study, rater, "skip", "vote-two")
     state = study.undo(rater, "vote-two")
     assert study.undo(rater, "vote-two") == state
@@ -121,7 +121,7 @@ def test_undo_and_undo_again(study_of):
     assert state["open"][0]["id"] == first
     assert (state["done"], state["last"]) == (0, None)
     assert not study.store.valid_votes()
-    _answer(study, rater, "right")
+    _answer(study, rater, "2")
     assert len(study.store.valid_votes()) == 1
 
 
@@ -130,9 +130,9 @@ def test_a_skip_whose_place_others_took_is_passed_over(study_of):
     study = study_of(prompts=2, raters=1, questions=("overall",), repeats=0.0)
     one, other = _join(study), _join(study)
     skipped = study.state(one)["open"][1]["id"]
-    _answer(study, one, "left", "vote-one")
+    _answer(study, one, "1", "vote-one")
     _answer(study, one, "skip", "vote-two")
-    _answer(study, other, "right")
+    _answer(study, other, "2")
     for again in range(2):
         told = study.undo(one, "vote-two")
         assert told["closed"] == skipped
@@ -175,7 +175,7 @@ def test_a_restart_goes_on_where_it_was(study_of):
         if chance.random() < 0.2 and state["last"]:
             study.undo(rater, state["last"]["vote"])
         elif state["open"]:
-            _answer(study, rater, chance.choice(["left", "right", "tie", "bad", "skip"]))
+            _answer(study, rater, chance.choice(["1", "2", "tie", "bad", "skip"]))
     before = [study.state(rater) for rater in raters]
     held = study.queue.held.tolist()
     study = study_of(prompts=10, repeats=0.3, raters=2)
@@ -207,7 +207,7 @@ def test_who_leaves_gives_their_pairs_to_others(study_of):
     now[0] += LEASE + 1
     assert len(study.state(other)["open"]) == AHEAD
     with pytest.raises(RefusedError, match="enough people"):
-        study.vote(gone, name="too-late-1", showing=held[0]["id"], question="overall", choice="left")
+        study.vote(gone, name="too-late-1", showing=held[0]["id"], question="overall", choice="1")
     assert study.state(gone)["open"] == []
 
 
@@ -217,7 +217,7 @@ def test_planned_repeats_measure_consistency_alone(study_of):
     study = study_of(prompts=14, repeats=0.2, questions=("overall",))
     rater = _join(study)
     while study.state(rater)["open"]:
-        _answer(study, rater, "left")  # sides change, so "always left" contradicts itself
+        _answer(study, rater, "1")  # sides change, so "always left" contradicts itself
     told = results(study.store.valid_votes(), mode="compare", raters_per_pair=5)
     assert told["votes"] == 14
     assert told["raters"][0]["repeated"] >= 1
@@ -229,13 +229,13 @@ def test_the_better_picture_is_challenged_again(study_of):
     study = study_of(prompts=2, per_prompt=4, models=("plain",), chain=True, repeats=0.0)
     rater = _join(study)
     shown = study.state(rater)["open"][0]
-    champion = shown["left"]
+    champion = shown["pictures"][0]
     for _ in range(3):
         shown = study.state(rater)["open"][0]
-        side = "left" if shown["left"] == champion else "right"
-        assert champion in (shown["left"], shown["right"])
+        side = "1" if shown["pictures"][0] == champion else "2"
+        assert champion in (shown["pictures"][0], shown["pictures"][1])
         _answer(study, rater, side)
-    assert champion not in (study.state(rater)["open"][0]["left"], study.state(rater)["open"][0]["right"])
+    assert champion not in (study.state(rater)["open"][0]["pictures"][0], study.state(rater)["open"][0]["pictures"][1])
 
 
 def test_whatever_the_answer_its_pictures_were_told_before(study_of):
@@ -246,10 +246,10 @@ def test_whatever_the_answer_its_pictures_were_told_before(study_of):
     while state["open"]:
         assert len(state["open"]) == 1
         held = study.queue.held.tolist()
-        there = {*state["soon"], state["open"][0]["left"], state["open"][0]["right"]}
-        state = _answer(study, rater, chance.choice(["left", "right", "tie", "bad", "skip"]))
+        there = {*state["soon"], state["open"][0]["pictures"][0], state["open"][0]["pictures"][1]}
+        state = _answer(study, rater, chance.choice(["1", "2", "tie", "bad", "skip"]))
         assert study.state(rater) == state  # looking ahead changes nothing
-        assert all({shown["left"], shown["right"]} <= there for shown in state["open"])
+        assert all({shown["pictures"][0], shown["pictures"][1]} <= there for shown in state["open"])
         assert sum(study.queue.held) <= sum(held) + 1
         seen += 1
     assert seen >= 18
@@ -259,10 +259,10 @@ def test_a_picture_deleted_while_serving(study_of, tmp_path, capsys):
     study = study_of(prompts=6, questions=("overall",))
     rater = _join(study)
     shown = study.state(rater)["open"][0]
-    number = study._by_opaque[shown["left"]]
+    number = study._by_opaque[shown["pictures"][0]]
     (tmp_path / study.pictures[number].file).unlink()
     with pytest.raises(RefusedError, match="gone"):
-        study.picture(shown["left"])
+        study.picture(shown["pictures"][0])
     assert shown["id"] not in [pair["id"] for pair in study.state(rater)["open"]]
     assert f"{study.pictures[number].file} is gone" in capsys.readouterr().err
     for file in tmp_path.glob("tuned/*.png"):
@@ -281,7 +281,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_kept(study_of):
     def until_full() -> None:
         nonlocal acknowledged
         while acknowledged < 2000:
-            _answer(study, rater, "left")
+            _answer(study, rater, "1")
             acknowledged += 1
             study.undo(rater, study.state(rater)["last"]["vote"])
 
@@ -289,7 +289,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_kept(study_of):
         until_full()
     connection.execute("PRAGMA max_page_count = 1000000")
     assert study.store.rows("SELECT count(*) FROM votes")[0][0] == acknowledged
-    _answer(study, rater, "left")
+    _answer(study, rater, "1")
     assert len(study.store.valid_votes()) == 1
 
 
@@ -522,7 +522,7 @@ def test_results_by_hand():
         {
             "id": f"{prompt}{rater}", "rater": f"r{rater}", "name": "", "picture_0": i, "picture_1": i + 10, "prompt": prompt,
             "model_0": "a", "model_1": "b", "metadata": "{}", "question": "overall", "choice": choice, "seconds": 2.0,
-            "swapped": 0, "repeat": 0,
+            "swapped": False, "repeat": 0, "shown": (i, i + 10),
         }
         for i, (prompt, row) in enumerate(said.items())
         for rater, choice in row

@@ -59,7 +59,7 @@ function strengths(rows) {
 function panel(name, found) {
   const c = found.choices;
   return make("section", "panel", make("h2", "", TITLES[name]), chips([
-    [String(found.votes), found.votes === 1 ? "vote" : "votes"], c.tie ? [String(c.tie), c.tie === 1 ? "tie" : "ties"] : null, c.bad ? [String(c.bad), "both bad"] : null,
+    [String(found.votes), found.votes === 1 ? "vote" : "votes"], c.tie ? [String(c.tie), c.tie === 1 ? "tie" : "ties"] : null, c.bad ? [String(c.bad), "all bad"] : null,
     found.alpha === null ? null : [found.alpha.toFixed(2), `Krippendorff’s alpha${found.alpha < 0.2 ? ": little agreement" : ""}`],
   ]), ...found.comparisons.flatMap(comparison), ...strengths(found.strengths));
 }
@@ -67,7 +67,7 @@ function panel(name, found) {
 function headline(told) {
   const first = (told.questions.overall ?? Object.values(told.questions)[0])?.comparisons ?? [];
   if (!told.votes) return "No votes yet";
-  if (first.length !== 1) return `${plural(told.votes, "vote")} on ${plural(told.judged, "pair")}`;
+  if (first.length !== 1) return `${plural(told.votes, "vote")} on ${plural(told.judged, told.at_once > 2 ? "set" : "pair")}`;
   const { a, b, win_rate: w } = first[0];
   if (w.low > 0.5) return `${b} is preferred in ${percent(w.rate)} of the votes`;
   if (w.high < 0.5) return `${a} is preferred in ${percent(1 - w.rate)} of the votes`;
@@ -82,7 +82,8 @@ function draw(told) {
   if ($("headline").textContent !== headline(told)) $("headline").textContent = headline(told);
   const elsewhere = told.elsewhere ? `; ${plural(told.elsewhere, "vote")} on pairs of another mode or from elsewhere not counted here` : "";
   const gone = told.gone ? `; ${plural(told.gone, "picture")} gone since` : "";
-  $("summary").textContent = `${told.judged} of ${plural(told.pairs, "pair")} judged, ${plural(told.votes, "vote")} by ${plural(told.raters.length, "rater")}; up to ${plural(told.raters_per_pair, "rater")} a pair${gone}${elsewhere}`;
+  const what = told.at_once > 2 ? "set" : "pair", best = told.at_once > 2 ? "; the best of a set counts as better than each other" : "";
+  $("summary").textContent = `${told.judged} of ${plural(told.pairs, what)} judged, ${plural(told.votes, "vote")} by ${plural(told.raters.length, "rater")}; up to ${plural(told.raters_per_pair, "rater")} a ${what}${best}${gone}${elsewhere}`;
   $("questions").replaceChildren(...Object.entries(told.questions).map(([name, found]) => panel(name, found)));
   $("raters").hidden = !told.raters.length;
   const share = (value) => (value === null ? "–" : percent(value));

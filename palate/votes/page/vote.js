@@ -2,17 +2,20 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const ASK = {
-  overall: ["Which picture do you prefer?", null],
-  appeal: ["Which picture is more appealing?", "The words behind it are hidden: judge by looks alone."],
-  following: ["Which picture follows the words better?", null],
+const HIDDEN = "The words behind it are hidden: judge by looks alone.";
+const ASK = { // of two pictures, and of more
+  overall: ["Which picture do you prefer?", "Which picture do you like best?", null],
+  appeal: ["Which picture is more appealing?", "Which picture is most appealing?", HIDDEN],
+  following: ["Which picture follows the words better?", "Which picture follows the words best?", null],
 };
-const SAID = { tie: "Tie.", bad: "Both bad.", skip: "Skipped." };
+const SAID = { tie: "Tie.", bad: "All bad.", skip: "Skipped." };
+const COUNTS = ["", "", "two", "three", "four"];
+const FRAMES = [...document.querySelectorAll(".frame")];
 const REST_PAIRS = 40, REST_MINUTES = 20;
 const EARLY = 180; // an answer sooner than so many milliseconds is a slip of the key
 const OPENING = 600; // and a click on a picture so soon after the ballot has come is the second of a double click
 
-let form = "", questions = [];
+let form = "", questions = [], atOnce = 2;
 let open = [], soon = [], past = [], done = 0, left = 0;
 let shownAt = 0, shown = "", said = "", sending = false, retry = null;
 let restedAt = Date.now(), sinceRest = 0, times = [];
@@ -50,6 +53,7 @@ const own = (pair) => ({ ...pair, answered: new Set(pair.answered) });
 
 function apply(state) {
   ({ questions, soon, done, left } = state);
+  atOnce = state.at_once;
   ended = state.ended;
   gratitude(state);
   open = state.open.map(own);
@@ -122,10 +126,13 @@ function invite(state) {
     only("finished");
     return;
   }
+  if (state.at_once > 2) $("welcome-title").textContent = "Which picture is best?";
   const count = ["", "One question", "Two quick questions", "Three quick questions"][state.questions.length];
   const until = state.until ? ` The page is open until ${state.until}.` : "";
   $("invitation").textContent =
-    `You will see two pictures at a time, made for the same words. ${count} a pair; arrow keys or a tap answer.${until}`;
+    state.at_once === 2
+      ? `You will see two pictures at a time, made for the same words. ${count} a pair; arrow keys or a tap answer.${until}`
+      : `You will see up to ${COUNTS[state.at_once]} pictures at a time, made for the same words. ${count} a set; a number key or a tap chooses the best.${until}`;
   only("welcome");
 }
 
@@ -145,7 +152,7 @@ function gratitude(state) {
 const question = () => (open.length ? questions.find((name) => !open[0].answered.has(name)) : undefined);
 
 function fetchAhead() {
-  const wanted = new Set([...open.flatMap((pair) => [pair.left, pair.right]), ...soon]);
+  const wanted = new Set([...open.flatMap((pair) => pair.pictures), ...soon]);
   for (const name of fetched.keys()) if (!wanted.has(name)) fetched.delete(name);
   for (const name of wanted) {
     if (fetched.has(name)) continue;
@@ -163,9 +170,9 @@ function show() {
   if (!asked) {
     shown = "";
     if (outbox.length) return; // the server says in a moment what comes next
-    const judged = done ? `You have judged ${done} ${done === 1 ? "pair" : "pairs"}. ` : "";
+    const judged = done ? `You have judged ${plural(done)}. ` : "";
     $("finished-text").textContent = judged + (ended ? "Voting is closed." : "That was all there is for you.");
-    $("finished-soft").textContent = ended ? "" : "Should pairs be added, they appear here by themselves.";
+    $("finished-soft").textContent = ended ? "" : "Should pictures be added, they appear here by themselves.";
     if ($("finished").hidden) say(`Thank you. ${$("finished-text").textContent}`);
     only("finished");
     return;
@@ -181,38 +188,58 @@ function show() {
   const anew = !shown.startsWith(`${pair.id} `);
   shown = now;
   shownAt = performance.now();
-  const [title, instead] = ASK[asked];
+  const [two, more, instead] = ASK[asked], title = pair.pictures.length > 2 ? more : two;
   $("question").textContent = title;
   $("prompt").textContent = instead ?? pair.prompt;
   $("prompt").className = instead ? "" : "said";
-  for (const side of ["left", "right"]) $(side).classList.remove("chosen", "other");
+  for (const frame of FRAMES) frame.classList.remove("chosen", "other");
   if (anew) {
-    place("left", pair.left);
-    place("right", pair.right);
+    $("stage").dataset.count = $("answers").dataset.count = pair.pictures.length;
+    FRAMES.forEach((frame, i) => place(frame, pair.pictures[i]));
+    for (const button of document.querySelectorAll(".answer.more")) button.hidden = button.dataset.choice > pair.pictures.length;
     zoom(false);
     seen = new Set();
-    flip(false);
+    flip(0);
+    arrange();
   }
-  say(`${said} Pair ${done + 1}. ${title} ${instead ?? pair.prompt}`.trim());
+  say(`${said} ${atOnce > 2 ? "Set" : "Pair"} ${done + 1}. ${title} ${instead ?? pair.prompt}`.trim());
   said = "";
 }
 
-function place(side, name) {
-  const picture = $(`${side}-picture`);
-  const fit = (from) => $(side).style.setProperty("--ratio", from.naturalWidth / from.naturalHeight);
+function place(frame, name) {
+  const picture = frame.querySelector("img");
+  frame.hidden = name === undefined;
+  picture.dataset.name = name ?? "";
+  if (name === undefined) return picture.removeAttribute("src");
+  const fit = (from) => {
+    frame.style.setProperty("--ratio", from.naturalWidth / from.naturalHeight);
+    frame.dataset.ratio = from.naturalWidth / from.naturalHeight;
+    arrange();
+  };
   const known = fetched.get(name);
   if (known?.naturalWidth) fit(known);
   picture.onload = () => fit(picture);
   picture.onerror = () => missing(picture, name);
-  picture.dataset.name = name;
   picture.src = `/picture/${name}`;
+}
+
+// As many columns as make the pictures largest.
+function arrange() {
+  const count = open[0]?.pictures.length ?? 2, { clientWidth, clientHeight } = $("stage");
+  const ratio = Math.max(...FRAMES.slice(0, count).map((frame) => Number(frame.dataset.ratio) || 1));
+  const rows = (columns) => Math.ceil(count / columns);
+  const width = (columns) => Math.min(clientWidth / columns, (clientHeight / rows(columns)) * ratio);
+  const columns = [...Array(count).keys()].map((i) => i + 1).reduce((best, next) => (width(next) >= width(best) ? next : best));
+  $("stage").style.setProperty("--columns", columns);
+  $("stage").style.setProperty("--rows", rows(columns));
+  words(columns);
 }
 
 async function missing(picture, name) {
   const status = await fetch(`/picture/${name}`).then((answer) => answer.status, () => 0);
-  if (picture.dataset.name !== name || !open.length || ![open[0].left, open[0].right].includes(name)) return;
+  if (picture.dataset.name !== name || !open.length || !open[0].pictures.includes(name)) return;
   if (status === 404 || status === 410) {
-    notice("A picture of that pair is gone: it was skipped.");
+    notice("A picture of those is gone: they were skipped.");
     answer("skip", true);
   } else {
     setTimeout(() => { if (picture.dataset.name === name) picture.src = `/picture/${name}?again=${Date.now()}`; }, 2000);
@@ -243,7 +270,7 @@ function resting() {
 function rest() {
   const pace = sinceRest ? (Date.now() - restedAt) / 60000 / sinceRest : 0;
   const remaining = pace && left ? `, about ${Math.max(1, Math.round(pace * left))} minutes at this pace` : "";
-  $("pause-text").textContent = `${done} ${done === 1 ? "pair" : "pairs"} judged, ${left} to go${remaining}.`;
+  $("pause-text").textContent = `${plural(done)} judged, ${left} to go${remaining}.`;
   only("pause");
   $("go-on").focus();
 }
@@ -257,12 +284,14 @@ function freshName() {
 function answer(choice, forced = false) {
   const asked = question(), taken = performance.now() - shownAt;
   if (!asked || $("ballot").hidden || shown !== `${open[0].id} ${asked}` || (!forced && taken < EARLY)) return;
-  if (!forced && single() && choice !== "skip" && seen.size < 2) {
-    flip(true);
-    notice("This is the second picture: now you have seen both, and can choose.");
+  const pair = open[0], vote = freshName(), count = pair.pictures.length;
+  if (choice > count) return;
+  if (!forced && single() && choice !== "skip" && seen.size < count) {
+    flip(pair.pictures.findIndex((_, i) => !seen.has(i)));
+    const all = count === 2 ? "now you have seen both, and can choose" : "now you have seen all, and can choose";
+    notice(`This is picture ${at + 1} of ${count}: ${seen.size === count ? all : "look at the others, too"}.`);
     return;
   }
-  const pair = open[0], vote = freshName();
   if (!forced) notice("");
   pair.answered.add(asked);
   past.push({ vote, question: asked, pair });
@@ -273,11 +302,8 @@ function answer(choice, forced = false) {
     sinceRest += 1;
     times.push(Date.now());
   }
-  if (choice === "left" || choice === "right") {
-    $(choice).classList.add("chosen");
-    $(choice === "left" ? "right" : "left").classList.add("other");
-  }
-  said = SAID[choice] ?? `${word(choice)} is better.`;
+  if (!SAID[choice]) FRAMES.forEach((frame) => frame.classList.add(frame.dataset.choice === choice ? "chosen" : "other"));
+  said = SAID[choice] ?? (count > 2 ? `Picture ${choice} is the best.` : `${word(choice - 1)} is better.`);
   const seconds = Math.round(taken) / 1000;
   setTimeout(show, 90); // long enough to see what was chosen
   post("vote", { vote, showing: pair.id, question: asked, choice, seconds });
@@ -306,23 +332,29 @@ function zoom(on) {
   $("zoom").setAttribute("aria-pressed", on);
 }
 
-let at = [50, 50];
+let aim = [50, 50];
 function pan(x, y) {
-  at = [x, y].map((value) => Math.min(100, Math.max(0, value)));
-  $("stage").style.setProperty("--x", `${at[0]}%`);
-  $("stage").style.setProperty("--y", `${at[1]}%`);
+  aim = [x, y].map((value) => Math.min(100, Math.max(0, value)));
+  $("stage").style.setProperty("--x", `${aim[0]}%`);
+  $("stage").style.setProperty("--y", `${aim[1]}%`);
 }
 
 // In a narrow window the left picture stands above.
-const stacked = () => $("stage").clientWidth <= $("stage").clientHeight;
-const WORDS = { one: { left: "First", right: "Second" }, above: { left: "Upper", right: "Lower" }, beside: { left: "Left", right: "Right" } };
-const word = (side) => WORDS[single() ? "one" : stacked() ? "above" : "beside"][side];
+const WORDS = { one: ["First", "Second"], above: ["Upper", "Lower"], beside: ["Left", "Right"] };
+let stood = "beside";
+const word = (i) => WORDS[single() ? "one" : stood][i];
+const plural = (count) => `${count} ${atOnce > 2 ? "set" : "pair"}${count === 1 ? "" : "s"}`;
 
-function words() {
-  for (const side of ["left", "right"]) {
-    for (const place of document.querySelectorAll(`.${side}-word`)) place.textContent = word(side);
-    $(side).setAttribute("aria-label", `The ${word(side).toLowerCase()} picture is better`);
-  }
+function words(columns) {
+  stood = columns === 1 ? "above" : "beside";
+  const many = open[0]?.pictures.length > 2;
+  FRAMES.forEach((frame, i) => {
+    const name = many ? String(i + 1) : word(i) ?? "";
+    for (const place of document.querySelectorAll(`.word-${i + 1}`)) place.textContent = name;
+    frame.setAttribute("aria-label", many ? `Picture ${name} is the best` : `The ${name.toLowerCase()} picture is better`);
+  });
+  for (const place of document.querySelectorAll(".bad-word")) place.textContent = many ? "All bad" : "Both bad";
+  for (const place of document.querySelectorAll(".tie-word")) place.textContent = many ? "All alike" : "Tie";
 }
 
 const single = () => $("stage").dataset.view === "one";
@@ -331,23 +363,27 @@ function flicker(on) {
   $("stage").dataset.view = on ? "one" : "side";
   $("flicker").setAttribute("aria-pressed", on);
   $("flip").hidden = !on;
-  words();
-  flip(false);
+  arrange();
+  flip(0);
 }
 
-function flip(right) {
-  seen.add(right ? "right" : "left");
-  $("left").classList.toggle("under", single() && right);
-  $("right").classList.toggle("under", single() && !right);
-  if (single()) say(`${word(right ? "right" : "left")} picture`);
+let at = 0; // the picture that is seen, where it is one at a time
+
+function flip(to) {
+  at = to;
+  if (single()) seen.add(at);
+  FRAMES.forEach((frame, i) => frame.classList.toggle("under", single() && i !== at));
+  if (single()) say(open[0]?.pictures.length > 2 ? `Picture ${at + 1}` : `${word(at)} picture`);
 }
 
 // Events -----------------------------------------------------------------------------------------------------------------
 
 const zoomed = () => $("stage").dataset.zoom === "on";
-const flipOver = () => { notice(""); flip(!$("left").classList.contains("under")); };
+const flipOver = () => { notice(""); flip((at + 1) % (open[0]?.pictures.length ?? 2)); };
+const ofTwo = (choice) => { if (open[0]?.pictures.length === 2) answer(choice); };
 const KEYS = {
-  ArrowLeft: () => answer("left"), ArrowRight: () => answer("right"), ArrowDown: () => answer("tie"),
+  ArrowLeft: () => ofTwo("1"), ArrowRight: () => ofTwo("2"), 1: () => answer("1"), 2: () => answer("2"), 3: () => answer("3"),
+  4: () => answer("4"), ArrowDown: () => answer("tie"),
   ArrowUp: () => answer("bad"), t: () => answer("tie"), b: () => answer("bad"), s: () => answer("skip"), u: undo,
   Backspace: undo, z: () => zoom(!zoomed()), f: () => flicker(!single()),
 };
@@ -363,7 +399,7 @@ document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const onButton = event.target instanceof HTMLButtonElement && !event.target.classList.contains("frame");
   if (event.shiftKey && zoomed() && key.startsWith("Arrow")) {
-    pan(at[0] + 10 * ((key === "ArrowRight") - (key === "ArrowLeft")), at[1] + 10 * ((key === "ArrowDown") - (key === "ArrowUp")));
+    pan(aim[0] + 10 * ((key === "ArrowRight") - (key === "ArrowLeft")), aim[1] + 10 * ((key === "ArrowDown") - (key === "ArrowUp")));
   } else if (key === " " && single() && !onButton) {
     if (!event.repeat) flipOver();
   } else if (KEYS[key] && !event.shiftKey) {
@@ -383,7 +419,7 @@ for (const button of document.querySelectorAll("[data-choice]")) {
     else answer(button.dataset.choice);
   });
 }
-for (const frame of document.querySelectorAll(".frame")) {
+for (const frame of FRAMES) {
   let from = null;
   frame.addEventListener("pointerdown", (event) => { from = [event.clientX, event.clientY]; });
   frame.addEventListener("pointermove", (event) => {
@@ -431,7 +467,7 @@ $("join").addEventListener("submit", async (event) => {
 });
 addEventListener("beforeunload", (event) => { if (outbox.length) event.preventDefault(); });
 addEventListener("online", send);
-new ResizeObserver(words).observe($("stage"));
+new ResizeObserver(arrange).observe($("stage"));
 setInterval(() => { if (!$("finished").hidden) refresh().catch(() => {}); }, 15000);
 
 (async function start() {
