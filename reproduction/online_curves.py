@@ -5,9 +5,9 @@
 Parts, in the order in which they should run:
 
 - tune: the learning rates of ``RATES`` for each method (for DDPO-IS with each of ``CLIPS``) on compressibility, with a seed
-  that no curve uses and 256 queries. The setting of the best mean reward of the last two rounds is kept in ``tuned.json``;
-  without it, the curves take the recipes' own. Pictures that high rates have blurred are small files too, so that RWR and
-  sparse RWR are tuned once more for the other rewards, on incompressibility with ``LOW_RATES``.
+  that no curve uses and 256 queries. The setting of the best mean reward of the last two rounds is kept in
+  ``measured/online-tuned.json``; without it, the curves take the recipes' own. Pictures that high rates have blurred are small
+  files too, so that RWR and sparse RWR are tuned once more for the other rewards, on incompressibility with ``LOW_RATES``.
 - curves: every method on every reward with every seed, all with the same number of reward queries.
 - generalisation: DDPO-IS for compressibility on six combinations of object and place (``miniature-gen-train``), compared with
   the base model on those, on other objects, on another place and on other combinations.
@@ -17,8 +17,8 @@ Parts, in the order in which they should run:
   RWR for prompt alignment on pictures drawn as they are compared: with guidance, in 15 steps.
 - plot: figures, picture grids and ``table.md`` of all that is finished.
 
-Every run is `palate train` in a process of its own with one thread; finished runs are not repeated, interrupted ones go on. The
-command of each is in its ``run.json``, its curve in ``curves/RUN.jsonl``.
+Every run has one thread; finished runs are not repeated, interrupted ones go on. Figures and ``table.md`` are written to
+``--output_dir``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from runs import PER_ROUND, Run, draw_curves, pyplot, read_curve, rewards_of, row, table_line, work
+from runs import PER_ROUND, Run, draw_curves, on_splits, pyplot, read_curve, rewards_of, row, split_table, work
+from runs import options as arguments
 
 METHODS = {
     "DDPO-IS": "miniature-ddpo-is",
@@ -50,7 +51,6 @@ CLIPS = (1e-3, 1e-2)
 LOW_RATES = (1e-4, 3e-4, 1e-3)
 RWR = ("RWR", "RWR-sparse")
 TUNING_SEED, TUNING_QUERIES = 100, 256
-SPLIT = ("train", "objects", "places", "combinations")
 GUARDS = ("tuned", "tuned-budget", "fast", "fast-budget")
 FASTER, KL_BUDGET = 3, 1.0
 
@@ -89,7 +89,7 @@ def tuning(given: argparse.Namespace) -> list[Run]:
 
 
 def curves(given: argparse.Namespace) -> list[Run]:
-    best = tuned(given.output_dir)
+    best = tuned(given.measured)
 
     def setting(method: str, reward: str) -> dict[str, float]:
         return best[f"{method}, incompress" if method in RWR and reward != "compress" else method]
@@ -103,21 +103,15 @@ def curves(given: argparse.Namespace) -> list[Run]:
 
 
 def generalisation(given: argparse.Namespace) -> list[Run]:
-    setting = tuned(given.output_dir)["DDPO-IS"]
-    lists = {part: f"miniature-gen-{part}" for part in SPLIT}
+    setting = tuned(given.measured)["DDPO-IS"]
     return [
-        Run(
-            f"generalisation-{seed}",
-            METHODS["DDPO-IS"],
-            options("compress", seed, given.queries, setting) | {"train_prompts": "miniature-gen-train"},
-            lists,
-        )
+        on_splits(f"generalisation-{seed}", METHODS["DDPO-IS"], options("compress", seed, given.queries, setting))
         for seed in given.seeds
     ]
 
 
 def overoptimisation(given: argparse.Namespace) -> list[Run]:
-    setting = {"learning_rate": 1e-3} | tuned(given.output_dir)["DDPO-IS"]
+    setting = {"learning_rate": 1e-3} | tuned(given.measured)["DDPO-IS"]
     fast = {"learning_rate": FASTER * setting["learning_rate"]}
     runs = []
     budget = {"kl_budget": KL_BUDGET}
@@ -131,7 +125,7 @@ def overoptimisation(given: argparse.Namespace) -> list[Run]:
 def others(given: argparse.Namespace) -> list[Run]:
     perceptual = {"space": "perceptual", "guidance_in_training": "false"}
     guided = {"sample_guidance_scale": 2.5, "guidance_in_training": "false", "sample_num_steps": 15}
-    slow = tuned(given.output_dir)["RWR, incompress"]
+    slow = tuned(given.measured)["RWR, incompress"]
     kinds = {
         "online-DPO": ("compress", "miniature-online-dpo", {}),
         "online-NCP-DPO": ("compress", "miniature-online-dpo", {**perceptual, "objective.beta": 7e5}),
@@ -155,17 +149,17 @@ PARTS = {
 
 def tuned(root: Path) -> dict[str, dict[str, float]]:
     """The chosen settings by name of the method, of RWR's also by ``METHOD, incompress``; empty where nothing was tuned."""
-    found = json.loads(path.read_text()) if (path := root / "tuned.json").is_file() else {}
+    found = json.loads(path.read_text()) if (path := root / "online-tuned.json").is_file() else {}
     return defaultdict(dict, {name: one["chosen"] for name, one in found.items()})
 
 
 def choose(given: argparse.Namespace) -> None:
     """The best setting of each method whose tuning is complete."""
-    found = json.loads(path.read_text()) if (path := given.output_dir / "tuned.json").is_file() else {}
+    found = json.loads(path.read_text()) if (path := given.measured / "online-tuned.json").is_file() else {}
     for method, reward in tunings(given):
         tried = []
         for setting in settings(method, reward):
-            _, means = rewards_of(read_curve(given.output_dir, tuning_name(method, reward, setting)))
+            _, means = rewards_of(read_curve(given.measured, tuning_name(method, reward, setting)))
             if means:
                 tried.append({**setting, "reward": statistics.mean(means[-2:])})
         if len(tried) == len(settings(method, reward)):
@@ -180,16 +174,18 @@ def choose(given: argparse.Namespace) -> None:
 
 def plot(given: argparse.Namespace) -> None:
     root = given.output_dir
+    root.mkdir(parents=True, exist_ok=True)
     table = [
         "| reward | method | queries | first round | last two: mean (each seed) | change | held out, before | after |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     table += plot_curves(given, root)
     for run in others(given):
-        if curve := read_curve(root, run.name):
+        if curve := read_curve(given.measured, run.name):
             reward = next(name for name, judge in REWARDS.items() if judge == run.options["rewards"])
             table.append(row(reward, run.name.removeprefix("others-"), [curve]))
-    table += ["", *generalisation_table(given, root), "", *plot_overoptimisation(root)]
+    splits = split_table(given.measured, "mini-sd", [f"generalisation-{seed}" for seed in given.seeds])
+    table += ["", *splits, "", *plot_overoptimisation(given.measured, root)]
     (root / "table.md").write_text("\n".join(table) + "\n")
     grids(given, root)
     print(f"wrote {root / 'table.md'}, its figures and grids")
@@ -201,7 +197,7 @@ def plot_curves(given: argparse.Namespace, root: Path) -> list[str]:
     rows = []
     for axis, reward in zip(axes[0], given.rewards, strict=True):
         for method in given.methods:
-            curves = [read_curve(root, f"{reward}-{method}-{seed}") for seed in given.seeds]
+            curves = [read_curve(given.measured, f"{reward}-{method}-{seed}") for seed in given.seeds]
             curves = [curve for curve in curves if curve]
             if not curves:
                 continue
@@ -214,20 +210,7 @@ def plot_curves(given: argparse.Namespace, root: Path) -> list[str]:
     return rows
 
 
-def generalisation_table(given: argparse.Namespace, root: Path) -> list[str]:
-    """A row for each judge and list of prompts: the base model's mean, and the difference that each seed's training made."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for part in SPLIT:
-        for seed in given.seeds:
-            path = root / f"generalisation-{seed}" / f"metrics-{part}.json"
-            for one in json.loads(path.read_text())["comparisons"] if path.is_file() else []:
-                change = "{difference:+.2f} ({low:+.2f} to {high:+.2f})".format(**one["difference"])
-                found.setdefault((one["judge"], part), [f"{one['mean_base']:.2f}"]).append(change)
-    head = ["judge", "prompts", "base", *(f"seed {seed}" for seed in given.seeds)]
-    return [table_line(cells) for cells in (head, ["---"] * len(head), *([*key, *found[key]] for key in sorted(found)))]
-
-
-def plot_overoptimisation(root: Path) -> list[str]:
+def plot_overoptimisation(measured: Path, root: Path) -> list[str]:
     plt = pyplot()
     names = ("reward_mean", "held_out/mini-heldout", "held_out/mini-clip", "kl_path")
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6))
@@ -236,7 +219,7 @@ def plot_overoptimisation(root: Path) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for guard in GUARDS:
-        curve = read_curve(root, f"overoptimisation-{guard}")
+        curve = read_curve(measured, f"overoptimisation-{guard}")
         if not curve:
             continue
         for axis, name in zip(axes, names, strict=True):
@@ -278,14 +261,11 @@ def grids(given: argparse.Namespace, root: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "plot"])
-    parser.add_argument("--output_dir", type=Path, default=Path("out/online"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=list(REWARDS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--queries", type=int, default=768, help=f"reward queries of a run, a multiple of {PER_ROUND}")
-    parser.add_argument("--processes", type=int, default=1, help="runs at once, one thread each")
     given = parser.parse_args()
     if given.queries % PER_ROUND:
         parser.error(f"--queries is {given.queries}; expected a multiple of {PER_ROUND}")
@@ -293,7 +273,7 @@ def main() -> None:
         if part == "plot":
             plot(given)
             continue
-        work(PARTS[part](given), given.output_dir, given.processes)
+        work(PARTS[part](given), given.output_dir, given.processes, given.measured)
         if part == "tune":
             choose(given)
 

@@ -1,85 +1,219 @@
-"""What the scripts beside this one share: `palate` run by run in processes of their own, and the curves of online training."""
+"""What the scripts beside this one share: runs of `palate` in a few processes, their results as small files, and tables.
+
+A run is trained, draws lists of prompts, and is judged; what is learned of it is ``measured/NAME.json`` (a run with rewards has
+its curve in ``measured/curves`` too). These files are all that tables and figures read: what they hold is not measured again.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+
+from palate.evaluation.statistics import mean_difference
 from palate.training.log import read_log
 
+MEASURED = Path(__file__).parent / "measured"
 PER_ROUND = 64
 """Pictures of a round in the miniature's recipes."""
-JUDGES = "[jpeg_compressibility, mini-clip, mini-heldout]"
+JUDGES = ("mini-heldout", "mini-pickscore", "mini-clip", "mini-aesthetic")
+"""Of pictures; the first neither labels nor rewards anything."""
+STEPS = 10
+"""Of drawing what is compared."""
+SPLIT = ("train", "objects", "places", "combinations")
+"""Six combinations of object and place that are trained on; other objects, another place, other combinations."""
+SPLIT_JUDGES = ("jpeg_compressibility", "mini-clip", "mini-heldout")
+SPLIT_PROMPTS = 48
+QUIET: dict[str, Any] = {
+    "evaluation_prompts": "null",
+    "validation_prompts": "[]",
+    "sample_steps": "null",
+    "eval_steps": "null",
+}
+"""Nothing is drawn by the training itself."""
+
+
+class Task(Protocol):
+    """What can be missing: it ends with ``measured/NAME.json``. cost: processor seconds that it takes about."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def cost(self) -> int: ...
+    def finished(self, measured: Path) -> bool: ...
+    def carry_out(self, root: Path, measured: Path) -> str: ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its name (and folder), recipe and overrides; then evaluations, each a list of prompts by name.
+    """One training run: its name (and folder), recipe and overrides; then lists of prompts that are drawn and judged.
 
-    base: where the base model's pictures for an evaluation are kept for the runs that share them.
+    before: makes what the run needs, such as its data, in the folder of all runs; called in the run's own process.
     """
 
     name: str
     recipe: str
     options: dict[str, Any]
-    evaluations: dict[str, str] = field(default_factory=dict)
-    judges: str = JUDGES
-    base: str | None = None
+    lists: tuple[str, ...] = ()
+    prompts: int = 64
+    judges: tuple[str, ...] = JUDGES
+    cost: int = 150
+    before: Callable[[Path], None] | None = field(default=None, compare=False)
+
+    def finished(self, measured: Path) -> bool:
+        alone = not self.lists and (measured / "curves" / f"{self.name}.jsonl").is_file()  # its curve is all that it gives
+        return alone or (measured / f"{self.name}.json").is_file()
+
+    def carry_out(self, root: Path, measured: Path) -> str:
+        """Train, draw and judge what is not there yet; returns what to tell."""
+        if self.before is not None:
+            self.before(root)
+        told = trained(self, root)
+        write_curve(root / self.name, measured / "curves" / f"{self.name}.jsonl")
+        told["scores"] = {prompts: drawn_and_judged(self, prompts, root, measured) for prompts in self.lists}
+        write_json(measured / f"{self.name}.json", told)
+        return f"{told['processor_seconds']} s of training"
 
 
-def work(runs: Iterable[Run], root: Path, processes: int = 1) -> None:
+# Carrying out ------------------------------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    """A command of palate did not come to its end; what it said is in a file."""
+
+
+def work(tasks: Iterable[Task], root: Path, processes: int = 1, measured: Path = MEASURED) -> None:
     """Carry out what is missing, so many runs at once, and tell of each. It can be stopped at any moment and goes on there."""
-    root.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(processes) as pool:
-        for told in pool.map(lambda run: carry_out(run, root), runs):
-            print(told, flush=True)
+    root, measured = root.resolve(), measured.resolve()
+    for folder in (root, measured / "curves"):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), os.chdir, (root,)) as pool:
+        waiting = [pool.submit(do, task, root, measured) for task in tasks if not task.finished(measured)]
+        try:
+            for one in waiting:
+                print(one.result(), flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            print("stopped; the same command goes on", flush=True)
 
 
-def carry_out(run: Run, root: Path) -> str:
-    """Train, and evaluate, what is not there yet; returns what to tell."""
-    out = root / run.name
-    words = ["train", run.recipe, "--output_dir", str(out)]
-    words += [word for name, value in run.options.items() for word in (f"--{name}", str(value))]
-    told = []
+def do(task: Task, root: Path, measured: Path) -> str:
+    """Carry out one task, if it is missing; a second process that has the same to do waits for the first."""
+    with locked(root / task.name):
+        if task.finished(measured):
+            return f"{task.name}: was finished"
+        try:
+            return f"{task.name}: {task.carry_out(root, measured)}"
+        except StoppedError as stop:
+            return f"{task.name}: {stop}"
+
+
+def trained(run: Run, root: Path) -> dict[str, Any]:
+    out, clock = root / run.name, root / f"{run.name}.seconds"
+    command = ["train", run.recipe, *(word for name, value in run.options.items() for word in (f"--{name}", str(value)))]
     if not (out / "pytorch_lora_weights.safetensors").is_file():
-        if any(out.glob("checkpoint-*")):
-            words += ["--resume_from_checkpoint", "latest"]
-        else:
+        resumed = any(out.glob("checkpoint-*"))
+        if not resumed:
             shutil.rmtree(out, ignore_errors=True)
-        if not palate(words, root / f"{run.name}.txt"):
-            return f"{run.name}: failed, see {root / run.name}.txt"
-        told.append("trained")
-    write_curve(out, root / "curves" / f"{run.name}.jsonl")
-    for part, prompts in run.evaluations.items():
-        if not (result := out / f"metrics-{part}.json").is_file():
-            asked = ["--evaluation_prompts", prompts, "--judges", run.judges]
-            drawn, shared = out / "evaluation" / "base", root / f"{run.base}-{part}"
-            if run.base and shared.is_dir() and not drawn.is_dir():
-                shutil.copytree(shared, drawn)  # the comparison draws only what is missing
-            if not palate(["evaluate", str(out), *asked], root / f"{run.name}.txt"):
-                return f"{run.name}: evaluation on {prompts} failed, see {root / run.name}.txt"
-            shutil.copy(out / "metrics.json", result)
-            if run.base and not shared.is_dir():
-                shutil.copytree(drawn, shared, dirs_exist_ok=True)
-            shutil.copy(out / "before_after.png", out / f"before_after-{part}.png")
-            told.append(f"evaluated on {prompts}")
-    return f"{run.name}: {', '.join(told) or 'was finished'}"
+            clock.unlink(missing_ok=True)
+        how = ["--resume_from_checkpoint", "latest"] if resumed else []
+        palate([*command, "--output_dir", str(out), *how], root / f"{run.name}.txt", clock)
+    steps = max(line["step"] for line in read_log(out / "log.jsonl"))
+    return {
+        "command": " ".join(["palate", *command]),
+        "steps": steps,
+        "processor_seconds": seconds_of(clock) if clock.is_file() else None,
+    }
 
 
-def palate(words: list[str], log: Path) -> bool:
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    with log.open("a") as file:
-        command = [sys.executable, "-m", "palate", *words]
-        return subprocess.run(command, env={**os.environ, **threads}, stdout=file, stderr=file).returncode == 0
+def drawn_and_judged(run: Run, prompts: str, root: Path, measured: Path) -> dict[str, list[float]]:
+    """Scores of the tuned model's pictures by each judge; the base model's are a file of their own, which runs share."""
+    from palate.runs import recipe
+
+    found = recipe.load(run.recipe)
+    base = base_name(found.model.pretrained_model_name_or_path, prompts, run.prompts)
+    log = root / f"{run.name}.txt"
+
+    def judge(model: str, folder: Path) -> dict[str, list[float]]:
+        size = ["--num_prompts", str(run.prompts), "--num_inference_steps", str(STEPS), "--batch_size", "32"]
+        guidance = ["--guidance_scale", str(found.evaluation.guidance_scale)]
+        palate(["generate", model, "--prompts", prompts, "--output_dir", str(folder), *size, *guidance], log)
+        palate(["score", str(folder), "--judges", f"[{', '.join(run.judges)}]"], log)
+        return scores(folder, run.judges)
+
+    with locked(root / base):
+        if not (kept := measured / f"{base}.json").is_file():
+            write_json(kept, {"scores": {prompts: judge(found.model.pretrained_model_name_or_path, root / base)}})
+    return judge(str(root / run.name), root / run.name / prompts)
+
+
+def base_name(model: str, prompts: str, count: int) -> str:
+    return f"base-{model}-{prompts}-{count}"
+
+
+def palate(words: list[str], log: Path, clock: Path | None = None) -> None:
+    """One command in this process, what it says into a file, its processor seconds added to those of another."""
+    from palate.cli import main
+
+    began = time.process_time()
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        failed = main(words)
+    if clock is not None:
+        clock.write_text(f"{(seconds_of(clock) if clock.is_file() else 0) + time.process_time() - began:.1f}\n")
+    if failed:
+        raise StoppedError(f"{words[0]} stopped, see {log}")
+
+
+def seconds_of(clock: Path) -> float:
+    return float(clock.read_text())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    with path.with_name(f"{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def scores(folder: Path, judges: Sequence[str]) -> dict[str, list[float]]:
+    """Of the pictures of a folder in their order."""
+    found = {}
+    for judge in judges:
+        lines = [json.loads(line) for line in (folder / "scores" / f"{judge}.jsonl").read_text().splitlines()[1:]]
+        found[judge] = [round(line["score"], 4) for line in sorted(lines, key=lambda line: line["file"])]
+    return found
+
+
+def write_json(path: Path, what: dict[str, Any]) -> None:
+    path.with_suffix(".part").write_text(json.dumps(what) + "\n")
+    path.with_suffix(".part").rename(path)
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("out/reproduction"), help="of runs, pictures and logs")
+    parser.add_argument("--measured", type=Path, default=MEASURED, help="results; a run that has one here is not repeated")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=1, help="runs at once, one thread each")
+    return parser
+
+
+# Curves ------------------------------------------------------------------------------------------------------------------
 
 
 def write_curve(out: Path, path: Path) -> None:
@@ -105,8 +239,8 @@ def write_curve(out: Path, path: Path) -> None:
         path.write_text("\n".join(lines) + "\n")
 
 
-def read_curve(root: Path, name: str) -> list[dict[str, Any]]:
-    path = root / "curves" / f"{name}.jsonl"
+def read_curve(measured: Path, name: str) -> list[dict[str, Any]]:
+    path = measured / "curves" / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
@@ -137,6 +271,80 @@ def row(reward: str, method: str, curves: list[list[dict[str, Any]]]) -> str:
     before, after = (statistics.mean(values[i] for values in judged) for i in (0, -1))
     cells = [reward, method, rounds * PER_ROUND, f"{first:.2f}", f"{last:.2f} ({each})", f"{last - first:+.2f}"]
     return table_line([*cells, f"{before:.1f}", f"{after:.1f}"])
+
+
+# Other prompts than those that were trained on ----------------------------------------------------------------------------
+
+
+def on_splits(name: str, recipe: str, options: dict[str, Any], cost: int = 400) -> Run:
+    """A run on the first list of :data:`SPLIT`, judged on all of them."""
+    lists = tuple(f"miniature-gen-{part}" for part in SPLIT)
+    return Run(name, recipe, options | {"train_prompts": lists[0]}, lists, SPLIT_PROMPTS, SPLIT_JUDGES, cost)
+
+
+def split_table(measured: Path, model: str, names: Sequence[str]) -> list[str]:
+    """Of each judge and list the base model's mean, and the difference that each run, one a seed, made."""
+    rows = []
+    for k, judge in enumerate(SPLIT_JUDGES):
+        for part in SPLIT:
+            prompts = f"miniature-gen-{part}"
+            base, *found = (
+                read_scores(measured, name, prompts, SPLIT_JUDGES)
+                for name in (base_name(model, prompts, SPLIT_PROMPTS), *names)
+            )
+            if base is None:
+                continue
+            each = [mean_difference(base[:, k], one[:, k], range(len(one))) for one in found if one is not None]
+            changes = [f"{c.difference:+.2f} ({c.low:+.2f} to {c.high:+.2f})" for c in each]
+            rows.append([judge, part, f"{base[:, k].mean():.2f}", "; ".join(changes)])
+    return table(["judge", "prompts", "base", "change by each seed (95 % over prompts)"], rows)
+
+
+# Tables ------------------------------------------------------------------------------------------------------------------
+
+
+def read_scores(measured: Path, name: str, prompts: str, judges: Sequence[str] = JUDGES) -> np.ndarray | None:
+    """``(pictures, judges)`` of a finished run or base model, or None."""
+    if not (path := measured / f"{name}.json").is_file():
+        return None
+    found = json.loads(path.read_text())["scores"][prompts]
+    return np.array([found[judge] for judge in judges]).T
+
+
+Pairs = Sequence[tuple[str, str]]
+"""Names of runs (or of a base model) that are compared: one pair a seed, the second the one that should be better."""
+
+
+def versus(measured: Path, pairs: Pairs, prompts: str, judges: Sequence[str] = JUDGES) -> list[Preference]:
+    """Of each judge how often it prefers the second of each pair to the first. Those that are finished count; none gives []."""
+    found = [[read_scores(measured, name, prompts, judges) for name in pair] for pair in pairs]
+    points = [(b > a) + 0.5 * (b == a) for a, b in found if a is not None and b is not None]
+    return [Preference.of(np.stack(points)[:, :, k]) for k in range(len(judges))] if points else []
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A win rate over all seeds, a 95 % interval from a bootstrap over prompts *and* seeds, and each seed's own rate."""
+
+    rate: float
+    low: float
+    high: float
+    each: tuple[float, ...]
+
+    @classmethod
+    def of(cls, points: np.ndarray) -> Preference:
+        """points: ``(seeds, prompts)``, 1 for a win, 1/2 for a tie. Seeds and prompts are drawn anew independently."""
+        rng, (seeds, prompts) = np.random.default_rng(0), points.shape
+        times = [rng.multinomial(n, np.full(n, 1 / n), size=10_000) / n for n in (seeds, prompts)]
+        low, high = np.quantile(np.einsum("ds,sp,dp->d", times[0], points, times[1]), [0.025, 0.975])
+        return cls(float(points.mean()), float(low), float(high), tuple(points.mean(axis=1).tolist()))
+
+    def __str__(self) -> str:
+        return f"{self.rate:.0%} ({self.low:.0%}-{self.high:.0%}); {', '.join(f'{rate:.0%}' for rate in self.each)}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    return [table_line(head), table_line(["---"] * len(head)), *map(table_line, rows)]
 
 
 def table_line(cells: Sequence[Any]) -> str:

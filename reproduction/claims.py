@@ -1,0 +1,51 @@
+"""Run what is missing of all claims, and print what there is and what remains.
+
+    python reproduction/claims.py                                what remains, with its cost
+    python reproduction/claims.py votes labels --processes 2     runs what these lack
+    python reproduction/claims.py all --processes 2
+
+Each claim is a script beside this one, whose first lines say what is claimed. It can be stopped at any moment; the same command
+goes on. Results are in ``measured/``: remove a file there to have it measured anew.
+"""
+
+from __future__ import annotations
+
+import accuracy
+import draws
+import labels
+import layers
+import objectives
+import spaces
+import votes
+import winners
+from runs import options, work
+
+CLAIMS = {
+    "votes": votes,
+    "spaces": spaces,
+    "labels": labels,
+    "accuracy": accuracy,
+    "winners": winners,
+    "layers": layers,
+    "draws": draws,
+    "objectives": objectives,
+}
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("claims", nargs="*", choices=[*CLAIMS, "all", []], help="whose missing runs are carried out")
+    given = parser.parse_args()
+    asked = list(CLAIMS) if "all" in given.claims else given.claims
+    tasks = [task for name in asked for task in CLAIMS[name].runs(given.seeds)]
+    work({task.name: task for task in tasks}.values(), given.output_dir, given.processes, given.measured)
+    for name, claim in CLAIMS.items():
+        print(f"{name}: {claim.__doc__.splitlines()[0]}", *claim.tables(given.measured, given.seeds), sep="\n", end="\n\n")
+    for name, claim in CLAIMS.items():
+        missing = [task for task in claim.runs(given.seeds) if not task.finished(given.measured)]
+        minutes = sum(task.cost for task in missing) / 60
+        print(f"{name}: {len(missing)} missing, about {minutes:.0f} processor minutes" if missing else f"{name}: complete")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Short runs on mini-sd that several claims share: 40 updates of 16 pairs, the recipes' settings, 64 unseen prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runs import QUIET, Preference, Run, base_name, versus
+
+UNSEEN = "miniature-unseen"
+PROMPTS = 64
+BATCH, UPDATES = 16, 40
+BASE = base_name("mini-sd", UNSEEN, PROMPTS)
+COMMON = {
+    **QUIET,
+    "train_batch_size": BATCH,
+    "max_train_steps": UPDATES,
+    "checkpointing_steps": "null",
+    "validation_fraction": 0.0,
+}
+
+
+def short(method: str, recipe: str, seeds: Sequence[int], changes: dict[str, Any] | None = None, **other: Any) -> list[Run]:
+    """One run a seed, named METHOD-SEED; runs of one name are the same run to every script."""
+    return [
+        Run(f"{method}-{seed}", recipe, {"seed": seed, **COMMON, **(changes or {})}, (UNSEEN,), PROMPTS, **other)
+        for seed in seeds
+    ]
+
+
+def against_base(measured: Path, method: str, seeds: Sequence[int]) -> list[Preference]:
+    return versus(measured, [(BASE, f"{method}-{seed}") for seed in seeds], UNSEEN)
