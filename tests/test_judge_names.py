@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from palate.base.errors import UserError
+from palate.judges.kinds import KINDS
 from palate.miniature import world
 from palate.names.judges import NamedJudge, find_judges
 
@@ -105,6 +107,13 @@ def test_unknown_names_are_refused(name, message, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         find_judges([name])
+
+
+def test_scores_from_before_a_kind_scored_otherwise_are_none_of_its(judge_dir, monkeypatch):
+    (named,) = find_judges([f"clipscore:{judge_dir}"]).values()
+    before = named.fingerprint()
+    monkeypatch.setitem(KINDS, "clipscore", replace(KINDS["clipscore"], version=2))
+    assert named.fingerprint() != before
 
 
 # What a fingerprint holds ----

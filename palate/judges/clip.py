@@ -127,12 +127,14 @@ class ClipJudge:
       the same name: 2.5 * max(cos, 0) (Hessel et al. 2021, Eq. 1), 100 * max(cos, 0) (torchmetrics).
 
     Prompts are cut at the tokenizer's limit (77 for the published models).
+
+    read: what a prompt becomes before the tokenizer reads it.
     """
 
-    def __init__(self, kind: str, clip: Clip, preprocess: Preprocess):
+    def __init__(self, kind: str, clip: Clip, preprocess: Preprocess, read: Callable[[str], str] = str):
         if kind not in KINDS:
             raise UserError(f"unknown CLIP judge {kind!r}{nearest(kind, KINDS)}")
-        self.clip, self.preprocess = clip, preprocess
+        self.clip, self.preprocess, self.read = clip, preprocess, read
         self.scale = {"pickscore": float(clip.model.logit_scale.exp()), "clipscore": 100.0}.get(kind, 1.0)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
@@ -141,7 +143,7 @@ class ClipJudge:
     def score_pixels(self, pixels: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """As a call, of pictures that are already preprocessed."""
         one_each(pixels, prompts)
-        return self.scale * (self.clip.embed_images(pixels) * self.clip.embed_texts(prompts)).sum(dim=-1)
+        return self.scale * (self.clip.embed_images(pixels) * self.clip.embed_texts(list(map(self.read, prompts)))).sum(dim=-1)
 
 
 def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.device], ClipJudge]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ftfy
 import torch
 from torch import Tensor
 
@@ -95,6 +97,12 @@ def checkpoint(kind: str, folder: Path) -> Path | None:
     )
 
 
+def repaired(prompt: str) -> str:
+    """A prompt as the published code has it read (``basic_clean`` of open_clip's tokenizer): broken encodings and curly quotes
+    mended, entities of HTML written out, twice."""
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+
+
 def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.device], ClipJudge]:
     """From a folder with the published checkpoint and a tokenizer, or one in transformers' layout."""
     file, dtype = checkpoint(kind, place), options.dtype
@@ -102,7 +110,7 @@ def prepare(kind: str, place: Path, options: Options) -> Callable[[str | torch.d
 
     def load(device: str | torch.device) -> ClipJudge:
         clip = load_clip(place, kind, device, dtype) if file is None else _load_published(file, words, device, dtype)
-        return ClipJudge(kind, clip, Preprocess(clip.image_size, (clip.image_size, clip.image_size), whole=True))
+        return ClipJudge(kind, clip, Preprocess(clip.image_size, (clip.image_size, clip.image_size), whole=True), repaired)
 
     return load
 

@@ -38,13 +38,15 @@ class Kind:
     """Of those files."""
     tokenizer: str = ""
     """Repository of its tokenizer, where the weights come without."""
+    version: int = 1
+    """Raised where the same weights begin to score otherwise, so that scores from before are none of theirs."""
 
 
 KINDS: dict[str, Kind] = {
     "pickscore": Kind("clip", hub="yuvalkirstain/PickScore_v1", size="3.9 GB", tokenizer=H14),
     "clipscore": Kind("clip", hub=L14, size="1.7 GB", tokenizer=L14),
-    "hpsv2": Kind("hps", hub="xswu/HPSv2", files=("HPS_v2_compressed.pt",), size="2 to 4 GB", tokenizer=H14),
-    "hpsv2.1": Kind("hps", hub="xswu/HPSv2", files=("HPS_v2.1_compressed.pt",), size="2 to 4 GB", tokenizer=H14),
+    "hpsv2": Kind("hps", hub="xswu/HPSv2", files=("HPS_v2_compressed.pt",), size="2 to 4 GB", tokenizer=H14, version=2),
+    "hpsv2.1": Kind("hps", hub="xswu/HPSv2", files=("HPS_v2.1_compressed.pt",), size="2 to 4 GB", tokenizer=H14, version=2),
     "imagereward": Kind(
         "imagereward",
         hub="THUDM/ImageReward",

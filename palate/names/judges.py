@@ -77,6 +77,7 @@ class NamedJudge:
             return self.served.fingerprint
         about = [self.kind, self.url, dict(self.options), [[weight, part.fingerprint()] for weight, part in self.parts]]
         about += [self.name if self.kind == "function" else "", *([asdict(self.served)] if self.served else [])]
+        about += [KINDS[self.kind].version] if self.kind in KINDS and KINDS[self.kind].version > 1 else []
         digest = hashlib.sha256(json.dumps(about).encode())
         named = (Path(value).expanduser() for value in self.options.values() if isinstance(value, str) and value)
         for place in (self.folder, *(path for path in named if path.exists())):

@@ -18,6 +18,7 @@ from palate.base.errors import UserError
 from palate.data.images import to_tensor
 from palate.judges import load_judge, score
 from palate.judges.aesthetic import find_head, load_head
+from palate.judges.hps import repaired
 from palate.judges.pictures import CLIP_MEAN, CLIP_STD, Preprocess
 from palate.judges.weights import affine, read_weights
 
@@ -177,6 +178,37 @@ def test_hps_saved_by_transformers_scores_alike(hps_dir, tmp_path):
     judge.clip.model.save_pretrained(tmp_path)
     judge.clip.tokenizer.save_pretrained(tmp_path)
     torch.testing.assert_close(score(load_judge("hpsv2", tmp_path), IMAGES, PROMPTS), score(judge, IMAGES, PROMPTS))
+
+
+REPAIRED = [
+    ("a corgi’s head", "a corgi's head"),
+    ("“l’été” in neon", '"l\'été" in neon'),
+    ("a caf\u00c3\u00a9", "a café"),
+    ("fish &amp; chips", "fish & chips"),
+    ("fish &amp;amp; chips", "fish & chips"),
+    ("&lt;3", "<3"),
+    ("ﬁne ｔｅｘｔ", "fine text"),
+    ("  a tree \n", "a tree"),
+    ("猫 и кот 🐈", "猫 и кот 🐈"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "read"), REPAIRED)
+def test_hps_reads_text_as_its_published_code_repairs_it(hps_dir, prompt, read):
+    assert repaired(prompt) == read
+    judge = load_judge("hpsv2", hps_dir)
+    torch.testing.assert_close(score(judge, IMAGES[:1], [prompt]), score(judge, IMAGES[:1], [read]), atol=0, rtol=0)
+
+
+def test_one_folder_as_two_kinds_is_read_by_each_in_its_own_way(hps_dir, tmp_path):
+    judge = load_judge("hpsv2", hps_dir)
+    judge.clip.model.save_pretrained(tmp_path)
+    judge.clip.tokenizer.save_pretrained(tmp_path)
+    hps, clipscore = load_judge("hpsv2", tmp_path), load_judge("clipscore", tmp_path)
+    assert hps.clip is clipscore.clip
+    curly, straight = "a tree’s house", "a tree's house"
+    assert score(hps, IMAGES[:1], [curly]) == score(hps, IMAGES[:1], [straight])
+    assert score(clipscore, IMAGES[:1], [curly]) != score(clipscore, IMAGES[:1], [straight])
 
 
 # ImageReward ----------------------------------------------------------------------------------------------------------------
