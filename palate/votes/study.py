@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from itertools import combinations
@@ -183,8 +183,8 @@ class Study:
     ) -> None:
         self.folder = Path(folder).resolve()
         sides, notes = find_sides(self.folder)
-        listed = _listed(sides)
-        self.mode = options.mode or ("compare" if not options.chain and _mostly_across(sides) else "collect")
+        listed = _listed(sides, self.folder)
+        self.mode = options.mode or ("compare" if not options.chain and _mostly_across(sides, listed) else "collect")
         rows = _rows(listed, self.mode, options.at_once)
         if not rows:
             raise UserError(
@@ -643,7 +643,7 @@ class _Whole:
 
 
 def find_sides(folder: Path) -> tuple[list[Side], list[str]]:
-    """A picture folder, or all picture folders inside it, without scores; files relative to ``folder``; and what to know.
+    """A picture folder, or all picture folders inside it, without scores; and what to know.
 
     Folders without a manifest are plain pictures, of which the folder is the model unless they name one themselves; what
     nothing else tells is told by their names. Two folders of one model are told apart by the folders' names.
@@ -665,8 +665,7 @@ def find_sides(folder: Path) -> tuple[list[Side], list[str]]:
                 raise UserError(f"{inner} names {p.file}, outside {folder}: copy the picture into the folder")
             model = _model(inner, p)
             model = model if told.count(model) == 1 else f"{model} ({inner.name})"
-            file = (inner.relative_to(folder) / p.file).as_posix()
-            found.append(Listed(file, p.prompt, p.seed, p.index, model, p.negative, p.metadata))
+            found.append(replace(p, model=model))
         sides.append(Side(inner.name, inner, {p.key: p for p in found}, read_settings(inner), {}))
     return sides, notes
 
@@ -703,12 +702,16 @@ def _check_alike(sides: Sequence[Side], allowed: bool) -> list[str]:
     """``palate compare``'s check of any two folders that are compared; what it finds, where that is allowed, or of plain
     pictures, which people have as they are."""
     allowed = allowed or not _have_manifests(sides)
-    notes = [note for pair in combinations(sides, 2) if _across_models(_listed(pair)) for note in differences(pair, allowed)]
+    compared = [(a, b) for a, b in combinations(sides, 2) if _across_models([*a.pictures.values(), *b.pictures.values()])]
+    notes = [note for pair in compared for note in differences(pair, allowed)]
     return list(dict.fromkeys(notes))
 
 
-def _listed(sides: Sequence[Side]) -> list[Listed]:
-    return [picture for side in sides for picture in side.pictures.values()]
+def _listed(sides: Sequence[Side], folder: Path) -> list[Listed]:
+    """All their pictures, files relative to ``folder``, in which the sides lie."""
+    return [
+        replace(p, file=(side.folder.relative_to(folder) / p.file).as_posix()) for side in sides for p in side.pictures.values()
+    ]
 
 
 def _across_models(listed: Sequence[Listed]) -> list[tuple[int, int]]:
@@ -722,9 +725,8 @@ def _have_manifests(sides: Sequence[Side]) -> bool:
     return all((side.folder / MANIFEST).is_file() for side in sides)
 
 
-def _mostly_across(sides: Sequence[Side]) -> bool:
+def _mostly_across(sides: Sequence[Side], listed: Sequence[Listed]) -> bool:
     """Whether two models drew the same prompts and seeds; of plain pictures, where that may be chance, half of them."""
-    listed = _listed(sides)
     across = _across_models(listed)
     if _have_manifests(sides):
         return bool(across)

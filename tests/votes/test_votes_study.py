@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 from party import picture_folder
+from PIL import Image
 
 from palate.base.errors import UserError
 from palate.votes.store import DiskError, Lock, Store
@@ -306,6 +307,18 @@ def test_bad_folders(tmp_path):
         Study(folder, VoteOptions(mode="compare"))
     with pytest.raises(UserError, match="no prompt with two pictures"):
         Study(folder, VoteOptions())
+
+
+def test_pictures_that_differ_in_size_are_not_compared_unless_told(tmp_path):
+    """By the pictures themselves: a folder may say nothing of the sizes that it was drawn at."""
+    folder = picture_folder(tmp_path, prompts=2)
+    with Image.open(folder / "tuned" / "001-0.png") as image:
+        image.resize((64, 96)).save(folder / "tuned" / "001-0.png")
+    with pytest.raises(UserError, match=r"1 of 2 pictures differ in size, .*: 64 in .*plain and 64x96 in .*tuned"):
+        Study(folder, VoteOptions())
+    study = Study(folder, VoteOptions(allow_different_settings=True))
+    assert "differ in size" in study.notes[0]
+    study.close()
 
 
 def test_sides_that_were_not_made_alike(tmp_path):
