@@ -53,7 +53,7 @@ BUDGETS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 def offline(given: argparse.Namespace) -> list[Run]:
     return [
-        Run(f"offline-{method}-{seed}", recipe, {"seed": seed, **QUIET}, (UNSEEN,), OFFLINE_PROMPTS, cost=300)
+        Run(f"offline-{method}-{seed}", recipe, {"seed": seed, **QUIET}, (UNSEEN,), OFFLINE_PROMPTS, 15, cost=300)
         for seed in given.seeds
         for method, recipe in OFFLINE.items()
     ]

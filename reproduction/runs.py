@@ -31,8 +31,6 @@ PER_ROUND = 64
 """Pictures of a round in the miniature's recipes."""
 JUDGES = ("mini-heldout", "mini-pickscore", "mini-clip", "mini-aesthetic")
 """Of pictures; the first neither labels nor rewards anything."""
-STEPS = 10
-"""Of drawing what is compared."""
 SPLIT = ("train", "objects", "places", "combinations")
 """Six combinations of object and place that are trained on; other objects, another place, other combinations."""
 SPLIT_JUDGES = ("jpeg_compressibility", "mini-clip", "mini-heldout")
@@ -59,8 +57,9 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its name (and folder), recipe and overrides; then lists of prompts that are drawn and judged.
+    """One training run: its name (and folder), recipe and overrides; then lists of prompts on which it meets the base model.
 
+    prompts: so many of each list. steps: of drawing.
     before: makes what the run needs, such as its data, in the folder of all runs; called in the run's own process.
     """
 
@@ -69,6 +68,7 @@ class Run:
     options: dict[str, Any]
     lists: tuple[str, ...] = ()
     prompts: int = 64
+    steps: int = 10
     judges: tuple[str, ...] = JUDGES
     cost: int = 150
     before: Callable[[Path], None] | None = field(default=None, compare=False)
@@ -83,7 +83,7 @@ class Run:
             self.before(root)
         told = trained(self, root)
         write_curve(root / self.name, measured / "curves" / f"{self.name}.jsonl")
-        told["scores"] = {prompts: drawn_and_judged(self, prompts, root, measured) for prompts in self.lists}
+        told["scores"] = {prompts: compared(self, prompts, root, measured) for prompts in self.lists}
         write_json(measured / f"{self.name}.json", told)
         return f"{told['processor_seconds']} s of training"
 
@@ -140,25 +140,24 @@ def trained(run: Run, root: Path) -> dict[str, Any]:
     }
 
 
-def drawn_and_judged(run: Run, prompts: str, root: Path, measured: Path) -> dict[str, list[float]]:
+def compared(run: Run, prompts: str, root: Path, measured: Path) -> dict[str, list[float]]:
     """Scores of the tuned model's pictures by each judge; the base model's are a file of their own, which runs share."""
     from palate.runs import recipe
 
-    found = recipe.load(run.recipe)
-    base = base_name(found.model.pretrained_model_name_or_path, prompts, run.prompts)
-    log = root / f"{run.name}.txt"
-
-    def judge(model: str, folder: Path) -> dict[str, list[float]]:
-        size = ["--num_prompts", str(run.prompts), "--num_inference_steps", str(STEPS), "--batch_size", "32"]
-        guidance = ["--guidance_scale", str(found.evaluation.guidance_scale)]
-        palate(["generate", model, "--prompts", prompts, "--output_dir", str(folder), *size, *guidance], log)
-        palate(["score", str(folder), "--judges", f"[{', '.join(run.judges)}]"], log)
-        return scores(folder, run.judges)
-
-    with locked(root / base):
-        if not (kept := measured / f"{base}.json").is_file():
-            write_json(kept, {"scores": {prompts: judge(found.model.pretrained_model_name_or_path, root / base)}})
-    return judge(str(root / run.name), root / run.name / prompts)
+    model = recipe.load(run.recipe).model.pretrained_model_name_or_path
+    drawn, base = root / run.name / "evaluation", root / base_name(model, prompts, run.prompts)
+    words = ["--evaluation_prompts", prompts, "--num_evaluation_prompts", str(run.prompts)]
+    words += ["--num_inference_steps", str(run.steps), "--judges", f"[{', '.join(run.judges)}]"]
+    shutil.rmtree(drawn, ignore_errors=True)
+    with contextlib.nullcontext() if base.is_dir() else locked(base):
+        if base.is_dir():
+            shutil.copytree(base, drawn / "base")  # the comparison draws only what is missing
+        palate(["evaluate", str(root / run.name), *words], root / f"{run.name}.txt")
+        if not base.is_dir():
+            write_json(measured / f"{base.name}.json", {"scores": {prompts: scores(drawn / "base", run.judges)}})
+            shutil.copytree(drawn / "base", part := base.with_suffix(".part"), dirs_exist_ok=True)
+            part.rename(base)
+    return scores(drawn / "tuned", run.judges)
 
 
 def base_name(model: str, prompts: str, count: int) -> str:
@@ -279,7 +278,7 @@ def row(reward: str, method: str, curves: list[list[dict[str, Any]]]) -> str:
 def on_splits(name: str, recipe: str, options: dict[str, Any], cost: int = 400) -> Run:
     """A run on the first list of :data:`SPLIT`, judged on all of them."""
     lists = tuple(f"miniature-gen-{part}" for part in SPLIT)
-    return Run(name, recipe, options | {"train_prompts": lists[0]}, lists, SPLIT_PROMPTS, SPLIT_JUDGES, cost)
+    return Run(name, recipe, options | {"train_prompts": lists[0]}, lists, SPLIT_PROMPTS, judges=SPLIT_JUDGES, cost=cost)
 
 
 def split_table(measured: Path, model: str, names: Sequence[str]) -> list[str]:

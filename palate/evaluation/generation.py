@@ -191,6 +191,16 @@ def generate(
     return len(wanted)
 
 
+def holds(folder: str | Path, pictures: Sequence[Picture], settings: Mapping[str, object], model: Mapping[str, object]) -> bool:
+    """Whether a folder has exactly these pictures, drawn with the same settings by the same model."""
+    folder = Path(folder)
+    try:
+        same = read_object(folder / SETTINGS) == settings and read_object(folder / MODEL) == model
+        return same and read_manifest(folder) == list(pictures)
+    except UserError:  # it is not there, or not whole
+        return False
+
+
 def begun(
     folder: str | Path, pictures: Sequence[Picture], settings: Mapping[str, object], model: Mapping[str, object]
 ) -> set[str]:

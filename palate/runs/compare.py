@@ -175,21 +175,29 @@ def _generated(
     folder: Path,
     side: str,
 ) -> list[Image]:
-    """The pictures of one side, anew, in a picture folder."""
+    """The pictures of one side in a picture folder: anew, unless the folder holds just these of the same weights."""
     from PIL.Image import open as open_image
 
-    from palate.evaluation.generation import drawn_by, generate, settings
+    from palate.evaluation.generation import drawn_by, generate, holds, settings
+    from palate.models.parts import sketch
 
     options = recipe.evaluation
+    pictures = [dataclasses.replace(p, model=side) for p in pictures]
+    told = settings(denoiser, drawing, seed=options.evaluation_seed, versions=versions())
+    model = {"name": side, "base": recipe.model.pretrained_model_name_or_path, "refiner": options.refiner}
+    model["weights"] = sketch(network)
+    if refiner is None and holds(folder, pictures, told, model):
+        tell(f"{len(pictures)} pictures of the {side} model are there")
+        return [open_image(folder / p.file).convert("RGB") for p in pictures]
     tell(f"generating {len(pictures)} pictures of the {side} model")
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     generate(
         drawn_by(denoiser, drawing, network=network, refiner=refiner),
-        [dataclasses.replace(p, model=side) for p in pictures],
+        pictures,
         partial,
-        settings=settings(denoiser, drawing, seed=options.evaluation_seed, versions=versions()),
-        model={"name": side, "base": recipe.model.pretrained_model_name_or_path, "refiner": options.refiner},
+        settings=told,
+        model=model,
         batch_size=drawing.batch_size,
         progress=sys.stderr.isatty(),
     )
