@@ -15,6 +15,7 @@ import draws
 import labels
 import layers
 import objectives
+import shapes
 import spaces
 import votes
 import winners
@@ -29,6 +30,7 @@ CLAIMS = {
     "layers": layers,
     "draws": draws,
     "objectives": objectives,
+    "shapes": shapes,
 }
 
 

@@ -1,45 +1,38 @@
-"""Pairs of several shapes, trained on in their own shapes or as squares: which model is preferred where pictures are oblong?
+"""Question: what do pairs of several shapes teach that the same pairs as squares do not? Judged on oblong pictures.
 
-    python reproduction/shapes.py
-
-``palate train miniature-buckets`` and the same with ``--resolution 64 --buckets false``, at equal steps, for every seed of
-``--seeds``. Both are compared with the base model and with each other on unseen prompts, drawn tall and wide in turn.
-
-Every run is `palate train` in a process of its own with one thread; finished runs are not repeated, interrupted ones go on.
+``miniature-buckets`` and the same with ``--resolution 64 --buckets false``, at equal updates, drawn tall and wide in turn.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from runs import Run, work
+from runs import Run, base_name, table, versus
+from short import PROMPTS, short
 
-ARMS = {"shapes": {}, "squares": {"resolution": 64, "buckets": "false"}}
-QUIET = {"evaluation_prompts": "null", "eval_steps": "null"}
+MIXED = "miniature-unseen-mixed"
+FORMS = {"own shapes": {}, "squares": {"resolution": 64, "buckets": "false"}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("out/shapes"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=96, help="unseen prompts of a comparison")
-    parser.add_argument("--processes", type=int, default=1, help="runs at once, one thread each")
-    given = parser.parse_args()
-    runs = [
-        Run(
-            f"{arm}-{seed}",
-            "miniature-buckets",
-            {"seed": seed, "num_evaluation_prompts": given.prompts, **QUIET, **options},
-            {"unseen": "miniature-unseen-mixed"},
-            judges="[mini-heldout, mini-pickscore, mini-clip, mini-aesthetic]",
-            base="base",
-        )
-        for seed in given.seeds
-        for arm, options in ARMS.items()
+def runs(seeds: Sequence[int]) -> list[Run]:
+    return [
+        run
+        for form, given in FORMS.items()
+        for run in short(named(form), "miniature-buckets", seeds, given, prompts=MIXED, cost=240)
     ]
-    work(runs, given.output_dir, given.processes)
 
 
-if __name__ == "__main__":
-    main()
+def named(form: str) -> str:
+    return f"shapes-{form.split()[-1]}"
+
+
+def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
+    base = base_name("mini-sd", MIXED, PROMPTS)
+    own, squares = ([f"{named(form)}-{seed}" for seed in seeds] for form in FORMS)
+    rows = [
+        [form, *versus(measured, [(base, run) for run in names], MIXED)]
+        for form, names in zip(FORMS, (own, squares), strict=True)
+    ]
+    rows += [["own shapes against squares", *versus(measured, list(zip(squares, own, strict=True)), MIXED)]]
+    return table(["trained on", "held out", "preference", "prompt", "looks"], [r for r in rows if len(r) > 1])

@@ -21,10 +21,17 @@ COMMON = {
 }
 
 
-def short(method: str, recipe: str, seeds: Sequence[int], changes: dict[str, Any] | None = None, **other: Any) -> list[Run]:
+def short(
+    method: str,
+    recipe: str,
+    seeds: Sequence[int],
+    changes: dict[str, Any] | None = None,
+    prompts: str = UNSEEN,
+    **other: Any,
+) -> list[Run]:
     """One run a seed, named METHOD-SEED; runs of one name are the same run to every script."""
     return [
-        Run(f"{method}-{seed}", recipe, {"seed": seed, **COMMON, **(changes or {})}, (UNSEEN,), PROMPTS, **other)
+        Run(f"{method}-{seed}", recipe, {"seed": seed, **COMMON, **(changes or {})}, (prompts,), PROMPTS, **other)
         for seed in seeds
     ]
 
