@@ -1,13 +1,15 @@
-"""What a training step costs, in processor time relative to the bare passes, for U-Nets of real proportions.
+"""What a training step costs, in processor time relative to the bare passes, for networks of real proportions.
 
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py sd15 --repeats 7
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py sdxl --repeats 7
+    OMP_NUM_THREADS=1 python benchmarks/step_cost.py sd3 --repeats 7
 
-U-Net, VAE and text encoders have the blocks of Stable Diffusion 1.5 or SDXL at a fifth of the width, random weights, and
-smaller latents, so that attention is about as much of the whole. All cases are interleaved in one process, so a slow moment of
-the machine hits all; of each the median ratio to the bare passes of the same turn is told. "bare" is the reference's forward
-pass, the policy's forward and backward pass and the optimizer, without data, draws, metrics and log; "scripts" is the order of
-work of diffusers' DPO scripts: pictures and prompts encoded in every step, adapters switched off for the reference.
+Network, VAE and text encoders have the blocks of Stable Diffusion 1.5, SDXL or 3-medium (its CLIP encoders; T5 is left out) at
+a fifth of the width, random weights, and smaller latents, so that attention is about as much of the whole. All cases are
+interleaved in one process, so a slow moment of the machine hits all; of each the median ratio to the bare passes of the same
+turn is told. "bare" is the reference's forward pass, the policy's forward and backward pass and the optimizer, without data,
+draws, metrics and log; "scripts" is the order of work of diffusers' DPO scripts: pictures and prompts encoded in every step,
+adapters switched off for the reference.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import from_config
 from palate.models.policy import Policy
 from palate.models.sd import StableDiffusion
+from palate.models.sd3 import T5_LENGTH, StableDiffusion3
 from palate.models.sdxl import StableDiffusionXL
 from palate.objectives import pairs
 from palate.spaces import latent, perceptual
@@ -38,6 +41,8 @@ from palate.spaces.space import Space
 from palate.training.references import References
 from palate.training.steps import pair_step
 
+FAMILIES = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "sd3": StableDiffusion3}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 FIFTH: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 152, "attention_head_dim": 8},
@@ -53,21 +58,31 @@ FIFTH: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 256 + 6 * 256,
     },
+    "sd3": {
+        "num_layers": 24,
+        "num_attention_heads": 5,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 320,
+        "joint_attention_dim": 816,
+        "pooled_projection_dim": 152 + 256,
+        "pos_embed_max_size": 96,
+    },
 }
-SIDES = {"sd15": 32, "sdxl": 40}
-ENCODERS = {"sd15": ((152, 608, 12, 8),), "sdxl": ((152, 608, 12, 8), (256, 1024, 32, 4))}
+SIDES = {"sd15": 32, "sdxl": 40, "sd3": 40}
+CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16}
+BOTH = ((152, 608, 12, 8), (256, 1024, 32, 4))
+ENCODERS = {"sd15": BOTH[:1], "sdxl": BOTH, "sd3": BOTH}
 """Width, inner width, layers and heads of the text encoders."""
 TOKENS = 77
 
 
 def model(kind: str) -> Any:
     """A denoiser with nothing but a network and a schedule."""
-    from diffusers import UNet2DConditionModel
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
-    family = StableDiffusion if kind == "sd15" else StableDiffusionXL
-    made = object.__new__(family)
-    made.name, made.device, made.schedule = kind, torch.device("cpu"), from_config(SCHEDULE)
-    made.network = UNet2DConditionModel(sample_size=SIDES[kind], **FIFTH[kind])
+    made = object.__new__(FAMILIES[kind])
+    made.name, made.device, made.schedule = kind, torch.device("cpu"), from_config(FLOW if made.flow else SCHEDULE)
+    made.network = (SD3Transformer2DModel if made.flow else UNet2DConditionModel)(sample_size=SIDES[kind], **FIFTH[kind])
     return made
 
 
@@ -81,6 +96,7 @@ def encoders(kind: str) -> tuple[nn.Module, list[nn.Module]]:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         norm_num_groups=8,
+        latent_channels=CHANNELS[kind],
     )
     texts = [
         CLIPTextModel(
@@ -102,12 +118,12 @@ class Bench:
         self.pictures = torch.rand(2 * p, 3, 8 * side, 8 * side) * 2 - 1
         self.tokens = torch.randint(0, 49408, (p, TOKENS))
         cond = self.encoded()
-        self.latents = torch.randn(2 * p, 4, side, side)
+        self.latents = torch.randn(2 * p, CHANNELS[kind], side, side)
         ones = torch.ones(p)
         self.batch = PairBatch(self.latents, cond.tensors, ones, ones, torch.arange(p))
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6)
         self.dpo = partial(pairs.dpo, beta=5000.0)
-        self.ncp = perceptual(self.policy.features, self.policy.schedule)
+        self.ncp = perceptual(self.policy.features, self.policy.schedule, layers="half" if kind == "sd3" else "last_down")
         self.folder = folder
 
     def encoded(self) -> Conditioning:
@@ -117,6 +133,9 @@ class Bench:
             size = 8 * SIDES[self.kind]
             framing = torch.tensor([size, size, 0, 0, size, size]).expand(2 * self.p, 6)
             tensors |= {"text_embeds": hidden[:, 0, -256:].repeat(2, 1), "framing": framing}
+        if self.kind == "sd3":
+            wide = F.pad(hidden, (0, FIFTH["sd3"]["joint_attention_dim"] - hidden.shape[-1], 0, T5_LENGTH))
+            tensors = {"encoder_hidden_states": wide.repeat(2, 1, 1), "pooled_projections": hidden[:, 0].repeat(2, 1)}
         return Conditioning(tensors)
 
     def updated(self, loss: Tensor) -> None:
