@@ -89,29 +89,62 @@ def encoder_features(
         float32 tensors ``(b, c_i, h_i, w_i)``. Gradients flow to ``x``.
     """
 
-    def run(x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(x.device.type, enabled=False), Float32Weights(), _exact_products():
-            text = encoder_hidden_states.float()
-            emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))  # type: ignore[operator]
-            added = {k: _float32(v) for k, v in (added_cond_kwargs or {}).items()}
-            aug = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)  # type: ignore[operator]
-            emb = emb if aug is None else emb + aug
-            hidden = unet.conv_in(x)  # type: ignore[operator]
-            found = [hidden]
-            for block in unet.down_blocks:  # type: ignore[union-attr]
-                if getattr(block, "has_cross_attention", False):
-                    hidden, _ = block(hidden_states=hidden, temb=emb, encoder_hidden_states=text)
-                else:
-                    hidden, _ = block(hidden_states=hidden, temb=emb)
-                found.append(hidden)
-            if layers == "last_down":
-                return (hidden,)
-            middle = unet.mid_block(hidden, emb, encoder_hidden_states=text)  # type: ignore[operator]
-            return (middle,) if layers == "mid" else (*found, middle)
+    halves = [*unet.down_blocks, unet.mid_block]  # type: ignore[misc]
+    with _in_float32(x), _recomputed(_parts(halves) if gradient_checkpointing else []):
+        text = encoder_hidden_states.float()
+        emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))  # type: ignore[operator]
+        added = {k: _float32(v) for k, v in (added_cond_kwargs or {}).items()}
+        aug = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)  # type: ignore[operator]
+        emb = emb if aug is None else emb + aug
+        hidden = unet.conv_in(x)  # type: ignore[operator]
+        found = [hidden]
+        for block in unet.down_blocks:  # type: ignore[union-attr]
+            if getattr(block, "has_cross_attention", False):
+                hidden, _ = block(hidden_states=hidden, temb=emb, encoder_hidden_states=text)
+            else:
+                hidden, _ = block(hidden_states=hidden, temb=emb)
+            found.append(hidden)
+        if layers == "last_down":
+            return [hidden]
+        middle = unet.mid_block(hidden, emb, encoder_hidden_states=text)  # type: ignore[operator]
+        return [middle] if layers == "mid" else [*found, middle]
 
-    if gradient_checkpointing and torch.is_grad_enabled():
-        return list(checkpoint(run, x, t, encoder_hidden_states, use_reentrant=False))
-    return list(run(x, t, encoder_hidden_states))
+
+@contextmanager
+def _in_float32(like: Tensor) -> Iterator[None]:
+    with torch.autocast(like.device.type, enabled=False), Float32Weights(), _exact_products():
+        yield
+
+
+def _parts(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """What a U-Net's blocks are made of, residual and transformer blocks, in any order."""
+    lists = [getattr(block, "resnets", []) for block in blocks]
+    lists += [part.transformer_blocks for block in blocks for part in getattr(block, "attentions", [])]
+    return [part for parts in lists for part in parts]
+
+
+@contextmanager
+def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, each of the blocks keeps its inputs alone and is computed once more in the backward pass, in float32 again.
+
+    Block by block, for in float32 it is not the activations alone that are kept: each layer keeps its weights' float32 copy.
+    """
+
+    def wrapped(forward: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: Any, **kwargs: Any) -> object:
+            with Float32Weights(), _exact_products():
+                return forward(*args, **kwargs)
+
+        return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    blocks = blocks if torch.is_grad_enabled() else []
+    for block in blocks:
+        block.forward = wrapped(block.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 class _Enough(Exception):  # noqa: N818  no error, but the way out
@@ -162,16 +195,11 @@ def block_features(
     Returns:
         float32 tensors ``(b, n, c)``, first block first. Gradients flow to ``x``.
     """
-    chosen = [blocks[depth - 1] for depth in _depths(layers, len(blocks))]
-
-    def run(x: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(x.device.type, enabled=False), Float32Weights(), _exact_products(), outputs_of(chosen) as found:
-            predict(x)
-        return tuple(F.rms_norm(tokens.float(), tokens.shape[-1:], eps=1e-6) for tokens in map(image_tokens, found))
-
-    if gradient_checkpointing and torch.is_grad_enabled():
-        return list(checkpoint(run, x, use_reentrant=False))
-    return list(run(x))
+    depths = _depths(layers, len(blocks))
+    counted = blocks[: depths[-1]] if gradient_checkpointing else []
+    with _in_float32(x), _recomputed(counted), outputs_of([blocks[depth - 1] for depth in depths]) as found:
+        predict(x)
+    return [F.rms_norm(tokens.float(), tokens.shape[-1:], eps=1e-6) for tokens in map(image_tokens, found)]
 
 
 @dataclass(frozen=True)
