@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from palate.base import hub
 from palate.base.errors import UserError, first_line
+from palate.data.encode import PIXELS_AT_ONCE
 from palate.diffusion.denoising import Conditioning
 from palate.models.fit import check_class
 from palate.models.quantised import quantise
@@ -231,13 +232,15 @@ class Vae:
         return self.scaled(self.module.encode(images.to(self._source.device, self._dtype)).latent_dist.mean.float())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32.
+        """Scaled latents to pictures ``(b, 3, h, w)`` in [0, 1], float32; large ones one after the other, as they are encoded.
 
         Raises:
             UserError: the result is not finite.
         """
         latents = latents.to(self._source.device, torch.float32)
-        pictures = self.module.decode(self.unscaled(latents).to(self._dtype)).sample.float()
+        at_once = max(1, PIXELS_AT_ONCE // (latents.shape[-1] * latents.shape[-2] * self.factor**2))
+        raw = self.unscaled(latents).to(self._dtype).split(at_once)
+        pictures = torch.cat([self.module.decode(part).sample.float() for part in raw])
         if not pictures.isfinite().all():
             where = "the VAE" if latents.isfinite().all() else f"the {self._part_name}"
             kind = str(self._dtype).removeprefix("torch.")
