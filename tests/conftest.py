@@ -300,7 +300,7 @@ def cache_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def palate(tmp_path, model_dir, pairs_dir, cache_dir, capsys, monkeypatch):
-    """Runs a verb in ``tmp_path``; ``train`` gets the tiny world and ``quick.yaml`` unless told otherwise.
+    """Runs a verb in ``tmp_path``; ``train`` and ``plan`` get the tiny world and ``quick.yaml`` unless told otherwise.
 
     Returns the exit code and what was printed on standard output and standard error.
     """
@@ -310,7 +310,7 @@ def palate(tmp_path, model_dir, pairs_dir, cache_dir, capsys, monkeypatch):
     (tmp_path / "quick.yaml").write_text(QUICK)
 
     def run(verb: str, *words: object, **options: object) -> tuple[int, str, str]:
-        if verb == "train":
+        if verb in ("train", "plan"):
             tiny = {"pretrained_model_name_or_path": model_dir, "train_data": pairs_dir, "cache_dir": cache_dir}
             options = {**tiny, "output_dir": "out", "max_train_steps": 3, **options}
             words = words or ("quick.yaml",)

@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(capsys, monkeypatch):
     ("words", "message"),
     [
         (["--use_8bit_adam"], "unknown option --use_8bit_adam (write --optimizer adamw_8bit; "),
-        (["--dry_run"], "unknown option --dry_run (there is none: "),
+        (["--dry_run"], "unknown option --dry_run ('palate plan RECIPE' tells "),
         (["--beta", "3"], "did you mean --objective.beta?"),
         (["--beta_dpo", "3"], "did you mean --objective.beta?"),
         (["--lr", "3"], "did you mean --learning_rate?"),

@@ -69,9 +69,9 @@ def check(words: list[str]) -> None:
     first = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
     if verb == "train":
         check_train(rest[0], overrides(rest[first:]))
-    elif verb == "encode":  # takes the options of train, and its own
+    elif verb in ("encode", "plan"):  # take the options of train, and their own
         given = overrides(rest[first:])
-        checked(kind, {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}, "palate encode")
+        checked(kind, {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}, f"palate {verb}")
         check_train(rest[0], given)
     elif verb == "evaluate":
         found = overrides(rest[first:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from importlib import metadata
@@ -39,3 +40,51 @@ def tell(text: str) -> None:
 def processes() -> int:
     """How many processes ``accelerate launch`` has started; known before accelerate is loaded."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device_memory() -> float:
+    """Bytes of memory of the device at hand, free or not."""
+    import torch
+
+    if (where := device()) != "cpu":
+        return float(torch.cuda.mem_get_info(where)[1])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def resident() -> float:
+    """Bytes that the process takes of main memory now, where it computes there; 0 beside a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 0.0
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return float(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    return 0.0
+
+
+class Peak:
+    """The most memory that was taken since this was made: of the GPU by tensors, else by the whole process.
+
+    Of a process only Linux tells it from now on; elsewhere it is what the process takes.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        self._gpu = torch.cuda.is_available()
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # the kernel counts the highest anew
+
+    def bytes(self) -> float:
+        import torch
+
+        if self._gpu:
+            return float(torch.cuda.max_memory_allocated())
+        with contextlib.suppress(OSError), open("/proc/self/status") as file:
+            return 1024.0 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+        import resource
+
+        return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

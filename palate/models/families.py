@@ -76,7 +76,13 @@ def _folder(name: str) -> str:
 
 
 def load_denoiser(
-    name: str, *, mixed_precision: str = "no", device: str = "cpu", quantize: str | None = None, **source: str | None
+    name: str,
+    *,
+    mixed_precision: str = "no",
+    device: str = "cpu",
+    quantize: str | None = None,
+    outline: str | None = None,
+    **source: str | None,
 ) -> Denoiser:
     """Load a pipeline folder or hub id.
 
@@ -85,6 +91,7 @@ def load_denoiser(
             Palate ``package.module:Class@FOLDER``.
         mixed_precision: ``no``, ``fp16`` or ``bf16``: precision of the frozen weights.
         quantize: ``int8`` or ``nf4``: number format of those of the network's blocks, instead.
+        outline: read configurations alone: ``shapes`` for no weights, ``random`` for random ones.
         source: ``revision``, ``variant``.
 
     Raises:
@@ -92,9 +99,9 @@ def load_denoiser(
     """
     given = {k: v for k, v in source.items() if v is not None}
     kind = check_model(name, revision=given.get("revision"))
-    family = family_of(kind)
+    family, more = family_of(kind), {} if outline is None else {"outline": outline}
     try:
-        return family(_folder(name), dtype=_dtype(mixed_precision), device=device, quantize=quantize, **given)
+        return family(_folder(name), dtype=_dtype(mixed_precision), device=device, quantize=quantize, **more, **given)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded as a {kind}: {first_line(error)}") from error
 

@@ -37,6 +37,7 @@ class Latent(ABC):
             :class:`Vae` says.
         device: where the network runs.
         quantize: the number format of the network's frozen blocks, ``int8`` or ``nf4``; that of ``dtype`` unless given.
+        outline: ``shapes`` or ``random``: read configurations alone, see :class:`palate.models.outline.Outline`.
     """
 
     part: ClassVar[str]
@@ -78,6 +79,7 @@ class Latent(ABC):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         quantize: str | None = None,
+        outline: str | None = None,
         **source: str,
     ):
         import diffusers
@@ -85,7 +87,7 @@ class Latent(ABC):
         if self.no_fp16 and dtype == torch.float16:
             raise UserError(f"{name} is a {self.card.pipeline}, which overflows in float16: use mixed_precision bf16")
         self.name, self.device = name, torch.device(device)
-        self._source = Source(name, self.device, **source)
+        self._source = _source(outline)(name, self.device, **source)
         self._scheduler_config = config = self._source.scheduler_config()
         self.sampler = str(config.get("_class_name", "unknown"))
         self.schedule = self._read_schedule(config)
@@ -187,6 +189,10 @@ class Latent(ABC):
     def release(self) -> None:
         for part in (self.vae, *self.texts):
             part.release()
+
+    def use(self, device: str) -> None:
+        """From now on encoders come to this device; what is loaded stays where it is."""
+        self.device = self._source.device = torch.device(device)
 
     def fingerprint(self) -> dict[str, str]:
         texts = [text.digest() for text in self.texts]
@@ -342,6 +348,14 @@ class Latent(ABC):
 
         save = getattr(diffusers, self.card.pipeline).save_lora_weights
         save(folder, **{f"{self.part}_lora_layers": layers}, **metadata)
+
+
+def _source(outline: str | None) -> type[Source]:
+    if outline is None:
+        return Source
+    from palate.models.outline import Outline
+
+    return Outline
 
 
 def _side(sample_size: object, factor: int, name: str, part: str) -> int:

@@ -107,6 +107,11 @@ class Policy:
     def trainable_module(self) -> nn.Module:
         return self.denoiser.network
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The network in training and those beside it, which share tensors."""
+        return [self.denoiser.network, self.frozen, *([] if self._old is None else [self._old])]
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters."""
         return (p for p in self.denoiser.network.parameters() if p.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from palate.base.errors import UserError
-from palate.runs.evidence import encoded_of, reader_of, validation_reader
+from palate.runs.evidence import encoded_of, more_readers, reader_of, validation_reader
 from palate.runs.loading import at_home, denoiser_of
 from palate.runs.ready import check_cache, tell_needs
 from palate.runs.recipe import Recipe
@@ -29,7 +29,7 @@ def encode(recipe: Recipe, part: tuple[int, int] = (0, 1)) -> str:
     reader, validation = reader_of(recipe), validation_reader(recipe)
     denoiser = denoiser_of(recipe)
     with denoiser.encoding():
-        tell_needs(recipe, denoiser, reader)
+        tell_needs(recipe, denoiser, [reader, *more_readers(recipe)])
         encoded, held_out, _ = encoded_of(recipe, denoiser, reader, validation, part)
     count = len(encoded) + (0 if held_out is None else len(held_out))
     what = "pictures" if reader.single else "pairs"

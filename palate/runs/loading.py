@@ -100,8 +100,11 @@ def at_home(recipe: Recipe) -> Recipe:
     )
 
 
-def denoiser_of(recipe: Recipe) -> Denoiser:
-    """Raises UserError if its family cannot be trained in the recipe's space."""
+def denoiser_of(recipe: Recipe, *, outline: str | None = None) -> Denoiser:
+    """Raises UserError if its family cannot be trained in the recipe's space.
+
+    outline: of its configurations alone, see :func:`palate.models.families.load_denoiser`.
+    """
     options = recipe.model
     denoiser = load_base(
         options.pretrained_model_name_or_path,
@@ -111,6 +114,7 @@ def denoiser_of(recipe: Recipe) -> Denoiser:
         quantize=options.quantize,
         # All weights are trained, from their full precision on; the forward pass is autocast all the same.
         full=recipe.policy.train_method == "full",
+        outline=outline,
     )
     check_space(recipe.space, denoiser)
     if recipe.policy.train_method == "lora" and recipe.policy.pretrained_lora is None:

@@ -174,21 +174,23 @@ def load_base(
     variant: str | None = None,
     quantize: str | None = None,
     full: bool = False,
+    outline: str | None = None,
 ) -> Denoiser:
     """A pipeline folder, a hub id or ``mini-sd`` on this process's device.
 
     full: in full precision whatever ``mixed_precision`` says, because all weights are trained.
+    outline: of its configurations alone, see :func:`load_denoiser`.
     """
     from palate.models.families import check_model, load_denoiser, quiet_loading
 
     name = _base(name)
     check_model(name, revision=revision)
 
-    where = _device(mixed_precision)
+    where = "meta" if outline == "shapes" else _device(mixed_precision)
     quiet_loading()
     precision = "no" if full else mixed_precision
     source = {"revision": revision, "variant": variant}
-    return load_denoiser(name, mixed_precision=precision, device=where, quantize=quantize, **source)
+    return load_denoiser(name, mixed_precision=precision, device=where, quantize=quantize, outline=outline, **source)
 
 
 def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None = None) -> None:

@@ -196,9 +196,7 @@ ELSEWHERE = {
     **dict.fromkeys(("save_steps", "save_freq", "save_every_n_steps"), "checkpointing_steps"),
     "scale_lr": "there is none: give the product, as docs/moving-from-diffusers-dpo.md has it",
     **dict.fromkeys(("wandb", "log_with"), "report_to"),
-    **dict.fromkeys(
-        ("dry_run", "plan"), "there is none: --max_train_steps 1 with an --output_dir of its own is the shortest run"
-    ),
+    **dict.fromkeys(("dry_run", "plan"), "'palate plan RECIPE' tells what a run will take"),
 }
 """What other programs call an option -> its name here, or words with a blank that say how it is done here."""
 

@@ -32,6 +32,7 @@ from palate.runs.evidence import (
     encoded_of,
     learnable,
     mixed,
+    more_readers,
     reader_of,
     references_of,
     validation_reader,
@@ -39,6 +40,7 @@ from palate.runs.evidence import (
 from palate.runs.export import about_training
 from palate.runs.loading import at_home, denoiser_of, policy_of
 from palate.runs.methods import bind_space, draws_of
+from palate.runs.plan import foretell
 from palate.runs.ready import check_machine, tell_needs
 from palate.runs.recipe import Recipe
 from palate.runs.sections import HELD_OUT
@@ -102,8 +104,9 @@ def _train_offline(found: Assembled, command: str) -> None:
         )
     reader, validation = reader_of(recipe), validation_reader(recipe)
     denoiser = _trainable(recipe)
+    counted = foretell(recipe, denoiser, single=reader.single)
     with denoiser.encoding():
-        tell_needs(recipe, denoiser, reader)
+        tell_needs(recipe, denoiser, [reader, *more_readers(recipe)])
         encoded, held_out, sizes = encoded_of(recipe, denoiser, reader, validation)
         nothing = _no_prompt(denoiser) if recipe.training.caption_dropout else None
     encoded = learnable(encoded, recipe.method)
@@ -139,7 +142,7 @@ def _train_offline(found: Assembled, command: str) -> None:
     told = doubts(encoded, recipe.method)
     origin = {"data": encoded.digest(), "weights": policy.weights_sketch()}
     try:
-        _train(recipe, recipe.training, policy, step, data, samples, on_evaluate, about, origin, doubts=told)
+        _train(recipe, recipe.training, policy, step, data, samples, on_evaluate, about, origin, counted, doubts=told)
     finally:
         if references is not None:
             references.close()
@@ -154,7 +157,8 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
     recipe = found.recipe
     tell(online.told(recipe, wanted))
     denoiser = _trainable(recipe)
-    tell_needs(recipe, denoiser, None)
+    counted = foretell(recipe, denoiser)
+    tell_needs(recipe, denoiser, [])
     if told := cut_warning(denoiser, (text for prompt in wanted.prompts for text in (prompt.text, prompt.negative))):
         tell(told)
     policy = policy_of(recipe, denoiser)
@@ -170,7 +174,19 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
         about["serves"] = serves
     texts = "\n".join(prompt.text for prompt in wanted.prompts)
     origin = {"prompts": hashlib.sha256(texts.encode()).hexdigest()[:16], "weights": policy.weights_sketch()}
-    _train(recipe, wanted.options, policy, step, rollouts, samples, watch, about, origin, {"watch": watch} if watch else {})
+    _train(
+        recipe,
+        wanted.options,
+        policy,
+        step,
+        rollouts,
+        samples,
+        watch,
+        about,
+        origin,
+        counted,
+        {"watch": watch} if watch else {},
+    )
     _finish(found, denoiser, policy, command)
 
 
@@ -284,6 +300,7 @@ def _train(
     on_evaluate: Callable[[int], Mapping[str, float]] | None,
     about: JsonObject,
     origin: Mapping[str, str],
+    counted: float | None,
     states: Mapping[str, Stateful] | None = None,
     doubts: Sequence[str] = (),
 ) -> None:
@@ -314,6 +331,7 @@ def _train(
             on_sample=samples.draw,
             on_evaluate=on_evaluate,
             doubts=doubts,
+            counted=counted,
         )
     except (UserError, OSError, KeyboardInterrupt) as error:
         kept = checkpoints.latest(out)

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from palate.base.errors import UserError
+from palate.base.machine import Peak
 from palate.base.seeds import mix
 from palate.base.shapes import one_shape_each
 from palate.training import checkpoints
@@ -78,6 +79,7 @@ def train(
     on_sample: Callable[[int], object] | None = None,
     on_evaluate: Callable[[int], Mapping[str, float]] | None = None,
     doubts: Sequence[str] = (),
+    counted: float | None = None,
 ) -> None:
     """Train ``policy`` in place; with ``ema_decay`` it ends with the average of its weights.
 
@@ -92,6 +94,7 @@ def train(
         on_sample: called with the number of steps done: 0, every ``sample_steps``, the last. In the main process only. Of the
             pictures whose path it returns the tracker is told.
         on_evaluate: likewise every ``eval_steps``; what it returns joins the log.
+        counted: bytes of device memory that an update was counted to need; told beside what the first one took.
         doubts: what the caller knows that cannot be learned from; said at the beginning, beside :mod:`palate.training.alarms`.
 
     Raises:
@@ -118,10 +121,13 @@ def train(
                 log.say(f"training ends after step {done - 1}: {spent}")
                 run.end(done - 1, on_sample, on_evaluate)
                 break
+            peak = Peak() if counted is not None and done == start + 1 else None
             try:
                 stop = run.update(done, signals)
             except UserError as error:
                 run.give_up(done - 1, error)
+            if peak is not None and counted is not None:
+                log.say(f"the first update took {peak.bytes() / 1e9:.2f} GB at most; counted were {counted / 1e9:.2f} GB")
             bar.update()
             bar.set_postfix(run.postfix())
             run.report(done, on_evaluate)

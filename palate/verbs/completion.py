@@ -35,6 +35,7 @@ def _words() -> dict[str, tuple[list[str], list[str]]]:
     recipes = list(built_in())
     first = {
         "train": recipes,
+        "plan": recipes,
         "encode": recipes,
         "recipes": ["show", "copy", "schema", *recipes],
         "vote": ["results", "export", "import"],
@@ -42,9 +43,9 @@ def _words() -> dict[str, tuple[list[str], list[str]]]:
     first |= {"completion": [*SHELLS], "serve-judge": _judges()}
     found = {}
     for verb in VERBS:
-        kinds = [*records(verb).values(), *(records("train").values() if verb == "encode" else ())]
+        kinds = [*records(verb).values(), *(records("train").values() if verb in ("plan", "encode") else ())]
         names = [name for kind in kinds for name in kind.__dataclass_fields__]
-        names += ["objective", "space"] if verb in ("train", "encode") else []
+        names += ["objective", "space"] if verb in ("train", "plan", "encode") else []
         found[verb] = (first.get(verb, []), [f"--{name}" for name in dict.fromkeys([*names, "help"])])
     return found
 

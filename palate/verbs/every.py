@@ -30,6 +30,7 @@ def _record(verb: str) -> type:
     from palate.runs.accuracy import AccuracyOptions
     from palate.runs.export import ExportOptions
     from palate.runs.label import LabelOptions
+    from palate.runs.plan import PlanOptions
     from palate.runs.sections import EvaluationOptions
     from palate.verbs import compare, encode, generate, report, score, serve_judge
 
@@ -41,6 +42,7 @@ def _record(verb: str) -> type:
         "export": ExportOptions,
         "generate": generate.GenerateOptions,
         "label": LabelOptions,
+        "plan": PlanOptions,
         "report": report.Options,
         "score": score.ScoreOptions,
         "serve-judge": serve_judge.ServeOptions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 GROUPS = {
     "start here": {
         "train": "align a model: palate train RECIPE [--option value ...]",
+        "plan": "memory, time and disk that a recipe will take: palate plan RECIPE [--memory GB] [--option value ...]",
         "recipes": "what can be trained how: palate recipes [WORD ...], such as palate recipes sdxl",
         "report": "runs or comparisons as one page: palate report FOLDER [FOLDER ...]",
     },

@@ -1,0 +1,178 @@
+"""What a recipe takes, counted beforehand: against what is measured, worked by hand, and told."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from palate.models.outline import Counter, without_contents
+from palate.runs import plan, recipe
+from palate.runs.loading import denoiser_of, policy_of, shape_of
+from palate.runs.ready import tell_needs
+
+
+def made(folder: Path, **options: object) -> recipe.Recipe:
+    return recipe.load(
+        "miniature-dpo", {"pretrained_model_name_or_path": str(folder), "resolution": 64, "train_batch_size": 2, **options}
+    )
+
+
+def measured(of: recipe.Recipe) -> float:
+    """Bytes at most that a forward and backward pass allocates, by the allocator's own record."""
+    denoiser = denoiser_of(of)
+    policy = policy_of(of, denoiser)
+    for weight in policy.parameters():
+        weight.grad = torch.zeros_like(weight)
+    with torch.no_grad():
+        encoded = denoiser.encode_prompts(["a picture"])
+    shape = shape_of(of, denoiser)
+    framed = denoiser.picture_conditions((shape.width, shape.height), shape, (0.5, 0.5), flip=False)
+    row = {name: (x.shape[1:], x.dtype) for name, x in encoded.tensors.items()}
+    run = plan.work(of, policy, denoiser, row | {name: (x.shape, x.dtype) for name, x in framed.items()})
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    now = highest = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+PERCEPTUAL = {"name": "perceptual", "layers": "mid", "target_time": "uniform"}
+CASES = {
+    "half precision": ("model", {"gradient_checkpointing": True, "mixed_precision": "bf16"}),
+    "perceptual": ("sdxl", {"space": PERCEPTUAL, "gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize(("family", "options"), CASES.values(), ids=CASES)
+def test_what_a_pass_needs_is_what_is_counted(request, family, options):
+    of = made(request.getfixturevalue(f"{family}_dir"), **options)
+    assert plan.count(of, gpu=False).passes == pytest.approx(measured(of), rel=0.05)
+
+
+def test_parts_by_hand(model_dir):
+    """A LoRA in float32: 4 bytes a number, twice as much for AdamW's two means; of full training a frozen copy beside it."""
+
+    def parts(**options: object) -> dict[str, float]:
+        of = made(model_dir, **options)
+        return plan.held(policy_of(of, denoiser_of(of, outline="shapes")), of)
+
+    denoiser = denoiser_of(made(model_dir))
+    whole = 4 * sum(p.numel() for p in denoiser.network.parameters())
+    trained = 4 * sum(p.numel() for p in policy_of(made(model_dir, rank=3), denoiser).parameters())
+    assert list(parts(rank=3, ema_decay=0.9).values()) == [whole, 0, trained, trained, 2 * trained, trained]
+    assert list(parts(train_method="full").values()) == [0, whole, whole, whole, 2 * whole, 0]
+    of_ones_own = parts(rank=3, optimizer="torch.optim:SGD", optimizer_options={"momentum": 0.9})
+    assert of_ones_own["optimizer"] == trained
+
+
+def test_a_gpu_computes_norms_in_full_precision():
+    """2 x 4 x 8 numbers of two bytes: on a GPU their copy in four bytes, and the result in four."""
+    for gpu, wanted in ((False, 2), (True, 4 + 4)):
+        with without_contents(gpu=gpu):
+            x = torch.empty(2, 4, 8, dtype=torch.bfloat16)
+            with Counter([x]) as counter, torch.autocast("cpu", torch.bfloat16):
+                F.layer_norm(x, (8,))
+        statistics = 2 * 2 * 4 * 4  # mean and deviation of each row
+        assert counter.peak - 64 * wanted in (statistics, statistics // 2)
+
+
+def test_what_is_freed_is_not_counted():
+    with without_contents(gpu=False), Counter() as counter:
+        one = torch.empty(1000)
+        del one
+        torch.empty(500, 2, dtype=torch.float64).view(1000)
+        kept = torch.empty(3, 3) @ torch.empty(3, 3)
+    assert counter.peak == 8000
+    assert counter.now == 4 * kept.numel()
+    assert counter.operations == 2 * 27
+
+
+def test_what_is_told(palate_plan):
+    lines = palate_plan(memory=1, max_train_samples=16, measure="true")
+    assert lines[0] == "memory of one process, GB"
+    assert [line.split()[0] for line in lines[1:4]] == ["training", "drawing", "encoding"]
+    assert any("it fits: at most" in line for line in lines)
+    assert any(line.startswith("measured on cpu: ") and " s a micro-batch, " in line for line in lines)
+    assert any("encoding about 16 rows" in line for line in lines)
+    assert any(line.startswith("  training, 3 updates") for line in lines)
+    assert not Path("out").exists()
+
+
+def test_what_would_make_it_fit(palate_plan, monkeypatch):
+    """Each on top of those before it, and none that does nothing."""
+    needs = plan.Needs({"trained weights": 0.0}, 0.0, 0.0, 0.0, {}, 0.0, 0.0, 0.0, {}, 1)
+
+    def count(of: recipe.Recipe, **_: object) -> plan.Needs:
+        return dataclasses.replace(needs, passes=1e9 * of.training.train_batch_size, drawing=1e9)
+
+    monkeypatch.setattr(plan, "count", count)
+    lines = palate_plan(memory=2, train_batch_size=8, evaluation_batch_size=8)
+    found = [line for line in lines if "--" in line]
+    assert found == [
+        "     8.0   --evaluation_batch_size 1",
+        "     1.0   --evaluation_batch_size 1 --train_batch_size 1 --gradient_accumulation_steps 8",
+    ]
+    lines = palate_plan(memory=0.5, train_batch_size=1, evaluation_batch_size=1)
+    assert any("no option here makes it fit" in line for line in lines)
+
+
+@pytest.fixture
+def palate_plan(palate):
+    """Runs ``palate plan`` of a small recipe; returns its lines."""
+
+    def run(**options: object) -> list[str]:
+        code, said, errors = palate("plan", **options)
+        assert code == 0, errors
+        return said.splitlines()
+
+    return run
+
+
+def test_a_mistake_is_one_line(palate):
+    for options in ({"memory": -1}, {"memroy": 3}):
+        code, said, errors = palate("plan", **options)
+        assert (code, said, len(errors.splitlines())) == (2, "", 1)
+
+
+def test_a_run_tells_what_it_counted_and_what_it_took(palate, monkeypatch):
+    needs = plan.Needs({"trained weights": 1e9}, 2e9, 0.0, 0.0, {"VAE": 1e9}, 0.0, 0.0, 0.0, {}, 1)
+    monkeypatch.setattr(plan, "WORTH_COUNTING", 1)
+    monkeypatch.setattr(plan, "count", lambda *_, **__: needs)
+    code, _, errors = palate("train", max_train_steps=2)
+    assert code == 0, errors
+    assert "memory of one process, GB\n  training" in errors
+    told = [line for line in Path("out/train.log").read_text().splitlines() if "the first update took " in line]
+    assert len(told) == 1
+    assert told[0].endswith(" GB at most; counted were 3.00 GB")
+
+
+def test_what_cannot_be_counted_stops_no_run(palate, monkeypatch, model_dir):
+    told: list[str] = []
+    monkeypatch.setattr(plan, "tell", told.append)
+    monkeypatch.setattr(plan, "count", lambda *_, **__: 1 / 0)
+    assert plan.foretell(made(model_dir), denoiser_of(made(model_dir))) is None
+    assert told == []  # too small to be worth it
+    monkeypatch.setattr(plan, "WORTH_COUNTING", 1)
+    assert plan.foretell(made(model_dir), denoiser_of(made(model_dir))) is None
+    assert told == ["memory was not counted beforehand: ZeroDivisionError: division by zero"]
+
+
+def test_rows_of_all_sets_count(monkeypatch, model_dir):
+    class Set:
+        single = False
+
+        def rows_about(self):
+            return 150_000
+
+    told: list[str] = []
+    monkeypatch.setattr("palate.runs.ready.tell", told.append)
+    tell_needs(made(model_dir), denoiser_of(made(model_dir)), [Set(), Set()])
+    assert "about 300000 rows" in told[0]
