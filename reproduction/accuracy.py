@@ -1,7 +1,7 @@
 """Claim: a tuned model's implicit reward is a judge. Its accuracy in both spaces, beside judges, on pairs of another model.
 
-The runs are those of ``spaces.py``; the pairs are votes on pictures of another model (``miniature-sdxl-pairs``), and with
-``PALATE_HUMAN_PAIRS`` naming one, a folder of real rankings: there beside judges that need no weights.
+The runs are those of ``flow.py offline``; the pairs are votes on pictures of another model (``miniature-pairs``). With
+``PALATE_HUMAN_PAIRS`` naming a folder of real rankings, those too: there beside judges that need no weights.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runs import JUDGES, StoppedError, palate, table, write_json
 
-PAIRS, TIMES = 200, 5
+PAIRS, TIMES = 150, 5
 WEIGHTLESS = ("jpeg_compressibility", "jpeg_incompressibility")
 SPACES = "[latent, perceptual]"
+METHODS = ("DPO", "NCP-DPO", "KTO")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Measurement:
 
 def sources() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Name -> where the pairs are, and judges of them."""
-    found = {"votes": ("miniature-sdxl-pairs", JUDGES)}
+    found = {"votes": ("miniature-pairs", JUDGES)}
     if human := os.environ.get("PALATE_HUMAN_PAIRS"):
         found["human"] = (human, WEIGHTLESS)
     return found
@@ -55,19 +57,29 @@ def runs(seeds: Sequence[int]) -> list[Measurement]:
     found = []
     for label, (source, judges) in sources().items():
         found.append(Measurement(f"accuracy-{label}-judges", source, ("--judges", f"[{', '.join(judges)}]"), cost=20))
-        for method in ("dpo", "ncp-dpo"):
+        for method in METHODS:
             for seed in seeds if label == "votes" else seeds[:1]:
-                run = f"{method}-{seed}"
+                run = f"offline-{method}-{seed}"
                 words = ("--model", run, "--space", SPACES)
                 found.append(Measurement(f"accuracy-{label}-{run}", source, words, run))
     return found
 
 
 def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
-    lines = []
-    for path in sorted(measured.glob("accuracy-*.json")):
-        found = json.loads(path.read_text())
-        for one in found["accuracy"]:
-            rate = "{rate:.0%} ({low:.0%}-{high:.0%})".format(**one["accuracy"])
-            lines.append([path.stem.removeprefix("accuracy-"), found["pairs"], one["name"], one["kind"], rate])
-    return table(["pairs, run", "pairs", "judge or space", "kind", "accuracy"], lines)
+    """Of each set: judges with intervals over prompts, tuned models with each seed's own."""
+    rows = []
+    for label in ("votes", "human"):
+        for one in of(measured, f"accuracy-{label}-judges"):
+            rows.append([label, one["name"], "{rate:.0%} ({low:.0%}-{high:.0%})".format(**one["accuracy"])])
+        for method in METHODS:
+            found = [of(measured, f"accuracy-{label}-offline-{method}-{seed}") for seed in seeds]
+            for space in zip(*filter(None, found), strict=True):
+                rates = [one["accuracy"]["rate"] for one in space]
+                each = ", ".join(f"{rate:.0%}" for rate in rates)
+                rows.append([label, f"{method} ({space[0]['name'].split('(')[1]}", f"{sum(rates) / len(rates):.0%}; {each}"])
+    return table(["pairs", "judge, or implicit reward and its space", "accuracy"], rows)
+
+
+def of(measured: Path, name: str) -> list[dict[str, Any]]:
+    path = measured / f"{name}.json"
+    return json.loads(path.read_text())["accuracy"] if path.is_file() else []
