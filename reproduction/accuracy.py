@@ -15,7 +15,7 @@ from typing import Any
 
 from runs import JUDGES, StoppedError, palate, table, write_json
 
-PAIRS, TIMES = 150, 5
+PAIRS, TIMES = 100, 5
 WEIGHTLESS = ("jpeg_compressibility", "jpeg_incompressibility")
 SPACES = "[latent, perceptual]"
 METHODS = ("DPO", "NCP-DPO", "KTO")

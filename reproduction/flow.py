@@ -27,6 +27,7 @@ from runs import (
     Run,
     base_name,
     draw_curves,
+    guards,
     on_splits,
     options,
     pyplot,
@@ -48,7 +49,6 @@ ONLINE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RATES = (1e-3, 3e-3)
 UNSEEN, OFFLINE_PROMPTS = "miniature-unseen", 96
-BUDGETS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def offline(given: argparse.Namespace) -> list[Run]:
@@ -138,28 +138,9 @@ def online_table(given: argparse.Namespace) -> list[str]:
 
 
 def overoptimisation_table(given: argparse.Namespace) -> list[str]:
-    """Of each seed what stands at the end, at the held-out best, and where each budget would have ended training."""
-    rows = []
-    for seed in given.seeds:
-        curve = read_curve(given.measured, f"too-far-{seed}")
-        watched = [line for line in curve if "held_out/mini-heldout" in line]
-        rounds = [line for line in curve if "reward_mean" in line]
-        if not watched:
-            continue
-        stops: dict[str, dict[str, Any]] = {"none": watched[-1]}
-        stops["held-out best"] = max(watched, key=lambda line: line["held_out/mini-heldout"])
-        for budget in BUDGETS:
-            over = next((line["step"] for line in rounds if line.get("kl_path", 0) > budget), None)
-            if over is not None:
-                stops[f"KL budget {budget:g}"] = [line for line in watched if line["step"] <= over][-1]
-        for guard, line in stops.items():
-            reward = [one["reward_mean"] for one in rounds if one["step"] <= line["step"] + 1][-1]
-            judged = [f"{at['held_out/mini-heldout']:.2f}, {at['held_out/mini-clip']:.1f}" for at in (watched[0], line)]
-            rows.append(
-                [seed, guard, line["step"] // 2 * PER_ROUND, f"{rounds[0]['reward_mean']:.2f} to {reward:.2f}", *judged]
-            )
-    head = ["seed", "guard", "queries", "reward", "mini-heldout, mini-clip before", "there"]
-    return table(head, rows)
+    found = {seed: read_curve(given.measured, f"too-far-{seed}") for seed in given.seeds}
+    rows = [[seed, *r] for seed, curve in found.items() if curve for r in guards(curve, "mini-heldout", ["mini-clip"])]
+    return table(["seed", "guard", "queries", "reward", "mini-heldout", "mini-clip"], rows)
 
 
 def plot(given: argparse.Namespace) -> None:
@@ -175,7 +156,7 @@ def plot(given: argparse.Namespace) -> None:
         queries, means = rewards_of(curve)
         watched = [line for line in curve if "held_out/mini-heldout" in line]
         right.plot(queries, means, color="C0", label=None if seed else "mini-aesthetic, rewarded")
-        at = [line["step"] // 2 * PER_ROUND for line in watched]
+        at = [line["reward_queries"] for line in watched]
         right.plot(at, [line["held_out/mini-heldout"] for line in watched], color="C1", label=None if seed else "mini-heldout")
     right.set(xlabel="reward queries", ylabel="points", title="Flow-GRPO for looks, three seeds")
     right.legend()

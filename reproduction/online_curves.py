@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from runs import PER_ROUND, Run, draw_curves, on_splits, pyplot, read_curve, rewards_of, row, split_table, work
+from runs import PER_ROUND, Run, draw_curves, guards, on_splits, pyplot, read_curve, rewards_of, row, split_table, table, work
 from runs import options as arguments
 
 METHODS = {
@@ -175,18 +175,18 @@ def choose(given: argparse.Namespace) -> None:
 def plot(given: argparse.Namespace) -> None:
     root = given.output_dir
     root.mkdir(parents=True, exist_ok=True)
-    table = [
-        "| reward | method | queries | first round | last two: mean (each seed) | change | held out, before | after |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    table += plot_curves(given, root)
+    head = ["reward", "method", "queries", "first round", "last two: mean (each seed)", "change", "held out, before", "after"]
+    lines = [*table(head, []), *plot_curves(given, root)]
     for run in others(given):
         if curve := read_curve(given.measured, run.name):
             reward = next(name for name, judge in REWARDS.items() if judge == run.options["rewards"])
-            table.append(row(reward, run.name.removeprefix("others-"), [curve]))
-    splits = split_table(given.measured, "mini-sd", [f"generalisation-{seed}" for seed in given.seeds])
-    table += ["", *splits, "", *plot_overoptimisation(given.measured, root)]
-    (root / "table.md").write_text("\n".join(table) + "\n")
+            lines.append(row(reward, run.name.removeprefix("others-"), [curve]))
+    lines += ["", *split_table(given.measured, "mini-sd", [f"generalisation-{seed}" for seed in given.seeds])]
+    lines += ["", *plot_overoptimisation(given.measured, root), ""]
+    pushed = {name: read_curve(given.measured, f"overoptimisation-{name}") for name in ("tuned", "fast")}
+    saved = [[name, *r] for name, curve in pushed.items() if curve for r in guards(curve, "mini-heldout", ["mini-clip"])]
+    lines += table(["rate", "guard", "queries", "reward", "mini-heldout", "mini-clip"], saved)
+    (root / "table.md").write_text("\n".join(lines) + "\n")
     grids(given, root)
     print(f"wrote {root / 'table.md'}, its figures and grids")
 

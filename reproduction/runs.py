@@ -267,9 +267,35 @@ def row(reward: str, method: str, curves: list[list[dict[str, Any]]]) -> str:
     each = ", ".join(f"{end:.2f}" for end in ends)
     equal = [curve for curve, m in zip(curves, means, strict=True) if len(m) == rounds]  # longer ones were judged later
     judged = [[line[k] for line in curve for k in line if k.startswith("held_out/")] for curve in equal]
-    before, after = (statistics.mean(values[i] for values in judged) for i in (0, -1))
+    judged = [values for values in judged if len(values) > 1]  # a run that was ended by hand has no last measurement
+    before, after = (statistics.mean(values[i] for values in judged) if judged else float("nan") for i in (0, -1))
     cells = [reward, method, rounds * PER_ROUND, f"{first:.2f}", f"{last:.2f} ({each})", f"{last - first:+.2f}"]
     return table_line([*cells, f"{before:.1f}", f"{after:.1f}"])
+
+
+BUDGETS = (0.1, 0.3, 0.5, 1.0, 2.0, 4.0)
+"""Of KL divergence from the model before training, in nats per latent element, along the way of a picture."""
+
+
+def guards(curve: list[dict[str, Any]], decides: str, others: Sequence[str]) -> list[list[Any]]:
+    """Where each guard would have ended a run without any, and what the held-out judges say there: rows of a table.
+
+    A budget ends training when a round's pictures have cost more, with the weights that drew them; until then the run is the
+    one without it. Held-out judges are asked every few rounds: the last time before the end counts.
+    """
+    watched, rounds = ([line for line in curve if key in line] for key in (f"held_out/{decides}", "reward_mean"))
+    ends: dict[str, float] = {"none": float("inf")}
+    for budget in BUDGETS:
+        if over := [line["reward_queries"] - PER_ROUND for line in rounds if line["kl_path"] > budget]:
+            ends[f"KL budget {budget:g}"] = over[0]
+    ends["the held-out best is kept"] = max(watched, key=lambda line: line[f"held_out/{decides}"])["reward_queries"]
+    rows = []
+    for guard, end in ends.items():
+        there = [line for line in watched if line["reward_queries"] <= end][-1]
+        reward = [line["reward_mean"] for line in rounds if line["reward_queries"] - PER_ROUND <= end][-1]
+        points = [f"{there[f'held_out/{judge}']:.1f}" for judge in (decides, *others)]
+        rows.append([guard, min(end, rounds[-1]["reward_queries"]), f"{reward:.2f}", *points])
+    return rows
 
 
 # Other prompts than those that were trained on ----------------------------------------------------------------------------

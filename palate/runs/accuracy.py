@@ -16,11 +16,12 @@ from palate.evaluation.statistics import WinRate
 from palate.miniature import world
 from palate.names.judges import find_judges
 from palate.runs.label import judge_margins
-from palate.runs.methods import bind_space, check_space, complete_space
+from palate.runs.methods import SpaceOptions, bind_space, check_space, complete_space
 from palate.runs.models import NamedModel, find_model
 
 if TYPE_CHECKING:
     from palate.data.pairs import Reader
+    from palate.models.denoiser import Denoiser
 
 SPACES = ("latent", "perceptual")
 
@@ -37,7 +38,7 @@ class AccuracyOptions:
     """With ``--model`` a pipeline folder or hub id: what it was tuned by, each as a file with ``:scale`` if not 1."""
     space: Annotated[tuple[str, ...], OneOf(*SPACES, "run")] = ("run",)
     """Where implicit rewards are measured: ``latent``, ``perceptual``, both as ``'[latent, perceptual]'``, or ``run``: that
-    of the run's own recipe."""
+    of the run's own recipe. A run in perceptual space keeps its layers; other transformers have ``half``."""
     timesteps: Steps = 10
     """Times, each with noise of its own, over which an implicit reward is averaged; 10 in the paper."""
     seed: Seed = 0
@@ -118,6 +119,14 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
     return found, about
 
 
+def _space(name: str, own: SpaceOptions, denoiser: Denoiser) -> SpaceOptions:
+    """A space by its name, or ``run``: the run's own where that is it, otherwise as the recipes for such models have it."""
+    if name == "run" or (isinstance(own, dict) and own["name"] == name):
+        return own
+    on_transformer = {"layers": "half", "steps_back": 20} if "half" in denoiser.feature_layers else {}
+    return complete_space({"name": name, **(on_transformer if name == "perceptual" else {})})
+
+
 def _implicit(model: NamedModel, reader: Reader, options: AccuracyOptions, progress: bool) -> list[Accuracy]:
     from palate.data.cache import TensorCache
     from palate.data.encode import encode_pairs
@@ -125,7 +134,7 @@ def _implicit(model: NamedModel, reader: Reader, options: AccuracyOptions, progr
 
     policy = model.load_finished()
     own = model.recipe.space if model.recipe is not None else {"name": "latent"}
-    spaces = [own if name == "run" else complete_space({"name": name}) for name in options.space]
+    spaces = [_space(name, own, policy.denoiser) for name in options.space]
     for space in spaces:
         check_space(space, policy.denoiser)
     of_run = model.recipe.data.resolution if model.recipe is not None else None

@@ -82,6 +82,14 @@ def test_implicit_rewards_in_both_spaces(palate, pairs_dir, cache_dir, model_dir
     assert (nothing["rate"], nothing["ties"]) == (0.5, 16)
 
 
+def test_a_transformer_has_a_perceptual_space_by_name_too(palate, pairs_dir, cache_dir, sd3_dir):
+    palate("train", pretrained_model_name_or_path=sd3_dir, output_dir="run", max_train_steps=1)
+    options = {"model": "run", "cache_dir": cache_dir, "timesteps": 1, "max_pairs": 2}
+    code, _, errors = palate("accuracy", pairs_dir, **options, space="[latent, perceptual]")
+    assert code == 0, errors
+    assert list(told()[0]) == ["run (latent)", "run (perceptual)"]
+
+
 def test_mistakes(palate, pairs_dir, model_dir):
     for words, options, said in (
         ((pairs_dir,), {}, "name at least one judge or model"),
