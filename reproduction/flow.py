@@ -5,7 +5,7 @@
 All on ``mini-sd3``, with the settings of the recipes ``miniature-flow-*`` and every seed of ``--seeds``:
 
 - offline: from the votes on its own pictures, then compared with the base model on unseen prompts.
-- tune: one run of each of ``RATES`` for each online method with the first seed.
+- tune: one run of each of ``RATES`` for each online method with the first seed; the best goes on with the others.
 - online: mean reward of each round against reward queries, for small files alone, watched by a judge of prompt following;
   DDPO-IS is the recipe of Flow-GRPO with noise in the first five of eight steps instead of a moving window of two.
 - generalisation: NFT for small files on six combinations of object and place, compared on those and on others.
@@ -68,24 +68,26 @@ def small_files(seed: int, given: argparse.Namespace) -> dict[str, Any]:
     return rewarded("jpeg_compressibility", "mini-clip", seed, given.queries)
 
 
+def rewarded_run(method: str, rate: float, seed: int, given: argparse.Namespace) -> Run:
+    recipe, changes = ONLINE[method]
+    changes = {**small_files(seed, given), **changes, "learning_rate": rate}
+    return Run(f"online-{method}-{rate:g}-{seed}", recipe, changes, cost=250)
+
+
 def tune(given: argparse.Namespace) -> list[Run]:
-    return [
-        Run(tuning(method, rate), recipe, {**small_files(given.seeds[0], given), **changes, "learning_rate": rate}, cost=250)
-        for method, (recipe, changes) in ONLINE.items()
-        for rate in RATES
-    ]
+    return [rewarded_run(method, rate, given.seeds[0], given) for method in ONLINE for rate in RATES]
 
 
-def tuning(method: str, rate: float) -> str:
-    return f"tune-{method}-{rate:g}"
+def tuned(method: str, given: argparse.Namespace) -> float:
+    """The rate with the best mean reward of the last two rounds that all rates have."""
+    found = {rate: read_curve(given.measured, f"online-{method}-{rate:g}-{given.seeds[0]}") for rate in RATES}
+    means = {rate: rewards_of(curve)[1] for rate, curve in found.items() if curve}
+    rounds = min(map(len, means.values()), default=0)
+    return max(means, key=lambda rate: sum(means[rate][:rounds][-2:]), default=RATES[0])
 
 
 def online(given: argparse.Namespace) -> list[Run]:
-    return [
-        Run(f"online-{method}-{seed}", recipe, {**small_files(seed, given), **changes}, cost=250)
-        for seed in given.seeds
-        for method, (recipe, changes) in ONLINE.items()
-    ]
+    return [rewarded_run(method, tuned(method, given), seed, given) for seed in given.seeds for method in ONLINE]
 
 
 def generalisation(given: argparse.Namespace) -> list[Run]:
@@ -131,9 +133,8 @@ def curves(given: argparse.Namespace, names: Sequence[str]) -> list[list[dict[st
 
 def online_table(given: argparse.Namespace) -> list[str]:
     head = ["reward", "method", "queries", "first round", "last two: mean (each seed)", "change", "held out, before", "after"]
-    names = {f"{method}, rate {rate:g}": [tuning(method, rate)] for method in ONLINE for rate in RATES}
-    names |= {method: [f"online-{method}-{seed}" for seed in given.seeds] for method in ONLINE}
-    lines = [row("compress", label, found) for label, same in names.items() if (found := curves(given, same))]
+    names = {(m, rate): [f"online-{m}-{rate:g}-{seed}" for seed in given.seeds] for m in ONLINE for rate in RATES}
+    lines = [row("compress", f"{m}, {rate:g}", found) for (m, rate), same in names.items() if (found := curves(given, same))]
     return [*table(head, []), *lines]
 
 
@@ -147,7 +148,7 @@ def plot(given: argparse.Namespace) -> None:
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     for method in ONLINE:
-        if found := curves(given, [f"online-{method}-{seed}" for seed in given.seeds]):
+        if found := curves(given, [f"online-{method}-{tuned(method, given):g}-{seed}" for seed in given.seeds]):
             draw_curves(left, method, found)
     left.set(xlabel="reward queries", ylabel="mean reward of the round: - kB", title="small files alone")
     left.legend()
