@@ -15,7 +15,9 @@ import draws
 import labels
 import layers
 import objectives
+import settings_on_seen
 import shapes
+import smaller_files
 import spaces
 import votes
 import winners
@@ -30,6 +32,8 @@ CLAIMS = {
     "layers": layers,
     "draws": draws,
     "objectives": objectives,
+    "files": smaller_files,
+    "settings": settings_on_seen,
     "shapes": shapes,
 }
 

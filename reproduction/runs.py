@@ -319,10 +319,16 @@ def split_table(measured: Path, model: str, names: Sequence[str]) -> list[str]:
             )
             if base is None:
                 continue
-            each = [mean_difference(base[:, k], one[:, k], range(len(one))) for one in found if one is not None]
-            changes = [f"{c.difference:+.2f} ({c.low:+.2f} to {c.high:+.2f})" for c in each]
-            rows.append([judge, part, f"{base[:, k].mean():.2f}", "; ".join(changes)])
+            rows.append(
+                [judge, part, f"{base[:, k].mean():.2f}", mean_change(base[:, k], [one for one in found if one is not None], k)]
+            )
     return table(["judge", "prompts", "base", "change by each seed (95 % over prompts)"], rows)
+
+
+def mean_change(base: np.ndarray, runs: Sequence[np.ndarray], judge: int) -> str:
+    """Of each run the mean difference to the base model's ``(pictures,)`` by one of its judges, with 95 % over prompts."""
+    each = [mean_difference(base, run[:, judge], range(len(base))) for run in runs]
+    return "; ".join(f"{one.difference:+.2f} ({one.low:+.2f} to {one.high:+.2f})" for one in each)
 
 
 # Tables ------------------------------------------------------------------------------------------------------------------
