@@ -97,7 +97,7 @@ def load_denoiser(
     Raises:
         UserError: not a pipeline, an unsupported family, or not reachable.
     """
-    given = {k: v for k, v in source.items() if v is not None}
+    given = {k: v for k, v in source.items() if v}
     kind = check_model(name, revision=given.get("revision"))
     family, more = family_of(kind), {} if outline is None else {"outline": outline}
     try:
@@ -110,7 +110,7 @@ def load_drawer(
     name: str, *, mixed_precision: str = "no", device: str = "cpu", quantize: str | None = None, **source: str | None
 ) -> Drawer:
     """As :func:`load_denoiser`, and of other families a :class:`palate.models.other.OtherPipeline`, which only draws."""
-    given = {k: v for k, v in source.items() if v is not None}
+    given = {k: v for k, v in source.items() if v}
     name = world.find_model(name)
     kind = "" if _OUTSIDE.fullmatch(name) else _pipeline_class(name, given.get("revision"))
     if not kind or kind in FAMILIES or kind == REFINER:
@@ -130,7 +130,7 @@ def load_refiner(
     Raises:
         UserError: not a refiner, parts of it missing, or not reachable.
     """
-    given = {k: v for k, v in source.items() if v is not None}
+    given = {k: v for k, v in source.items() if v}
     check_refiner(name, revision=given.get("revision"))
     from palate.models.refiner import Refiner
 

@@ -93,15 +93,20 @@ def load_lora(denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: b
     Raises:
         UserError: as :func:`palate.models.lora_file.find_lora`, or it does not fit the model, or can never learn.
     """
+    _tell_idle(*check_lora(denoiser, network, path, idle=idle))
+    for name, parameter in network.named_parameters():
+        if is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def check_lora(denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: bool = False) -> tuple[Path, Sequence[Layer]]:
+    """As :func:`load_lora`, of a network that is thrown away: nothing is told, and precisions stay. The file and its layers."""
     file, parts = find_lora(path), {_part(denoiser, network): network}
     layers = _layers(denoiser, parts, file, trained=True)
     if not idle and all(layer.dead for layer in layers):
         raise UserError(f"{file} changes nothing and cannot learn to ({_why_idle(layers)}): leave it out, or give another")
-    _tell_idle(file, layers)
     _put(denoiser, parts, file, layers, "default")
-    for name, parameter in network.named_parameters():
-        if is_adapter(name):
-            parameter.data = parameter.data.float()
+    return file, layers
 
 
 def _part(denoiser: Drawer, network: nn.Module) -> str:

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from palate.base import hub
-from palate.base.errors import UserError, first_line
+from palate.base.errors import UserError, first_line, short
 from palate.data.encode import PIXELS_AT_ONCE
 from palate.diffusion.denoising import Conditioning
+from palate.models import whole
 from palate.models.fit import check_class
 from palate.models.quantised import quantise
 
@@ -70,11 +71,7 @@ class Source:
 
         quantize: as :class:`palate.models.latent.Latent` has it; whole weights of blocks never lie on the device together.
         """
-        where = f"{part} of {self.name}"
-        try:
-            module = read_part(kind, self.name, where, subfolder=part, **options, **self._options_of(part))
-        except UserError as error:
-            raise UserError(f"{error}{self._variants(part)}") from error
+        module = read_part(kind, self.name, f"{part} of {self.name}", subfolder=part, **options, **self._options_of(part))
         if quantize is not None:
             quantise(module, quantize, self.device)
         return module.to(self.device).eval().requires_grad_(False)
@@ -85,15 +82,13 @@ class Source:
 
     def _has(self, part: str, variant: str) -> bool:
         """Whether a part has files of a variant, such as diffusion_pytorch_model.fp16.safetensors; of a hub, by its list."""
-        return any(f".{variant}." in name or f".{variant}-" in name for name in self.files(part))
+        return any(whole.is_weights(name) and whole.variant_of(name) == variant for name in self.files(part))
 
     def files(self, part: str) -> list[str]:
-        """Names of a part's files with weights; empty where that is not known without fetching them."""
+        """Names of a part's files; empty where that is not known without fetching them."""
         if Path(self.name).exists():
-            names = [path.name for path in Path(self.name, part).glob("*")]
-        else:
-            names = [n.removeprefix(f"{part}/") for n in self._on_hub() if n.startswith(f"{part}/")]
-        return [name for name in names if name.endswith((".safetensors", ".bin"))]
+            return sorted(path.name for path in Path(self.name, part).glob("*"))
+        return [name.removeprefix(f"{part}/") for name in self._on_hub() if name.startswith(f"{part}/")]
 
     def _on_hub(self) -> list[str]:
         if self._listed is None:
@@ -110,24 +105,31 @@ class Source:
             return False
 
     def check_files(self, parts: Sequence[str]) -> None:
-        """Raise ``UserError`` unless there are weights of each part, and some part has those of the variant asked for."""
+        """Raise ``UserError`` unless there are weights of each part, whole as far as names and heads tell, and some part has
+        those of the variant asked for."""
         variant = self.options.get("variant")
         if variant is not None and not any(self._has(part, variant) for part in parts):
-            raise UserError(f"no part of {self.name} has files of variant {variant}: leave out --variant")
+            raise UserError(
+                f"no part of {self.name} has files of variant {short(variant, 40, quoted=False)}: leave out --variant"
+            )
         for part in parts if self._is_listed() else []:
-            found, wanted = self.files(part), self._options_of(part).get("variant")
-            if not found:
-                raise UserError(f"{part} of {self.name} cannot be loaded: {part}/ holds no weights; download it again")
-            if wanted is None and not any(_plain(name) for name in found):
-                raise UserError(f"{part} of {self.name} cannot be loaded: it has no plain weights{self._variants(part)}")
+            names, wanted, where = self.files(part), self._options_of(part).get("variant"), f"{part} of {self.name}"
+            weights = [name for name in names if whole.is_weights(name)]
+            if not weights:
+                raise UserError(f"{where} cannot be loaded: {part}/ holds no weights; download it again")
+            if wanted is None and all(map(whole.variant_of, weights)):
+                raise UserError(f"{where} cannot be loaded: it has no plain weights; {self._advice(weights)}")
+            found = whole.found_by_name(names, part, where, wanted)
+            if Path(self.name).exists():
+                whole.check_heads(Path(self.name, part), *found, where)
 
-    def _variants(self, part: str) -> str:
-        """Advice where there are only weights such as diffusion_pytorch_model.fp16.safetensors."""
-        names = self.files(part) if self._is_listed() else []
-        found = {name.split(".")[1].split("-")[0] for name in names if not _plain(name)} - {self.options.get("variant", "")}
-        if not found or any(map(_plain, names)):
-            return ""
-        return f"; its files are of variant {' and '.join(sorted(found))}: add --variant {min(found)}"
+    def _advice(self, weights: Sequence[str]) -> str:
+        """Where there are only weights such as diffusion_pytorch_model.fp16.safetensors."""
+        found = sorted({whole.variant_of(name) for name in weights})
+        told = f"its files are of variant {' and '.join(found)}"
+        if "variant" in self.options:  # which others have; diffusers too reads one at a time
+            return f"{told} alone: rename those of one to plain names, without .{found[0]}"
+        return f"{told}: add --variant {found[0]}"
 
     def check_finite(self, part: str) -> None:
         """Raise ``UserError`` if a weight of a folder's part is NaN or infinite, or a file is damaged; one in memory at a time.
@@ -136,7 +138,7 @@ class Source:
         """
         variant = self._options_of(part).get("variant")
         for path in sorted(Path(self.name, part).glob("*.safetensors")):
-            if _plain(path.name) if variant is None else f".{variant}" in path.name:
+            if whole.variant_of(path.name) == (variant or ""):
                 _check_file(path, f"{part} of {self.name}")
 
 
@@ -147,11 +149,6 @@ def _check_file(path: Path, what: str) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{what} cannot be loaded: {first_line(error)}; download it again") from error
     _refuse_not_finite(wrong, what)
-
-
-def _plain(name: str) -> bool:
-    """Whether a file of weights is of no variant: model.safetensors, model-00001-of-00002.safetensors."""
-    return name.count(".") == 1
 
 
 def read_part(kind: Any, name: str, what: str, **options: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from palate.base.errors import UserError
+from palate.models import whole
 from palate.models.families import load_denoiser, load_drawer, load_refiner
 from palate.models.parts import Source
 from palate.runs.models import check_refiner_fits
@@ -205,6 +206,90 @@ def test_advice_is_for_what_has_no_plain_files(copied, model_dir):
     assert "variant" not in refused(folder)
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize(
+    ("name", "sharded"),
+    [
+        ("diffusion_pytorch_model{}.safetensors", False),
+        ("diffusion_pytorch_model{}-00001-of-00002.safetensors", True),
+        ("diffusion_pytorch_model-00001-of-00002{}.safetensors", True),
+        ("diffusion_pytorch_model{}.bin", False),
+    ],
+)
+def test_files_of_a_variant_are_known_by_their_names(variant, name, sharded):
+    middle = f".{variant}" if variant else ""
+    named, index = name.format(middle), f"diffusion_pytorch_model.safetensors.index{middle}.json"
+    assert (whole.variant_of(named), whole.variant_of(index)) == (variant or "", variant or "")
+    names = ["config.json", "openvino_model.bin", named, *([index] if sharded else [])]
+    assert whole.found_by_name(names, "unet", "unet of x", variant) == ((index, True) if sharded else (named, False))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_what_is_found_by_no_name_is_told(part):
+    of_both = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    wrong = next(stem for name, stem in of_both.items() if name != part)
+    with pytest.raises(
+        UserError, match=f"has its weights in {wrong}.safetensors, but {of_both[part]}.safetensors is looked for"
+    ):
+        whole.found_by_name([f"{wrong}.safetensors"], part, "x", None)
+    with pytest.raises(UserError, match=f"lacks {of_both[part]}.safetensors.index.json, which tells what "):
+        whole.found_by_name([f"{of_both[part]}-00001-of-00002.safetensors"], part, "x", None)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def dead_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/nowhere/weights.safetensors")
+
+
+DAMAGES = [
+    (cut, "is damaged (Error while deserializing header"),
+    (lambda path: path.write_bytes(b""), "is empty"),
+    (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "is a pointer of Git LFS"),
+    (dead_link, "is a link to '/nowhere/weights.safetensors', which does not exist"),
+    (lambda path: (path.unlink(), path.mkdir()), "is a folder; expected a file of weights"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[message[:20] for _, message in DAMAGES])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_damaged_files_are_found_before_any_weights_are_read(no_weights, copied, model_dir, part, damage, message):
+    folder = copied(model_dir)
+    (path,) = (folder / part).glob("*.safetensors")
+    damage(path)
+    told = refused(folder)
+    assert f"{part} of {folder} cannot be loaded: {path.name} {message}" in told
+    assert len(told.replace(str(folder), "")) < 200
+
+
+def test_a_lost_shard_is_found_before_any_weights_are_read(copied, model_dir, monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    folder = copied(model_dir)
+    network = UNet2DConditionModel.from_pretrained(folder / "unet")
+    (folder / UNET).unlink()
+    network.save_pretrained(folder / "unet", max_shard_size="100KB")
+    load_denoiser(str(folder))
+    monkeypatch.setattr(Source, "read", None)
+    first, *_, last = sorted((folder / "unet").glob("*.safetensors"))
+    last.unlink()
+    count = int(last.stem[-5:])
+    assert f"lacks 1 of the {count} files that {UNET[5:]}.index.json names, the first is {last.name}" in refused(folder)
+    assert first.is_file()
+
+
+def test_parts_of_different_variants(no_weights, copied, model_dir):
+    """Files of one variant can be asked for; the advice leads out."""
+    folder = copied(model_dir)
+    as_variant(folder, "unet")
+    as_variant(folder, "vae", variant="bf16")
+    assert "add --variant fp16" in refused(folder)
+    assert "alone: rename those of one to plain names, without .bf16" in refused(folder, variant="fp16")
+
+
 # The refiner, and families that only draw ------------------------------------------------------------
 
 
@@ -262,6 +347,13 @@ def test_a_refiner_whose_weights_are_damaged_is_refused_before_training(
 
 
 HUB_FILES = {
+    "unet of owner/model has its weights in model.safetensors, but diffusion_pytorch_model.safetensors is looked for": [
+        *("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "unet/model.safetensors"),
+    ],
+    "vae of owner/model lacks diffusion_pytorch_model.safetensors.index.json": [
+        *("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
+        "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
+    ],
     "unet/ holds no weights": ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "unet/config.json"],
     "unet of owner/model cannot be loaded: it has no plain weights; its files are of variant fp16: add --variant fp16": [
         *("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
