@@ -9,7 +9,19 @@ from typing import Annotated, get_args, get_type_hints
 import pytest
 
 from palate.base.errors import UserError, nearest, short
-from palate.base.options import NOT_NEGATIVE, POSITIVE, Count, OneOf, Range, check_ranges, checked, overrides, ranges, typed
+from palate.base.options import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    Count,
+    OneOf,
+    Range,
+    check_ranges,
+    checked,
+    keywords,
+    overrides,
+    ranges,
+    typed,
+)
 from palate.data.options import Reading
 from palate.judges.alignment import Options as VisionJudge
 from palate.judges.remote import Options as RemoteJudge
@@ -146,6 +158,29 @@ def test_whole_numbers_are_read_digit_by_digit() -> None:
     for given in ("1.5", "", "abc", "inf", True):
         with pytest.raises(UserError, match="expected a whole number"):
             typed(int, given, "steps")
+
+
+@pytest.mark.parametrize("value", ["1e-300", "1e-31", "1e31", "-1e39", "1e308"])
+def test_what_float32_does_not_hold_is_refused(value: str) -> None:
+    for read in (lambda: typed(float, value, "rate"), lambda: typed(float | None, float(value), "rate")):
+        with pytest.raises(UserError, match=r"^rate is -?1e[-+]\d+, which float32 does not hold; expected a number of a size "):
+            read()
+    assert POSITIVE.refusal(abs(float(value)))
+    for fine in (0.0, 1e-30, 1e30, -1e-8):
+        assert typed(float, fine, "rate") == fine
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, "inf", "1e400"])
+def test_numbers_of_functions_end(value: object) -> None:
+    def objective(*, beta: float = 1.0) -> None: ...
+
+    with pytest.raises(UserError, match=r"objective x: beta is -?inf; expected a number that ends"):
+        keywords(objective, {"beta": value}, "objective x")
+
+
+def test_a_count_that_is_too_large_is_told_its_end() -> None:
+    with pytest.raises(UserError, match=r"^count is 2000000000; expected at most 1000000000$"):
+        Example(count=2 * 10**9)
 
 
 def test_what_came_is_shown_in_short() -> None:

@@ -211,7 +211,22 @@ class Range:
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
-        return "" if admitted else f"{short(value, quoted=False)}; expected {self.expected}"
+        if admitted:
+            return _out_of_size(value)
+        expected = f"at most {MANY}" if self.at_most == MANY < value else self.expected
+        return f"{short(value, quoted=False)}; expected {expected}"
+
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of fractions, by their size: float32, in which all is computed, ends a little beyond, and products of two must fit too."""
+
+
+def _out_of_size(value: int | float) -> str:
+    """As :meth:`Range.refusal`, of a fraction that float32 turns into 0 or infinity; infinity itself may stand for no limit."""
+    if isinstance(value, int) or not value or not math.isfinite(value) or SMALLEST <= abs(value) <= LARGEST:
+        return ""
+    end = f"above {SMALLEST:g}, or 0" if abs(value) < SMALLEST else f"below {LARGEST:g}"
+    return f"{value:g}, which float32 does not hold; expected a number of a size {end}"
 
 
 @dataclass(frozen=True)
@@ -325,9 +340,12 @@ def typed(kind: Any, value: object, name: str) -> object:
         if option is type(None):
             continue
         try:
-            return _as(option, value)
+            made = _as(option, value)
         except (TypeError, ValueError, OverflowError):
             continue
+        if isinstance(made, float) and (refusal := _out_of_size(made)):
+            raise UserError(f"{name} is {refusal}")
+        return made
     expected = [*(WORDS.get(k, str(k)) for k in kinds), *(["null"] if type(None) in options else [])]
     raise UserError(f"{name} is {short(value)}; expected {' or '.join(expected)}")
 
@@ -427,6 +445,8 @@ def keywords(function: Callable[..., object], given: Mapping[str, object], what:
         if type(parameter.default) is float and type(unnamed) is int:
             unnamed = float(unnamed)
         made[name] = typed(hints[name], value, f"{what}: {name}") if name in hints else unnamed
+        if made[name] in (math.inf, -math.inf):
+            raise UserError(f"{what}: {name} is {made[name]}; expected a number that ends")
     return made
 
 

@@ -84,8 +84,8 @@ class TrainOptions:
     """Decay of AdamW's mean of squared gradients."""
     adam_weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-2
     """Of every optimizer, decoupled."""
-    adam_epsilon: Annotated[float, NOT_NEGATIVE] = 1e-8
-    """Of AdamW."""
+    adam_epsilon: Annotated[float, POSITIVE] = 1e-8
+    """Of AdamW; with 0 a weight without gradient would become NaN."""
     max_grad_norm: Annotated[float, NORM] | None = 1.0
     """Gradients of a larger norm are scaled down to it; null for no limit."""
     ema_decay: Annotated[float, DECAY] | None = None
