@@ -16,6 +16,8 @@ NO_MOVE = 1e-7
 """What all updates together must be able to move a weight by: a hundredth of what the shortest trial runs do."""
 SMALL, LARGE = 0.01, 10.0
 """Of logits: below the sigmoid is a straight line, above it is flat."""
+STUCK = 0.01
+"""Of what the rate allows: AdamW's first updates move the weight that moves most by nearly all of it."""
 SAMPLED = 2**20
 """Weights that are looked at."""
 
@@ -30,9 +32,12 @@ class Alarms:
         self.options, self.total, self.said = options, total, list(said)
         self.norms: list[float] = []
         self.reaches: list[float] = []
+        self.rates: list[float] = []
+        self.begun: Tensor | None = None
 
     def before(self, weights: Sequence[Tensor]) -> list[str]:
         """What options tell of themselves: a warm-up that does not end, a rate that moves no weight."""
+        self.begun = _some(weights)
         options, rate = self.options, self.options.learning_rate
         found = list[str]()
         if options.lr_warmup_steps >= self.total and options.lr_scheduler != "constant":
@@ -80,6 +85,24 @@ class Alarms:
             )
         return []
 
+    def moved(self, done: int, weights: Sequence[Tensor], rate: float) -> list[str]:
+        """After update number ``done`` (from 1), made at ``rate``: whether the optimizer moves the weights as it should."""
+        if self.begun is None or done > FIRST:  # or resumed within the first
+            return []
+        self.rates.append(rate)
+        if done < min(FIRST, self.total) or not sum(self.rates) or max(self.norms, default=0.0) < NO_GRADIENT:
+            return []
+        share = float((_some(weights) - self.begun).abs().max()) / sum(self.rates)
+        least = STUCK if self.options.optimizer.startswith("adamw") else NO_MOVE / (self.options.learning_rate * self.total)
+        self.begun = None
+        if share >= least:
+            return []
+        return self._once(
+            "moved",
+            f"no weight moves by more than {share:.1g} of the learning rate: the gradients (of norm {max(self.norms):.1g}, or "
+            "max_grad_norm) drown in adam_epsilon or in float32; raise the one, or lower the other",
+        )
+
     def rewards(self, std: object) -> list[str]:
         """Of a round's rewards."""
         if std != 0.0:
@@ -104,6 +127,14 @@ class Alarms:
             return []
         self.said.append(name)
         return [f"warning: {line}"]
+
+
+def _some(weights: Sequence[Tensor]) -> Tensor:
+    """A copy of the first weights, as many as are looked at."""
+    found = list[Tensor]()
+    for weight in weights:
+        found.append(weight.detach().flatten()[: SAMPLED - sum(map(len, found))].float().cpu())
+    return torch.cat(found)
 
 
 def _movable(weights: Sequence[Tensor], rate: float) -> float:

@@ -320,11 +320,12 @@ class _Run:
             if not place.lower_scale():  # float16 overflows until it has found a fitting one
                 raise _not_finite(done, f"the norm of the gradient is {norm}")
         factor = lr_factor(options.lr_scheduler, done - 1, warmup=options.lr_warmup_steps, total=self.total)
-        place.update(done, options.learning_rate * factor)
+        place.update(done, rate := options.learning_rate * factor)
         stop = totals.pop("stop") > 0  # summed over processes with the rest, so that all stop after the same step
         self.last = {name: total / self.batch_size for name, total in totals.items()}
         self.step.observe(self.last)
         self.warn(self.alarms.after(done, norm, self.last.pop(REACH, None)))
+        self.warn(self.alarms.moved(done, place.weights, rate))
         totals.pop(REACH, None)
         self.window.add({**totals, "grad_norm": norm, "pairs": self.batch_size, "steps": 1})
         return stop

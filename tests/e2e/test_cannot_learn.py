@@ -46,6 +46,7 @@ CASES = [
     ({"lr_warmup_steps": 500, "max_train_steps": 2}, "the warm-up of 500 steps is not over when the run ends after 2"),
     ({"learning_rate": 1e-12}, "learning_rate 1e-12 moves no weight by more than"),
     ({"objective.beta": 1e-4}, "so beta does nothing"),
+    ({"adam_epsilon": 1e6}, "no weight moves by more than"),
     ({"max_train_samples": 1, "validation_fraction": 0}, "there is only one to learn from"),
 ]
 

@@ -87,6 +87,30 @@ def test_logits_once_they_had_time_to_grow(size: float, hint: str | None) -> Non
     assert of.logits(30, size) == []
 
 
+@pytest.mark.parametrize(("share", "said"), [(1.0, False), (0.02, False), (1e-3, True), (0.0, True)])
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_weights_that_the_optimizer_does_not_move(share: float, said: bool, warmup: int) -> None:
+    of, weights, rate = alarms(learning_rate=1e-3, lr_warmup_steps=warmup), [torch.zeros(4), torch.zeros(3)], 0.0
+    of.before(weights)
+    lines = list[str]()
+    for done in range(1, 6):
+        of.after(done, 0.5, None)
+        rate = 1e-3 * min(1.0, (done - 1) / warmup if warmup else 1.0)
+        weights[1][2] += share * rate
+        lines += of.moved(done, weights, rate)
+    assert len(lines) == said
+    assert all("no weight moves by more than" in line for line in lines)
+
+
+def test_an_optimizer_of_steps_as_small_as_its_gradients_is_not_alarmed_of() -> None:
+    of, weights = alarms(total=100, learning_rate=1e-3, optimizer="torch.optim:SGD"), [torch.zeros(4)]
+    of.before(weights)
+    for done in range(1, 4):
+        of.after(done, 0.5, None)
+        weights[0] += 1e-5 * 1e-3
+        assert of.moved(done, weights, 1e-3) == []
+
+
 def test_rewards_that_are_all_alike() -> None:
     of = alarms()
     assert "all pictures of a round have the same reward" in of.rewards(0.0)[0]
