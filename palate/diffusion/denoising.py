@@ -150,6 +150,15 @@ def upcast(x: Float[Tensor, " *d"]) -> Float[Tensor, " *d"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def last_time(schedule: Schedule, t_min: int, t_max: int | None) -> int:
+    """The last of the times from t_min on; the schedule's own where t_max is None. Raises UserError: outside the schedule."""
+    last = schedule.num_train_timesteps - 1
+    t_max = last if t_max is None else t_max
+    if not 0 <= t_min <= t_max <= last:
+        raise UserError(f"times {t_min} to {t_max} are outside the schedule; choose 0 <= t_min <= t_max <= {last}")
+    return t_max
+
+
 def draw(
     schedule: Schedule,
     x0: Float[Tensor, " b *d"],
@@ -164,13 +173,10 @@ def draw(
     """Noise a batch, each item at a time of t_min .. t_max (inclusive; None means the last time), drawn by the density.
 
     x0 (b, ...) and cond with b rows; seeds (b // shared,) int64. With shared = 2 the rows i and i + b / 2 (winners first, then
-    losers) share time, noise and seed, as in Diffusion-DPO (arXiv 2311.12908, supplement S9). Raises UserError for times
-    outside the schedule.
+    losers) share time, noise and seed, as in Diffusion-DPO (arXiv 2311.12908, supplement S9). Raises UserError as
+    :func:`last_time`.
     """
-    b, last = x0.shape[0], schedule.num_train_timesteps - 1
-    t_max = last if t_max is None else t_max
-    if not 0 <= t_min <= t_max <= last:
-        raise UserError(f"times {t_min} to {t_max} are outside the schedule; choose 0 <= t_min <= t_max <= {last}")
+    b, t_max = x0.shape[0], last_time(schedule, t_min, t_max)
     if len(cond) != b or seeds.shape[0] * shared != b:
         raise ValueError(f"{b} items need {b} rows of conditioning and {b} / {shared} seeds; got {len(cond)} and {len(seeds)}")
     seeds = seeds.repeat(shared)

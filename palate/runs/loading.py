@@ -11,7 +11,7 @@ from palate.base.errors import UserError
 from palate.base.machine import tell
 from palate.base.shapes import Shape
 from palate.models.adapters import Adapter, check_adapter
-from palate.runs.methods import check_space
+from palate.runs.methods import check_space, check_times
 from palate.runs.models import load_base
 from palate.runs.recipe import Recipe
 
@@ -117,6 +117,12 @@ def denoiser_of(recipe: Recipe, *, outline: str | None = None) -> Denoiser:
         outline=outline,
     )
     check_space(recipe.space, denoiser)
-    if recipe.policy.train_method == "lora" and recipe.policy.pretrained_lora is None:
+    check_times(recipe.training, recipe.space, denoiser.schedule)
+    if recipe.policy.pretrained_lora is not None:
+        from palate.models.lora import check_lora
+        from palate.models.policy import twin
+
+        check_lora(denoiser, twin(denoiser.network, share=True), recipe.policy.pretrained_lora)
+    elif recipe.policy.train_method == "lora":
         check_adapter(denoiser, adapter_of(recipe), denoiser.lora_targets[recipe.policy.lora_layers])
     return denoiser

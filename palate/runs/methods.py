@@ -189,8 +189,11 @@ def complete_space(options: object) -> SpaceOptions:
         made.append({"name": name, **weight, **keywords(_maker(name), given, f"space {name}")})
     complete = made if isinstance(options, list) else made[0]
     # Made once around nothing, so that values out of range are refused before any weights are loaded.
-    _make_space(complete, lambda x, t, cond, layers: [], _any_schedule())
+    _make_space(complete, _NO_FEATURES, _any_schedule())
     return complete
+
+
+_NO_FEATURES: Features = lambda x, t, cond, layers: []  # noqa: E731
 
 
 def _maker(name: str) -> Callable[..., Space]:
@@ -223,6 +226,18 @@ def check_space(options: SpaceOptions, denoiser: Denoiser) -> None:
                 f"layers {part['layers']} of the perceptual space do not exist in the {denoiser.part_name} of {denoiser.name}; "
                 f"choose {', '.join(denoiser.feature_layers)}"
             )
+
+
+def check_times(options: TrainOptions, space: SpaceOptions, schedule: Schedule) -> None:
+    """Raise ``UserError`` unless there is a time to train on: one of the schedule's, at which the space tells outputs apart."""
+    from palate.diffusion.denoising import last_time
+
+    last = last_time(schedule, options.t_min, options.t_max)
+    first = _make_space(space, _NO_FEATURES, schedule).t_min
+    if first > last:
+        raise UserError(
+            f"the space tells outputs apart from time {first} on, and t_max is {last}: raise t_max, or lower steps_back"
+        )
 
 
 def bind_space(complete: SpaceOptions, policy: Policy | Finished) -> Space:

@@ -95,6 +95,9 @@ def implicit_margins(
     are averaged over ``timesteps`` draws, one in each of as many equal parts of the time axis, whichever times training draws.
     Times and noise depend on ``seed`` and the pair's index alone: calls at different stages of training, or of different
     policies, compare.
+
+    Raises:
+        UserError: errors that are not finite.
     """
     first, last = space.t_min, policy.schedule.num_train_timesteps
     # Both ends of a part are inclusive, as in draw.
@@ -113,6 +116,11 @@ def implicit_margins(
             if part == 0:
                 labels[indices] = batch.label
         found[indices] = torch.stack(margins).mean(0).cpu()
+    if wrong := int((~found.isfinite()).sum()):
+        raise UserError(
+            f"the errors of the model on {wrong} of {len(data)} labelled pairs are not finite: it is damaged, was trained at "
+            "too high a rate, or overflows: lower learning_rate, or use mixed_precision bf16 or no"
+        )
     return found, labels
 
 
