@@ -20,7 +20,7 @@ from palate.base.jsonl import JsonObject, append_lines, read_lines, read_object,
 from palate.base.shapes import Shape
 from palate.data import formats
 from palate.data.images import size_of
-from palate.data.plain import read_plain
+from palate.data.plain import PlainFolder, read_plain
 from palate.data.shards import PICTURES, is_litter
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
@@ -83,7 +83,7 @@ def read_manifest(folder: str | Path, *, check_files: bool = True, names: bool =
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        return _plain(folder, names)
+        return numbered(plain_folder(folder, names=names))
     pictures: list[Picture] = []
     known: dict[object, int] = {}
     for number, row in read_lines(path, may_be_cut=True):
@@ -125,8 +125,8 @@ def has_pictures(folder: Path) -> bool:
     return any(p.is_file() for p in found)
 
 
-def _plain(folder: Path, names: bool) -> list[Picture]:
-    """A folder without a manifest. Of one prompt and seed the pictures are numbered by name; an unknown seed is 0."""
+def plain_folder(folder: Path, *, names: bool = False) -> PlainFolder:
+    """The pictures of a folder without a manifest, whose prompts something tells. Errors as :func:`read_manifest`."""
     if not folder.is_dir() or not has_pictures(folder):
         raise UserError(f"{folder} has no {MANIFEST}; expected a folder that palate generate wrote, or one of pictures")
     found = read_plain(folder, names=names)
@@ -136,8 +136,13 @@ def _plain(folder: Path, names: bool) -> list[Picture]:
             f"{short(found.silent[0], quoted=False)}: write a .txt of the same name beside each, or {MANIFEST} "
             '({"file": "a.png", "prompt": "..."} a line)'
         )
+    return found
+
+
+def numbered(found: PlainFolder) -> list[Picture]:
+    """Plain pictures as those of a manifest. Of one prompt and seed they are numbered by name; an unknown seed is 0."""
     number: Counter[tuple[str, int]] = Counter()
-    pictures = []
+    pictures = list[Picture]()
     for plain in found.pictures:
         key = (plain.prompt, plain.seed or 0)
         pictures.append(Picture(plain.file, *key, number[key], plain.model or UNNAMED, plain.negative))

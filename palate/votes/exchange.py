@@ -19,7 +19,9 @@ from palate.base.options import OneOf, check_ranges
 from palate.data import pickapic
 from palate.data.pairs import PreferencePair, read_pairs
 from palate.data.votes import LABELS, PLACES, QUESTIONS, Vote, open_votes, valid_votes
+from palate.evaluation.manifest import has_pictures
 from palate.votes.store import IMPORTED, NAME, Lock, Store
+from palate.votes.study import find_sides, know_pictures
 
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 COLUMNS = (
@@ -94,6 +96,8 @@ def export_votes(folder: str | Path, options: ExportOptions) -> str:
 def import_votes(folder: str | Path, options: ImportOptions) -> str:
     """Add the votes of a file. What the folder knows already, the same rater on the same two pictures, is not added again.
 
+    The folder's own pictures are known from then on, whether or not a page was ever opened: votes on them count there.
+
     Returns a sentence about what was added. Raises ``UserError`` for a file that cannot be read (nothing is added then), and
     while a page serves the folder.
     """
@@ -106,12 +110,19 @@ def import_votes(folder: str | Path, options: ImportOptions) -> str:
         store = Store(folder)
         try:
             with store.writing():
+                if has_pictures(folder):
+                    know_pictures(store, [p for side in find_sides(folder.resolve())[0] for p in side.pictures.values()])
+                own = len(store.pictures())
                 added, known = _add(store, folder, pairs, options.question)
+                copied = len(store.pictures()) - own
         finally:
             store.close()
     finally:
         lock.close()
-    return f"added {added} votes to {folder / NAME}" + (f"; {known} were there already" if known else "")
+    told = [f"added {added} votes to {folder / NAME}"]
+    told += [f"{known} were there already"] if known else []
+    told += [f"{copied} of their pictures were not here and are in {IMPORTED}/ now, which no page shows"] if copied else []
+    return "; ".join(told)
 
 
 def _add(store: Store, folder: Path, pairs: Iterable[PreferencePair], question: str) -> tuple[int, int]:

@@ -24,10 +24,19 @@ from typing import Annotated, NotRequired, TypedDict
 from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.options import Count, OneOf, Port, Range, check_ranges
-from palate.data.plain import read_plain
 from palate.data.shards import PICTURES, is_litter
 from palate.data.votes import PLACES, QUESTIONS, SHOWN, SPOILT, Vote, standing
-from palate.evaluation.manifest import MANIFEST, UNNAMED, Side, differences, has_pictures, read_manifest, read_settings
+from palate.evaluation.manifest import (
+    MANIFEST,
+    UNNAMED,
+    Side,
+    differences,
+    has_pictures,
+    numbered,
+    plain_folder,
+    read_manifest,
+    read_settings,
+)
 from palate.evaluation.manifest import Picture as Listed
 from palate.votes.queue import Dealt, Queue
 from palate.votes.results import Results, results
@@ -203,10 +212,7 @@ class Study:
         self.until = options.closes()
         self.store = Store(self.folder)
         with self.store.writing():
-            ids = [
-                self.store.add_picture(p.file, p.prompt, seed=p.seed, number=p.index, model=p.model, metadata=p.metadata)
-                for p in listed
-            ]
+            ids = know_pictures(self.store, listed)
             self.checks = self._make_checks([(number, p) for number, p in zip(ids, listed, strict=True)])
         self.pictures = {p.id: p for p in self.store.pictures()}
         self._opaque = {number: self._sign("picture", p.file)[:20] for number, p in self.pictures.items()}
@@ -622,6 +628,13 @@ class Study:
         return hmac.new(self.store.secret.encode(), f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()
 
 
+def know_pictures(store: Store, listed: Sequence[Listed]) -> list[int]:
+    """The numbers of pictures, each of which the store knows from then on; errors as :meth:`Store.add_picture`."""
+    return [
+        store.add_picture(p.file, p.prompt, seed=p.seed, number=p.index, model=p.model, metadata=p.metadata) for p in listed
+    ]
+
+
 class _Whole:
     """One transaction; if it fails, memory is read anew from the disk, so that both always agree."""
 
@@ -653,9 +666,11 @@ def find_sides(folder: Path) -> tuple[list[Side], list[str]]:
     folders, notes = _picture_folders(folder), list[str]()
     read: dict[Path, list[Listed]] = {}
     for inner in folders:
-        read[inner] = [p for p in read_manifest(inner, check_files=False, names=True) if not _own(folder, inner / p.file)]
-        if not (inner / MANIFEST).is_file():
-            notes.append(f"{inner.name}: {len(read[inner])} pictures without a {MANIFEST}; prompts: {_who_told(inner)}")
+        plain = None if (inner / MANIFEST).is_file() else plain_folder(inner, names=True)
+        listed = read_manifest(inner, check_files=False) if plain is None else numbered(plain)
+        read[inner] = [p for p in listed if not _own(folder, inner / p.file)]
+        if plain is not None:
+            notes.append(f"{inner.name}: {len(read[inner])} pictures without a {MANIFEST}; prompts: {plain.sentence()}")
     told = [model for inner, listed in read.items() for model in {_model(inner, p) for p in listed}]
     sides = []
     for inner, listed in read.items():
@@ -692,10 +707,6 @@ def _model(folder: Path, picture: Listed) -> str:
 def _own(folder: Path, file: Path) -> bool:
     """Whether ``palate vote`` has put it there itself: imported with a prompt of its own, or an attention check."""
     return any(file.is_relative_to(folder / own) for own in (IMPORTED, SPOILT))
-
-
-def _who_told(folder: Path) -> str:
-    return read_plain(folder, names=True).sentence()
 
 
 def _check_alike(sides: Sequence[Side], allowed: bool) -> list[str]:

@@ -67,7 +67,9 @@ def test_out_and_in_again(voted, tmp_path, capsys, ending):
     other = tmp_path / "elsewhere"
     other.mkdir()
     assert main(["vote", "import", str(other), "--input", str(output)]) == 0
-    assert "added 11 votes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "added 11 votes" in said
+    assert "of their pictures were not here and are in imported/ now" in said
     assert main(["vote", "import", str(other), "--input", str(output)]) == 0
     assert "added 0 votes" in capsys.readouterr().out
     assert _told(other / "votes.db") == before
@@ -85,10 +87,12 @@ def test_parquet_has_the_columns_of_pick_a_pic(voted, tmp_path):
         assert {row["model_0"], row["model_1"]} == {"plain", "tuned"}
 
 
-def test_imported_votes_join_the_study(voted, tmp_path):
-    """Another folder with the same pictures gets the votes, and asks these raters no more."""
+@pytest.mark.parametrize("opened", [True, False])
+def test_imported_votes_join_the_study(voted, tmp_path, opened):
+    """Another folder with the same pictures gets the votes, and asks these raters no more, whether or not it was opened."""
     twin = picture_folder(tmp_path / "twin", prompts=6)
-    Study(twin, VoteOptions()).close()
+    if opened:
+        Study(twin, VoteOptions()).close()
     assert main(["vote", "export", str(voted), "--output", str(tmp_path / "v.parquet")]) == 0
     assert main(["vote", "import", str(twin), "--input", str(tmp_path / "v.parquet")]) == 0
     study = Study(twin, VoteOptions(questions=("overall",), raters=2))
