@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from palate.base.errors import UserError
-from palate.runs.evidence import encoded_of, more_readers, reader_of, validation_reader
+from palate.runs.evidence import encoded_of, readers_of, validation_reader
 from palate.runs.loading import at_home, denoiser_of
 from palate.runs.ready import check_cache, tell_needs
 from palate.runs.recipe import Recipe
@@ -26,12 +26,12 @@ def encode(recipe: Recipe, part: tuple[int, int] = (0, 1)) -> str:
     if recipe.online.train_prompts is not None:
         raise UserError("this recipe draws its pictures while it trains (train_prompts): there is nothing to encode beforehand")
     check_cache(recipe)
-    reader, validation = reader_of(recipe), validation_reader(recipe)
+    readers, validation = readers_of(recipe), validation_reader(recipe)
     denoiser = denoiser_of(recipe)
     with denoiser.encoding():
-        tell_needs(recipe, denoiser, [reader, *more_readers(recipe)])
-        encoded, held_out, _ = encoded_of(recipe, denoiser, reader, validation, part)
+        tell_needs(recipe, denoiser, readers)
+        encoded, held_out, _ = encoded_of(recipe, denoiser, readers, validation, part)
     count = len(encoded) + (0 if held_out is None else len(held_out))
-    what = "pictures" if reader.single else "pairs"
+    what = "pictures" if readers[0].single else "pairs"
     of = f", part {part[0] + 1} of {part[1]}," if part[1] > 1 else ""
     return f"{count} {what}{of} encoded in {recipe.data.cache_dir}, which takes {encoded.cache.size / 1e9:.3g} GB"

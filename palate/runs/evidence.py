@@ -26,33 +26,27 @@ if TYPE_CHECKING:
     from palate.training.references import References
 
 
-def reader_of(recipe: Recipe) -> Reader:
-    """The pairs or pictures, of which the first is read at once: most mistakes in a data file are in every row."""
+def readers_of(recipe: Recipe) -> list[Reader]:
+    """The sets of pairs or pictures, in order; the first row of each is read at once: most mistakes are in every row."""
     from palate.data.pairs import read
 
     options = recipe.data
-    reader = read(world.find_pairs(options.train_data), options)
-    for more in more_readers(recipe):
+    readers = [read(world.find_pairs(source), options) for source in (options.train_data, *options.more_train_data)]
+    reader, *others = readers
+    for more in others:
         if more.single != reader.single:
             kinds = ("single pictures", "pairs") if more.single else ("pairs", "single pictures")
             raise UserError(
                 f"{more.source} holds {kinds[0]}, but {reader.source} {kinds[1]}: sets of one recipe are of one kind"
             )
-        next(iter(more))
     if reader.single and recipe.method.evidence == "pairs":
         raise UserError(
             f"objective {recipe.objective['name']} compares two pictures, but {options.train_data} holds single ones: use kto "
             "or sft, or name pairs"
         )
-    next(iter(reader))
-    return reader
-
-
-def more_readers(recipe: Recipe) -> list[Reader]:
-    """Those of ``more_train_data``, in order."""
-    from palate.data.pairs import read
-
-    return [read(world.find_pairs(source), recipe.data) for source in recipe.data.more_train_data]
+    for one in readers:
+        next(iter(one))
+    return readers
 
 
 def mixed(
@@ -124,10 +118,11 @@ def references_of(recipe: Recipe, policy: Policy) -> References | None:
 
 
 def encoded_of(
-    recipe: Recipe, denoiser: Denoiser, reader: Reader, validation: Reader | None, part: tuple[int, int] = (0, 1)
+    recipe: Recipe, denoiser: Denoiser, readers: Sequence[Reader], validation: Reader | None, part: tuple[int, int] = (0, 1)
 ) -> tuple[EncodedPairs | EncodedPictures, EncodedPairs | EncodedPictures | None, list[int]]:
     """What is trained on, and the held-out pairs or None, which share no prompt; and how many each set had.
 
+    readers: as :func:`readers_of` gives them.
     part: as :func:`palate.data.encode.encode` takes it.
     """
     import torch
@@ -150,18 +145,17 @@ def encoded_of(
         "seed": recipe.training.seed,
         "progress": is_main() and sys.stderr.isatty(),
     }
-    encoded = encode(reader, encoders, **how)
-    what, sizes = "pictures" if reader.single else "pairs", [len(encoded)]
-    _say_counts(reader.counts, what)
-    for told in encoded.fitted.words():
-        tell(told)
-    for more in more_readers(recipe):
-        added = encode(more, encoders, **how)
-        _say_counts(more.counts, what, f"{more.source}: ")
-        for told in added.fitted.words():
-            tell(f"{more.source}: {told}")
-        sizes.append(len(added))
-        encoded = type(encoded)(Items.joined([encoded.items, added.items]), encoded.cache)
+    what = "pictures" if readers[0].single else "pairs"
+    sets: list[EncodedPairs | EncodedPictures] = []
+    for reader in readers:
+        sets.append(encode(reader, encoders, **how))
+        of = f"{reader.source}: " if len(sets) > 1 else ""
+        _say_counts(reader.counts, what, of)
+        for told in sets[-1].fitted.words():
+            tell(f"{of}{told}")
+    sizes, encoded = [len(one) for one in sets], sets[0]
+    if len(sets) > 1:
+        encoded = type(encoded)(Items.joined([one.items for one in sets]), encoded.cache)
     if told := cut_warning(denoiser, encoded.prompts):
         tell(told)
     if validation is not None:

@@ -32,8 +32,7 @@ from palate.runs.evidence import (
     encoded_of,
     learnable,
     mixed,
-    more_readers,
-    reader_of,
+    readers_of,
     references_of,
     validation_reader,
 )
@@ -102,12 +101,12 @@ def _train_offline(found: Assembled, command: str) -> None:
             f"the comparison draws {len(found.compared)} prompts of the miniature world ({options.evaluation_prompts}), not of "
             "your data: name a file with --evaluation_prompts, or null for no comparison"
         )
-    reader, validation = reader_of(recipe), validation_reader(recipe)
+    readers, validation = readers_of(recipe), validation_reader(recipe)
     denoiser = _trainable(recipe)
-    counted = foretell(recipe, denoiser, single=reader.single)
+    counted = foretell(recipe, denoiser, single=readers[0].single)
     with denoiser.encoding():
-        tell_needs(recipe, denoiser, [reader, *more_readers(recipe)])
-        encoded, held_out, sizes = encoded_of(recipe, denoiser, reader, validation)
+        tell_needs(recipe, denoiser, readers)
+        encoded, held_out, sizes = encoded_of(recipe, denoiser, readers, validation)
         nothing = _no_prompt(denoiser) if recipe.training.caption_dropout else None
     encoded = learnable(encoded, recipe.method)
     data = mixed(encoded, recipe, sizes)
@@ -130,8 +129,10 @@ def _train_offline(found: Assembled, command: str) -> None:
             _keep_best(recipe, policy, done, rate.rate)
         return {"held_out_accuracy": rate.rate, "held_out_accuracy_low": rate.low, "held_out_accuracy_high": rate.high}
 
-    what = "pictures" if reader.single else "pairs"
-    about = {"command": command, "versions": versions(), what: len(data), **counts_of(reader.counts), **_shown(found)}
+    what = "pictures" if readers[0].single else "pairs"
+    about = {"command": command, "versions": versions(), what: len(data), **counts_of(readers[0].counts), **_shown(found)}
+    if len(readers) > 1:
+        about["more"] = {reader.source: counts_of(reader.counts) for reader in readers[1:]}
     if validation is not None:
         about["validation"] = counts_of(validation.counts)
     if recipe.training.resume_from_checkpoint is None:

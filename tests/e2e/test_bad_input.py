@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -127,6 +129,25 @@ def test_refused_before_weights_are_loaded(refused, no_weights, tmp_path, judge_
     (tmp_path / "blank.txt").write_text("\n")
     (tmp_path / "one.safetensors").write_bytes(b"")
     options = {name: str(value).replace("JUDGE", str(judge_dir)) for name, value in options.items()}
+    assert message in refused(**options)
+
+
+def other_lora(file: Path) -> None:
+    save_file({"unet.nowhere.to_q.lora_A.weight": torch.ones(2, 8), "unet.nowhere.to_q.lora_B.weight": torch.ones(8, 2)}, file)
+
+
+BEFORE_ENCODING = [
+    ({"t_min": 1000}, "times 1000 to 999 are outside the schedule; choose 0 <= t_min <= t_max <= 999"),
+    ({"t_max": 5000}, "times 0 to 5000 are outside the schedule"),
+    ({"space": "perceptual", "space.steps_back": 800, "t_max": 700}, "apart from time 800 on, and t_max is 700: raise t_max"),
+    ({"pretrained_lora": "other.safetensors"}, "unet.nowhere.to_q"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BEFORE_ENCODING, ids=[message[:30] for _, message in BEFORE_ENCODING])
+def test_refused_before_anything_is_encoded(refused, monkeypatch, options, message):
+    other_lora(Path("other.safetensors"))
+    monkeypatch.setattr("palate.runs.train.encoded_of", lambda *_: pytest.fail("pictures were encoded"))
     assert message in refused(**options)
 
 

@@ -29,7 +29,8 @@ def test_several_sets_are_gone_through_as_often_as_the_recipe_says(palate, sets)
     code, _, errors = palate("train", **options, num_train_epochs=2, max_train_steps=None)
     assert code == 0, errors
     assert "an epoch has 10: 4 of few, 1 times; 12 of many, 0.5 times" in errors
-    assert json.loads(Path("out/run.json").read_text())["pairs"] == 10
+    run = json.loads(Path("out/run.json").read_text())
+    assert (run["pairs"], run["rows"], run["more"]["many"]["rows"]) == (10, 4, 12)
     assert read_log(Path("out/log.jsonl"))[-1]["step"] == 5  # 20 items in batches of 4
     code, _, errors = palate("train", **{**options, "more_train_data": "{few: 2}"}, output_dir="twice")
     assert (code, "name each set once" in errors) == (2, True), errors

@@ -362,19 +362,36 @@ HUB_FILES = {
 }
 
 
+class FakeApi:
+    """A hub that lists files, or fails."""
+
+    listed: list[str] | None = None
+
+    def list_repo_files(self, *_, **__) -> list[str]:
+        if self.listed is None:
+            raise ConnectionError("no list")
+        return self.listed
+
+
+@pytest.fixture
+def hub_lists(monkeypatch):
+    def lists(names: list[str] | None) -> None:
+        monkeypatch.setattr(FakeApi, "listed", names)
+        monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+
+    return lists
+
+
 @pytest.mark.parametrize("message", HUB_FILES)
-def test_the_files_of_a_hub_are_looked_at_before_any_is_fetched(monkeypatch, message):
-    monkeypatch.setattr("palate.base.hub.files", lambda *_, **__: HUB_FILES[message])
+def test_the_files_of_a_hub_are_looked_at_before_any_is_fetched(hub_lists, message):
+    hub_lists(HUB_FILES[message])
     with pytest.raises(UserError) as caught:
         Source("owner/model", "cpu").check_files(["unet", "vae", "text_encoder"])
     assert message in str(caught.value)
 
 
-def test_a_hub_that_lists_nothing_refuses_nothing(monkeypatch):
-    def files(*_, **__):
-        raise UserError("no list")
-
-    monkeypatch.setattr("palate.base.hub.files", files)
+def test_a_hub_that_lists_nothing_refuses_nothing(hub_lists):
+    hub_lists(None)
     Source("owner/model", "cpu").check_files(["unet", "vae"])
 
 
