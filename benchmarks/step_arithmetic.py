@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from architectures import NETWORKS
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from memory import NETWORKS
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 

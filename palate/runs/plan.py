@@ -240,14 +240,33 @@ def _rows(shape: torch.Size, dtype: torch.dtype, rows: int) -> Tensor:
     return made.to(dtype)
 
 
-def _drawing(recipe: Recipe, policy: Policy, denoiser: Latent, row: Row, shown: int) -> float:
-    """Activations of drawing, of the network or of the VAE, whichever are more."""
+def drawing_of_one(
+    recipe: Recipe, policy: Policy, denoiser: Latent, row: Row, pictures: int = 1, guidance: float = 5.0
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A pass of the network as drawing takes one for each step, and the decoding at its end."""
     import torch
 
+    from palate.training.fits import device_of
+
+    noised = _noised(recipe, policy, denoiser, row, pictures * (2 if guidance != 1 else 1)).to(device_of(policy))
+
+    def network() -> object:
+        with torch.no_grad(), _autocast(recipe, policy):
+            return policy(noised.xt, noised.t, noised.cond)
+
+    def decode() -> object:
+        with torch.no_grad():
+            return denoiser.vae.decode(noised.xt[:pictures])
+
+    return network, decode
+
+
+def _drawing(recipe: Recipe, policy: Policy, denoiser: Latent, row: Row, shown: int) -> float:
+    """Activations of drawing, of the network or of the VAE, whichever are more."""
     from palate.models.outline import Counter
 
     online, evaluation = recipe.online, recipe.evaluation
-    drawings = []
+    drawings: list[tuple[int, float]] = []
     if evaluation.validation_prompts or evaluation.evaluation_prompts:
         drawings.append((shown, evaluation.guidance_scale))
     if online.train_prompts is not None:
@@ -255,12 +274,10 @@ def _drawing(recipe: Recipe, policy: Policy, denoiser: Latent, row: Row, shown: 
     most = 0
     weights = [*policy.trainable_module.parameters(), *denoiser.vae.module.parameters()]
     for pictures, guidance in drawings:
-        noised = _noised(recipe, policy, denoiser, row, pictures * (2 if guidance != 1 else 1))
-        with torch.no_grad(), Counter(weights) as network, _autocast(recipe, policy):
-            policy(noised.xt, noised.t, noised.cond)
-        with torch.no_grad(), Counter(weights) as vae:
-            denoiser.decode(noised.xt[:pictures])
-        most = max(most, network.peak, vae.peak)
+        for run in drawing_of_one(recipe, policy, denoiser, row, pictures, guidance):
+            with Counter(weights) as counter:
+                run()
+            most = max(most, counter.peak)
     return float(most)
 
 
@@ -461,19 +478,22 @@ def matrix_rate(mixed_precision: str) -> float:
     where = device()
     side = 8192 if where != "cpu" else 1024
     one = torch.ones(side, side, device=where, dtype=DTYPES[mixed_precision])
-    best = math.inf
-    for turn in range(4):
-        _wait()
-        began = time.perf_counter()
-        one @ one
-        _wait()
-        best = min(best, time.perf_counter() - began) if turn else best
+    best = min([timed(lambda: one @ one) for _ in range(4)][1:])
     return 2 * side**3 / best
 
 
-def tried(recipe: Recipe, needs: Needs, *, single: bool = False, repeats: int = 3) -> tuple[float, float]:
-    """Seconds and the most bytes of a micro-batch on the device at hand, on random weights of the model's shape."""
+def tried(
+    recipe: Recipe,
+    needs: Needs,
+    *,
+    single: bool = False,
+    repeats: int = 3,
+    change: Callable[[Policy], object] = lambda policy: None,
+) -> tuple[float, float]:
+    """Seconds and the most bytes of a micro-batch on the device at hand, on random weights of the model's shape.
 
+    change: what is done to the policy before.
+    """
     from palate.training.optimizers import make_optimizer
 
     before = resident()
@@ -481,19 +501,24 @@ def tried(recipe: Recipe, needs: Needs, *, single: bool = False, repeats: int = 
     policy = policy_of(recipe, denoiser)
     if recipe.method.names("old"):
         policy.track_old(1.0)
+    change(policy)
     optimizer = make_optimizer(list(policy.parameters()), recipe.training)
     run = work(recipe, policy, denoiser, needs.row, single=single)
     run()
     optimizer.step()
-    peak, seconds = Peak(), list[float]()
-    for _ in range(repeats):
-        _wait()
-        began = time.perf_counter()
-        run()
-        _wait()
-        seconds.append(time.perf_counter() - began)
+    peak = Peak()
+    seconds = [timed(run) for _ in range(repeats)]
     optimizer.step()
     return statistics.median(seconds), peak.bytes() - before
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of a call, the device being waited for."""
+    _wait()
+    began = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - began
 
 
 def _wait() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -108,23 +105,3 @@ def test_what_the_papers_say():
         assert made.training.learning_rate == pytest.approx(1e-8 * pairs)
         assert (made.policy.rank, made.training.optimizer, made.data.absolute_winners) == (64, "adamw_8bit", True)
         assert made.objective == {"name": "dpo", "beta": 2 * 2500}
-
-
-def test_the_memory_that_recipes_tell_is_what_is_counted():
-    """In their comments, for LoRAs on the published architectures, and in the table of the docs."""
-    script = Path(__file__).parents[2] / "benchmarks" / "memory.py"
-    spec = importlib.util.spec_from_file_location("memory", script)
-    memory = importlib.util.module_from_spec(spec)
-    sys.modules["memory"] = memory  # dataclasses look their module up
-    spec.loader.exec_module(memory)
-    docs = (script.parents[1] / "docs" / "memory.md").read_text()
-    for name, model, made in memory.lora_recipes():
-        training, before = (f"{x / 1e9:.1f}" for x in memory.counted(made, model))
-        text = library.find(name).read_text()
-        if (told := re.search(r"Known to be needed: ([\d.]+) GB", text)) is not None:
-            assert (name, told[1]) == (name, training)
-        if (told := re.search(r"prompts are encoded, ([\d.]+) GB", text)) is not None:
-            assert (name, told[1]) == (name, before)
-        if name.endswith("gb"):
-            assert f"| `{name}` | {made.policy.rank} | {made.model.quantize or ''} | {training} | {before} |" in docs
-            assert float(training) < int(name.rpartition("-")[2].removesuffix("gb"))

@@ -97,7 +97,7 @@ def test_every_layer_of_the_real_sdxl_finds_its_place():
         _maybe_map_sgm_blocks_to_diffusers,
     )
 
-    config = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "memory.py"))["NETWORKS"]["SDXL"].config
+    config = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "architectures.py"))["NETWORKS"]["SDXL"].config
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
     names = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
