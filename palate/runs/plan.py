@@ -529,6 +529,6 @@ def _wait() -> None:
 
 
 def _readers(recipe: Recipe) -> list[Reader]:
-    from palate.runs.evidence import more_readers, reader_of
+    from palate.runs.evidence import readers_of
 
-    return [reader_of(recipe), *more_readers(recipe)]
+    return readers_of(recipe)
