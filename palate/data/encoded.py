@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -22,6 +22,8 @@ from palate.data.selection import same_prompt
 from palate.diffusion.batches import PairBatch, SampleBatch
 
 Kind = TypeVar("Kind", bound="Encoded")
+Tokenize = Callable[[list[str]], dict[str, Tensor]]
+"""Prompts -> what text encoders read, a row each, by name."""
 
 
 class Encoded(Generic[Item]):
@@ -32,8 +34,10 @@ class Encoded(Generic[Item]):
 
     rounds = None  # unlike the model's own pictures, the items stay the same from epoch to epoch
 
-    def __init__(self, items: Items[Item], cache: TensorCache, fitted: Fitted | None = None) -> None:
-        self.items, self.cache, self.fitted = items, cache, fitted or Fitted()
+    def __init__(
+        self, items: Items[Item], cache: TensorCache, fitted: Fitted | None = None, words: Tokenize | None = None
+    ) -> None:
+        self.items, self.cache, self.fitted, self._words = items, cache, fitted or Fitted(), words
 
     def __len__(self) -> int:
         return len(self.items)
@@ -51,7 +55,15 @@ class Encoded(Generic[Item]):
 
     def where(self: Kind, chosen: np.ndarray | Sequence[bool]) -> Kind:
         """With some of the items alone."""
-        return type(self)(self.items.where(np.asarray(chosen, bool)), self.cache)
+        return type(self)(self.items.where(np.asarray(chosen, bool)), self.cache, words=self._words)
+
+    def with_words(self: Kind, words: Tokenize) -> Kind:
+        """Batches also hold the tokens of their prompts, for text encoders that learn."""
+        return type(self)(self.items, self.cache, self.fitted, words)
+
+    def _text(self, item: Item) -> dict[str, Tensor]:
+        tokens = {} if self._words is None else self._words([item.prompt])
+        return {**self._read(item.text, item), **{name: rows[0] for name, rows in tokens.items()}}
 
     def without_prompts(self: Kind, prompts: Iterable[str]) -> Kind:
         """What has none of these prompts, as :func:`same_prompt` compares them. Raises ``UserError`` if nothing is left."""
@@ -136,7 +148,7 @@ class EncodedPairs(Encoded[EncodedPair]):
         pictures = winners + losers
         return PairBatch(
             latents=torch.stack([picture["latents"] for picture in pictures]),
-            cond=self._cond(pictures, [self._read(pair.text, pair) for pair in pairs] * 2),
+            cond=self._cond(pictures, [self._text(pair) for pair in pairs] * 2),
             label=torch.tensor([pair.label for pair in pairs], dtype=torch.float32),
             weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
             seeds=seeds,
@@ -159,7 +171,7 @@ class EncodedPictures(Encoded[EncodedPicture]):
         pictures = [self._variant(item.picture, flip, item) for item, flip in zip(items, flips, strict=True)]
         return SampleBatch(
             latents=torch.stack([picture["latents"] for picture in pictures]),
-            cond=self._cond(pictures, [self._read(item.text, item) for item in items]),
+            cond=self._cond(pictures, [self._text(item) for item in items]),
             label=torch.tensor([item.label for item in items], dtype=torch.float32),
             weight=torch.tensor([item.weight for item in items], dtype=torch.float32),
             seeds=seeds,

@@ -12,6 +12,7 @@ s is alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, arXiv 2312.03732)
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,18 @@ class Adapter:
 def is_adapter(name: str) -> bool:
     """Whether a parameter is one of an adapter's."""
     return any(mark in name for mark in MARKS)
+
+
+def twin(module: nn.Module, *, share: bool) -> nn.Module:
+    """A second module tree; with ``share`` its parameters and buffers are the very tensors of the first, a LoRA's excepted.
+
+    Adapters put into one tree later are not in the other, so a shared twin is the model as it is now at no memory but that of
+    the LoRA it has.
+    """
+    memo: dict[int, object] = {}
+    if share:
+        memo = {id(x): x for name, x in (*module.named_parameters(), *module.named_buffers()) if not is_adapter(name)}
+    return copy.deepcopy(module, memo)
 
 
 def targets_of(network: nn.Module, suffixes: Iterable[str]) -> list[str]:

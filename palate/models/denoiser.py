@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from palate.data.encode import Encoders
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
 from palate.models.drawing import Drawing
+from palate.models.parts import TextEncoder, Words
 from palate.models.refiner import Refiner
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -130,6 +131,9 @@ class Denoiser(Drawer, Protocol):
     card: ClassVar[Card]
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     """Layers of the network, by the name a recipe gives them."""
+    texts: Sequence[TextEncoder]
+    text_targets: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The same of the text encoders; empty if they cannot be trained with the network."""
     feature_layers: ClassVar[tuple[str, ...]]
     """Names that ``layers`` of the perceptual space may have."""
 
@@ -168,6 +172,14 @@ class Denoiser(Drawer, Protocol):
 
     def unconditional(self) -> Conditioning:
         """One row: what guidance leads away from, and what a left-out caption is: the empty prompt, or zeros for SDXL."""
+        ...
+
+    def words(self) -> Words:
+        """What turns prompts into the tokens that a network trained with its text encoders is told."""
+        ...
+
+    def no_words(self, words: Words) -> dict[str, Tensor]:
+        """The tokens that go with :meth:`unconditional`, one row."""
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -215,8 +227,8 @@ class Denoiser(Drawer, Protocol):
         """Encode prompts now for :meth:`generate` later, when the text encoders may have left memory."""
         ...
 
-    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, object]) -> None:
-        """Write a LoRA in diffusers' layout."""
+    def save_lora(self, folder: str, layers: Mapping[str, dict[str, Tensor]], metadata: dict[str, object]) -> None:
+        """Write a LoRA, whose matrices are given by part, in diffusers' layout."""
         ...
 
 

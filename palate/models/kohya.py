@@ -13,6 +13,7 @@ from palate.base.errors import UserError
 from palate.models.adapters import LYCORIS, LycorisLayer, kind_of, lycoris_layers
 from palate.models.denoiser import Denoiser, Kohya
 from palate.models.lora import LoraLayer, held_exactly, lora_layers, lycoris_tensors, write_tensors
+from palate.models.reading import text_layer
 
 
 def _with_one_alpha(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
@@ -77,15 +78,28 @@ def save_kohya(
     if kind in LYCORIS:
         metadata = {**_metadata(denoiser, kohya, {}, kind), **_dims(lycoris_layers(network)), **about}
         return write_tensors(path, lycoris_tensors(denoiser, network, dtype), metadata)
-    found = lora_layers(network)
+    found, texts = _parted(lora_layers(network))
     layers = _with_one_alpha(found) if kohya.parts is None else _fused(network, found, kohya.parts)
     tensors = {}
-    for module, layer in layers.items():
-        name = kohya.name(module)
+    named = {kohya.name(module): layer for module, layer in layers.items()}
+    for name, layer in {**named, **_with_one_alpha(texts)}.items():
         tensors[f"{name}.lora_down.weight"] = layer.down.to("cpu", dtype).contiguous()
         tensors[f"{name}.lora_up.weight"] = layer.up.to("cpu", dtype).contiguous()
         tensors[f"{name}.alpha"] = held_exactly(layer.alpha, dtype)
     return write_tensors(path, tensors, {**_metadata(denoiser, kohya, layers), **about})
+
+
+def _parted(layers: Mapping[str, LoraLayer]) -> tuple[dict[str, LoraLayer], dict[str, LoraLayer]]:
+    """The layers of the network by their names, and those of text encoders by kohya's: ``lora_te``, of two with a number."""
+    found = {name: text_layer(name) for name in layers}
+    several = "text_encoder_2" in {text[0] for text in found.values() if text}
+    number = {"text_encoder": "1" if several else "", "text_encoder_2": "2"}
+    texts = {
+        f"lora_te{number[text[0]]}_{text[1].replace('.', '_')}": layers[name]
+        for name, text in found.items()
+        if text is not None
+    }
+    return {name: layers[name] for name, text in found.items() if text is None}, texts
 
 
 def _dims(layers: Mapping[str, LycorisLayer]) -> dict[str, str]:

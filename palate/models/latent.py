@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -24,7 +24,8 @@ from palate.models.adapters import is_adapter
 from palate.models.denoiser import Card, Features, Kohya
 from palate.models.drawing import Drawing, check_strength
 from palate.models.fit import Config, check_class, check_sampler, check_steps, text_config
-from palate.models.parts import Remembered, Source, TextEncoder, TextParts, Vae, assemble, to_picture
+from palate.models.parts import Remembered, Source, TextEncoder, TextParts, Vae, Words, assemble, to_picture, zeros_like
+from palate.models.reading import reading_of, tokens_in
 from palate.models.refiner import Refiner
 
 
@@ -47,10 +48,14 @@ class Latent(ABC):
     feature_layers: ClassVar[tuple[str, ...]] = ()
     prompt_arguments: ClassVar[dict[str, str]]
     """Of a conditioning's tensors -> the pipeline's argument for them; with ``negative_`` before it, for the negative."""
+    text_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Layers of its text encoders that can be trained with the network, by the name a recipe gives them."""
     refined: ClassVar[bool] = False
     """Whether a refiner can finish its pictures."""
     edited: ClassVar[bool] = True
     """Whether pictures can be edited: whether there is a pipeline from image to image that takes latents."""
+    zeros_for_empty_prompt: bool = False
+    """Whether zeros stand for no prompt, instead of the empty one."""
     negated: bool = True
     """Whether its pictures are drawn with classifier-free guidance, which takes negative prompts."""
     vae_kind: ClassVar[type[Vae]] = Vae
@@ -153,7 +158,46 @@ class Latent(ABC):
         return None
 
     def unconditional(self) -> Conditioning:
-        return self.encode_prompts([""])
+        return self._blank(self.encode_prompts)
+
+    def _blank(self, encode: Callable[[list[str]], Conditioning]) -> Conditioning:
+        empty = encode([""])
+        return zeros_like(empty) if self.zeros_for_empty_prompt else empty
+
+    # Text encoders that are trained with the network
+
+    def words(self) -> Words:
+        return Words(self.texts)
+
+    def no_words(self, words: Words) -> dict[str, Tensor]:
+        return words.nothing(empty=not self.zeros_for_empty_prompt)
+
+    def _conditioned(self, read: Sequence[Any]) -> Conditioning:
+        """What the network is told of what the text encoders gave; of families with ``text_targets``."""
+        raise NotImplementedError
+
+    def _told(self, network: nn.Module, cond: Conditioning) -> Conditioning:
+        """What a network is told: of one that has text encoders of its own what these read, except for no prompt."""
+        if (reading := reading_of(network)) is None:
+            return cond
+        tokens = tokens_in(cond)
+        if not tokens:
+            raise ValueError("a network that is trained with its text encoders needs the tokens of its prompts")
+        unread = next(iter(tokens.values()))[:, 0, 0] < 0
+        told = dict(cond.tensors)
+        for name, tensor in self._conditioned(reading(tokens)).tensors.items():
+            told[name] = torch.where(unread.reshape(-1, *[1] * (tensor.ndim - 1)), told[name].to(tensor), tensor)
+        return Conditioning(told)
+
+    def _prompts_of(self, network: nn.Module) -> Remembered:
+        """Prompts as a network is told them; its own text encoders may have learned since they were read last."""
+        if (reading := reading_of(network)) is None:
+            return self._prompts
+
+        def encode(prompts: list[str]) -> Conditioning:
+            return self._conditioned(reading(reading.words(prompts)))
+
+        return Remembered(encode, lambda: self._blank(encode))
 
     @property
     def step(self) -> int:
@@ -226,7 +270,10 @@ class Latent(ABC):
         return self.vae.decode(latents)
 
     def pipeline(self, network: nn.Module | None = None) -> Any:
-        return self._assembled(network, [text.pair for text in self.texts])
+        reading = None if network is None else reading_of(network)
+        trained = {} if reading is None else dict(reading.encoders.items())
+        texts = [(text.pair[0], trained.get(f"text_encoder{text.ending}", text.pair[1])) for text in self.texts]
+        return self._assembled(network, texts)
 
     def _assembled(self, network: nn.Module | None, texts: Sequence[TextParts], *, editing: bool = False) -> Any:
         """A pipeline with these tokenizers and text encoders; with ``editing`` that from image to image."""
@@ -274,7 +321,8 @@ class Latent(ABC):
             raise UserError(
                 f"{self.name} is drawn without classifier-free guidance: a negative prompt has no effect, leave it out"
             )
-        self.remember([*prompts, *(n for n in away if n is not None)])
+        encoded = self._prompts_of(self.network if network is None else network)
+        encoded.add([*prompts, *(n for n in away if n is not None)])
         absent = [(None, None)] * len(self.texts)  # the text encoders may have left memory
         pipeline = self._assembled(network, absent, editing=editing)
         images: dict[int, Image.Image] = {}
@@ -282,9 +330,10 @@ class Latent(ABC):
             batches = one_shape_each(asked, drawing.batch_size)
             for rows in tqdm(batches, desc="generating", disable=not progress, leave=False):
                 texts = [prompts[i] for i in rows], [away[i] for i in rows]
+                told = encoded[texts[0]], encoded[texts[1]]
                 generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in rows]
                 begun = self.encode_images(torch.stack([init[i] for i in rows])) if init is not None and editing else None
-                latents = self._denoised(pipeline, *texts, generators, drawing, asked[rows[0]], begun, options)
+                latents = self._denoised(pipeline, told, generators, drawing, asked[rows[0]], begun, options)
                 if refiner is not None:
                     parts = {"vae": pipeline.vae, "scheduler": pipeline.scheduler}
                     latents = refiner.finish(latents, *texts, generators, drawing, **parts)
@@ -309,18 +358,17 @@ class Latent(ABC):
     def _denoised(
         self,
         pipeline: Any,
-        prompts: list[str],
-        negatives: list[str | None],
+        told: tuple[Conditioning, Conditioning],
         generators: list[torch.Generator],
         drawing: Drawing,
         shape: Shape,
         begun: Tensor | None,
         options: dict[str, object],
     ) -> Tensor:
-        """Scaled latents of one batch."""
+        """Scaled latents of one batch. told: its prompts and negative prompts."""
         # Of a weight that no LoRA reaches, for those are float32.
         weight = next(x for name, x in getattr(pipeline, self.part).named_parameters() if not is_adapter(name))
-        given, away = (self._prompts[texts].to(weight.device, weight.dtype) for texts in (prompts, negatives))
+        given, away = (texts.to(weight.device, weight.dtype) for texts in told)
         sides = {"height": shape.height, "width": shape.width}
         found = pipeline(
             **self._asked(given, away, drawing.guidance_scale),
@@ -343,11 +391,11 @@ class Latent(ABC):
         """Scaled latents, of what the pipeline gives as the latents of pictures of that shape."""
         return found
 
-    def save_lora(self, folder: str, layers: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    def save_lora(self, folder: str, layers: Mapping[str, dict[str, Tensor]], metadata: dict[str, object]) -> None:
         import diffusers
 
         save = getattr(diffusers, self.card.pipeline).save_lora_weights
-        save(folder, **{f"{self.part}_lora_layers": layers}, **metadata)
+        save(folder, **{f"{part}_lora_layers": of_part for part, of_part in layers.items()}, **metadata)
 
 
 def _source(outline: str | None) -> type[Source]:

@@ -19,6 +19,7 @@ from palate.models.adapters import is_adapter, kind_of, targets_of, tuner_layers
 from palate.models.denoiser import Denoiser
 from palate.models.lora import LoraLayer, adapter_layers, save_lora
 from palate.models.quantised import is_quantised
+from palate.models.reading import PLACE, reading_of
 from palate.models.rounding import to_dtype
 
 
@@ -68,7 +69,12 @@ def merge(network: nn.Module) -> nn.Module:
 
 
 def save_network(network: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a whole network for its class's ``from_pretrained``; a LoRA in it is merged. It is changed in place."""
+    """Write a whole network for its class's ``from_pretrained``; a LoRA in it is merged. It is changed in place.
+
+    Raises UserError for one that was trained with text encoders, without which it is not what was trained.
+    """
+    if reading_of(network) is not None:
+        raise UserError("this LoRA is also of the text encoders, for which a network alone has no room: use --format pipeline")
     return replacing(Path(folder), to_dtype(merge(network), dtype, "the network").save_pretrained)  # type: ignore[operator]
 
 
@@ -78,6 +84,8 @@ def save_pipeline(denoiser: Denoiser, network: nn.Module, folder: str | Path, *,
     SDXL's VAE says in its configuration that it must be computed in float32; its stored precision may be half.
     """
     pipeline = denoiser.pipeline(merge(network))
+    if reading_of(network) is not None:
+        delattr(network, PLACE)  # a part of its own there
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             to_dtype(part, dtype, name)

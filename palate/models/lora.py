@@ -37,6 +37,7 @@ from palate.models.lora_file import (
     told_config,
 )
 from palate.models.parts import read_part
+from palate.models.reading import PLACE, Reading, apart, in_files
 
 
 def tuned(denoiser: Drawer, path: Path) -> nn.Module:
@@ -52,7 +53,7 @@ def tuned(denoiser: Drawer, path: Path) -> nn.Module:
         if own != other:
             raise UserError(f"{path} is not shaped like the network of {denoiser.name}: name the model it was trained from")
         return found.to(network.device).eval().requires_grad_(False)
-    load_lora(denoiser, network, path, idle=True)
+    load_lora(denoiser, network, path, idle=True, texts=True)
     return network.eval().requires_grad_(False)
 
 
@@ -76,36 +77,47 @@ def put_loras(denoiser: Drawer, network: nn.Module, loras: Sequence[tuple[Path, 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
             file = lora_in(path)
-            layers = _layers(denoiser, parts, file, trained=alone)
-            _tell_idle(file, layers)
-            _put(denoiser, parts, file, layers, f"lora{number}")
+            with apart(network):  # its text encoders are parts of their own
+                layers = _layers(denoiser, parts, file, trained=alone)
+                _tell_idle(file, layers)
+                _put(denoiser, parts, file, layers, f"lora{number}")
         scales[f"lora{number}"] = scale
     pipeline.set_adapters(list(scales), list(scales.values()))
     network.eval().requires_grad_(False)
 
 
-def load_lora(denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: bool = False) -> None:
+def load_lora(denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: bool = False, texts: bool = False) -> None:
     """Put a LoRA of any layout into ``network`` (the denoiser's own or a twin), in float32 as in training.
 
     Args:
+        texts: whether it may also be of the text encoders, which the network then has for its own.
         idle: whether one that changes nothing, and cannot learn to, will do.
 
     Raises:
         UserError: as :func:`palate.models.lora_file.find_lora`, or it does not fit the model, or can never learn.
     """
-    _tell_idle(*check_lora(denoiser, network, path, idle=idle))
+    _tell_idle(*check_lora(denoiser, network, path, idle=idle, texts=texts))
     for name, parameter in network.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
 
 
-def check_lora(denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: bool = False) -> tuple[Path, Sequence[Layer]]:
+def check_lora(
+    denoiser: Drawer, network: nn.Module, path: str | Path, *, idle: bool = False, texts: bool = False
+) -> tuple[Path, Sequence[Layer]]:
     """As :func:`load_lora`, of a network that is thrown away: nothing is told, and precisions stay. The file and its layers."""
-    file, parts = find_lora(path), {_part(denoiser, network): network}
-    layers = _layers(denoiser, parts, file, trained=True)
+    texts = texts and bool(getattr(denoiser, "text_targets", {}))
+    file, parts = find_lora(path, texts=texts), {_part(denoiser, network): network}
+    reading = None
+    if texts and any(placed(stem_of(name))[0] for name in names_in(file)):
+        reading = Reading(denoiser.texts)  # type: ignore[attr-defined]
+        parts |= dict(reading.encoders.items())
+    layers = _layers(denoiser, parts, file, trained=not texts)
     if not idle and all(layer.dead for layer in layers):
         raise UserError(f"{file} changes nothing and cannot learn to ({_why_idle(layers)}): leave it out, or give another")
     _put(denoiser, parts, file, layers, "default")
+    if reading is not None:
+        network.add_module(PLACE, reading)
     return file, layers
 
 
@@ -406,7 +418,12 @@ def save_lora(denoiser: Denoiser, network: nn.Module, folder: str | Path) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     if lycoris_layers(network):
         return write_tensors(folder / LORA_FILE, lycoris_tensors(denoiser, network), {})
-    weights, metadata = get_peft_model_state_dict(network), _collate_lora_metadata({denoiser.part: network})
+    with apart(network) as texts:
+        parts = {denoiser.part: network, **texts}
+        weights: dict[str, dict[str, Tensor]] = {name: get_peft_model_state_dict(part) for name, part in parts.items()}
+        metadata = _collate_lora_metadata(parts)
+    for name in texts:
+        weights[name] = {in_files(layer): matrix for layer, matrix in weights[name].items()}
     for told in metadata.values():
         told["target_modules"] = sorted(told["target_modules"])  # of a set, whose order is another in every process
     return replacing(folder / LORA_FILE, lambda partial: denoiser.save_lora(partial, weights, metadata), LORA_FILE)

@@ -156,12 +156,13 @@ class Layer:
         return self.alpha == 0 or not (self.tensors["down"].any() or self.tensors["up"].any())
 
 
-def find_lora(path: str | Path) -> Path:
+def find_lora(path: str | Path, *, texts: bool = False) -> Path:
     """The file of a LoRA that is trained on or exported, named by itself or by its folder; only the names in it are read.
 
+    texts: whether it may also be of the text encoders.
+
     Raises:
-        UserError: it is missing, no safetensors file, holds no LoRA, or more than the matrices of the network, or not every
-            alpha.
+        UserError: it is missing, no safetensors file, holds no LoRA, or more than its matrices, or not every alpha.
     """
     file = lora_in(Path(path).expanduser())
     if not file.is_file():
@@ -170,7 +171,7 @@ def find_lora(path: str | Path) -> Path:
     names = names_in(file)
     check_kind(file, names)
     _check_alphas(file, names)
-    _check_trained(file, names)
+    _check_trained(file, names, texts=texts)
     return file
 
 
@@ -216,9 +217,9 @@ def _check_alphas(file: Path, names: Sequence[str]) -> None:
         raise UserError(f"{file} has an alpha for {has} of its {len(layers)} layers: the strength of the others is not known")
 
 
-def _check_trained(file: Path, names: Sequence[str]) -> None:
+def _check_trained(file: Path, names: Sequence[str], *, texts: bool = False) -> None:
     roles = {name: _role(name) for name in names}
-    of_text = [n for n in names if placed(stem_of(n))[0] is not None]
+    of_text = [] if texts else [n for n in names if placed(stem_of(n))[0] is not None]
     biases = [n for n in names if roles[n] == "bias"]
     for others, what in ((biases, "has biases"), (of_text, "changes a text encoder")):
         if others:

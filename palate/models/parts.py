@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -370,6 +371,29 @@ class TextEncoder:
 
     def _read(self, prompts: list[str]) -> list[str]:
         return prompts if self._template is None else [self._template(self.pair[0], prompt) for prompt in prompts]
+
+
+class Words:
+    """What text encoders read of prompts: ids and attention masks ``(b, 2, length)`` by name, ``tokens`` and ``tokens_2``.
+
+    Numbers below 0 stand for no prompt, where that is not the empty one: see :meth:`nothing`.
+    """
+
+    def __init__(self, texts: Sequence[TextEncoder]) -> None:
+        # Copies: batches are made in a thread beside the one that draws samples.
+        self._tokenizers = {f"tokens{text.ending}": copy.deepcopy(text.pair[0]) for text in texts}
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, tokenizer in self._tokenizers.items():
+            limit = tokenizer.model_max_length
+            read = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+            found[name] = torch.stack([read.input_ids, read.attention_mask], dim=1)
+        return found
+
+    def nothing(self, *, empty: bool) -> dict[str, Tensor]:
+        """One row for no prompt: the empty one, or what leaves the conditioning as it is."""
+        return {name: x if empty else torch.full_like(x, -1) for name, x in self([""]).items()}
 
 
 def large(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,21 @@ from palate.base.errors import UserError
 from palate.base.files import replacing
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.schedule import Schedule
-from palate.models.adapters import Adapter, is_adapter
+from palate.models.adapters import Adapter, is_adapter, twin
 from palate.models.denoiser import Denoiser, features_of
 from palate.models.lora import load_lora, save_lora
-from palate.models.parts import digest, sketch
+from palate.models.parts import Words, digest, sketch
+from palate.models.reading import PLACE, Reading, apart, reading_of
 
 OLD = "old/"
 """Names of the old policy's tensors begin so."""
 
 
-def twin(module: nn.Module, *, share: bool) -> nn.Module:
-    """A second module tree; with ``share`` its parameters and buffers are the very tensors of the first, a LoRA's excepted.
-
-    Adapters put into one tree later are not in the other, so a shared twin is the model as it is now at no memory but that of
-    the LoRA it has.
-    """
-    memo: dict[int, object] = {}
-    if share:
-        memo = {id(x): x for name, x in (*module.named_parameters(), *module.named_buffers()) if not is_adapter(name)}
-    return copy.deepcopy(module, memo)
+@contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+        torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
+        yield
 
 
 class Policy:
@@ -45,6 +42,7 @@ class Policy:
         adapter: LoRA or a variant of it, and its patterns.
         lora_layers: ``attention`` (the published recipes), or ``all`` for the linear and convolution layers of all blocks.
         lora_alpha: strength; ``rank`` unless given, so that readers that ignore alpha get the trained strength.
+        texts: whether its text encoders get matrices of their own, too (``lora`` only); batches then hold tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         pretrained_lora: folder or file of a LoRA to continue: its matrices are trained on, and the reference is the model with
             the LoRA as it was. Its own rank, strength and layers stand in place of those given.
@@ -61,6 +59,7 @@ class Policy:
         lora_alpha: float | None = None,
         lora_layers: str = "attention",
         adapter: Adapter | None = None,
+        texts: bool = False,
         gradient_checkpointing: bool = False,
         seed: int = 0,
         pretrained_lora: str | Path | None = None,
@@ -77,27 +76,42 @@ class Policy:
             self.frozen = twin(network, share=False)
             network.float().requires_grad_(True)
         elif pretrained_lora is not None:
-            load_lora(denoiser, network, pretrained_lora)
+            load_lora(denoiser, network, pretrained_lora, texts=texts)
             self.frozen = twin(network, share=True).requires_grad_(False)
             self.rank = network.peft_config["default"].r
+            if texts and reading_of(network) is None:
+                self._read_along(Adapter(), self.rank, None, lora_layers, seed)
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(is_adapter(name))
         else:
             if rank < 1:
                 raise UserError(f"rank is {rank}; expected at least 1")
             self.frozen = twin(network, share=True)
-            config = (adapter or Adapter()).config(rank, lora_alpha, denoiser.lora_targets[lora_layers])
-            with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
-                torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
-                network.add_adapter(config)
+            adapter = adapter or Adapter()
+            with _seeded(seed):
+                network.add_adapter(adapter.config(rank, lora_alpha, denoiser.lora_targets[lora_layers]))
+            if texts:
+                self._read_along(adapter, rank, lora_alpha, lora_layers, seed)
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()
         self.frozen.eval()
         self._old: nn.Module | None = None
         self.old_decay = 1.0
         if gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+            with apart(network):
+                network.enable_gradient_checkpointing()
         network.train()
+
+    def _read_along(self, adapter: Adapter, rank: int, alpha: float | None, layers: str, seed: int) -> None:
+        """Text encoders with fresh matrices for the network."""
+        from peft import inject_adapter_in_model
+
+        reading = Reading(self.denoiser.texts)
+        plain = replace(adapter, rank_pattern={}, alpha_pattern={})  # whose patterns are of the network's layers
+        for number, encoder in enumerate(reading.encoders.values()):
+            with _seeded(seed + 1 + number):
+                inject_adapter_in_model(plain.config(rank, alpha, self.denoiser.text_targets[layers]), encoder, "default")
+        self.denoiser.network.add_module(PLACE, reading)
 
     @property
     def schedule(self) -> Schedule:
@@ -210,6 +224,12 @@ class Finished:
     @property
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
+
+    @property
+    def words(self) -> Words | None:
+        """What makes the tokens that batches must hold, if text encoders were trained too."""
+        reading = reading_of(self._network)
+        return None if reading is None else reading.words
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self._network.parameters()

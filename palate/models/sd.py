@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ LORA_TARGETS = {
     ),
 }
 """Layers of a ``UNet2DConditionModel``, by the name a recipe gives them."""
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_TARGETS = {"attention": CLIP_ATTENTION, "all": (*CLIP_ATTENTION, "fc1", "fc2")}
+"""Layers of CLIP's text encoders."""
 
 
 class StableDiffusion(Latent):
@@ -34,6 +38,7 @@ class StableDiffusion(Latent):
     part, part_name = "unet", "U-Net"
     card: ClassVar[Card] = Card("StableDiffusionPipeline", "UNet2DConditionModel", "stable-diffusion")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
+    text_targets = TEXT_TARGETS
     feature_layers: ClassVar[tuple[str, ...]] = UNET_LAYERS
     framed: ClassVar[bool] = True
     prompt_arguments: ClassVar[dict[str, str]] = {"encoder_hidden_states": "prompt_embeds"}
@@ -51,11 +56,14 @@ class StableDiffusion(Latent):
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        (text,) = self.texts
-        return Conditioning({"encoder_hidden_states": text(prompts).last_hidden_state})
+        return self._conditioned([text(prompts) for text in self.texts])
+
+    def _conditioned(self, read: Sequence[Any]) -> Conditioning:
+        return Conditioning({"encoder_hidden_states": read[0].last_hidden_state})
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         dtype: torch.dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
+        cond = self._told(network, cond)
         return network(xt.to(dtype), t, cond.tensors["encoder_hidden_states"].to(dtype), return_dict=False)[0]
 
     def features(  # type: ignore[override]

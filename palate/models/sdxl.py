@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,8 +14,8 @@ from palate.models.denoiser import Card, Kohya
 from palate.models.features import UNET_LAYERS, encoder_features
 from palate.models.fit import Config, check_added, check_channels, check_text_width
 from palate.models.latent import Latent
-from palate.models.parts import Source, TextEncoder, zeros_like
-from palate.models.sd import LORA_TARGETS
+from palate.models.parts import Source, TextEncoder
+from palate.models.sd import LORA_TARGETS, TEXT_TARGETS
 from palate.models.sd import kohya_name as as_kohya
 
 
@@ -31,6 +32,7 @@ class StableDiffusionXL(Latent):
     part, part_name = "unet", "U-Net"
     card: ClassVar[Card] = Card("StableDiffusionXLPipeline", "UNet2DConditionModel", "stable-diffusion-xl")
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
+    text_targets = TEXT_TARGETS
     feature_layers: ClassVar[tuple[str, ...]] = UNET_LAYERS
     framed: ClassVar[bool] = True
     prompt_arguments: ClassVar[dict[str, str]] = {
@@ -60,14 +62,12 @@ class StableDiffusionXL(Latent):
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Outputs of the last layer but one of both encoders, side by side, and the pooled embedding of the second."""
-        first, second = (text(prompts, hidden_states=True) for text in self.texts)
+        return self._conditioned([text(prompts, hidden_states=True) for text in self.texts])
+
+    def _conditioned(self, read: Sequence[Any]) -> Conditioning:
+        first, second = read
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return Conditioning({"encoder_hidden_states": hidden, "text_embeds": second.text_embeds})
-
-    def unconditional(self) -> Conditioning:
-        """Zeros, or the empty prompt if the pipeline's ``force_zeros_for_empty_prompt`` is false."""
-        empty = self.encode_prompts([""])
-        return zeros_like(empty) if self.zeros_for_empty_prompt else empty
 
     def _added(self, cond: Conditioning, x: Tensor) -> dict[str, Tensor]:
         framing = cond.tensors.get("framing")
@@ -78,6 +78,7 @@ class StableDiffusionXL(Latent):
 
     def predict(self, network: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         dtype: torch.dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
+        cond = self._told(network, cond)
         added = self._added(cond, xt)
         added["text_embeds"] = added["text_embeds"].to(dtype)
         text = cond.tensors["encoder_hidden_states"].to(dtype)

@@ -147,6 +147,8 @@ def _implicit(model: NamedModel, reader: Reader, options: AccuracyOptions, progr
         shapes=[shape],
         progress=progress,
     )
+    if (words := policy.words) is not None:
+        encoded = encoded.with_words(words)
     policy.denoiser.release()
     found = []
     for name, space in zip(options.space, spaces, strict=True):

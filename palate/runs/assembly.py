@@ -88,7 +88,7 @@ def assemble(recipe: Recipe) -> Assembled:
     if recipe.policy.pretrained_lora is not None:
         from palate.models.lora_file import find_lora
 
-        find_lora(recipe.policy.pretrained_lora)
+        find_lora(recipe.policy.pretrained_lora, texts=recipe.policy.train_text_encoder)
     if recipe.online.train_prompts is None:
         return Assembled(recipe, prompts, judges, None)
     return Assembled(recipe, prompts, judges, _online(recipe))

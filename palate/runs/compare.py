@@ -53,7 +53,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     denoiser = denoiser_of(recipe)
     base = twin(denoiser.network, share=True)
     if recipe.policy.pretrained_lora is not None:
-        load_lora(denoiser, base, recipe.policy.pretrained_lora)
+        load_lora(denoiser, base, recipe.policy.pretrained_lora, texts=recipe.policy.train_text_encoder)
     compare_models(found, denoiser, base, tuned(denoiser, weights), command)
     write_card(out, recipe, denoiser)
 

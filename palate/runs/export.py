@@ -99,7 +99,7 @@ def export(name: str, options: ExportOptions, *, progress: bool = False) -> list
     if is_lora:
         from palate.models.lora_file import find_lora, tells_alpha
 
-        if not tells_alpha(find_lora(found.tuned)):
+        if not tells_alpha(find_lora(found.tuned, texts=True)):
             told.append(f"{found.tuned} tells no alpha: taken as equal to the rank (strength 1), as all readers do")
     told += _written(found, out, options, dtype, progress=progress)
     if options.push_to_hub is not None:
@@ -165,7 +165,7 @@ def _find(name: str, base: str | None) -> NamedModel:
 
         if not folder.exists() and is_hub_id(name):
             raise UserError(f"{name} is not on this machine; download it first: hf download {name} --local-dir DIR")
-        tuned = find_lora(folder)
+        tuned = find_lora(folder, texts=True)
     if base is None:
         raise UserError(f"{name} is no run: name the model it was trained on with --pretrained_model_name_or_path")
     return dataclasses.replace(find_model(base), tuned=tuned, recipe=None)
@@ -179,6 +179,7 @@ def about_training(recipe: Recipe, name: str) -> dict[str, str]:
         "ss_output_name": name,
         "ss_learning_rate": training.learning_rate,
         "ss_unet_lr": training.learning_rate,
+        **({"ss_text_encoder_lr": training.learning_rate} if recipe.policy.train_text_encoder else {}),
         "ss_optimizer": training.optimizer,
         "ss_lr_scheduler": training.lr_scheduler,
         "ss_lr_warmup_steps": training.lr_warmup_steps,

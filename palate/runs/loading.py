@@ -31,6 +31,7 @@ def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
         lora_alpha=recipe.policy.lora_alpha,
         lora_layers=recipe.policy.lora_layers,
         adapter=adapter_of(recipe),
+        texts=recipe.policy.train_text_encoder,
         gradient_checkpointing=recipe.policy.gradient_checkpointing,
         seed=recipe.training.seed,
         pretrained_lora=recipe.policy.pretrained_lora,
@@ -117,12 +118,19 @@ def denoiser_of(recipe: Recipe, *, outline: str | None = None) -> Denoiser:
         outline=outline,
     )
     check_space(recipe.space, denoiser)
+    if recipe.policy.train_text_encoder and not denoiser.text_targets:
+        raise UserError(
+            f"train_text_encoder is for Stable Diffusion 1, 2 and XL, and {denoiser.name} is a {denoiser.card.pipeline}, whose "
+            "text encoders stay as they are: leave it out"
+        )
     check_times(recipe.training, recipe.space, denoiser.schedule)
     if recipe.policy.pretrained_lora is not None:
         from palate.models.lora import check_lora
         from palate.models.policy import twin
 
-        check_lora(denoiser, twin(denoiser.network, share=True), recipe.policy.pretrained_lora)
+        check_lora(
+            denoiser, twin(denoiser.network, share=True), recipe.policy.pretrained_lora, texts=recipe.policy.train_text_encoder
+        )
     elif recipe.policy.train_method == "lora":
         check_adapter(denoiser, adapter_of(recipe), denoiser.lora_targets[recipe.policy.lora_layers])
     return denoiser

@@ -105,6 +105,10 @@ class Recipe:
             raise UserError("beta auto is chosen from pairs that are there before training: name a number in online training")
         if self.policy.lora_dropout:
             raise UserError("lora_dropout would make the updates see another model than the one that drew: leave it out")
+        if self.policy.train_text_encoder:
+            raise UserError(
+                "train_text_encoder is for pictures that are there before training: leave it out in online training"
+            )
         if self.training.caption_dropout:
             raise UserError("caption_dropout is for training on pictures that were not drawn from the prompt: leave it out")
         if self.objective["name"] == "ddpo_sf" and arithmetic.updates > 1:

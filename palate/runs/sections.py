@@ -127,12 +127,21 @@ class PolicyOptions:
     """Ranks of layers whose name ends so, such as ``{to_v: 32}``; PEFT's regular expressions. The strength stays."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """The same for lora_alpha."""
+    train_text_encoder: bool = False
+    """Train a LoRA of the text encoders, too, of the same rank and strength (SD, SDXL; not where the model draws what it learns
+    from)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third slower, far less memory."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         given = [name for name in ADAPTER_OPTIONS if getattr(self, name) not in (ADAPTER_OPTIONS[name], {})]
+        if self.train_text_encoder and self.train_method != "lora":
+            raise UserError(
+                "train_text_encoder is a LoRA of the text encoders, but train_method is full: use lora, or leave it out"
+            )
+        if self.train_text_encoder and self.lora_kind != "lora":
+            raise UserError(f"train_text_encoder is for lora_kind lora, not {self.lora_kind}: leave one of the two out")
         if given and self.train_method != "lora":
             raise UserError(f"{given[0]} is of a LoRA, but train_method is {self.train_method}: leave it out")
         if given and self.pretrained_lora is not None:

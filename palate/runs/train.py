@@ -92,6 +92,7 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
 
 def _train_offline(found: Assembled, command: str) -> None:
     """Read, encode, train, finish."""
+    from palate.diffusion.denoising import Conditioning
     from palate.training.measures import implicit_margins
 
     recipe = found.recipe
@@ -108,6 +109,10 @@ def _train_offline(found: Assembled, command: str) -> None:
         tell_needs(recipe, denoiser, readers)
         encoded, held_out, sizes = encoded_of(recipe, denoiser, readers, validation)
         nothing = _no_prompt(denoiser) if recipe.training.caption_dropout else None
+        if recipe.policy.train_text_encoder:
+            words = denoiser.words()
+            encoded, held_out = encoded.with_words(words), None if held_out is None else held_out.with_words(words)
+            nothing = None if nothing is None else Conditioning({**nothing.tensors, **denoiser.no_words(words)})
     encoded = learnable(encoded, recipe.method)
     data = mixed(encoded, recipe, sizes)
     if held_out is None and recipe.evaluation.evaluation_prompts == HELD_OUT:
