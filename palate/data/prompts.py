@@ -22,7 +22,7 @@ LISTS = {
 }
 """Built-in lists, those of the DDPO paper: name -> file in ``prompt_lists/``."""
 
-OWN = ("prompt", "negative", "negative_prompt", "width", "height", "metadata")
+OWN = ("prompt", "negative", "negative_prompt", "seed", "width", "height", "metadata")
 """What a line of JSONL calls the parts of a prompt; all else is its metadata."""
 
 DRAWS = 1000
@@ -40,14 +40,16 @@ class Prompt:
     """Such as ``category`` and ``challenge``; handed to rewards, and kept in manifests."""
     shape: Shape | None = None
     """Of its pictures; the caller's own unless given."""
+    seed: int | None = None
+    """Of its first picture, from 0 to 2**64 - 1, further ones counting on; the caller's own unless given."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts of a text file (one a line) or of a JSONL file (one object with "prompt" a line), in order.
 
     JSONL is recognised by its ending or by a first line that is a JSON object. Beside "prompt" an object may have "negative"
-    (or "negative_prompt"), and "width" and "height" in pixels; "metadata", an object, and all that goes by other names become
-    the prompt's metadata. Blank lines are skipped, duplicates kept.
+    (or "negative_prompt"), a "seed", and "width" and "height" in pixels; "metadata", an object, and all that goes by other
+    names become the prompt's metadata. Blank lines are skipped, duplicates kept.
 
     Raises:
         UserError: a missing, unreadable or empty file, or a line of JSONL without a prompt.
@@ -98,7 +100,14 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
     if not isinstance(metadata, dict):
         raise UserError(f"{where}: 'metadata' must be an object, found {short(metadata)}")
     others = {name: value for name, value in row.items() if name not in OWN}
-    return Prompt(prompt.strip(), negative, others | metadata, _shape(where, row))
+    return Prompt(prompt.strip(), negative, others | metadata, _shape(where, row), _seed(where, row.get("seed")))
+
+
+def _seed(where: str, given: object) -> int | None:
+    seed = int(given) if isinstance(given, float) and given.is_integer() else given  # as tables write them
+    if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
+        return seed
+    raise UserError(f"{where}: 'seed' must be a whole number from 0 to 2**64 - 1, found {short(given)}")
 
 
 def _shape(where: str, row: JsonObject) -> Shape | None:

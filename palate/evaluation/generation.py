@@ -74,19 +74,22 @@ def plan(
 ) -> list[Picture]:
     """The manifest of what is to be drawn. A prompt that the list repeats is drawn anew: its index counts on.
 
+    A prompt's own seed goes before ``seed``.
+
     init_images: of each prompt the name of the picture that is edited, as :func:`palate.evaluation.editing.find` gives it.
     """
     met: Counter[str] = Counter()
     found = []
     for number, prompt in enumerate(prompts):
-        for _ in range(images_per_prompt):
+        for further in range(images_per_prompt):
             index = met[prompt.text]
             met[prompt.text] += 1
             away = negative if prompt.negative is None else prompt.negative
             file = f"{number:05d}-{index:02d}.png"
-            picture_of = picture_seed(seed, prompt.text, index)
+            own = None if prompt.seed is None else (prompt.seed + further) % 2**64
+            noise = picture_seed(seed, prompt.text, index) if own is None else own
             init_image = None if init_images is None else init_images[number]
-            found.append(Picture(file, prompt.text, picture_of, index, model, away, prompt.metadata, init_image, prompt.shape))
+            found.append(Picture(file, prompt.text, noise, index, model, away, prompt.metadata, init_image, prompt.shape))
     return found
 
 

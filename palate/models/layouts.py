@@ -19,7 +19,7 @@ from palate.models.adapters import is_adapter, kind_of, targets_of, tuner_layers
 from palate.models.denoiser import Denoiser
 from palate.models.lora import LoraLayer, adapter_layers, save_lora
 from palate.models.quantised import is_quantised
-from palate.models.reading import PLACE, reading_of
+from palate.models.reading import PLACE, apart, reading_of
 from palate.models.rounding import to_dtype
 
 
@@ -65,6 +65,10 @@ def merge(network: nn.Module) -> nn.Module:
     if tuner_layers(network):
         network.fuse_lora()  # type: ignore[operator]
         network.unload_lora()  # type: ignore[operator]
+        with apart(network) as texts:  # whose layers are whole again, too
+            for encoder in texts.values():
+                encoder.__dict__.pop("peft_config", None)
+                encoder._hf_peft_config_loaded = False  # type: ignore[assignment]
     return network
 
 

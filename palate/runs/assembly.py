@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from palate.base.errors import UserError
 from palate.base.machine import processes
+from palate.data.prompts import Prompt
 from palate.data.selection import same_prompt
 from palate.names.prompts import find_prompts
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
@@ -19,7 +20,6 @@ from palate.training.options import TrainOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from palate.data.prompts import Prompt
     from palate.names.judges import NamedJudge
     from palate.runs.recipe import Recipe
 
@@ -49,6 +49,8 @@ class Assembled:
     """The evaluation prompts; those beyond ``num_evaluation_prompts`` are not compared on. Those that are held out are known
     once the data is read: :meth:`showing`."""
     judges: dict[str, NamedJudge]
+    validation: list[Prompt]
+    """Those of the sample pictures during training."""
     online: Online | None
     """Of a recipe whose model draws what it learns from."""
 
@@ -89,9 +91,10 @@ def assemble(recipe: Recipe) -> Assembled:
         from palate.models.lora_file import find_lora
 
         find_lora(recipe.policy.pretrained_lora, texts=recipe.policy.train_text_encoder)
-    if recipe.online.train_prompts is None:
-        return Assembled(recipe, prompts, judges, None)
-    return Assembled(recipe, prompts, judges, _online(recipe))
+    online = None if recipe.online.train_prompts is None else _online(recipe)
+    file = options.validation_file
+    validation = [Prompt(text) for text in options.validation_prompts] if file is None else find_prompts(file)
+    return Assembled(recipe, prompts, judges, validation, online)
 
 
 def _online(recipe: Recipe) -> Online:

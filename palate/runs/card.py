@@ -39,7 +39,7 @@ def write_card(out: Path, recipe: Recipe, denoiser: Denoiser) -> Path:
     base = recipe.model.pretrained_model_name_or_path
     shown = base if is_hub_id(base) else Path(base).name
     parts = recipe.space if isinstance(recipe.space, list) else [recipe.space]
-    prompts = recipe.evaluation.validation_prompts
+    prompts = recipe.evaluation.validation_prompts if recipe.evaluation.validation_file is None else ()
     text = _template().render(
         front=_front(recipe, denoiser),
         name=out.resolve().name,

@@ -27,6 +27,8 @@ SHOWN_PROMPTS = "compared"
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL.Image import Image
     from torch import nn
 
@@ -61,23 +63,23 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
 class Samples:
     """Pictures of the validation prompts during training: the same seeds every time, base beside tuned."""
 
-    def __init__(self, recipe: Recipe, denoiser: Denoiser, policy: Policy):
-        self.options, self.denoiser, self.policy = recipe.evaluation, denoiser, policy
+    def __init__(self, recipe: Recipe, prompts: Sequence[Prompt], denoiser: Denoiser, policy: Policy):
+        self.options, self.prompts, self.denoiser, self.policy = recipe.evaluation, prompts, denoiser, policy
         self.drawing = drawing_of(recipe, denoiser)
         self.out = Path(recipe.training.output_dir)
         self.folder = self.out / "samples"
         self.base: list[Image] = []
-        prompts = list(self.options.validation_prompts)
         if prompts:
             with denoiser.encoding():
-                denoiser.remember(prompts)
+                denoiser.remember([text for p in prompts for text in (p.text, p.negative) if text is not None])
 
     def _generate(self, network: nn.Module) -> list[Image]:
-        prompts = list(self.options.validation_prompts)
         return self.denoiser.generate(
-            prompts,
-            [(self.options.evaluation_seed + i) % 2**64 for i in range(len(prompts))],
+            [p.text for p in self.prompts],
+            [(self.options.evaluation_seed + i) % 2**64 if p.seed is None else p.seed for i, p in enumerate(self.prompts)],
             self.drawing,
+            negatives=[p.negative for p in self.prompts],
+            shapes=[p.shape for p in self.prompts],
             network=network,
         )
 
@@ -85,7 +87,7 @@ class Samples:
         """Draw them after so many steps, if there are prompts, and write the report anew; the path of the pictures."""
         from palate.evaluation.report import chapter_of, write_report
 
-        drawn = self._draw(step) if self.options.validation_prompts else None
+        drawn = self._draw(step) if self.prompts else None
         try:
             write_report(self.out / "report.html", [chapter_of(self.out)])
         except UserError as error:  # a page is not worth a run
@@ -99,7 +101,7 @@ class Samples:
         tuned = self._generate(self.policy.trainable_module) if step else self.base
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:06d}.png"
-        before_after_grid(list(self.options.validation_prompts), self.base, tuned, path, columns=4)
+        before_after_grid([p.text for p in self.prompts], self.base, tuned, path, columns=4)
         self.denoiser.release()
         return path
 
@@ -118,7 +120,11 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
     recipe, out, began = found.recipe, found.out, time.monotonic()
     options = recipe.evaluation
     planned = plan(found.compared, model="", images_per_prompt=options.images_per_prompt)
-    planned = [dataclasses.replace(p, seed=(options.evaluation_seed + i) % 2**64) for i, p in enumerate(planned)]
+    own = [prompt.seed is not None for prompt in found.compared for _ in range(options.images_per_prompt)]
+    planned = [
+        p if has else dataclasses.replace(p, seed=(options.evaluation_seed + i) % 2**64)
+        for i, (p, has) in enumerate(zip(planned, own, strict=True))
+    ]
     prompts = [p.prompt for p in planned]
     pictures, refiner, drawing = {}, None, drawing_of(recipe, denoiser)
     with denoiser.encoding():

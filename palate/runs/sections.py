@@ -184,7 +184,13 @@ class EvaluationOptions:
     """``mini-heldout``, ``mini-pickscore``, ``mini-clip``, ``mini-aesthetic``; ``pickscore``, ``hpsv2.1``, ``imagereward`` and
     others, or ``kind:folder`` such as ``pickscore:models/PickScore_v1``; see docs/judges.md."""
     validation_prompts: tuple[str, ...] = ()
-    """Shown in the sample pictures during training."""
+    """Shown in the sample pictures during training: texts, or one text or JSONL file, whose lines may have seeds and sizes."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    @property
+    def validation_file(self) -> str | None:
+        """The file that ``validation_prompts`` names, if it is one."""
+        given = self.validation_prompts
+        return given[0] if len(given) == 1 and given[0].endswith((".txt", ".jsonl")) else None

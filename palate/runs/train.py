@@ -103,7 +103,7 @@ def _train_offline(found: Assembled, command: str) -> None:
             "your data: name a file with --evaluation_prompts, or null for no comparison"
         )
     readers, validation = readers_of(recipe), validation_reader(recipe)
-    denoiser = _trainable(recipe)
+    denoiser = _trainable(found)
     counted = foretell(recipe, denoiser, single=readers[0].single)
     with denoiser.encoding():
         tell_needs(recipe, denoiser, readers)
@@ -122,7 +122,7 @@ def _train_offline(found: Assembled, command: str) -> None:
     space = bind_space(recipe.space, policy)
     references = references_of(recipe, policy)
     step = _step_of(recipe, policy, space, nothing, references)
-    samples = Samples(recipe, denoiser, policy)
+    samples = Samples(recipe, found.validation, denoiser, policy)
     denoiser.release()
 
     def on_evaluate(done: int) -> dict[str, float]:
@@ -162,14 +162,14 @@ def _train_online(found: Assembled, wanted: Online, command: str) -> None:
 
     recipe = found.recipe
     tell(online.told(recipe, wanted))
-    denoiser = _trainable(recipe)
+    denoiser = _trainable(found)
     counted = foretell(recipe, denoiser)
     tell_needs(recipe, denoiser, [])
     if told := cut_warning(denoiser, (text for prompt in wanted.prompts for text in (prompt.text, prompt.negative))):
         tell(told)
     policy = policy_of(recipe, denoiser)
     step, rollouts = online.rollouts_of(recipe, wanted, denoiser, policy, progress=is_main() and sys.stderr.isatty())
-    samples = Samples(recipe, denoiser, policy)
+    samples = Samples(recipe, found.validation, denoiser, policy)
     watch = online.Watch(found, denoiser, policy, rollouts, tell) if wanted.held_out else None
     denoiser.release()
     # The last of them: held-out rewards are measured on the first.
@@ -205,9 +205,12 @@ def _shown(found: Assembled) -> JsonObject:
     return {SHOWN_PROMPTS: [prompt.text for prompt in found.prompts]} if held_out else {}
 
 
-def _trainable(recipe: Recipe) -> Denoiser:
-    """The model, with a word on what is to be minded in training it."""
-    denoiser = denoiser_of(recipe)
+def _trainable(found: Assembled) -> Denoiser:
+    """The model, with a word on what is to be minded in training it. Raises UserError for a size that it cannot draw."""
+    denoiser = denoiser_of(found.recipe)
+    for prompt in (*found.validation, *found.compared):
+        if prompt.shape is not None:
+            denoiser.check_shape(prompt.shape)
     if denoiser.caution:
         tell(denoiser.caution)
     return denoiser

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palate.base.errors import UserError
+from palate.base.shapes import Shape
 from palate.data.prompts import DRAWS, LISTS, Prompt, PromptSampler, built_in, from_function, read_prompts
 
 
@@ -31,6 +32,14 @@ def test_negative_prompt_and_metadata(tmp_path):
     assert read_prompts(path) == [Prompt("a", "blur", {"tag": 1, "answers": ["one"]}), Prompt("b", "", {})]
 
 
+def test_seeds_and_sizes(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "seed": 7, "width": 64, "height": 96}\n{"prompt": "b", "seed": 3.0}\n{"prompt": "c"}\n')
+    a, b, c = read_prompts(path)
+    assert (a.seed, a.shape, a.metadata) == (7, Shape(96, 64), {})
+    assert (b.seed, b.shape, c.seed) == (3, None, None)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -43,6 +52,9 @@ def test_negative_prompt_and_metadata(tmp_path):
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', "line 2: 'prompt' must be a non-empty string, found 3"),
         ("a.jsonl", b'{"prompt": " "}\n', "non-empty"),
         ("a.jsonl", b'{"prompt": "x", "negative": 3}\n', "line 1: 'negative' must be a string, found 3"),
+        ("a.jsonl", b'{"prompt": "x", "seed": -1}\n', "line 1: 'seed' must be a whole number from 0 to"),
+        ("a.jsonl", b'{"prompt": "x", "seed": true}\n', "found True"),
+        ("a.jsonl", b'{"prompt": "x", "seed": 1.5}\n', "found 1.5"),
         ("a.jsonl", b'{"prompt": "x", "metadata": "y"}\n', "line 1: 'metadata' must be an object, found 'y'"),
         ("a.json", b'["x",\n "y"]\n', "convert it to JSONL"),
         ("a.tsv", b"Prompt\tCategory\nx\ty\n", "is a table"),

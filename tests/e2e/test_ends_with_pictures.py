@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from palate.base.shapes import Shape
 from palate.data.selection import same_prompt
 from palate.evaluation.manifest import read_manifest
 
@@ -81,3 +83,34 @@ def test_online_training_shows_the_last_of_its_prompts(palate, prompts_file, jud
     lines = prompts_file.read_text().splitlines()
     assert drawn("tuned") == lines[:-3:-1]
     assert Path("out/report.html").is_file()
+
+
+LINES = '{"prompt": "a red house", "seed": 7, "width": 96, "height": 64}\n{"prompt": "a blue tower", "seed": 7}\n'
+
+
+def test_sample_prompts_and_comparison_have_their_own_seeds_and_sizes(palate, tmp_path):
+    (tmp_path / "mine.jsonl").write_text(LINES)
+    options = {"validation_prompts": "mine.jsonl", "evaluation_prompts": "mine.jsonl", "sample_steps": 1}
+    code, _, errors = palate("train", **options, max_train_steps=1)
+    assert code == 0, errors
+    assert palate("generate", "out", prompts="mine.jsonl", output_dir="drawn", num_inference_steps=3)[0] == 0
+    mine, compared = (read_manifest(Path(folder)) for folder in ("drawn", "out/evaluation/tuned"))
+    assert [(p.seed, p.shape) for p in mine] == [(p.seed, p.shape) for p in compared] == [(7, Shape(64, 96)), (7, None)]
+    for a, b in zip(mine, compared, strict=True):
+        one, other = (
+            np.asarray(Image.open(path).convert("RGB")).astype(int)
+            for path in (f"drawn/{a.file}", f"out/evaluation/tuned/{b.file}")
+        )
+        assert np.abs(one - other).max() <= 1
+    assert Image.open("out/samples/step-000001.png").width > 224
+
+
+def test_a_size_that_cannot_be_drawn_is_refused_before_anything_is_encoded(palate, tmp_path):
+    (tmp_path / "mine.jsonl").write_text(LINES.replace("96", "100"))
+    for name in ("validation_prompts", "evaluation_prompts"):
+        code, _, errors = palate("train", **{name: "mine.jsonl"}, cache_dir="new")
+        assert (code, "sides must be" in errors or "multiple" in errors, len(errors.strip().splitlines())) == (2, True, 1), (
+            errors
+        )
+        assert not any(Path("new").rglob("*.safetensors"))
+        assert not Path("out").exists()

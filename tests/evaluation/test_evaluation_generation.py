@@ -119,3 +119,11 @@ def test_what_does_not_fit_the_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         generate(Painter(), pictures, tmp_path / "file", settings=SETTINGS)
+
+
+def test_a_prompts_own_seed_goes_first_and_counts_on():
+    prompts = [Prompt("a", seed=2**64 - 1), Prompt("b")]
+    own, other = (plan(prompts, model="m", images_per_prompt=2, seed=seed) for seed in (0, 1))
+    assert [p.seed for p in own[:2]] == [p.seed for p in other[:2]] == [2**64 - 1, 0]
+    assert [p.seed for p in own[2:]] == [picture_seed(0, "b", 0), picture_seed(0, "b", 1)]
+    assert [p.index for p in own] == [0, 1, 0, 1]
