@@ -69,6 +69,8 @@ def _answer(client: socket.socket) -> None:
     while len(data) < int.from_bytes(length, "big"):
         data += client.recv(65536)
     words, folder, environment = json.loads(data)
+    if "-m" in words:  # as torchrun calls Python
+        words = words[words.index("palate") + 1 :]
     if pid := os.fork():
         for file in files:
             os.close(file)

@@ -165,6 +165,14 @@ def test_one_version_everywhere():
     assert f"\n## {version} (" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_wheel_holds_every_file_of_the_package():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["palate"]
+    package = ROOT / "palate"
+    held = {path for pattern in told for path in package.glob(pattern)}
+    there = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in there - held if path.suffix != ".py"} == set()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
 def test_workflows_and_forms_are_readable(path):
     content = yaml.safe_load(path.read_text())

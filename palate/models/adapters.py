@@ -96,10 +96,13 @@ def targets_of(network: nn.Module, suffixes: Iterable[str]) -> list[str]:
 def check_adapter(denoiser: Denoiser, adapter: Adapter, suffixes: Iterable[str]) -> None:
     """Raise ``UserError`` for a pattern that fits no layer, or a kind whose file the family has no names for."""
     if adapter.kind in LYCORIS and one_to_one(denoiser) is None:
-        raise UserError(
-            f"lora_kind {adapter.kind} is kept in LyCORIS's layout, which has no names for the layers of "
-            f"{denoiser.card.pipeline}: use lora or dora"
+        why = (
+            f"which has no names for the layers of {denoiser.card.pipeline}"
+            if denoiser.kohya is None
+            else f"where several layers of {denoiser.card.pipeline}, such as queries, keys and values, are one: of their LoRAs "
+            "one is made, of such products there is none"
         )
+        raise UserError(f"lora_kind {adapter.kind} is kept in LyCORIS's layout, {why}; use lora or dora")
     layers = targets_of(denoiser.network, suffixes)
     for option, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from tests.forked import write_client
 from tools.docs.notebooks import FOLDER, NAMES, RUN, text_of
@@ -38,7 +40,7 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def shell(tmp_path, server):
+def shell(tmp_path, server, monkeypatch):
     """Runs a script of the shell in an empty folder, where ``palate`` and ``torchrun`` are those of this environment."""
     programs = tmp_path / ".programs"
     programs.mkdir()
@@ -47,12 +49,13 @@ def shell(tmp_path, server):
         (programs / name).chmod(0o755)
     write_client(programs / "palate", server)
     home = {"HOME": str(tmp_path), "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MPLBACKEND": "agg"}
+    home |= {"PYTHON_EXEC": str(programs / "palate")}  # what torchrun starts
+    home |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MPLBACKEND": "agg"}
+    for name, value in home.items():
+        monkeypatch.setenv(name, value)
 
     def run(script: str) -> None:
-        done = subprocess.run(
-            ["bash", "-e", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
-        )
+        done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
 
     return run
@@ -60,25 +63,29 @@ def shell(tmp_path, server):
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_tutorial_leads_to_its_result(name, shell, tmp_path):
-    blocks = RUN.findall((FOLDER / f"{name}.md").read_text(encoding="utf-8"))
-    assert len(blocks) >= 3
-    for language, title, content in blocks:
-        if language == "python":
-            (tmp_path / title).write_text(content)
-        else:
-            assert title == "In miniature"
-            shell(content)
+    """Of those that are notebooks, too, the notebook is run, which holds the page's steps and nothing else."""
+    if name in NAMES:
+        notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    else:
+        for language, title, content in RUN.findall((FOLDER / f"{name}.md").read_text(encoding="utf-8")):
+            if language == "python":
+                (tmp_path / title).write_text(content)
+            else:
+                assert title == "In miniature"
+                shell(content)
     for path in RESULTS[name]:
         assert (tmp_path / path).exists(), path
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_is_its_page(name):
-    """So what it runs is what the test above runs; after a change: python -m tools.docs.notebooks."""
+    """After a change of the page: python -m tools.docs.notebooks."""
     text = (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8")
     assert text == text_of(name)
     cells = json.loads(text)["cells"]
     runs = [block for _, _, block in RUN.findall((FOLDER / f"{name}.md").read_text(encoding="utf-8"))]
+    assert len(runs) >= 3
     assert [
         "".join(c["source"]).split("\n", 1)[1].removeprefix("set -e\n") + "\n" for c in cells[1:] if c["cell_type"] == "code"
     ] == runs

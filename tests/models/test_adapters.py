@@ -201,6 +201,14 @@ def test_patterns_and_kinds_that_fit_nothing_are_refused(model_dir):
     check_adapter(denoiser, Adapter("lokr", rank_pattern={"to_v": 3}), targets)
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_family_whose_layers_are_fused_in_lycoris_layout_says_why(flow_dir, kind):
+    denoiser = load_denoiser(str(flow_dir("flux")))
+    with pytest.raises(UserError, match="of their LoRAs one is made, of such products there is none; use lora or dora"):
+        check_adapter(denoiser, Adapter(kind), denoiser.lora_targets["attention"])
+    check_adapter(denoiser, Adapter("dora"), denoiser.lora_targets["attention"])
+
+
 def test_pefts_own_file_of_a_lokr_is_refused_for_its_strength_lies_elsewhere(model_dir, tmp_path):
     policy = policy_of(model_dir, "lokr")
     save_file(
