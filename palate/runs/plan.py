@@ -120,6 +120,8 @@ def count(recipe: Recipe, *, single: bool = False, gpu: bool | None = None) -> N
         framed = denoiser.picture_conditions((shape.width, shape.height), shape, (0.5, 0.5), flip=False)
         row = {name: (x.shape[1:], x.dtype) for name, x in encoded.tensors.items()}
         row |= {name: (x.shape, x.dtype) for name, x in framed.items()}
+        if recipe.policy.train_text_encoder:
+            row |= {name: (x.shape[1:], x.dtype) for name, x in denoiser.words()(["a picture"]).items()}
         run = work(recipe, policy, denoiser, row, single=single)
         weights_there = [p for module in policy.modules for p in module.parameters()]
         with Counter([*weights_there, *(p.grad for p in policy.parameters() if p.grad is not None)]) as passes:
