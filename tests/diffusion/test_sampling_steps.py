@@ -128,7 +128,7 @@ def test_the_shifted_grid_by_hand():
     ],
 )
 def test_a_model_that_knows_the_data_draws_the_data(rule, n, least, greatest):
-    m, q, b = 1.5, 0.3, 4000
+    m, q, b = 1.5, 0.3, 1200
 
     def exact(xt, t, cond):
         """The velocity noise - x0 that is expected of x0 ~ N(m, q^2)."""
