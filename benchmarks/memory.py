@@ -24,6 +24,19 @@ from palate.runs.recipe import Recipe
 
 GB = 1e9
 RESULT = Path(__file__).with_suffix(".json")
+TOLD: dict[str, dict[str, Any]] = {
+    "LoRA 64, attention, adamw": {"rank": 64},
+    "LoRA 64, attention, adamw_8bit": {"rank": 64, "optimizer": "adamw_8bit"},
+    "LoRA 32, attention, adamw_8bit": {"rank": 32, "optimizer": "adamw_8bit"},
+    "LoRA 16, attention, adamw_8bit": {"rank": 16, "optimizer": "adamw_8bit"},
+    "LoRA 16, all, adamw_8bit": {"rank": 16, "lora_layers": "all", "optimizer": "adamw_8bit"},
+    "full, adamw": {"train_method": "full"},
+    "full, adafactor": {"train_method": "full", "optimizer": "adafactor"},
+}
+TRAINED = {
+    "SD 1.5": ("LoRA 64, attention, adamw", "LoRA 16, all, adamw_8bit", "full, adamw", "full, adafactor"),
+    "SDXL": tuple(TOLD),
+}
 DECISIVE = {
     "model": ("quantize",),
     "data": ("resolution",),
@@ -80,26 +93,20 @@ def main() -> None:
         folders = {name: skeleton(name, Path(place) / name.replace(" ", "-")) for name in NETWORKS}
         print("| model | trained | frozen | frozen copy | trained weights | gradients | optimizer | sum |")
         print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for name in ("SD 1.5", "SDXL"):
-            for told, options in {
-                "LoRA 64, attention, adamw": {"rank": 64},
-                "LoRA 64, attention, adamw_8bit": {"rank": 64, "optimizer": "adamw_8bit"},
-                "LoRA 16, attention, adamw_8bit": {"rank": 16, "optimizer": "adamw_8bit"},
-                "LoRA 16, all, adamw_8bit": {"rank": 16, "lora_layers": "all", "optimizer": "adamw_8bit"},
-                "full, adamw": {"train_method": "full"},
-                "full, adafactor": {"train_method": "full", "optimizer": "adafactor"},
-            }.items():
-                found = held(folders[name], **options)
+        for name, kinds in TRAINED.items():
+            for told in kinds:
+                found = held(folders[name], **TOLD[told])
                 sizes = [size for part, size in found.items() if part != "average"]
                 print(f"| {name} | {told} | " + " | ".join(f"{x / GB:.2f}" for x in (*sizes, sum(sizes))) + " |", flush=True)
-        print("\n| model | LoRA numbers a rank, attention | all | frozen, bf16 | int8 | nf4 | encoders and VAE |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        print("\n| model | parameters | LoRA numbers a rank, attention | all | frozen, bf16 | int8 | nf4 | encoders and VAE |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
         for name, folder in folders.items():
             ranks = [held(folder, rank=1, lora_layers=layers)["trained weights"] / 4 for layers in ("attention", "all")]
             kinds = [held(folder, rank=1, quantize=kind)["frozen weights"] for kind in (None, "int8", "nf4")]
             model: Any = denoiser_of(on(recipes.build({"training": {"mixed_precision": "bf16"}}), folder), outline="shapes")
             before = sum(plan.bytes_of(part) for part in (model.vae.module, *(text.pair[1] for text in model.texts)))
-            numbers = " | ".join(f"{count:,.0f}" for count in ranks)
+            count = held(folder, train_method="full")["trained weights"] / 4
+            numbers = " | ".join(f"{number:,.0f}" for number in (count, *ranks))
             print(f"| {name} | {numbers} | {' | '.join(f'{x / GB:.2f}' for x in (*kinds, before))} |", flush=True)
         print("\n| recipe | weights, gradients, optimizer | training | drawing | encoding before it |")
         print("| --- | ---: | ---: | ---: | ---: |")

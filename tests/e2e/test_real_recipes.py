@@ -31,7 +31,9 @@ def test_there_are_those_of_the_papers_and_for_one_gpu():
     assert {"sd15-dpo", "sdxl-dpo", "sd15-ncp-dpo", "sdxl-ncp-dpo", "sdxl-ncp-cpo", "sdxl-ncp-sft", "sdxl-sft"} <= set(REAL)
     assert {"sd15-cpo", "sd15-ncp-cpo"} <= set(REAL)
     sizes = {"sd35": 24, "zimage": 24, "klein": 16, "flux": 24}
-    assert {f"{name}-{way}dpo-{size}gb" for name, size in sizes.items() for way in ("", "ncp-")} <= set(REAL)
+    assert {f"{name}-dpo-{size}gb" for name, size in sizes.items()} <= set(REAL)
+    perceptual = {"sd35": 24, "zimage": 32, "klein": 24, "flux": 32}  # computes in float32
+    assert {f"{name}-ncp-dpo-{size}gb" for name, size in perceptual.items()} <= set(REAL)
     assert {f"{name}-{way}-24gb" for name in sizes for way in ("nft", "grpo")} <= set(ONLINE)
     assert {f"sdxl-dpo-{size}gb" for size in (12, 16, 24)} <= set(REAL)
     assert {"ddpo-sd14", "ddpo-sd14-full", "ddpo-sd15-24gb", "ddpo-sdxl-lora", "ddpo-sdxl-24gb"} <= set(ONLINE)
