@@ -41,9 +41,9 @@ def test_a_damaged_object_is_told_even_where_none_is_needed(tmp_path, content):
         (b'{"a": 1}\n{"a\n', "line 2: not JSON", True),  # it has its end: nobody was cut short
         (b'{"a\n{"a": 1}', "line 1: not JSON", True),
         (b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 1}', 2, False),
-        (b'{"a": 1}\n[1]', "line 2: expected a JSON object, found \\[1\\]", True),
+        (b'{"a": 1}\n[1]', "line 2: expected a JSON object, one a line, found \\[1\\]", True),
         (b'{"a": 1}\n{"b": "\xc3', 1, True),  # inside a character
-        (b'\xff\n{"a": 1}', "line 1: not JSON .'utf-8' codec", True),
+        (b'\xff\n{"a": 1}', "line 1: not in UTF-8 .byte 0xff", True),
     ],
 )
 def test_lines(tmp_path, content, kept, may_be_cut):

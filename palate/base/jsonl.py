@@ -32,10 +32,12 @@ def decode(text: str | bytes) -> Any:
     """Any JSON value, in UTF-8.
 
     Raises:
-        ValueError: "not JSON", and why.
+        ValueError: "not JSON" or "not in UTF-8", and why.
     """
     try:
         return DECODER.decode(text.decode() if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not in UTF-8 (byte {error.object[error.start]:#x}), in which JSON is written") from None
     except (ValueError, RecursionError) as error:  # nested a thousand deep is no ValueError
         raise ValueError(f"not JSON ({error})") from None
 
@@ -96,7 +98,7 @@ def read_lines(
                 return
             raise UserError(f"{path}, line {number}: {error}; mend or remove the line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, found {short(row)}")
+            raise UserError(f"{path}, line {number}: expected a JSON object, one a line, found {short(row)}")
         yield number, row
 
 

@@ -216,9 +216,16 @@ class Reader:
             assert isinstance(file, File)
             if self._described is not None:
                 self._shown.update(hash(Path(name)) for name in formats.shown(file, row))
+            if file.format == "tar" and set(file.names.values()).isdisjoint(row):
+                self.counts.rows -= 1
+                self.counts.left_out["members of the archive that belong to no sample"] += 1
+                return []
             read = {"", *file.names.values()}  # of what nobody asks for nobody minds whether it can be read
             if (bad := next((v for n, v in row.items() if isinstance(v, BadValueError) and n in read), None)) is not None:
                 raise bad
+            if file.format == "tar" and file.names["prompt"] not in row:
+                what = "is missing in this sample, whose members must lie beside each other (tar --sort=name)"
+                raise BadValueError(file.names["prompt"], what)
             if (column := formats.late(file, row)) is not None:
                 what = f"is in none of the first {formats.SAMPLE[file.format]} rows, by which the file is read"
                 raise BadValueError(column, f"{what}: write it in every row, or move this row to the beginning")

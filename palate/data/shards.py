@@ -17,10 +17,14 @@ MAX_MEMBER = 1 << 28
 """Bytes of the largest member that is read: memory must not depend on what a file claims."""
 
 
+LITTER = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+
+
 def is_litter(name: str) -> bool:
-    """Whether a file of that path is hidden, or what systems leave beside others, such as macOS, Windows and Jupyter."""
+    """Whether a file of that path is hidden, or what systems and programs leave beside others: macOS, Windows,
+    Jupyter, Office, downloads that did not end."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    return any(part.startswith(".") or part in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini") for part in parts)
+    return any(part.startswith((".", "~$")) or part in LITTER for part in parts) or name.endswith((".tmp", ".part"))
 
 
 def is_tar(head: bytes) -> bool:

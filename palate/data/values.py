@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from palate.base import errors
 from palate.base.files import spellings
+from palate.base.options import LARGEST, SMALLEST
 from palate.data.images import decode_usable
 
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "t": 1.0, "f": 0.0, "y": 1.0, "n": 0.0}
@@ -80,6 +82,8 @@ def number(column: str, value: object, *, default: float | None = None, highest:
         raise BadValueError(column, f"must be a number {limit}, found {short(value)}") from None
     if not math.isfinite(found) or not 0 <= found <= highest:
         raise BadValueError(column, f"must be a number {limit}, found {short(value)}")
+    if found and highest == math.inf and not SMALLEST <= found <= LARGEST:
+        raise BadValueError(column, f"is {short(value)}, which float32 does not hold: 0, or {SMALLEST:g} to {LARGEST:g}")
     return found
 
 
@@ -158,7 +162,7 @@ def picture(column: str, value: object, home: Home, check: Callable[[bytes], str
 
 def _read_inside(column: str, name: str, home: Home) -> bytes:
     """A file's bytes; a data file from outside must not make us read other files than its own."""
-    if reason := _no_path(name):
+    if reason := no_path(name):
         raise BadValueError(column, f"holds {short(name, 40)}, {reason}")
     if Path(name).is_absolute() or re.match(r"[A-Za-z]:[\\/]", name):
         raise BadValueError(column, _absolute(name, home))
@@ -174,13 +178,13 @@ def _read_inside(column: str, name: str, home: Home) -> bytes:
     raise BadValueError(column, _missing(name, home))
 
 
-def _no_path(value: str) -> str:
+def no_path(value: str) -> str:
     """Why a text names no file, where it tells so itself."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
         return "an address: download the pictures, and name the files"
     if "\0" in value:
         return "which cannot be read: it has a null character"
-    if value.startswith(("data:", *BASE64)) or (len(value) > 200 and re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", value[:400])):
+    if value.startswith(("data:", *BASE64)) or (len(value) > 200 and re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", value)):
         return "which looks like a picture in base64: decode it, and save it as a file or as bytes in parquet"
     if len(value) > 1024:
         return f"a text of {len(value)} characters: expected the path of a picture"
@@ -194,8 +198,13 @@ def _absolute(name: str, home: Home) -> str:
     return f"{short(name)} is an absolute path; paths must be relative to the folder of the file: write {inside}"
 
 
+def _leads_out(name: str) -> bool:
+    """Whether ``..`` in a relative path leads above where it begins."""
+    return os.path.normpath(name.replace("\\", "/")).startswith("..")
+
+
 def _outside(name: str, path: Path) -> str:
-    if ".." in Path(name.replace("\\", "/")).parts:
+    if _leads_out(name):
         return f"{short(name)} leads outside the folder of the file; paths must be relative and stay inside"
     if path.is_symlink():
         return f"{short(name)} is a link that leads outside the folder of the file: copy the picture there (cp -L)"
@@ -203,8 +212,10 @@ def _outside(name: str, path: Path) -> str:
 
 
 def _missing(name: str, home: Home) -> str:
-    if ".." in Path(name.replace("\\", "/")).parts:
+    if _leads_out(name):
         return f"{short(name)} leads outside the folder of the file; paths must be relative and stay inside"
+    if (home.folder / name).is_dir():
+        return f"{short(name)} is a folder; expected the path of a picture"
     if (link := home.folder / name).is_symlink():
         return f"{short(name)} is a link to {short(str(link.readlink()))}, which does not exist"
     if packed := _packed(home.folder):

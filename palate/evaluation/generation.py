@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.files import write_atomically
 from palate.base.jsonl import read_object, write_object
 from palate.data.prompts import Prompt
@@ -225,7 +225,7 @@ def begun(
             if differ:
                 k = differ[0]
                 raise UserError(
-                    f"{folder} was begun with {k} {before.get(k)!r}, now {given.get(k)!r} is asked for; "
+                    f"{folder} was begun with {k} {short(before.get(k))}, now {short(given.get(k))} is asked for; "
                     "name another folder, or give the same options to go on"
                 )
     if not (folder / MANIFEST).is_file() or not (folder / MANIFEST).stat().st_size:
@@ -235,7 +235,7 @@ def begun(
     for old in there:
         new = names.get(old.file)
         if new is not None and (new.key, new.negative) != (old.key, old.negative):
-            raise UserError(f"{folder}/{old.file} shows {old.prompt!r}, not {new.prompt!r}; name another folder")
+            raise UserError(f"{folder}/{old.file} shows {short(old.prompt)}, not {short(new.prompt)}; name another folder")
         if new is not None and new.shape != old.shape:
             was, now = (shape or "the folder's own size" for shape in (old.shape, new.shape))
             raise UserError(f"{folder}/{old.file} was drawn at {was}, not {now}; name another folder")
@@ -244,5 +244,5 @@ def begun(
     keys = {p.key: p for p in there}
     taken = next((p for p in pictures if p.key in keys and keys[p.key].file != p.file), None)
     if taken is not None:
-        raise UserError(f"{folder} already holds {taken.prompt!r} as {keys[taken.key].file}; name another folder")
+        raise UserError(f"{folder} already holds {short(taken.prompt)} as {keys[taken.key].file}; name another folder")
     return {p.file for p in there}

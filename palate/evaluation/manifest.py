@@ -22,6 +22,7 @@ from palate.data import formats
 from palate.data.images import size_of
 from palate.data.plain import PlainFolder, read_plain
 from palate.data.shards import PICTURES, is_litter
+from palate.data.values import no_path
 
 MANIFEST, SETTINGS, SCORES = "manifest.jsonl", "settings.json", "scores"
 Value = TypeVar("Value")
@@ -356,7 +357,10 @@ def _size(file: Path) -> Shape | None:
 
 def _picture(where: str, row: JsonObject) -> Picture:
     def needed(name: str, kind: type[Value], otherwise: object = None) -> Value:
-        value = row.get(name, otherwise)
+        value = otherwise if row.get(name) is None else row[name]
+        if value is None and name not in row:
+            has = short(", ".join(row), 100, quoted=False) or "nothing"
+            raise UserError(f"{where}: {name} is missing; expected file, prompt and seed, found {has}")
         value = _whole(value) if kind is int else value
         if not isinstance(value, kind) or isinstance(value, bool) or value == "":
             what = "text" if kind is str else "a whole number"
@@ -366,10 +370,12 @@ def _picture(where: str, row: JsonObject) -> Picture:
     file, prompt = needed("file", str), needed("prompt", str)
     init_image = needed("init_image", str) if row.get("init_image") is not None else None
     for path in (file, init_image or ""):
+        if reason := no_path(path):
+            raise UserError(f"{where}: a picture is named {short(path, 40)}, {reason}")
         parts = path.replace("\\", "/").split("/")
         if path.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in path:
             raise UserError(f"{where}: {short(path)} leads outside the folder; paths must be relative and stay inside")
-    negative, metadata = row.get("negative"), row.get("metadata", {})
+    negative, metadata = row.get("negative"), row.get("metadata") or {}
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"{where}: negative must be text, found {short(negative)}")
     if not isinstance(metadata, dict):

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.files import write_atomically
 from palate.base.jsonl import read_lines
 from palate.base.options import leaves, parse
@@ -184,7 +184,7 @@ def page_of(chapters: Sequence[Chapter], *, watched: bool = False, waiting: str 
     """
     for prompt, images, labels in ((*shown, c.labels) for c in chapters for shown in c.pictures):
         if len(images) != len(labels):
-            raise UserError(f"{len(images)} pictures of {prompt!r} came with {len(labels)} sides; give as many of each")
+            raise UserError(f"{len(images)} pictures of {short(prompt)} came with {len(labels)} sides; give as many of each")
     script = Markup((PAGE / "report.js").read_text(encoding="utf-8"))
     title = (waiting and "Palate") or (chapters[0].title if len(chapters) == 1 else f"{len(chapters)} results")
     watch = Markup((PAGE / "watch.js").read_text(encoding="utf-8")) if watched else ""

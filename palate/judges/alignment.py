@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.hub import is_hub_id, snapshot
 from palate.base.jsonl import read_lines
 from palate.base.options import at_least
@@ -64,7 +64,7 @@ class AnswerScore:
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         one_each(images, prompts)
         if unknown := [p for p in prompts if p not in self.questions]:
-            raise UserError(f"there are no questions about the prompt {unknown[0]!r}; add it to the file of questions")
+            raise UserError(f"there are no questions about the prompt {short(unknown[0])}; add it to the file of questions")
         rows = [(i, q, a) for i, p in enumerate(prompts) for q, a in zip(*self.questions[p], strict=True)]
         said = self.vision.answer(images[[i for i, _, _ in rows]], [q for _, q, _ in rows])
         hits, asked = torch.zeros(len(prompts)), torch.zeros(len(prompts))

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from palate.base.errors import UserError, first_line
+from palate.base.errors import UserError, first_line, short
 from palate.base.shapes import Shape, one_shape_each
 from palate.models.drawing import Drawing
 from palate.models.fit import check_sampler
@@ -116,5 +116,7 @@ class OtherPipeline:
         for i, prompt in enumerate(prompts):
             image = images[i]
             if image.convert("L").getextrema() == (0, 0):
-                raise UserError(f"the picture of {prompt!r} is all black: the model is damaged, or overflows at this precision")
+                raise UserError(
+                    f"the picture of {short(prompt)} is black: the model is damaged, or overflows at this precision"
+                )
         return [images[i] for i in range(len(prompts))]

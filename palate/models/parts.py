@@ -460,5 +460,5 @@ def assemble(kind: str, scheduler_config: Mapping[str, Any], **parts: object) ->
 def to_picture(pixels: Tensor, prompt: str) -> Image.Image:
     """Of pixels ``(3, h, w)`` in [0, 1]. Raises UserError if all are black."""
     if not pixels.any():
-        raise UserError(f"the picture of {prompt!r} is all black: the model is damaged, or overflows at this precision")
+        raise UserError(f"the picture of {short(prompt)} is all black: the model is damaged, or overflows at this precision")
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())

@@ -67,7 +67,8 @@ def _error(tensor: Tensor, dtype: torch.dtype) -> float:
     rounded = tensor.to(dtype).float()
     if not rounded.isfinite().all():
         return torch.inf
-    return float((rounded - tensor.float()).norm() / tensor.float().norm())
+    exact = tensor.double()  # squares of small numbers are 0 in float32
+    return float((rounded.double() - exact).norm() / exact.norm())
 
 
 def _check_overflow(names: list[str], of: int, what: str, dtype: torch.dtype) -> None:

@@ -35,7 +35,7 @@ def find_prompts(name: str | Path) -> list[Prompt]:
     if re.fullmatch(r"[\w.]+:\w+", text):
         return prompts.from_function(foreign(text, prompt_sets.SETS), text)
     if text.lower() in ("no", "false", "off"):
-        raise UserError(f"no file and no list of prompts {text!r}; for none write null")
+        raise UserError(f"no file and no list of prompts {short(text)}; for none write null")
     if " " in text.strip() and not path.suffix:
         raise UserError(f"there is no file {short(text, 100)}; if it is a prompt, write it into a text file, one prompt a line")
     if re.fullmatch(r"[\w-]+", text):

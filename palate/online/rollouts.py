@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.processes import Processes
 from palate.base.seeds import mix
 from palate.base.shapes import one_shape_each
@@ -424,7 +424,7 @@ class Rollouts:
             return
         row, after = (int(x) for x in (~finite).nonzero()[0])
         raise UserError(
-            f"picture {numbers[row]} ({self.prompts[which[row]].text!r}) is not finite after step {after - 1} of "
+            f"picture {numbers[row]} ({short(self.prompts[which[row]].text)}) is not finite after step {after - 1} of "
             f"{len(path)} (time {path.t[max(0, after - 1)]:g}); "
             "lower learning_rate, or use mixed_precision bf16 or no"
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.diffusion.batches import Batch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
 from palate.diffusion.sampling import Transition, guided, transition
@@ -97,7 +97,7 @@ def trajectory_step(
             row = int(log_prob.isfinite().int().argmin())
             raise UserError(
                 f"the log-probability of the step from time {t[row]:g} to {s[row]:g} of a picture of "
-                f"{batch.prompts[row]!r} is {float(log_prob.detach()[row])}; "
+                f"{short(batch.prompts[row])} is {float(log_prob.detach()[row])}; "
                 "lower learning_rate, or use mixed_precision bf16 or no"
             )
         given: dict[str, Tensor] = {}

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.hub import is_hub_id
 from palate.base.jsonl import JsonObject
 from palate.base.machine import device
+from palate.base.options import SMALLEST
 from palate.miniature import world
 from palate.models.files import LORA_FILE, PEFT_FILE, lora_in, weights_of
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from palate.models.policy import Finished
     from palate.models.refiner import Refiner
     from palate.runs.recipe import Recipe
+
+
+STRONGEST = 1000
+"""Of scales: nothing is left of a picture long before."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,18 @@ class Lora:
         if not path.is_file():
             how = f"; one of a hub is downloaded first: hf download {name} --local-dir DIR" if is_hub_id(name) else ""
             raise UserError(
-                f"lora {text!r}: there is no {path}; expected a .safetensors file or its folder, or PATH:scale{how}"
+                f"lora {short(text)}: there is no {short(str(path), quoted=False)}; expected a "
+                f".safetensors file or its folder, or PATH:scale{how}"
             )
         try:
             strength = float(scale)
         except ValueError:
             strength = math.nan
-        if not math.isfinite(strength):
-            raise UserError(f"lora {text!r}: the scale is {scale!r}; expected a number such as 0.8")
+        if not (strength == 0 or SMALLEST <= abs(strength) <= STRONGEST):
+            raise UserError(
+                f"lora {short(text)}: the scale is {short(scale, 40)}; expected a number such as 0.8, of a size "
+                f"up to {STRONGEST}"
+            )
         return cls(path, strength)
 
 

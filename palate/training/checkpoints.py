@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from palate.base.errors import UserError, first_line
+from palate.base.errors import UserError, first_line, short
 from palate.base.options import leaves
 
 MAY_DIFFER = frozenset(
@@ -175,9 +175,10 @@ def check_recipe(
             "they lie): resume with the same, or begin anew in another output_dir"
         )
     if differing:
-        changes = ", ".join(f"{'.'.join(key)} was {saved.get(key)!r}, is {now.get(key)!r}" for key in differing)
+        changes = ", ".join(f"{'.'.join(key)} was {short(saved.get(key))}, is {short(now.get(key))}" for key in differing[:3])
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
         raise UserError(
-            f"{checkpoint.path} was trained otherwise: {changes}; resume with the same values, "
+            f"{checkpoint.path} was trained otherwise: {changes}{more}; resume with the same values, "
             "or begin anew in another output_dir"
         )
 

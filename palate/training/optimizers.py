@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from palate.base.errors import UserError, first_line, said
+from palate.base.errors import UserError, first_line, said, short
 from palate.base.options import foreign
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def make_optimizer(weights: Sequence[nn.Parameter], options: TrainOptions) -> to
     try:
         optimizer = kind(weights, **given)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        told = ", ".join(f"{name} {value!r}" for name, value in given.items())
+        told = ", ".join(f"{name} {short(value)}" for name, value in given.items())
         raise UserError(f"optimizer {options.optimizer} with {told}: {said(error)}") from error
     if averages_itself(optimizer) and options.ema_decay is not None:
         raise UserError(f"optimizer {options.optimizer} averages the weights itself: leave ema_decay out")

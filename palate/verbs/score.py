@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.base.machine import device
 from palate.base.options import Batch, at_least, check_ranges
 from palate.verbs import carry_out
@@ -67,7 +67,7 @@ def _score(first: list[str], options: ScoreOptions) -> None:
         here = [p for p in pictures if p.file in found.scores]
         bad = [p.file for p in pictures if p.file in found.bad]
         for file in bad[:5]:
-            print(f"{name}: {file} {found.bad[file]}", file=sys.stderr)
+            print(f"{name}: {short(file, quoted=False)} {short(found.bad[file], 200, quoted=False)}", file=sys.stderr)
         if len(bad) > 5:
             print(f"{name}: and {len(bad) - 5} more bad pictures", file=sys.stderr)
         if not here:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from palate.base.errors import UserError
+from palate.base.errors import UserError, short
 from palate.data.votes import (
     APPLICATION,
     INDEXES,
@@ -156,8 +156,9 @@ class Store:
                 self._connection.execute("UPDATE pictures SET model = ? WHERE id = ?", (model, found["id"]))
             elif (found["prompt"], found["model"]) != (prompt, model):
                 raise UserError(
-                    f"{file} was of prompt {found['prompt']!r} by {found['model']!r} when its votes were given, and now is of "
-                    f"{prompt!r} by {model!r}: keep new pictures in a new folder, or delete {self.path} with its votes"
+                    f"{file} was of prompt {short(found['prompt'])} by {short(found['model'])} when its votes were given, and "
+                    f"now is of {short(prompt)} by {short(model)}: keep new pictures in a new folder, or delete {self.path} "
+                    "with its votes"
                 )
             return int(found["id"])
 

@@ -271,12 +271,53 @@ def archive(path: Path, samples: list[dict[str, bytes]]) -> Path:
     return path
 
 
+def members_in(path, members):
+    with tarfile.open(path, "w") as found:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            found.addfile(info, io.BytesIO(data))
+    return path
+
+
 def test_members_that_nobody_asks_for_refuse_nothing(tmp_path):
     sample = {"png": picture(0), "txt": b"x", "npy": b"\x93NUMPY\xff", "seg.png": b"damaged"}
     (item,) = read(archive(tmp_path / "x.tar", [sample]))
     assert item.prompt == "x"
     for ending in ("label", "json", "txt"):
         assert "of '0." in refusal(archive(tmp_path / "x.tar", [{"png": picture(0), "txt": b"x", ending: b"\x93\xff"}]))
+
+
+@pytest.mark.parametrize("weight", [1e39, 1e-40])
+def test_weights_that_float32_does_not_hold(home, weight):
+    rows = [{"prompt": "x", "chosen": "0.png", "rejected": "1.png", "weight": weight}]
+    assert "column weight: is 1e" in refusal(jsonl(home / "x.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("README.md", b"hello"), ("LICENSE", b"x"), ("dataset_info.json", b'{"a": 1}'), ("meta.json", b"[1]"), ("1.cls", b"5")],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_members_of_no_sample_are_counted(tmp_path, name, data, first):
+    sample = [("0.png", picture(0)), ("0.txt", b"x")]
+    members = [(name, data), *sample] if first else [*sample, (name, data)]
+    reader = read(members_in(tmp_path / "x.tar", members))
+    assert len(list(reader)) == 1
+    assert (reader.counts.rows, dict(reader.counts.left_out)) == (1, {"members of the archive that belong to no sample": 1})
+
+
+def test_samples_whose_members_are_apart(tmp_path):
+    apart = [("0.png", picture(0)), ("1.png", picture(1)), ("0.txt", b"x"), ("1.txt", b"y")]
+    assert "whose members must lie beside each other (tar --sort=name)" in refusal(members_in(tmp_path / "x.tar", apart))
+
+
+@pytest.mark.parametrize("name", ["._0.png", ".DS_Store", "__MACOSX/0.txt", "Thumbs.db", "~$0.txt", "0.txt.tmp", "0.png.part"])
+def test_what_programs_leave_is_no_member(tmp_path, name):
+    members = [(name, b"\x00"), ("0.png", picture(0)), (f"a/{name}", b"\x00"), ("0.txt", b"x")]
+    reader = read(members_in(tmp_path / "x.tar", members))
+    assert len(list(reader)) == 1
+    assert not reader.counts.left_out
 
 
 def test_an_archive_behind_an_archive_is_told(tmp_path):
@@ -515,8 +556,12 @@ def test_names_as_other_systems_write_them(tmp_path):
         ("/9j/4AAQSkZJRgABAQ", "looks like a picture in base64"),
         ("iVBORw0KGgo" * 3000, "looks like a picture in base64"),
         ("a long story, " * 3000, "a text of 42000 characters"),
+        ("folder/" * 60 + "1.png", "does not exist"),
+        ("gone/../1.png", "does not exist"),
+        ("gone/../../1.png", "leads outside"),
+        (".", "is a folder; expected the path of a picture"),
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_what_names_no_picture_of_the_set(tmp_path, value, said):
     (tmp_path / "away").mkdir()

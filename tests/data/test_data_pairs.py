@@ -173,7 +173,7 @@ BAD_VOTES = [
     ({"weight": -1}, "weight", "0 or more"),
     ({"weight": math.inf}, "weight", "0 or more"),
     ({"image_0": "images/none.png"}, "image_0", "does not exist"),
-    ({"image_0": "images"}, "image_0", "does not exist"),
+    ({"image_0": "images"}, "image_0", "is a folder"),
     ({"image_1": ""}, "image_1", "missing"),
     ({"image_1": 5}, "image_1", "bytes or path"),
     ({"image_1": "../outside.png"}, "image_1", "outside"),

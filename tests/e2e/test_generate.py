@@ -102,6 +102,8 @@ def test_negatives_and_a_refiner(generate, sdxl_dir, refiner_dir):
         ({"model": "nowhere/at/all"}, "no model at nowhere/at/all"),
         ({"lora": "gone.safetensors"}, "there is no gone.safetensors"),
         ({"lora": "[quick.yaml:strong]"}, "the scale is 'strong'"),
+        ({"lora": "[quick.yaml:1e40]"}, "the scale is '1e40'; expected a number such as 0.8, of a size up to 1000"),
+        ({"lora": "[quick.yaml:-1e-40]"}, "the scale is '-1e-40'"),
         ({"lora": "quick.yaml"}, "quick.yaml cannot be put into"),
         ({"refiner": "nowhere/at/all"}, "no model at nowhere/at/all"),
         ({"prompts": "gone.txt"}, "gone.txt does not exist"),

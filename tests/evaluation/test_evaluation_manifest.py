@@ -81,6 +81,10 @@ def test_by_hand_index_and_model_may_be_left_out(folder):
         ([{**A, "metadata": 3}], "metadata must be an object"),
         ([A, {**A, "file": "gone.png", "seed": 9}], "lacks 1 of the 2 pictures in manifest.jsonl, the first is gone.png"),
         ([""], "names no pictures"),
+        ([{"file_name": "a.png", "text": "x"}], "file is missing; expected file, prompt and seed, found file_name, text"),
+        ([{**A, "file": "QUJD" * 3000}], "which looks like a picture in base64"),
+        ([{**A, "file": "https://example.com/a.png"}], "an address: download the pictures"),
+        ([[A]], "expected a JSON object, one a line, found [{"),
     ],
 )
 def test_what_is_wrong_is_told(folder, lines, said):
@@ -132,6 +136,13 @@ def test_whole_numbers_as_other_programs_write_them(folder, written, seed):
     rows(folder, {**A, "seed": written, "index": 0.0})
     (found,) = manifest.read_manifest(folder)
     assert (found.seed, found.index, type(found.seed)) == (seed, 0, int)
+
+
+def test_null_is_as_if_it_were_left_out(folder):
+    rows(folder, {**A, "index": None, "model": None, "metadata": None, "negative": None, "init_image": None})
+    (found,) = manifest.read_manifest(folder)
+    rows(folder, {name: A[name] for name in ("file", "prompt", "seed")})
+    assert manifest.read_manifest(folder) == [found]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

@@ -56,6 +56,16 @@ def test_numbers_at_the_lower_end_are_coarse():
     assert "fp16 is coarse for 1 layers, which change by up to 25 %" in told
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_numbers_whose_squares_float32_does_not_hold_are_not_taken_for_large_ones(dtype):
+    tiny = layer(1.0, 1e-30)
+    if dtype == torch.float16:
+        with pytest.raises(UserError, match="nothing of the change"):
+            check_lora({"a": tiny}, dtype)
+    else:
+        assert check_lora({"a": tiny}, dtype) == []
+
+
 @pytest.mark.parametrize("idle", [layer(0.0, 0.0), layer(0.0, 1.0), layer(1.0, 0.0), layer(1.0, 1.0, 0.0)])
 def test_a_lora_that_changes_nothing_is_not_exported(idle):
     with pytest.raises(UserError, match="there is nothing to export"):
