@@ -56,6 +56,7 @@ def in_two_processes():
             said = [worker.communicate(timeout=timeout)[1] for worker in workers]
             return [(worker.returncode, errors) for worker, errors in zip(workers, said, strict=True)]
 
+        finished.workers = workers
         return finished
 
     yield start

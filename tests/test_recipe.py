@@ -184,3 +184,19 @@ def test_draws_that_return_are_for_pairs_and_objectives_that_read_errors():
     online = {"online": {"train_prompts": "miniature-seen"}, "objective": "ddpo_is"}
     with pytest.raises(UserError, match="draws_per_pair is for pairs that return in every epoch"):
         recipe.build({**online, "training": {"draws_per_pair": 4}})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"space": {"name": "perceptual"}},
+        {"model": {"quantize": "int8"}},
+        {"data": {"buckets": True}},
+        {"policy": {"train_text_encoder": True}},
+        {"training": {"draws_per_pair": 2}},
+        {"objective": {"name": "ddpo_is"}, "online": {"train_prompts": "animals"}},
+    ],
+)
+def test_what_does_not_go_with_parts_on_each_process(options):
+    with pytest.raises(UserError, match="shard does not go with"):
+        recipe.build({**options, "training": {**options.get("training", {}), "shard": True}})

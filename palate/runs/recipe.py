@@ -59,6 +59,7 @@ class Recipe:
             raise UserError(f"quantize {self.model.quantize} freezes the weights: use train_method lora, or leave it out")
         self._check_online()
         self._check_draws()
+        self._check_shard()
 
     @functools.cached_property
     def method(self) -> Objective:
@@ -139,6 +140,22 @@ class Recipe:
         if self.online.train_prompts is not None:
             raise UserError("draws_per_pair is for pairs that return in every epoch, and rollouts are drawn anew: leave it out")
         check_kept(self.method)
+
+    def _check_shard(self) -> None:
+        """Where each process holds a part of the model, all must take the same passes."""
+        if not self.training.shard:
+            return
+        refused = {
+            "train_prompts": self.online.train_prompts,
+            "space": self.space != {"name": "latent"},
+            "quantize": self.model.quantize,
+            "train_text_encoder": self.policy.train_text_encoder,
+            "buckets": self.data.buckets,
+            "draws_per_pair": self.training.draws_per_pair,
+            "early_stopping_patience": self.training.early_stopping_patience,
+        }
+        if found := [name for name, given in refused.items() if given]:
+            raise UserError(f"shard does not go with {found[0]}: leave one of the two out (docs/scale.md)")
 
     def _check_old(self) -> None:
         """An objective that compares with the policy that drew, and the options of that policy."""

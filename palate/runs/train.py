@@ -15,7 +15,7 @@ from palate.base.errors import UserError
 from palate.base.files import write_atomically
 from palate.base.hub import check_push, push
 from palate.base.jsonl import JsonObject, read_object, write_object
-from palate.base.machine import is_main, tell, versions
+from palate.base.machine import is_main, processes, tell, versions
 from palate.data.prompts import Prompt
 from palate.evaluation.accuracy import accuracy
 from palate.evaluation.folders import read_run
@@ -25,7 +25,7 @@ from palate.models.files import KOHYA_FILE, WEIGHTS
 from palate.runs import recipe as recipes
 from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import PUBLIC, write_card
-from palate.runs.compare import SHOWN_PROMPTS, Samples, compare_models
+from palate.runs.compare import SHOWN_PROMPTS, Samples, compare_models, evaluate
 from palate.runs.evidence import (
     counts_of,
     doubts,
@@ -235,9 +235,11 @@ def _step_of(recipe: Recipe, policy: Policy, space: Space, nothing: Conditioning
 
 def _finish(found: Assembled, denoiser: Denoiser, policy: Policy, command: str) -> None:
     """Save what was trained and compare it with the base model."""
+    recipe, out = found.recipe, found.out
+    if sharded(recipe):
+        policy = _gathered(recipe, policy)
     if not is_main():
         return
-    recipe, out = found.recipe, found.out
     written = policy.save(out)
     tell(f"wrote {written}")
     if recipe.policy.train_method == "lora" and recipe.policy.lora_kind == "dora":
@@ -249,12 +251,36 @@ def _finish(found: Assembled, denoiser: Denoiser, policy: Policy, command: str) 
         tell(f"wrote {twin}, the same for ComfyUI and A1111")
     if found.compared:
         try:
-            compare_models(found, denoiser, policy.frozen, policy.trainable_module, command)
+            if sharded(recipe):
+                evaluate(recipe, command=command)
+            else:
+                compare_models(found, denoiser, policy.frozen, policy.trainable_module, command)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the trained weights are in {out}; compare them with: palate evaluate {out}") from None
     write_card(out, recipe, denoiser)
     if recipe.training.push_to_hub is not None:
         tell(f"pushed to {push(out, recipe.training.push_to_hub, PUBLIC, message='Align by Palate')}")
+
+
+def sharded(recipe: Recipe) -> bool:
+    """Whether each process holds a part of the model."""
+    return recipe.training.shard and processes() > 1
+
+
+def _gathered(recipe: Recipe, policy: Policy) -> Policy:
+    """The trained weights, whole again in the first process, in a policy that has no others; every process calls this."""
+    from torch import nn
+
+    from palate.training.sharded import whole
+
+    weights = {name: whole(tensor) for name, tensor in policy.state_dict().items()}
+    found = policy_of(recipe, denoiser_of(recipe, outline="shapes"))
+    buffers = dict(policy.trainable_module.named_buffers())
+    for name, tensor in {**weights, **buffers}.items():
+        path, _, own = name.rpartition(".")
+        part = found.trainable_module.get_submodule(path)
+        setattr(part, own, nn.Parameter(tensor) if name in weights else tensor)
+    return found
 
 
 def _keep_best(recipe: Recipe, policy: Policy, done: int, rate: float) -> None:
@@ -317,6 +343,8 @@ def _train(
     from palate.training import checkpoints, loop
 
     out = Path(recipe.training.output_dir)
+    if sharded(recipe) and recipe.evaluation.validation_prompts:
+        tell("shard: no sample pictures are drawn while it trains, for that takes the whole model in one process")
     made = not out.exists()
     fresh = made or not any(out.iterdir())
     try:
@@ -337,7 +365,8 @@ def _train(
             states=states,
             recipe={**recipe.as_dict(), checkpoints.ORIGIN: dict(origin)},
             defaults=recipes.defaults(),
-            on_sample=samples.draw,
+            # Where each process holds a part of the model, one of them cannot draw alone.
+            on_sample=None if sharded(recipe) else samples.draw,
             on_evaluate=on_evaluate,
             doubts=doubts,
             counted=counted,

@@ -42,7 +42,7 @@ from palate.training.log import RunLog, Silent, Window
 from palate.training.measures import REACH
 from palate.training.optimizers import lr_factor
 from palate.training.options import TrainOptions
-from palate.training.place import Place
+from palate.training.place import place_of
 from palate.training.source import Abandoned, BudgetSpent, Source
 from palate.training.steps import Drawn, Ready, Step
 
@@ -104,7 +104,13 @@ def train(
     """
     run = _Run(step, policy, data, options, dict(states or {}), dict(recipe or asdict(options)), dict(defaults or {}))
     start = run.restore()
-    with contextlib.closing(run.ahead), _Signals() as signals, run.open_log(start) as log, run.progress_bar(start) as bar:
+    with (
+        run.place.others(),
+        contextlib.closing(run.ahead),
+        _Signals() as signals,
+        run.open_log(start) as log,
+        run.progress_bar(start) as bar,
+    ):
         if start >= run.total:
             log.say(f"nothing left to do after step {start}: raise max_train_steps to train on")
         if start == 0:
@@ -161,7 +167,7 @@ class _Run:
         self.recipe, self.defaults = recipe, defaults
         if len(data) == 0:
             raise UserError("there are no pairs to train on")
-        self.place = Place(policy, options)
+        self.place = place_of(policy, options)
         self.main, self.processes = self.place.main, self.place.processes
         share = options.train_batch_size * options.gradient_accumulation_steps
         self.batch_size = share * self.processes.count
@@ -462,7 +468,7 @@ class _Run:
     def _in_main_process(self, hook: Callable[[int], T], done: int) -> T | None:
         result = None
         with self.processes.together():
-            if self.main:
+            if self.main or self.place.everywhere:
                 self.policy.trainable_module.eval()
                 with self.place.averaged():
                     result = hook(done)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -34,10 +34,7 @@ BUCKET = 2**24
 class Place:
     """Plain data parallelism: each process holds the whole model, and what all must know is summed by hand.
 
-    A member that shards the model (FSDP) would wrap the policy's trainable module and its frozen twin when it is made, each
-    into shards of its own, and have the backward pass sum the gradients. Its norm and its average would be those of all shards,
-    and it would gather whole tensors in :meth:`state_dict`, which every process calls, and cut them up in
-    :meth:`load_state_dict`.
+    Its other member, which holds a part of the model in each, is :class:`palate.training.sharded.ShardedPlace`.
 
     Args:
         policy: on the device to train on, trainable weights in float32.
@@ -45,6 +42,9 @@ class Place:
     Raises:
         UserError: a precision that the device has not, or an optimizer that is not installed.
     """
+
+    everywhere: ClassVar[bool] = False
+    """Whether every process must take every pass, also those whose result the first one alone needs."""
 
     def __init__(self, policy: TrainablePolicy, options: TrainOptions):
         self.policy, self.weights = policy, list(policy.parameters())
@@ -58,10 +58,27 @@ class Place:
         self.main = self.accelerator.is_main_process
         self.pins = own.type == "cuda"
         """Whether batches are copied faster from memory that is pinned."""
+        self.prepare()
         self.optimizer = make_optimizer(self.weights, options)
         self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
 
+    def prepare(self) -> None:
+        """What is done to the policy before there is an optimizer."""
+
     # Together -------------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def others(self) -> Generator[None]:
+        """Inside, that another process has gone is told in words."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.processes.count == 1 or not _lost(error):
+                raise
+            raise UserError(
+                "another process of this run has ended: see its message; --resume_from_checkpoint latest goes on, on as many "
+                "processes as make the same effective batch"
+            ) from error
 
     def align(self) -> None:
         """All processes go on with the weights of the first."""
@@ -168,6 +185,25 @@ class Place:
             self.average.load_state_dict(state["average"])
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def place_of(policy: TrainablePolicy, options: TrainOptions) -> Place:
+    """Raises UserError as :class:`Place`."""
+    if not options.shard or processes() == 1:
+        return Place(policy, options)
+    from palate.training.sharded import ShardedPlace
+
+    return ShardedPlace(policy, options)
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether an error of communication says that another process is gone."""
+    import torch.distributed as dist
+
+    told = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        word in told for word in ("gloo/transport", "closed by peer", "reset by peer", "broken pipe")
+    )
 
 
 def meeting() -> Processes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +24,50 @@ def test_two_processes_train_as_one(palate, in_two_processes, tmp_path, model_di
     one, two = (load_file(Path(folder, "pytorch_lora_weights.safetensors")) for folder in ("one", "two"))
     for name in one:  # sums in another order, which AdamW's division enlarges: a twentieth of a step of 1e-3 at most
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-5)
+
+
+def test_each_of_two_holds_a_part(palate, in_two_processes, tmp_path, model_dir, pairs_dir, cache_dir):
+    """Weights, average and reference in parts: the weights of one process, which goes on from their checkpoint."""
+    options = {"train_method": "full", "ema_decay": "0.9", "checkpointing_steps": "1", "validation_prompts": "[]"}
+    options |= {"max_train_steps": "3", "evaluation_prompts": "null", "learning_rate": "1e-4"}
+    words = ["train", "quick.yaml", *(part for name, value in options.items() for part in (f"--{name}", value))]
+    own = ["--pretrained_model_name_or_path", model_dir, "--train_data", pairs_dir, "--cache_dir", cache_dir]
+    own += ["--output_dir", "two", "--train_batch_size", "2", "--shard", "true"]
+    codes, said = zip(*in_two_processes([sys.executable, "-m", "palate", *words, *own], cwd=tmp_path)(200), strict=True)
+    assert codes == (0, 0), said
+    assert palate("train", output_dir="one", **options)[0] == 0
+    shutil.copytree("two", "again")
+    for made in ("checkpoint-2", "checkpoint-3", "unet"):
+        shutil.rmtree(Path("again", made))
+    code, _, errors = palate("train", output_dir="again", resume_from_checkpoint="latest", **options)
+    assert code == 0, errors
+    one, two, again = (load_file(Path(run, "unet/diffusion_pytorch_model.safetensors")) for run in ("one", "two", "again"))
+    assert one.keys() == two.keys()
+    for name in one:  # a step of AdamW is 1e-4, and sums are in another order
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=5e-6)
+        torch.testing.assert_close(again[name], one[name], rtol=0, atol=5e-6)
+
+
+def test_where_one_is_killed_the_other_ends_and_one_alone_goes_on(
+    palate, in_two_processes, tmp_path, model_dir, pairs_dir, cache_dir
+):
+    words = ["train", "quick.yaml", "--max_train_steps", "2000", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
+    words += ["--pretrained_model_name_or_path", model_dir, "--train_data", pairs_dir, "--cache_dir", cache_dir]
+    words += ["--output_dir", "out", "--train_batch_size", "2", "--validation_prompts", "[]"]
+    finished = in_two_processes([sys.executable, "-m", "palate", *words], cwd=tmp_path)
+    end = time.monotonic() + 200
+    while not (Path("out/checkpoint-2").exists() or Path("out/checkpoint-3").exists()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    finished.workers[1].kill()
+    codes, said = zip(*finished(60), strict=True)
+    assert codes[0] == 2, said
+    assert "another process of this run has ended: see its message; --resume_from_checkpoint latest goes on" in said[0]
+    (*_, last) = sorted(int(folder.name.partition("-")[2]) for folder in Path("out").glob("checkpoint-*"))
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"}
+    code, _, errors = palate("train", max_train_steps=last + 1, evaluation_prompts="null", validation_prompts="[]", **options)
+    assert code == 0, errors
+    assert f"resumed after step {last} of {last + 1}" in errors
 
 
 def shards(folder: Path) -> list[list[bytes]]:
