@@ -76,7 +76,7 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
-    if words[0] == "--version":
+    if words[0] in ("--version", "-V", "version"):
         from palate.base.machine import versions
 
         print(versions()["palate"])

@@ -49,8 +49,9 @@ def test_a_reader_that_has_seen_enough():
     assert worker.wait(timeout=60) == 0
 
 
-def test_version(capsys):
-    assert main(["--version"]) == 0
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_version(capsys, word):
+    assert main([word]) == 0
     assert capsys.readouterr().out.strip() == versions()["palate"]
 
 

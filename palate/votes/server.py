@@ -276,7 +276,8 @@ def _serve(study: Study, options: VoteOptions, lock: Lock) -> None:
     private = options.host in LOOPBACK
     for note in study.notes:
         print(f"note: {note}", file=sys.stderr)
-    what = f"{len(study.pairs)} pairs, {study.raters_per_pair} rater{'s' if study.raters_per_pair > 1 else ''} each"
+    together = "pairs" if options.at_once == 2 else f"sets of up to {options.at_once}"
+    what = f"{len(study.pairs)} {together}, {study.raters_per_pair} rater{'s' if study.raters_per_pair > 1 else ''} each"
     print(f"{study.mode}: {what}; asked for: {', '.join(study.questions)}")
     if not options.people:
         print(f"  to vote:  {where}{'/' if private else '/enter/' + study.key('rater')}")
