@@ -165,10 +165,9 @@ def test_another_raters_pair_is_not_mine(study_of, client_of):
 
 def test_too_often(visitor):
     shown = visitor.get("/api/state").json()["open"][0]["id"]
-    answers = [visitor.vote(shown, "appeal", "1", "the-same-vote") for _ in range(60)]
-    slow = [a for a in answers if a.status_code == 429]
-    assert slow
-    assert int(slow[0].headers["retry-after"]) >= 1
+    answers = (visitor.vote(shown, "appeal", "1", "the-same-vote") for _ in range(400))  # a busy machine needs more than 40
+    slow = next(a for a in answers if a.status_code == 429)
+    assert int(slow.headers["retry-after"]) >= 1
 
 
 def test_bucket():
