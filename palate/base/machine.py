@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from importlib import metadata
+
+from palate.base.errors import UserError, short
 
 
 def versions() -> dict[str, str]:
@@ -40,6 +43,21 @@ def tell(text: str) -> None:
 def processes() -> int:
     """How many processes ``accelerate launch`` has started; known before accelerate is loaded."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Index, from 0, and count of a share of some work as a command names it: ``1/4`` to ``4/4``.
+
+    Raises:
+        UserError: anything else.
+    """
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        n = max(1, int(found[2])) if found else 4
+        raise UserError(
+            f"shard is {short(text)}; expected its number, counted from 1, and how many there are: 1/{n} to {n}/{n}"
+        )
+    return int(found[1]) - 1, int(found[2])
 
 
 def device_memory() -> float:

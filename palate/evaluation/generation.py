@@ -18,6 +18,7 @@ from tqdm import tqdm
 from palate.base.errors import UserError, short
 from palate.base.files import write_atomically
 from palate.base.jsonl import read_object, write_object
+from palate.base.machine import part_of, processes
 from palate.data.prompts import Prompt
 from palate.evaluation.manifest import (
     MANIFEST,
@@ -50,12 +51,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str | None) -> Shard:
-        """``0/4`` to ``3/4``; without a text, what ``torchrun`` or ``accelerate launch`` told this process."""
-        given = text if text is not None else f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
-        number, slash, of = given.partition("/")
-        if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
-            raise UserError(f"shard is {given!r}; expected i/n with i from 0 to n - 1, such as 0/4")
-        return cls(int(number), int(of))
+        """``1/4`` to ``4/4``; without a text, what ``torchrun`` or ``accelerate launch`` told this process."""
+        if text is None:
+            return cls(int(os.environ.get("RANK", "0")), processes())
+        return cls(*part_of(text))
 
 
 def picture_seed(seed: int, prompt: str, index: int) -> int:

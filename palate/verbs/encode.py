@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from palate.base.errors import UserError, short
+from palate.base.errors import UserError
+from palate.base.machine import part_of
 from palate.base.options import checked, help_lines, overrides
 from palate.verbs import asks_help
 
@@ -25,16 +25,6 @@ class EncodeOptions:
     """``I/N``: the I-th of N parts (1/4, 2/4, ...), for as many machines that share ``cache_dir``, or whose files (``*.arrow``)
     are copied into one folder afterwards. All processes of a machine share its part: ``accelerate launch -m palate encode``."""
 
-    @property
-    def part(self) -> tuple[int, int]:
-        """``2/4`` as (1, 4)."""
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise UserError(
-                f"shard is {short(self.shard)}; expected the number of a part and how many there are, 1/4 to 4/4 say"
-            )
-        return int(found[1]) - 1, int(found[2])
-
 
 def main(words: list[str]) -> int:
     if asks_help(words):
@@ -45,7 +35,9 @@ def main(words: list[str]) -> int:
     from palate.runs import recipe
 
     given = overrides(words[1:])
-    part = checked(EncodeOptions, {name: given.pop(name) for name in ("shard",) if name in given}, "palate encode").part
+    part = part_of(
+        checked(EncodeOptions, {name: given.pop(name) for name in ("shard",) if name in given}, "palate encode").shard
+    )
     made = recipe.load(words[0], given)
     from palate.runs.encode import encode
 

@@ -64,7 +64,7 @@ class GenerateOptions:
     variant: str | None = None
     """Ending of the weight files to read, such as ``fp16``."""
     shard: str | None = None
-    """``i/n``: the share of this process of n, i from 0; under ``torchrun`` or ``accelerate launch`` their own."""
+    """``I/N``: the I-th of N shares, ``1/4`` to ``4/4``; under ``torchrun`` or ``accelerate launch`` that of the process."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

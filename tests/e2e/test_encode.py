@@ -54,7 +54,7 @@ def test_a_limit(palate, tmp_path, model_dir, pairs_dir):
 def test_a_part_that_there_is_not(palate, model_dir, pairs_dir, shard):
     code, _, errors = encode(palate, model_dir, pairs_dir, shard=shard)
     assert code == 2
-    assert f"shard is '{shard}'; expected the number of a part" in errors
+    assert f"shard is '{shard}'; expected its number, counted from 1" in errors
 
 
 def test_nothing_to_encode(palate, model_dir, prompts_file):

@@ -90,12 +90,12 @@ def test_shards_share_the_work(tmp_path):
 
 
 def test_shards_by_name_and_by_launcher(monkeypatch):
-    assert Shard.parse("3/4") == Shard(3, 4)
+    assert [Shard.parse(f"{number}/4") for number in (1, 4)] == [Shard(0, 4), Shard(3, 4)]
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert Shard.parse(None) == Shard(1, 2)
-    for text in ("4/4", "1", "-1/4", "a/b", "1/"):
-        with pytest.raises(UserError, match="expected i/n"):
+    for text in ("0/4", "5/4", "1", "-1/4", "a/b", "1/"):
+        with pytest.raises(UserError, match="expected its number, counted from 1, and how many there are: 1/4 to 4/4"):
             Shard.parse(text)
 
 
