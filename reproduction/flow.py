@@ -6,6 +6,7 @@ All on ``mini-sd3``, with the settings of the recipes ``miniature-flow-*`` and e
 
 - offline: from the votes on its own pictures, then compared with the base model on unseen prompts.
 - tune: one run of each of ``RATES`` for each online method with the first seed; the best goes on with the others.
+  DPO at each of ``OFFLINE_RATES``, compared on prompts of the voted pairs.
 - online: mean reward of each round against reward queries, for small files alone, watched by a judge of prompt following;
   DDPO-IS is the recipe of Flow-GRPO with noise in the first five of eight steps instead of a moving window of two.
 - generalisation: NFT for small files on six combinations of object and place, compared on those and on others.
@@ -48,6 +49,8 @@ ONLINE: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPO-IS": ("miniature-flow-grpo", WHOLE_PATH),
 }
 RATES = (1e-3, 3e-3)
+OFFLINE_RATES = (3e-4, 1e-3)
+SEEN, SEEN_PROMPTS = "miniature-seen", 48
 UNSEEN, OFFLINE_PROMPTS = "miniature-unseen", 96
 
 
@@ -75,7 +78,11 @@ def rewarded_run(method: str, rate: float, seed: int, given: argparse.Namespace)
 
 
 def tune(given: argparse.Namespace) -> list[Run]:
-    return [rewarded_run(method, rate, given.seeds[0], given) for method in ONLINE for rate in RATES]
+    found = [rewarded_run(method, rate, given.seeds[0], given) for method in ONLINE for rate in RATES]
+    for rate in OFFLINE_RATES:
+        changes = {**QUIET, "seed": given.seeds[0], "learning_rate": rate}
+        found.append(Run(f"rate-DPO-{rate:g}", OFFLINE["DPO"], changes, (SEEN,), SEEN_PROMPTS, 15, cost=300))
+    return found
 
 
 def tuned(method: str, given: argparse.Namespace) -> float:
@@ -125,6 +132,14 @@ def offline_table(given: argparse.Namespace) -> list[str]:
     pairs["NCP-DPO against DPO"] = [(f"offline-DPO-{seed}", f"offline-NCP-DPO-{seed}") for seed in given.seeds]
     rows = [[method, *versus(given.measured, found, UNSEEN)] for method, found in pairs.items()]
     return table(["method", *JUDGES], [cells for cells in rows if len(cells) > 1])
+
+
+def rates_table(given: argparse.Namespace) -> list[str]:
+    base, rows = base_name("mini-sd3", SEEN, SEEN_PROMPTS), []
+    for rate in OFFLINE_RATES:
+        if found := versus(given.measured, [(base, f"rate-DPO-{rate:g}")], SEEN):
+            rows.append([f"{rate:g}", *found])
+    return table(["rate of DPO, seen prompts", *JUDGES], rows)
 
 
 def curves(given: argparse.Namespace, names: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -178,7 +193,7 @@ def main() -> None:
             work(PARTS[part](given), given.output_dir, given.processes, given.measured)
             continue
         splits = split_table(given.measured, "mini-sd3", [f"generalisation-NFT-{seed}" for seed in given.seeds])
-        for lines in (offline_table(given), online_table(given), splits, overoptimisation_table(given)):
+        for lines in (rates_table(given), offline_table(given), online_table(given), splits, overoptimisation_table(given)):
             print("\n".join(lines), end="\n\n")
         plot(given)
 

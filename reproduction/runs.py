@@ -349,29 +349,38 @@ Pairs = Sequence[tuple[str, str]]
 def versus(measured: Path, pairs: Pairs, prompts: str, judges: Sequence[str] = JUDGES) -> list[Preference]:
     """Of each judge how often it prefers the second of each pair to the first. Those that are finished count; none gives []."""
     found = [[read_scores(measured, name, prompts, judges) for name in pair] for pair in pairs]
-    points = [(b > a) + 0.5 * (b == a) for a, b in found if a is not None and b is not None]
-    return [Preference.of(np.stack(points)[:, :, k]) for k in range(len(judges))] if points else []
+    found = [(a, b) for a, b in found if a is not None and b is not None]
+    if not found:
+        return []
+    before, after = (np.stack(side) for side in zip(*found, strict=True))
+    points, gains = (after > before) + 0.5 * (after == before), (after - before).mean(axis=(0, 1))
+    return [Preference.of(points[:, :, k], float(gains[k])) for k in range(len(judges))]
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A win rate over all seeds, a 95 % interval from a bootstrap over prompts *and* seeds, and each seed's own rate."""
+    """A win rate over all seeds, a 95 % interval from a bootstrap over prompts *and* seeds, and each seed's own rate.
+
+    gain: mean difference of the judge's points, for a win rate does not tell by how much.
+    """
 
     rate: float
     low: float
     high: float
     each: tuple[float, ...]
+    gain: float
 
     @classmethod
-    def of(cls, points: np.ndarray) -> Preference:
+    def of(cls, points: np.ndarray, gain: float) -> Preference:
         """points: ``(seeds, prompts)``, 1 for a win, 1/2 for a tie. Seeds and prompts are drawn anew independently."""
         rng, (seeds, prompts) = np.random.default_rng(0), points.shape
         times = [rng.multinomial(n, np.full(n, 1 / n), size=10_000) / n for n in (seeds, prompts)]
         low, high = np.quantile(np.einsum("ds,sp,dp->d", times[0], points, times[1]), [0.025, 0.975])
-        return cls(float(points.mean()), float(low), float(high), tuple(points.mean(axis=1).tolist()))
+        return cls(float(points.mean()), float(low), float(high), tuple(points.mean(axis=1).tolist()), gain)
 
     def __str__(self) -> str:
-        return f"{self.rate:.0%} ({self.low:.0%}-{self.high:.0%}); {', '.join(f'{rate:.0%}' for rate in self.each)}"
+        each = ", ".join(f"{100 * rate:.0f}" for rate in self.each)
+        return f"{100 * self.rate:.0f} % ({100 * self.low:.0f}-{100 * self.high:.0f}); {each}; {self.gain:+.2f}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
