@@ -1,6 +1,6 @@
 """What preference training does to a rectified flow: DPO, NCP-DPO and KTO from votes; NFT, Flow-GRPO and DDPO-IS from a reward.
 
-    python reproduction/flow.py offline tune online generalisation overoptimisation table --processes 2
+    python reproduction/flow.py offline tune online overoptimisation table --processes 2
 
 All on ``mini-sd3``, with the settings of the recipes ``miniature-flow-*`` and every seed of ``--seeds``:
 
@@ -8,8 +8,8 @@ All on ``mini-sd3``, with the settings of the recipes ``miniature-flow-*`` and e
 - tune: one run of each of ``RATES`` for each online method with the first seed; the best goes on with the others.
   DPO at each of ``OFFLINE_RATES``, compared on prompts of the voted pairs.
 - online: mean reward of each round against reward queries, for small files alone, watched by a judge of prompt following;
-  DDPO-IS is the recipe of Flow-GRPO with noise in the first five of eight steps instead of a moving window of two.
-- generalisation: NFT for small files on six combinations of object and place, compared on those and on others.
+  DDPO-IS is the recipe of Flow-GRPO with noise in the first five of eight steps instead of a moving window of two. Then the
+  base and the tuned model draw the same unseen prompts, which no round's luck with its eight prompts disturbs.
 - overoptimisation: Flow-GRPO for the aesthetic judge far beyond what is good for it, watched by judges that it never sees. What
   a KL budget or the held-out best would have saved is read off: until they end it, a run with a budget is the run without.
 - table: tables and curves of all that is finished.
@@ -25,17 +25,18 @@ from runs import (
     JUDGES,
     PER_ROUND,
     QUIET,
+    SPLIT_JUDGES,
     Run,
     base_name,
     draw_curves,
     guards,
-    on_splits,
+    mean_change,
     options,
     pyplot,
     read_curve,
+    read_scores,
     rewards_of,
     row,
-    split_table,
     table,
     versus,
     work,
@@ -51,7 +52,7 @@ ONLINE: dict[str, tuple[str, dict[str, Any]]] = {
 RATES = (1e-3, 3e-3)
 OFFLINE_RATES = (3e-4, 1e-3)
 SEEN, SEEN_PROMPTS = "miniature-seen", 48
-UNSEEN, OFFLINE_PROMPTS = "miniature-unseen", 96
+UNSEEN, OFFLINE_PROMPTS, ONLINE_PROMPTS = "miniature-unseen", 96, 48
 
 
 def offline(given: argparse.Namespace) -> list[Run]:
@@ -74,7 +75,8 @@ def small_files(seed: int, given: argparse.Namespace) -> dict[str, Any]:
 def rewarded_run(method: str, rate: float, seed: int, given: argparse.Namespace) -> Run:
     recipe, changes = ONLINE[method]
     changes = {**small_files(seed, given), **changes, "learning_rate": rate}
-    return Run(f"online-{method}-{rate:g}-{seed}", recipe, changes, cost=250)
+    name = f"online-{method}-{rate:g}-{seed}"
+    return Run(name, recipe, changes, (UNSEEN,), ONLINE_PROMPTS, judges=SPLIT_JUDGES, cost=250)
 
 
 def tune(given: argparse.Namespace) -> list[Run]:
@@ -97,10 +99,6 @@ def online(given: argparse.Namespace) -> list[Run]:
     return [rewarded_run(method, tuned(method, given), seed, given) for seed in given.seeds for method in ONLINE]
 
 
-def generalisation(given: argparse.Namespace) -> list[Run]:
-    return [on_splits(f"generalisation-NFT-{seed}", "miniature-flow-nft", small_files(seed, given)) for seed in given.seeds]
-
-
 def overoptimisation(given: argparse.Namespace) -> list[Run]:
     watched = "mini-heldout, mini-clip"
     return [
@@ -118,7 +116,6 @@ PARTS = {
     "offline": offline,
     "tune": tune,
     "online": online,
-    "generalisation": generalisation,
     "overoptimisation": overoptimisation,
 }
 
@@ -151,6 +148,22 @@ def online_table(given: argparse.Namespace) -> list[str]:
     names = {(m, rate): [f"online-{m}-{rate:g}-{seed}" for seed in given.seeds] for m in ONLINE for rate in RATES}
     lines = [row("compress", f"{m}, {rate:g}", found) for (m, rate), same in names.items() if (found := curves(given, same))]
     return [*table(head, []), *lines]
+
+
+def unseen_table(given: argparse.Namespace) -> list[str]:
+    """What each seed's training changed on prompts that it was not trained on."""
+    rows, base = [], read_scores(given.measured, base_name("mini-sd3", UNSEEN, ONLINE_PROMPTS), UNSEEN, SPLIT_JUDGES)
+    for method in ONLINE:
+        for rate in RATES:
+            names = [f"online-{method}-{rate:g}-{seed}" for seed in given.seeds]
+            found = [read_scores(given.measured, name, UNSEEN, SPLIT_JUDGES) for name in names]
+            if base is not None and (found := [one for one in found if one is not None]):
+                changes = [mean_change(base[:, k], found, k) for k in range(len(SPLIT_JUDGES))]
+                rows.append([f"{method}, {rate:g}", *changes])
+    means = (
+        [] if base is None else [f"{judge}, from {mean:.2f}" for judge, mean in zip(SPLIT_JUDGES, base.mean(0), strict=True)]
+    )
+    return table(["method, rate", *means], rows)
 
 
 def overoptimisation_table(given: argparse.Namespace) -> list[str]:
@@ -192,8 +205,13 @@ def main() -> None:
         if part != "table":
             work(PARTS[part](given), given.output_dir, given.processes, given.measured)
             continue
-        splits = split_table(given.measured, "mini-sd3", [f"generalisation-NFT-{seed}" for seed in given.seeds])
-        for lines in (rates_table(given), offline_table(given), online_table(given), splits, overoptimisation_table(given)):
+        for lines in (
+            rates_table(given),
+            offline_table(given),
+            online_table(given),
+            unseen_table(given),
+            overoptimisation_table(given),
+        ):
             print("\n".join(lines), end="\n\n")
         plot(given)
 
