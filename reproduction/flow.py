@@ -28,7 +28,6 @@ from runs import (
     SPLIT_JUDGES,
     Run,
     base_name,
-    draw_curves,
     guards,
     mean_change,
     options,
@@ -41,6 +40,8 @@ from runs import (
     versus,
     work,
 )
+
+from palate.evaluation.statistics import mean_difference
 
 OFFLINE = {"DPO": "miniature-flow-dpo", "NCP-DPO": "miniature-flow-ncp-dpo", "KTO": "miniature-flow-kto"}
 WHOLE_PATH = {"window_size": 5, "window_end": "null"}
@@ -169,13 +170,22 @@ def plot(given: argparse.Namespace) -> None:
     plt = pyplot()
     given.output_dir.mkdir(parents=True, exist_ok=True)
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
-    for method in ONLINE:
-        if found := curves(given, [f"online-{method}-{RATE:g}-{seed}" for seed in given.seeds]):
-            draw_curves(axis, method, found)
-    axis.set(xlabel="reward queries", ylabel="mean reward of the round: - kB")
+    base = read_scores(given.measured, base_name("mini-sd3", UNSEEN, ONLINE_PROMPTS), UNSEEN, SPLIT_JUDGES)
+    for color, method in enumerate(ONLINE):
+        names = [f"online-{method}-{RATE:g}-{seed}" for seed in given.seeds]
+        for number, name in enumerate(names):
+            if base is None or (found := read_scores(given.measured, name, UNSEEN, SPLIT_JUDGES)) is None:
+                continue
+            size, clip = (mean_difference(base[:, k], found[:, k], range(len(base))) for k in (0, 1))
+            bars = {f"{side}err": [[d.difference - d.low], [d.high - d.difference]] for side, d in (("x", size), ("y", clip))}
+            label = None if number else method
+            axis.errorbar(size.difference, clip.difference, **bars, fmt="o", color=f"C{color}", label=label, capsize=2)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set(xlabel="kB saved on unseen prompts (95 %)", ylabel="change of mini-clip (95 %)")
     axis.legend()
     figure.tight_layout()
-    figure.savefig(given.output_dir / "flow-curves.png", dpi=110)
+    figure.savefig(given.output_dir / "flow-online.png", dpi=110)
     if not (pushed := curves(given, [f"too-far-{seed}" for seed in given.seeds])):
         return
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
