@@ -191,13 +191,16 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(given.kind, given.pairs, folder)
+        bench, other = (Bench(given.kind, given.pairs, folder) for _ in range(2))
+        for network in other.policy.modules:  # which share their weights
+            network.to(memory_format=torch.channels_last)
         cases: dict[str, Callable[[], None]] = {
             "bare": bench.bare,
             "bare without reference": partial(bench.bare, reference=False),
             "scripts": bench.scripts,
             "DPO": bench.ours(latent()),
             "DPO, reference kept": bench.ours(latent(), kept=True),
+            "DPO, channels last": other.ours(latent()),
             "NCP-DPO": bench.ours(bench.ncp),
             "NCP-DPO, reference kept": bench.ours(bench.ncp, kept=True),
             "NCP-DPO, reference and targets kept": bench.ours(bench.ncp, kept=True, targets=True),
@@ -230,6 +233,7 @@ def tell(kind: str, p: int, seconds: dict[str, list[float]]) -> None:
         print(f"| {name} | {statistics.median(taken):.2f} | {ratio(seconds, name, 'bare'):.2f} |")
     for one, other in (
         ("scripts", "DPO"),
+        ("DPO, channels last", "DPO"),
         ("scripts", "DPO, reference kept"),
         ("scripts", "bare without reference"),
         ("NCP-DPO", "DPO"),
