@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from palate.base.errors import UserError, nearest, short
 from palate.verbs.table import GROUPS, VERBS
 
-LONGEST = 2000
+LONGEST = 600
 """Of an error, in letters: nothing that others wrote is printed whole."""
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in full and not (error.errno in elsewhere and isinstance(error.filename, str)):
             raise
         what = "cannot be written" if error.errno in full else "cannot be read or written"
-        where = error.filename or "the output folder"
+        where = short(str(error.filename or "the output folder"), 160, quoted=False)
         told = f"error: {where} {what}: {error.strerror}; free some space or name another folder"
         print(_one_line(told), file=sys.stderr)
         return 2
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _one_line(message: str) -> str:
     """A message as a terminal shows it: on one line, without control characters, and cut in its middle beyond all measure."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
+    return line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST * 3 // 10 :]}"
 
 
 def _out_of_memory(error: Exception) -> bool:

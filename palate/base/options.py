@@ -110,7 +110,7 @@ def overrides(words: Sequence[str]) -> dict[str, object]:
                 found[name] = BARE
                 continue
             text = queue.pop(0)
-        found[name] = parse(text, f"--{name}") if text[:1] in ("[", "{") else text
+        found[name] = parse(text, f"--{short(name, quoted=False)}") if text[:1] in ("[", "{") else text
     return found
 
 

@@ -105,12 +105,25 @@ class _Server(ThreadingHTTPServer):
         finally:
             self.room.release()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients hang up as they like; of all else the kind, without what a client may have sent."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            print(f"{self.who.judge}: a request failed: {type(error).__name__}", file=sys.stderr, flush=True)
+
     def identity(self) -> dict[str, object]:
         return {name: value for name, value in asdict(self.who).items() if value}
 
     def scores(self, images: list[Image.Image], prompts: list[str]) -> dict[str, object]:
-        with self.busy:
-            scores = score(self.judge, images, prompts, self.batch_size)
+        try:
+            with self.busy:
+                scores = score(self.judge, images, prompts, self.batch_size)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # a foreign judge may raise anything; the next request is another matter
+            # Of what others sent, which a terminal must not take for its own.
+            print(f"{self.who.judge}: {type(error).__name__}: {short(str(error))}", file=sys.stderr, flush=True)
+            raise _RefusedError(500, f"the judge failed: {type(error).__name__}") from error
         mark = {"fingerprint": self.who.fingerprint} if self.who.fingerprint else {}
         return {"scores": [s if math.isfinite(s) else None for s in scores.tolist()], **mark}
 
@@ -118,6 +131,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
+    server_version, sys_version = "palate", ""  # which Python this is concerns nobody
     timeout = PATIENCE
 
     def setup(self) -> None:
@@ -130,6 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def do_GET(self) -> None:
+        # A body that nobody reads would be taken for the next request.
+        self.close_connection |= any(name in self.headers for name in ("Content-Length", "Transfer-Encoding"))
         self._answer(lambda: self.server.identity() if self.path == "/judge" else _no_page(self.path))
 
     def do_POST(self) -> None:
@@ -138,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.headers.get_content_type() != "application/json":  # what a foreign web page may not send unasked
             raise _RefusedError(415, "send application/json")
-        length = self.headers.get("Content-Length", "")
+        length = self._once("Content-Length")
         if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             raise _RefusedError(411, "Content-Length is missing")
         if len(length) > 15 or int(length) > MAX_BODY:
@@ -155,12 +171,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # its body may not have been read
         except UserError as error:
             status, content = 400, {"error": str(error)}
-        except OSError:
-            raise
-        except Exception as error:  # a foreign judge may raise anything; the next request is another matter
-            # Of what others sent, which a terminal must not take for its own.
-            print(f"{self.server.who.judge}: {type(error).__name__}: {short(str(error))}", file=sys.stderr, flush=True)
-            status, content = 500, {"error": f"the judge failed: {type(error).__name__}"}
         self._send(status, content)
 
     def _send(self, status: int, content: Mapping[str, object]) -> None:
@@ -174,13 +184,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _allow(self) -> None:
-        sent, token = self.headers.get("Authorization", ""), self.server.token
+        sent, token = self._once("Authorization"), self.server.token
         if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
             raise _RefusedError(401, "wrong or missing token")
         if (
-            self.server.host in LOOPBACK and host_name(self.headers.get("Host", "")) not in LOOPBACK
+            self.server.host in LOOPBACK and host_name(self._once("Host")) not in LOOPBACK
         ):  # a web page that calls itself by our address
             raise _RefusedError(403, "ask for 127.0.0.1")
+
+    def _once(self, name: str) -> str:
+        """A header that may come once: of two, others on the way may take the other one. Empty where there is none."""
+        found = self.headers.get_all(name, [""])
+        if len(found) > 1:
+            raise _RefusedError(400, f"{name} comes {len(found)} times")
+        return found[0]
 
     def log_message(self, *_: object) -> None:
         """Requests are not worth a line each."""

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import socket
+import struct
 import threading
 import time
 
@@ -253,6 +254,71 @@ def test_pictures_that_are_large_together(monkeypatch):
             body = json.dumps({"images": [picture] * count, "prompts": ["a"] * count}).encode()
             head = f"POST /score HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: {len(body)}\n"
             assert f" {status} ".encode() in asked(address, head, body).splitlines()[0]
+
+
+HEADERS = ("Host: localhost\nHost: evil.example\n", "Host: localhost\nAuthorization: Bearer a\nAuthorization: Bearer b\n")
+
+
+@pytest.mark.parametrize("headers", HEADERS)
+def test_headers_that_come_twice_are_refused(headers):
+    with judging() as address:
+        assert b" 400 " in asked(address, f"GET /judge HTTP/1.1\n{headers}").splitlines()[0]
+        head = "POST /score HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: 5\nContent-Length: 2\n"
+        assert b" 400 " in asked(address, head, b"{}").splitlines()[0]
+
+
+def test_a_body_that_nobody_asked_for_is_no_second_request():
+    second = b"GET /judge HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = f"GET /judge HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(second)}\r\n\r\n".encode()
+    with judging() as address, socket.create_connection(address) as connection:
+        connection.settimeout(10)
+        connection.sendall(head + second)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(65536):
+                answer += part
+    assert answer.count(b"HTTP/1.1 200") == 1
+
+
+def test_an_answer_does_not_tell_what_the_server_is_made_of():
+    with judging() as address:
+        assert b"Python" not in asked(address, "GET /judge HTTP/1.1\nHost: localhost\n")
+        assert b"Python" not in asked(address, "NONSENSE / HTTP/1.1\nHost: localhost\n")
+
+
+def test_clients_that_hang_up_leave_no_trace(capsys):
+    head = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
+    with judging() as address:
+        for sent in (b"GET /judge HT", head, head + b"x" * 100):
+            connection = socket.create_connection(address)
+            connection.sendall(sent)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no farewell
+            connection.close()
+        assert b" 200 " in asked(address, "GET /judge HTTP/1.1\nHost: localhost\n").splitlines()[0]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no weights"), BrokenPipeError("its own"), SystemExit(3), MemoryError(), KeyError(1)]
+)
+def test_whatever_a_judge_raises_is_answered(capsys, error):
+    def failing(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        raise error
+
+    server = serve_judge(failing, Identity("moody"), port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    body = json.dumps({"images": [base64.b64encode(stream.getvalue()).decode()], "prompts": ["a"]}).encode()
+    head = f"POST /score HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: {len(body)}\n"
+    try:
+        answer = asked(server.server_address, head, body)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert b" 500 " in answer.splitlines()[0]
+    assert f"the judge failed: {type(error).__name__}".encode() in answer
+    assert capsys.readouterr().err.startswith(f"moody: {type(error).__name__}")
 
 
 def test_a_token_and_what_others_sent_stay_out_of_the_log(capsys):
