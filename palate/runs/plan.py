@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from palate.base.errors import said
+from palate.base.errors import UserError, said
 from palate.base.machine import Peak, device, device_memory, is_main, processes, resident, tell
 from palate.base.options import POSITIVE, check_ranges
 from palate.online.options import Arithmetic
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from palate.data.pairs import Reader
     from palate.diffusion.denoising import Noised
     from palate.models.denoiser import Denoiser
     from palate.models.latent import Latent
@@ -320,8 +319,16 @@ def plan(recipe: Recipe, options: PlanOptions) -> list[str]:
     Raises:
         UserError: a mistake in the recipe or its data, or configurations that cannot be had.
     """
+    from palate.data.pairs import Reader
+    from palate.runs.evidence import readers_of
+
     recipe = at_home(recipe)
-    readers = [] if recipe.online.train_prompts is not None else _readers(recipe)
+    readers, missing = list[Reader](), list[str]()
+    if recipe.online.train_prompts is None:
+        try:
+            readers = readers_of(recipe)
+        except UserError as error:  # what is planned for need not be there yet
+            missing = [f"data, of which the size is left out: {error}"]
     single = bool(readers) and readers[0].single
     needs = count(recipe, single=single, gpu=True if options.memory is not None else None)
     card = device_memory() if options.memory is None else options.memory * GB
@@ -331,7 +338,10 @@ def plan(recipe: Recipe, options: PlanOptions) -> list[str]:
         seconds, peak = tried(recipe, needs, single=single)
         lines.append(f"measured on {device()}: {seconds:.3g} s a micro-batch, {peak / GB:.2f} GB at most in training")
     rows = rows_of(readers)
-    return [*lines, *_time_lines(recipe, needs, rows, seconds, single=single), *_disk_lines(recipe, needs, rows, single=single)]
+    # Of a card that is not here there is no rate.
+    rate = matrix_rate if options.memory is None else None
+    lines += _time_lines(recipe, needs, rows, seconds, rate, single=single)
+    return [*lines, *_disk_lines(recipe, needs, rows, single=single), *missing]
 
 
 def foretell(recipe: Recipe, denoiser: Denoiser, *, single: bool = False) -> float | None:
@@ -375,9 +385,12 @@ def _fit_lines(recipe: Recipe, needs: Needs, card: float, *, single: bool) -> li
     given: dict[str, object] = {}
     for change in _remedies(recipe):
         given |= change
-        smaller = count(_with(recipe, given), single=single, gpu=True)
-        words = " ".join(f"--{name} {str(value).lower()}" for name, value in given.items())
-        lines.append(f"  {smaller.peak / GB:6.1f}   {words}")
+        try:
+            smaller = count(_with(recipe, given), single=single, gpu=True)
+        except UserError as error:  # such as a package that is missing
+            lines.append(f"       ?   {_words(given)}: {error}")
+            continue
+        lines.append(f"  {smaller.peak / GB:6.1f}   {_words(given)}")
         if smaller.peak <= room:
             return lines
     return [*lines, "  no option here makes it fit: take a lower resolution, a lower rank or a smaller model"]
@@ -403,6 +416,10 @@ def _remedies(recipe: Recipe) -> list[dict[str, object]]:
     return found
 
 
+def _words(given: dict[str, object]) -> str:
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in given.items())
+
+
 def _with(recipe: Recipe, given: dict[str, object]) -> Recipe:
     sections: dict[str, dict[str, object]] = {}
     for name, value in given.items():
@@ -412,17 +429,21 @@ def _with(recipe: Recipe, given: dict[str, object]) -> Recipe:
     )
 
 
-def _time_lines(recipe: Recipe, needs: Needs, rows: int, seconds: float | None, *, single: bool) -> list[str]:
+def _time_lines(
+    recipe: Recipe,
+    needs: Needs,
+    rows: int,
+    seconds: float | None,
+    rate: Callable[[str], float] | None,
+    *,
+    single: bool,
+) -> list[str]:
+    """Times, or operations where they are not known.
+
+    seconds: of a micro-batch, measured here.
+    rate: operations a second in a precision, of the device that it is planned for.
+    """
     training, online = recipe.training, recipe.online
-    rate = matrix_rate(recipe.training.mixed_precision)
-    lines = [
-        f"time; {device()} multiplies matrices at {rate / 1e12:.3g} x 10^12 operations a second, which is the least it can take"
-    ]
-    if rows:
-        pictures = (1 if single else 2) * (2 if recipe.data.random_flip else 1)
-        encoding = rows * (pictures * needs.picture_operations + needs.text_operations) / matrix_rate("no")
-        lines.append(f"  encoding about {rows} rows: {_duration(encoding)} or more on one process, once")
-    each = seconds or needs.step_operations / rate
     passes, updates = training.gradient_accumulation_steps, training.max_train_steps
     if online.train_prompts is not None:
         arithmetic = Arithmetic.of(online, recipe.method.evidence)
@@ -430,11 +451,20 @@ def _time_lines(recipe: Recipe, needs: Needs, rows: int, seconds: float | None, 
         updates = updates or online.rounds * arithmetic.updates
     elif updates is None and rows:
         updates = math.ceil(training.num_train_epochs * rows / (training.train_batch_size * passes * processes()))
-    told = f"{needs.step_operations / 1e12:.3g} x 10^12 operations"
-    least = "" if seconds else " or more"
-    if updates is None:
-        return [*lines, f"  training: {_duration(each * passes)}{least} an update ({passes} x {told})"]
-    lines.append(f"  training, {updates} updates ({passes} x {told}): {_duration(each * passes * updates)}{least}")
+
+    def told(operations: float, precision: str) -> str:
+        counted = f"{operations:.2g} operations"
+        return counted if rate is None else f"{counted}, {_duration(operations / rate(precision))} or more"
+
+    lines = ["time" if rate is None else f"time; at least that of as many operations in products of matrices on {device()}"]
+    if rows:
+        pictures = (1 if single else 2) * (2 if recipe.data.random_flip else 1)
+        encoding = rows * (pictures * needs.picture_operations + needs.text_operations)
+        lines.append(f"  encoding about {rows} rows, once: {told(encoding, 'no')}")
+    number = updates or 1
+    work = told(number * passes * needs.step_operations, training.mixed_precision)
+    work = work if seconds is None else f"{_duration(number * passes * seconds)}, as measured"
+    lines.append(f"  training, {number} update{'s' * (number != 1)} of {passes} x {training.train_batch_size}: {work}")
     if online.train_prompts is not None:
         lines.append("  drawing what it learns from, and asking rewards, come on top: not counted")
     return lines
@@ -528,9 +558,3 @@ def _wait() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _readers(recipe: Recipe) -> list[Reader]:
-    from palate.runs.evidence import readers_of
-
-    return readers_of(recipe)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from palate.base.errors import UserError
 from palate.models.outline import Counter, without_contents
 from palate.runs import plan, recipe
 from palate.runs.loading import denoiser_of, policy_of, shape_of
@@ -96,13 +97,13 @@ def test_what_is_freed_is_not_counted():
 
 
 def test_what_is_told(palate_plan):
-    lines = palate_plan(memory=1, max_train_samples=16, measure="true")
+    lines = palate_plan(max_train_samples=16, measure="true")
     assert lines[0] == "memory of one process, GB"
     assert [line.split()[0] for line in lines[1:4]] == ["training", "drawing", "encoding"]
     assert any("it fits: at most" in line for line in lines)
     assert any(line.startswith("measured on cpu: ") and " s a micro-batch, " in line for line in lines)
-    assert any("encoding about 16 rows" in line for line in lines)
-    assert any(line.startswith("  training, 3 updates") for line in lines)
+    assert any(line.startswith("  encoding about 16 rows, once: ") and line.endswith(" or more") for line in lines)
+    assert any(line.startswith("  training, 3 updates of 1 x 4: ") and line.endswith("as measured") for line in lines)
     assert not Path("out").exists()
 
 
@@ -122,6 +123,29 @@ def test_what_would_make_it_fit(palate_plan, monkeypatch):
     ]
     lines = palate_plan(memory=0.5, train_batch_size=1, evaluation_batch_size=1)
     assert any("no option here makes it fit" in line for line in lines)
+
+
+def test_data_need_not_be_there_yet_nor_the_card(palate_plan, monkeypatch):
+    needs = plan.Needs({"trained weights": 1e9}, 0.0, 0.0, 0.0, {}, 5e12, 0.0, 0.0, {}, 1)
+    monkeypatch.setattr(plan, "count", lambda *_, **__: needs)
+    monkeypatch.setattr(plan, "matrix_rate", lambda precision: pytest.fail("a card that is not here was timed"))
+    lines = palate_plan(train_data="absent", memory=24)
+    assert "  training, 3 updates of 1 x 4: 1.5e+13 operations" in lines
+    assert lines[-1].startswith("data, of which the size is left out: ")
+    assert "  it fits: at most 1.0 GB, of 24.0 GB" in lines
+
+
+def test_a_remedy_that_cannot_be_counted_is_told(palate_plan, monkeypatch):
+    needs = plan.Needs({"trained weights": 9e9}, 0.0, 0.0, 0.0, {}, 0.0, 0.0, 0.0, {}, 1)
+
+    def count(of: recipe.Recipe, **_: object) -> plan.Needs:
+        if of.policy.gradient_checkpointing:
+            raise UserError("it has none")
+        return needs
+
+    monkeypatch.setattr(plan, "count", count)
+    lines = palate_plan(memory=2, train_batch_size=1, evaluation_batch_size=1)
+    assert "       ?   --gradient_checkpointing true: it has none" in lines
 
 
 @pytest.fixture
