@@ -223,15 +223,16 @@ function place(frame, name) {
   picture.src = `/picture/${name}`;
 }
 
-// As many columns as make the pictures largest.
+// As many columns as make the pictures largest; of four none is left alone, and the third of three stands in the middle.
 function arrange() {
   const count = open[0]?.pictures.length ?? 2, { clientWidth, clientHeight } = $("stage");
   const ratio = Math.max(...FRAMES.slice(0, count).map((frame) => Number(frame.dataset.ratio) || 1));
   const rows = (columns) => Math.ceil(count / columns);
   const width = (columns) => Math.min(clientWidth / columns, (clientHeight / rows(columns)) * ratio);
-  const columns = [...Array(count).keys()].map((i) => i + 1).reduce((best, next) => (width(next) >= width(best) ? next : best));
+  const columns = [1, 2, 3, 4].filter((n) => n <= count && (count < 4 || n !== 3)).reduce((best, next) => (width(next) >= width(best) ? next : best));
   $("stage").style.setProperty("--columns", columns);
   $("stage").style.setProperty("--rows", rows(columns));
+  $("stage").dataset.odd = count === 3 && columns === 2;
   words(columns);
 }
 
