@@ -21,7 +21,7 @@ from palate.data.pairs import PreferencePair, read_pairs
 from palate.data.votes import LABELS, PLACES, QUESTIONS, Vote, open_votes, valid_votes
 from palate.evaluation.manifest import has_pictures
 from palate.votes.store import IMPORTED, NAME, Lock, Store
-from palate.votes.study import find_sides, know_pictures
+from palate.votes.study import find_sides, know_pictures, listed_in
 
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 COLUMNS = (
@@ -111,7 +111,8 @@ def import_votes(folder: str | Path, options: ImportOptions) -> str:
         try:
             with store.writing():
                 if has_pictures(folder):
-                    know_pictures(store, [p for side in find_sides(folder.resolve())[0] for p in side.pictures.values()])
+                    here = folder.resolve()
+                    know_pictures(store, listed_in(find_sides(here)[0], here))
                 own = len(store.pictures())
                 added, known = _add(store, folder, pairs, options.question)
                 copied = len(store.pictures()) - own
@@ -142,6 +143,8 @@ def _add(store: Store, folder: Path, pairs: Iterable[PreferencePair], question: 
         return by_prompt[digest, pair.prompt]
 
     added = known = 0
+    # A vote for the best of several has said it, too.
+    there = {(v["rater"], v["picture_0"], v["picture_1"], v["question"]) for v in store.valid_votes()}
     for pair in pairs:
         first, second = picture(pair.image_0, pair), picture(pair.image_1, pair)
         if first == second:
@@ -154,6 +157,9 @@ def _add(store: Store, folder: Path, pairs: Iterable[PreferencePair], question: 
             )
         rater, public = store.add_rater("", None, pair.rater or f"imported {Path(pair.source.partition(', row')[0]).stem}")
         pictures = (min(first, second), max(first, second))
+        if (public, *pictures, question) in there:
+            known += 1
+            continue
         shown = store.rows(
             "SELECT id FROM showings WHERE rater = ? AND picture_0 = ? AND picture_1 = ? AND picture_2 IS NULL AND repeat = 0",
             rater,

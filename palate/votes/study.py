@@ -192,7 +192,7 @@ class Study:
     ) -> None:
         self.folder = Path(folder).resolve()
         sides, notes = find_sides(self.folder)
-        listed = _listed(sides, self.folder)
+        listed = listed_in(sides, self.folder)
         self.mode = options.mode or ("compare" if not options.chain and _mostly_across(sides, listed) else "collect")
         rows = _rows(listed, self.mode, options.at_once)
         if not rows:
@@ -718,7 +718,7 @@ def _check_alike(sides: Sequence[Side], allowed: bool) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _listed(sides: Sequence[Side], folder: Path) -> list[Listed]:
+def listed_in(sides: Sequence[Side], folder: Path) -> list[Listed]:
     """All their pictures, files relative to ``folder``, in which the sides lie."""
     return [
         replace(p, file=(side.folder.relative_to(folder) / p.file).as_posix()) for side in sides for p in side.pictures.values()

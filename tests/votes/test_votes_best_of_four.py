@@ -189,6 +189,12 @@ def test_every_door_gives_the_same_pairs(voted, tmp_path, capsys, ending):
     assert "wrote 6 votes" in capsys.readouterr().out
     assert len(_told(output)) == 5 * 3 + 6
     assert _told(output) == _told(voted / "votes.db")
+    assert main(["vote", "import", str(voted), "--input", str(output)]) == 0  # nothing is counted twice
+    assert "added 0 votes" in capsys.readouterr().out
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    assert main(["vote", "import", str(elsewhere), "--input", str(output)]) == 0
+    assert [row[2] for row in _told(elsewhere / "votes.db")].count(0.5) == 6
+    assert len(_told(elsewhere / "votes.db")) == 5 * 3 + 6
 
 
 def test_jsonl_has_rankings(voted, tmp_path):
