@@ -16,6 +16,8 @@ NO_MOVE = 1e-7
 """What all updates together must be able to move a weight by: a hundredth of what the shortest trial runs do."""
 SMALL, LARGE = 0.01, 10.0
 """Of logits: below the sigmoid is a straight line, above it is flat."""
+BEYOND = 1e5
+"""Of the logit of an ordinary difference: from there on the first update alone decides each pair. Recipes stay below 1000."""
 STUCK = 0.01
 """Of what the rate allows: AdamW's first updates move the weight that moves most by nearly all of it."""
 SAMPLED = 2**20
@@ -79,9 +81,15 @@ class Alarms:
         if self.reaches and 0 < (size := sum(self.reaches) / len(self.reaches)) < SMALL:
             return self._once(
                 "logits",
-                f"the logits stay all but zero, so beta does nothing: a margin as large as the difference of a pair's own "
-                f"errors would have the logit {size:.1g}; raise beta about {1 / size:.0g} times, or use "
+                f"the logits stay all but zero, so beta does nothing: a margin as large as the difference of a "
+                f"pair's own errors would have the logit {size:.1g}; raise beta about {1 / size:.0g} times, or use "
                 "--objective.beta auto",
+            )
+        if self.reaches and (size := sum(self.reaches) / len(self.reaches)) > BEYOND:
+            return self._once(
+                "logits",
+                f"beta is so large that each pair is learned or lost at once: a margin as large as the difference of a "
+                f"pair's own errors would have the logit {size:.1g}; lower beta, or use --objective.beta auto",
             )
         return []
 
@@ -95,7 +103,7 @@ class Alarms:
         share = float((_some(weights) - self.begun).abs().max()) / sum(self.rates)
         least = STUCK if self.options.optimizer.startswith("adamw") else NO_MOVE / (self.options.learning_rate * self.total)
         self.begun = None
-        if share >= least:
+        if share >= least or "rate" in self.said:
             return []
         return self._once(
             "moved",

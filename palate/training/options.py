@@ -116,6 +116,11 @@ class TrainOptions:
         check_ranges(self)
         if self.t_max is not None and self.t_max < self.t_min:
             raise UserError(f"t_min is {self.t_min} and t_max {self.t_max}; expected 0 <= t_min <= t_max")
+        if (share := self.learning_rate * self.adam_weight_decay) >= 1:
+            raise UserError(
+                f"adam_weight_decay is {self.adam_weight_decay:g}, which at learning_rate {self.learning_rate:g} takes "
+                f"{share:g} of every weight in every step: 0.01 is usual"
+            )
         if self.keep_targets and self.draws_per_pair is None:
             raise UserError(
                 "keep_targets keeps what returns with draws_per_pair: give that a number, or leave keep_targets out"

@@ -93,6 +93,8 @@ EARLY = [
     ({"rank": 0}, "rank is 0; expected 1 to 4096"),
     ({"rank": 10**6}, "rank is 1000000; expected 1 to 4096"),
     ({"train_batch_size": 10**9}, "train_batch_size is 1000000000; expected 1 to 65536"),
+    ({"adam_weight_decay": 1e6}, "which at learning_rate 0.001 takes 1000 of every weight in every step: 0.01 is usual"),
+    ({"adam_epsilon": 0}, "adam_epsilon is 0.0; expected a positive number"),
     ({"adam_beta1": 1}, "adam_beta1 is 1.0; expected 0 or more and below 1"),
     ({"resolution": 10**9}, "resolution is 1000000000; expected a multiple of 8 up to 8192"),
     ({"lora_alpha": 0}, "lora_alpha is 0.0; expected a positive number"),

@@ -78,6 +78,22 @@ def test_a_beta_that_does_nothing() -> None:
     assert of.logits(20, 1e-5) == []  # it was said
 
 
+@pytest.mark.parametrize(("size", "said"), [(1e7, True), (1e3, False)])
+def test_a_beta_that_decides_at_once(size: float, said: bool) -> None:
+    of = alarms()
+    lines = [line for done in range(1, 5) for line in of.after(done, 0.3, size)]
+    assert len(lines) == said
+    assert all("beta is so large" in line and "lower beta" in line for line in lines)
+
+
+def test_a_rate_that_moves_nothing_is_said_once() -> None:
+    of, weights = alarms(learning_rate=1e-12), [torch.zeros(4)]
+    assert len(of.before(weights)) == 1
+    for done in range(1, 4):
+        of.after(done, 0.5, None)
+        assert of.moved(done, weights, 1e-12) == []
+
+
 @pytest.mark.parametrize(("size", "hint"), [(1e-4, "all but zero"), (30.0, "saturated"), (1.0, None)])
 def test_logits_once_they_had_time_to_grow(size: float, hint: str | None) -> None:
     of = alarms()
