@@ -109,10 +109,20 @@ def cases(made: Recipe, names: Sequence[str]) -> Iterator[tuple[str, Recipe, Cal
             yield name, made, change
 
 
+COUNTED: dict[str, plan.Needs] = {}
+
+
+def counted(made: Recipe) -> plan.Needs:
+    """What `palate plan` counts, once for each recipe."""
+    key = json.dumps(made.as_dict(), sort_keys=True)
+    COUNTED[key] = COUNTED.get(key) or plan.count(made, gpu=device() != "cpu")
+    return COUNTED[key]
+
+
 def measured(made: Recipe, change: Callable[[Any], None], rate: float) -> dict[str, Any]:
     """Of one case, in plain numbers; what it raises is its result."""
     try:
-        needs = plan.count(made, gpu=device() != "cpu")
+        needs = counted(made)
         began = time.perf_counter()
         seconds, peak = plan.tried(made, needs, change=change)
     except (UserError, RuntimeError, ValueError, ImportError, TypeError, NotImplementedError) as error:
@@ -134,7 +144,7 @@ def drawn(made: Recipe, steps: int = 25) -> dict[str, float]:
     """Pictures a second in so many steps with guidance, from single passes of the network and of the VAE."""
     model: Any = denoiser_of(made, outline="random")
     policy = policy_of(made, model)
-    needs = plan.count(made, gpu=device() != "cpu")
+    needs = counted(made)
     pass_, decode = plan.drawing_of_one(made, policy, model, needs.row)
     peak = Peak()
     network = min(plan.timed(pass_) for _ in range(3))
@@ -190,6 +200,10 @@ def everything(end: float, wanted: dict[str, tuple[str, ...]], checks: tuple[str
         return time.monotonic() <= end
 
     with tempfile.TemporaryDirectory() as place:
+        for name in checks:
+            if due(name):
+                recipe, options = CHECKS[name]
+                results["checks"][name] = checked(recipe, options, Path(place) / name.replace(" ", "-"))
         for model, names in wanted.items():
             recipe = (FULL | TINY)[model]
             folder = skeleton(model, Path(place) / model.replace(" ", "-")) if model in FULL else Path(model)
@@ -201,10 +215,6 @@ def everything(end: float, wanted: dict[str, tuple[str, ...]], checks: tuple[str
                     found["cases"][name] = measured(changed, change, rate)
             if due(f"{model}, drawing"):
                 found["drawing"] = drawn(made)
-        for name in checks:
-            if due(name):
-                recipe, options = CHECKS[name]
-                results["checks"][name] = checked(recipe, options, Path(place) / name.replace(" ", "-"))
     return results
 
 

@@ -51,7 +51,7 @@ def test_it_measures_and_tells(gpu, model_dir, monkeypatch):
 
 def test_no_case_begins_too_late(gpu):
     results = gpu.everything(time.monotonic() - 1, {"SDXL": ("as the recipe", "NCP")}, ("bf16",))
-    assert results["left out"] == ["SDXL, as the recipe", "SDXL, NCP", "SDXL, drawing", "bf16"]
+    assert results["left out"] == ["bf16", "SDXL, as the recipe", "SDXL, NCP", "SDXL, drawing"]
     assert results["checks"] == results["models"]["SDXL"]["cases"] == {}
 
 
