@@ -198,5 +198,5 @@ def test_draws_that_return_are_for_pairs_and_objectives_that_read_errors():
     ],
 )
 def test_what_does_not_go_with_parts_on_each_process(options):
-    with pytest.raises(UserError, match="shard does not go with"):
-        recipe.build({**options, "training": {**options.get("training", {}), "shard": True}})
+    with pytest.raises(UserError, match="shard_model does not go with"):
+        recipe.build({**options, "training": {**options.get("training", {}), "shard_model": True}})

@@ -143,7 +143,7 @@ class Recipe:
 
     def _check_shard(self) -> None:
         """Where each process holds a part of the model, all must take the same passes."""
-        if not self.training.shard:
+        if not self.training.shard_model:
             return
         refused = {
             "train_prompts": self.online.train_prompts,
@@ -155,7 +155,7 @@ class Recipe:
             "early_stopping_patience": self.training.early_stopping_patience,
         }
         if found := [name for name, given in refused.items() if given]:
-            raise UserError(f"shard does not go with {found[0]}: leave one of the two out (docs/scale.md)")
+            raise UserError(f"shard_model does not go with {found[0]}: leave one of the two out (docs/scale.md)")
 
     def _check_old(self) -> None:
         """An objective that compares with the policy that drew, and the options of that policy."""

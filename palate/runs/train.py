@@ -264,7 +264,7 @@ def _finish(found: Assembled, denoiser: Denoiser, policy: Policy, command: str) 
 
 def sharded(recipe: Recipe) -> bool:
     """Whether each process holds a part of the model."""
-    return recipe.training.shard and processes() > 1
+    return recipe.training.shard_model and processes() > 1
 
 
 def _gathered(recipe: Recipe, policy: Policy) -> Policy:
@@ -344,7 +344,7 @@ def _train(
 
     out = Path(recipe.training.output_dir)
     if sharded(recipe) and recipe.evaluation.validation_prompts:
-        tell("shard: no sample pictures are drawn while it trains, for that takes the whole model in one process")
+        tell("shard_model: no sample pictures are drawn while it trains, for that takes the whole model in one process")
     made = not out.exists()
     fresh = made or not any(out.iterdir())
     try:

@@ -33,7 +33,7 @@ MAY_DIFFER = frozenset(
         "num_train_epochs",
         "train_batch_size",
         "gradient_accumulation_steps",
-        "shard",
+        "shard_model",
         "logging_steps",
         "sample_steps",
         "eval_steps",

@@ -78,7 +78,7 @@ class TrainOptions:
     """Passes over the data, rounded up to whole updates."""
     mixed_precision: Annotated[str, OneOf(*MIXED_PRECISIONS)] = "no"
     """Precision of the forward pass; trainable weights and errors stay float32."""
-    shard: bool = False
+    shard_model: bool = False
     """Several processes hold a part of weights, gradients, optimizer, average and reference each (FSDP2), instead of all: for
     full training and large networks. Of pairs or pictures in latent space; docs/scale.md."""
     adam_beta1: Annotated[float, SHARE_KEPT] = 0.9

@@ -189,7 +189,7 @@ class Place:
 
 def place_of(policy: TrainablePolicy, options: TrainOptions) -> Place:
     """Raises UserError as :class:`Place`."""
-    if not options.shard or processes() == 1:
+    if not options.shard_model or processes() == 1:
         return Place(policy, options)
     from palate.training.sharded import ShardedPlace
 

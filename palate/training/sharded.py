@@ -31,9 +31,9 @@ class ShardedPlace(Place):
 
     def __init__(self, policy: TrainablePolicy, options: TrainOptions):
         if options.optimizer != "adamw":
-            raise UserError(f"shard cuts up what AdamW keeps, not {options.optimizer}: use optimizer adamw")
+            raise UserError(f"shard_model cuts up what AdamW keeps, not {options.optimizer}: use optimizer adamw")
         if options.mixed_precision == "fp16":
-            raise UserError("shard has no loss scaler, which fp16 needs: use mixed_precision bf16")
+            raise UserError("shard_model has no loss scaler, which fp16 needs: use mixed_precision bf16")
         super().__init__(policy, options)
 
     def prepare(self) -> None:

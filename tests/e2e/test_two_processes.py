@@ -32,7 +32,7 @@ def test_each_of_two_holds_a_part(palate, in_two_processes, tmp_path, model_dir,
     options |= {"max_train_steps": "3", "evaluation_prompts": "null", "learning_rate": "1e-4"}
     words = ["train", "quick.yaml", *(part for name, value in options.items() for part in (f"--{name}", value))]
     own = ["--pretrained_model_name_or_path", model_dir, "--train_data", pairs_dir, "--cache_dir", cache_dir]
-    own += ["--output_dir", "two", "--train_batch_size", "2", "--shard", "true"]
+    own += ["--output_dir", "two", "--train_batch_size", "2", "--shard_model", "true"]
     codes, said = zip(*in_two_processes([sys.executable, "-m", "palate", *words, *own], cwd=tmp_path)(200), strict=True)
     assert codes == (0, 0), said
     assert palate("train", output_dir="one", **options)[0] == 0
