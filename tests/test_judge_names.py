@@ -144,6 +144,34 @@ def test_a_function_is_known_by_its_source_and_by_what_it_uses_beside_it(tmp_pat
     assert find_judges([total])[total].fingerprint() != before
 
 
+NAMED = {
+    "Path('fp_weights.json').read_text()": "fp_weights.json",
+    "torch.load('sub/fp_head.pt')": "sub/fp_head.pt",
+    "importlib.import_module('fp_late')": "fp_late.py",
+    "AutoModel.from_pretrained('fp_model')": "fp_model/config.json",
+}
+
+
+@pytest.mark.parametrize("reads", NAMED)
+def test_files_that_a_function_names_are_a_part_of_it(tmp_path, monkeypatch, reads):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    file = tmp_path / NAMED[reads]
+    file.parent.mkdir(exist_ok=True)
+    (tmp_path / "fp_names.py").write_text(f"def f(images, prompts):\n    return {reads}, 'fp.log'\n")
+    sys.modules.pop("fp_names", None)
+    importlib.invalidate_caches()
+
+    def fingerprint(text: str) -> str:
+        file.write_text(text)
+        return find_judges(["fp_names:f"])["fp_names:f"].fingerprint()
+
+    first = fingerprint("1")
+    (tmp_path / "fp.log").write_text("what it writes is no part of it")
+    assert fingerprint("1") == first
+    assert fingerprint("2") != first
+
+
 def test_a_function_that_another_file_makes_is_known_by_both(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

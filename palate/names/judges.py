@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from os.path import isfile  # pathlib's raises for a name that is too long
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from palate.judges import Judge
 
 HELD_OUT = "held out"
+READ = {
+    *(".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".onnx", ".npy", ".npz", ".pkl", ".joblib", ".model", ".gguf"),
+    *(".json", ".yaml", ".yml", ".toml", ".txt", ".py"),
+}
+"""Endings of what a function of one's own reads; logs, tables and databases it may as well write."""
 SAMPLED = 1 << 20  # bytes read at either end of a large file
 
 
@@ -69,7 +75,8 @@ class NamedJudge:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the judge's kind, options or weights, and with the files that options name.
 
-        A function of one's own is known by its source and that of the modules beside it which it uses. Of weights above 2 MB
+        A function of one's own is known by its source, that of the modules beside it which it uses, and the files and models'
+        folders that these name as a text. Of weights above 2 MB
         the size and both ends are read, so that it takes no time. A remote judge has the fingerprint that its server tells; of
         one that tells none, and of a model behind an endpoint, only the address and names are known.
         """
@@ -84,6 +91,8 @@ class NamedJudge:
             _add_files(digest, place)
         for path in sources(self.name) if self.kind == "function" else ():
             digest.update(f"{path.name} ".encode() + path.read_bytes())
+            for place in _named_in(path):
+                _add_files(digest, place)
         return digest.hexdigest()[:16]
 
     @property
@@ -118,6 +127,19 @@ def _add_files(digest: hashlib._Hash, place: Path | None) -> None:
                     digest.update(file.read())
 
 
+def _named_in(source: Path) -> list[Path]:
+    """Files, and folders of models, that a file of Python names as a text: relative to it, or to where we are."""
+    found = dict[Path, None]()
+    for node in ast.walk(_tree(source)):
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if 1 < len(text) < 256 and "\n" not in text and "\0" not in text:
+            # As a path, and as the module that importlib is asked for.
+            for place in (source.parent / text, Path(text).expanduser(), source.parent / f"{text}.py"):
+                if (place.suffix in READ and isfile(place)) or isfile(place / "config.json"):
+                    found[place.resolve()] = None
+    return sorted(found)
+
+
 def sources(name: str) -> list[Path]:
     """The files that the function ``module:function`` is named and written in, which may be two, and those beside them that
     they import, and so on; none where there is no source."""
@@ -141,13 +163,17 @@ def sources(name: str) -> list[Path]:
     return list(found)
 
 
+def _tree(path: Path) -> ast.Module:
+    """A file of Python, parsed; an empty one where it cannot be."""
+    try:
+        return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
 def _imported(path: Path, root: Path) -> Iterator[Path]:
     """The files below ``root`` that a file of Python imports, wherever in it."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(path)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         base, within = root, ""
         if isinstance(node, ast.ImportFrom):
