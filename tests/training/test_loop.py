@@ -341,7 +341,7 @@ def test_overflow_under_loss_scaling_repeats_the_batch(tmp_path, monkeypatch):
             self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
             scalers.append(self.scaler)
 
-    monkeypatch.setattr(loop, "Place", Scaled)
+    monkeypatch.setattr(loop, "place_of", Scaled)
     assert_close(expected, weights(run(tmp_path / "b", beta=5000.0)), 1e-5)
     assert scalers[0].get_scale() < 2.0**127
 
