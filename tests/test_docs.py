@@ -109,11 +109,12 @@ def test_they_are_many():
 
 
 def test_recipes_that_are_named_exist():
-    """Of names with a recipe's form: a family, a method, and mostly a size."""
+    """Of names with a recipe's form: a family, a method, and mostly a size. The changelog names those of before, too."""
     form = re.compile(
         r"`((?:miniature|sd15|sd14|sdxl|sd35|ddpo|klein|zimage|flux)-[a-z0-9-]*(?:dpo|cpo|sft|gb|is|sf|nft|awm|grpo|rwr|lora))`"
     )
-    named = {name for page in PAGES for name in form.findall(page.read_text(encoding="utf-8"))}
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    named = {name for page in pages for name in form.findall(page.read_text(encoding="utf-8"))}
     assert len(named) > 20
     assert named <= set(library.built_in())
 
