@@ -16,7 +16,7 @@ NO_MOVE = 1e-7
 """What all updates together must be able to move a weight by: a hundredth of what the shortest trial runs do."""
 SMALL, LARGE = 0.01, 10.0
 """Of logits: below the sigmoid is a straight line, above it is flat."""
-BEYOND = 1e5
+BEYOND = 1e6
 """Of the logit of an ordinary difference: from there on the first update alone decides each pair. Recipes stay below 1000."""
 STUCK = 0.01
 """Of what the rate allows: AdamW's first updates move the weight that moves most by nearly all of it."""
