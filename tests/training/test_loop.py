@@ -368,7 +368,7 @@ def test_hooks_are_called_before_between_and_after(tmp_path):
 
 
 def test_logits_too_small_or_too_large_are_said_once(tmp_path):
-    for beta, word in ((1e-6, "all but zero"), (1e6, "beta is so large")):
+    for beta, word in ((1e-6, "all but zero"), (1e6, "saturated")):
         folder = tmp_path / word
         run(folder, beta=beta, max_train_steps=40, logging_steps=10, train_batch_size=2)
         assert (folder / "train.log").read_text().count(word) == 1
