@@ -99,7 +99,7 @@ def test_overrides(written):
         recipe.load(path, {"space.layers": "mid"})
 
 
-@given(st.lists(st.text(min_size=1), max_size=3), st.floats(1e-12, 1e6), st.text(), st.dictionaries(st.text(), st.text()))
+@given(st.lists(st.text(min_size=1), max_size=3), st.floats(1e-12, 50), st.text(), st.dictionaries(st.text(), st.text()))
 @settings(max_examples=30, deadline=None)
 def test_what_is_written_reads_the_same(tmp_path_factory, prompts, rate, revision, columns):
     made = Recipe(

@@ -109,7 +109,7 @@ def test_negatives_and_a_refiner(generate, sdxl_dir, refiner_dir):
         ({"prompts": "gone.txt"}, "gone.txt does not exist"),
         ({"images_per_prompt": 0}, "images_per_prompt is 0"),
         ({"resolution": 65}, "multiple of 8"),
-        ({"shard": "2/2"}, "expected i/n"),
+        ({"shard": "3/2"}, "shard is '3/2'; expected its number, counted from 1"),
         ({"guidance": 3}, "unknown option --guidance (did you mean 'guidance_scale'?"),
     ],
 )

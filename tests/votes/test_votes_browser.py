@@ -215,6 +215,7 @@ def test_a_second_click_on_begin_is_no_vote_and_nothing_looks_chosen(serve, brow
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     page = context.new_page()
     page.goto(server.url)
+    expect(page.locator("#join button")).to_be_visible()
     box = page.locator("#join button").bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
