@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from safetensors.torch import load_file
+from finished_runs import drawn, equal_files
 
 from palate.runs import recipe
 
@@ -22,10 +21,6 @@ WAYS = {
 }
 
 
-def drawn(folder: str) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(p)) for p in sorted(Path(folder).glob("*.png"))]).astype(int)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_variant_goes_all_the_way(palate, prompts_file, way):
     options = {**WAYS[way], "validation_prompts": "[]", "validation_fraction": 0}
@@ -33,9 +28,7 @@ def test_a_variant_goes_all_the_way(palate, prompts_file, way):
     code, _, errors = palate("train", **options, max_train_steps=3, resume_from_checkpoint="latest")
     assert code == 0, errors
     assert palate("train", **options, max_train_steps=3, output_dir="straight")[0] == 0
-    found, straight = (load_file(f"{run}/{FILE}") for run in ("out", "straight"))
-    assert found.keys() == straight.keys()
-    assert all(bool((found[name] == straight[name]).all()) for name in found)
+    equal_files("out", "straight")
     shown = {"prompts": prompts_file, "num_inference_steps": 2, "num_prompts": 2, "quantize": options.get("quantize")}
     assert palate("generate", "out", output_dir="drawn", **shown)[0] == 0
     kohya = {"format": "kohya", "output": "for_comfyui.safetensors"}

@@ -6,16 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from finished_runs import drawn, equal_files
 from safetensors.torch import load_file
 
 from palate.runs import recipe
-
-FILE = "pytorch_lora_weights.safetensors"
-
-
-def drawn(folder: str) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(p)) for p in sorted(Path(folder).glob("*.png"))]).astype(int)
 
 
 def test_it_goes_all_the_way(palate, prompts_file, pairs_dir):
@@ -26,9 +20,7 @@ def test_it_goes_all_the_way(palate, prompts_file, pairs_dir):
     code, _, errors = palate("train", **options, max_train_steps=3, resume_from_checkpoint="latest")
     assert code == 0, errors
     assert palate("train", **options, max_train_steps=3, output_dir="straight")[0] == 0
-    found, straight = (load_file(f"{run}/{FILE}") for run in ("out", "straight"))
-    assert found.keys() == straight.keys()
-    assert all(bool((found[name] == straight[name]).all()) for name in found)
+    found = equal_files("out", "straight")
     assert any(name.startswith("text_encoder.text_model.") and found[name].any() for name in found if "lora_B" in name)
     kohya = next(Path("out").glob("*_kohya.safetensors"))
     assert any(name.startswith("lora_te_text_model_encoder_layers_0_") for name in load_file(kohya))
