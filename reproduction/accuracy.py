@@ -53,7 +53,7 @@ def sources() -> dict[str, tuple[str, tuple[str, ...]]]:
     return found
 
 
-def runs(seeds: Sequence[int]) -> list[Measurement]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Measurement]:
     found = []
     for label, (source, judges) in sources().items():
         found.append(Measurement(f"accuracy-{label}-judges", source, ("--judges", f"[{', '.join(judges)}]"), cost=20))

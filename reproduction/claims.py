@@ -19,19 +19,21 @@ import settings_on_seen
 import shapes
 import smaller_files
 import spaces
+import tuning
 import votes
 import winners
 from runs import options, work
 
 CLAIMS = {
-    "votes": votes,
+    "tuning": tuning,
     "spaces": spaces,
-    "labels": labels,
-    "accuracy": accuracy,
-    "winners": winners,
-    "layers": layers,
-    "draws": draws,
     "objectives": objectives,
+    "layers": layers,
+    "labels": labels,
+    "votes": votes,
+    "winners": winners,
+    "draws": draws,
+    "accuracy": accuracy,
     "files": smaller_files,
     "settings": settings_on_seen,
     "shapes": shapes,
@@ -43,14 +45,18 @@ def main() -> None:
     parser.add_argument("claims", nargs="*", choices=[*CLAIMS, "all", []], help="whose missing runs are carried out")
     given = parser.parse_args()
     asked = list(CLAIMS) if "all" in given.claims else given.claims
-    tasks = [task for name in asked for task in CLAIMS[name].runs(given.seeds)]
+    if "tuning" in asked:  # it decides what others run
+        work(tuning.runs(given.measured, given.seeds), given.output_dir, given.processes, given.measured)
+    tasks = [task for name in asked for task in CLAIMS[name].runs(given.measured, given.seeds)]
     work({task.name: task for task in tasks}.values(), given.output_dir, given.processes, given.measured)
     for name, claim in CLAIMS.items():
         print(f"{name}: {claim.__doc__.splitlines()[0]}", *claim.tables(given.measured, given.seeds), sep="\n", end="\n\n")
     for name, claim in CLAIMS.items():
-        missing = [task for task in claim.runs(given.seeds) if not task.finished(given.measured)]
+        tasks = claim.runs(given.measured, given.seeds)
+        missing = [task for task in tasks if not task.finished(given.measured)]
         minutes = sum(task.cost for task in missing) / 60
-        print(f"{name}: {len(missing)} missing, about {minutes:.0f} processor minutes" if missing else f"{name}: complete")
+        told = "complete" if tasks else "waits for tuning"
+        print(f"{name}: {len(missing)} missing, about {minutes:.0f} processor minutes" if missing else f"{name}: {told}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ DRAWS = {"1": 1, "4": 4, "16": 16, "fresh": "null"}
 FEW = {"max_train_samples": 32, "train_batch_size": 8, "max_train_steps": 80}
 
 
-def runs(seeds: Sequence[int]) -> list[Run]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     return [r for k, given in DRAWS.items() for r in short(named(k), "miniature-dpo", seeds, FEW | {"draws_per_pair": given})]
 
 

@@ -10,7 +10,7 @@ from runs import JUDGES, Run, locked, palate, table
 from short import against_base, short
 
 
-def runs(seeds: Sequence[int]) -> list[Run]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     found = short("dpo", "miniature-dpo", seeds)
     for judge in JUDGES:
         data = {"train_data": file_of(judge)}

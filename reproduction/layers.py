@@ -20,9 +20,9 @@ VARIANTS = {
 }
 
 
-def runs(seeds: Sequence[int]) -> list[Run]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     changes = {"objective.beta": "auto"}
-    return [run for v in VARIANTS for run in short(named(v), "miniature-ncp-dpo", seeds, changes | VARIANTS[v], cost=180)]
+    return [run for v in VARIANTS for run in short(named(v), "miniature-ncp-dpo", seeds, changes | VARIANTS[v], cost=75)]
 
 
 def named(variant: str) -> str:

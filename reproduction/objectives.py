@@ -1,7 +1,4 @@
-"""Question: which objective first, when one knows nothing? All of them in latent space, equal updates, the recipes' settings.
-
-Only the settings of SFT and DPO were ever tuned; the others carry them over, with a beta of their own.
-"""
+"""Question: which objective first, when one knows nothing? All in latent space, equal updates, each at its tuned best."""
 
 from __future__ import annotations
 
@@ -9,15 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runs import Run, table
-from short import against_base, short
+from short import against_base
+from tuning import OBJECTIVES, best, name_of, tuned
 
-OBJECTIVES = ("dpo", "sft", "kto", "ipo", "sdpo", "cdpo", "hinge", "dspo", "orpo", "mapo", "cpo")
 
-
-def runs(seeds: Sequence[int]) -> list[Run]:
-    return [run for name in OBJECTIVES for run in short(name, f"miniature-{name}", seeds)]
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
+    return [run for method in OBJECTIVES for run in tuned(measured, method, seeds)]
 
 
 def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
-    rows = [[name, *against_base(measured, name, seeds)] for name in OBJECTIVES]
-    return table(["objective", "held out", "preference", "prompt", "looks"], [r for r in rows if len(r) > 1])
+    rows = []
+    for method in OBJECTIVES:
+        chosen = best(measured, method)
+        if chosen is not None and (rates := against_base(measured, name_of(method, chosen), seeds)):
+            told = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in chosen.items()) or "the recipe's"
+            rows.append((rates[0].rate, [method, told, *rates]))
+    ordered = [cells for _, cells in sorted(rows, key=lambda one: -one[0])]
+    return table(["objective", "setting", "held out", "preference", "prompt", "looks"], ordered)

@@ -70,7 +70,7 @@ class Run:
     prompts: int = 64
     steps: int = 10
     judges: tuple[str, ...] = JUDGES
-    cost: int = 150
+    cost: int = 60
     before: Callable[[Path], None] | None = field(default=None, compare=False)
 
     def finished(self, measured: Path) -> bool:

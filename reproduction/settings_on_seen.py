@@ -27,7 +27,7 @@ VARIANTS = {
 }
 
 
-def runs(seeds: Sequence[int]) -> list[Run]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     return [
         Run(
             named(v, seed),

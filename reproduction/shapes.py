@@ -15,7 +15,7 @@ MIXED = "miniature-unseen-mixed"
 FORMS = {"own shapes": {}, "squares": {"resolution": 64, "buckets": "false"}}
 
 
-def runs(seeds: Sequence[int]) -> list[Run]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     return [
         run
         for form, given in FORMS.items()

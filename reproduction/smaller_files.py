@@ -55,7 +55,7 @@ def floored(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> t
     return jpeg_compressibility(images, prompts).clamp(max=-1.2)
 
 
-def runs(seeds: Sequence[int]) -> list[Run]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     return [
         Run(f"files-{name}-{seed}", recipe, {**COMMON, "seed": seed, **options}, (SEEN,), PROMPTS, STEPS, JUDGES, cost=900)
         for name, (recipe, options) in VARIANTS.items()

@@ -17,7 +17,7 @@ from palate.miniature import world
 SIZES = (50, 100, 200, 400, 800)
 
 
-def runs(seeds: Sequence[int]) -> list[Run]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     found = []
     for size in (50, 200, 800, 100, 400):
         for seed in seeds:

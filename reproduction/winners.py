@@ -20,7 +20,7 @@ CHOICES = {
 SIZE = ["--num_prompts", "80", "--images_per_prompt", "4", "--num_inference_steps", "10", "--guidance_scale", "2.5"]
 
 
-def runs(seeds: Sequence[int]) -> list[Run]:
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     return [
         run
         for choice in CHOICES
