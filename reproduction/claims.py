@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import accuracy
 import draws
+import editing
+import guards
 import labels
 import layers
 import objectives
+import offpolicy
 import settings_on_seen
 import shapes
 import smaller_files
 import spaces
+import together
 import tuning
 import votes
+import weaker
 import winners
 from runs import options, work
 
@@ -34,6 +39,11 @@ CLAIMS = {
     "winners": winners,
     "draws": draws,
     "accuracy": accuracy,
+    "editing": editing,
+    "offpolicy": offpolicy,
+    "weaker": weaker,
+    "together": together,
+    "guards": guards,
     "files": smaller_files,
     "settings": settings_on_seen,
     "shapes": shapes,

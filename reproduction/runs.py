@@ -35,6 +35,8 @@ SPLIT = ("train", "objects", "places", "combinations")
 """Six combinations of object and place that are trained on; other objects, another place, other combinations."""
 SPLIT_JUDGES = ("jpeg_compressibility", "mini-clip", "mini-heldout")
 SPLIT_PROMPTS = 48
+DRAWN = ("--num_inference_steps", "10", "--guidance_scale", "2.5", "--seed", "1234", "--batch_size", "32")
+"""As the comparison after a training draws, so that its pictures and these begin with the same noise."""
 QUIET: dict[str, Any] = {
     "evaluation_prompts": "null",
     "validation_prompts": "[]",
@@ -79,13 +81,48 @@ class Run:
 
     def carry_out(self, root: Path, measured: Path) -> str:
         """Train, draw and judge what is not there yet; returns what to tell."""
-        if self.before is not None:
-            self.before(root)
         told = trained(self, root)
         write_curve(root / self.name, measured / "curves" / f"{self.name}.jsonl")
         told["scores"] = {prompts: compared(self, prompts, root, measured) for prompts in self.lists}
         write_json(measured / f"{self.name}.json", told)
         return f"{told['processor_seconds']} s of training"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures of a model, or of it with the LoRA of a run, and what judges say of them.
+
+    model: a name, or a folder in the folder of all runs. prompts: a list, or a file in that folder. words: of ``generate``.
+    before: as that of :class:`Run`.
+    """
+
+    name: str
+    model: str
+    prompts: str
+    words: tuple[str, ...] = ()
+    run: Run | None = None
+    scale: float = 1.0
+    judges: tuple[str, ...] = JUDGES
+    cost: int = 30
+    before: Callable[[Path], None] | None = field(default=None, compare=False)
+
+    def finished(self, measured: Path) -> bool:
+        return (measured / f"{self.name}.json").is_file()
+
+    def carry_out(self, root: Path, measured: Path) -> str:
+        if self.before is not None:
+            self.before(root)
+        lora: list[str] = []
+        if self.run is not None:
+            with locked(root / self.run.name):
+                trained(self.run, root)
+            lora = ["--lora", f"[{root / self.run.name}:{self.scale:g}]"]
+        out, log = root / self.name, root / f"{self.name}.txt"
+        shutil.rmtree(out, ignore_errors=True)
+        palate(["generate", self.model, "--prompts", self.prompts, "--output_dir", str(out), *self.words, *lora, *DRAWN], log)
+        palate(["score", str(out), "--judges", f"[{', '.join(self.judges)}]"], log)
+        write_json(measured / f"{self.name}.json", {"scores": {self.prompts: scores(out, self.judges)}})
+        return "drawn and judged"
 
 
 # Carrying out ------------------------------------------------------------------------------------------------------------
@@ -123,7 +160,10 @@ def do(task: Task, root: Path, measured: Path) -> str:
 
 
 def trained(run: Run, root: Path) -> dict[str, Any]:
+    """Weights of a run in its folder, made unless they are there; returns what is known of its training."""
     out, clock = root / run.name, root / f"{run.name}.seconds"
+    if run.before is not None:
+        run.before(root)
     command = ["train", run.recipe, *(word for name, value in run.options.items() for word in (f"--{name}", str(value)))]
     if not (out / "pytorch_lora_weights.safetensors").is_file():
         resumed = any(out.glob("checkpoint-*"))

@@ -1,0 +1,69 @@
+"""Question: winners from far away, real renders against the model's own pictures: what prevents that training harms?
+
+Published (HG-DPO, CVPR 2025): with photos as winners DPO and NCP-DPO collapse. 300 seen prompts, equal updates.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from runs import DRAWN, Run, locked, palate, table
+from short import against_base, short
+from worldmaking import render
+
+FILE, PROMPTS = "offpolicy.parquet", 300
+VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "DPO": ("miniature-dpo", {}),
+    "DPO, ten times beta": ("miniature-dpo", {"objective.beta": "10000"}),
+    "DPO, a third of the rate": ("miniature-dpo", {"learning_rate": "1e-4"}),
+    "NCP-DPO": ("miniature-ncp-dpo", {}),
+    "SDPO": ("miniature-sdpo", {}),
+    "MaPO": ("miniature-mapo", {}),
+    "SFT": ("miniature-sft", {}),
+}
+
+
+def named(variant: str) -> str:
+    return "offpolicy-" + variant.replace(",", "").replace(" ", "-")
+
+
+def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
+    return [
+        run
+        for variant, (recipe, changes) in VARIANTS.items()
+        for run in short(named(variant), recipe, seeds, {"train_data": FILE, **changes}, before=make)
+    ]
+
+
+def make(root: Path) -> None:
+    from PIL import Image
+
+    from palate.data import pickapic
+    from palate.data.prompts import read_prompts
+    from palate.miniature import world
+
+    with locked(root / FILE):
+        if (root / FILE).is_file():
+            return
+        own = root / "offpolicy-own"
+        words = ["--prompts", "miniature-seen", "--num_prompts", str(PROMPTS), "--output_dir", str(own), *DRAWN]
+        palate(["generate", "mini-sd", *words], root / "offpolicy-own.txt")
+        rows = []
+        for number, prompt in enumerate(read_prompts(world.seen_prompts())[:PROMPTS]):
+            sides = (render(prompt.text, number), Image.open(own / f"{number:05d}-00.png"))
+            rows.append(pickapic.row(prompt.text, *map(encoded, sides), 1.0))
+        pickapic.write(root / FILE, rows)
+
+
+def encoded(image) -> bytes:
+    """As all pictures of the miniature's pairs are, so that no compression tells them apart."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=90, subsampling=0)
+    return buffer.getvalue()
+
+
+def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
+    rows = [[variant, *against_base(measured, named(variant), seeds)] for variant in VARIANTS]
+    return table(["renders against own pictures", "held out", "preference", "prompt", "looks"], [r for r in rows if r[1:]])

@@ -1,0 +1,94 @@
+"""Everything together: votes, then a reward on top, against each alone; and how far that is from the renderer's own pictures.
+
+NCP-DPO on votes at its tuned best; then DDPO-IS with ``mini-pickscore`` as its reward, 512 queries. Unseen prompts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from runs import DRAWN, JUDGES, PER_ROUND, QUIET, Drawing, Run, Task, locked, palate, read_scores, scores, table, write_json
+from short import BASE, PROMPTS, UNSEEN, against_base
+from tuning import best, name_of, tuned
+from worldmaking import render
+
+QUERIES = 512
+REWARD: dict[str, Any] = {
+    **QUIET,
+    "rewards": "[mini-pickscore]",
+    "held_out_rewards": "[]",
+    "rounds": QUERIES // PER_ROUND,
+    "lr_warmup_steps": 0,
+    "learning_rate": 1e-3,
+    "objective.clip_range": 0.01,
+    "checkpointing_steps": "null",
+}
+"""Rate and clip range are those tuned on compressibility (``online_curves.py``)."""
+NUMBER = ("--num_prompts", str(PROMPTS))
+CEILING = "renders"
+
+
+@dataclass(frozen=True)
+class Renders:
+    """The renderer's pictures of the unseen prompts, judged."""
+
+    name: str = CEILING
+    cost: int = 15
+
+    def finished(self, measured: Path) -> bool:
+        return (measured / f"{self.name}.json").is_file()
+
+    def carry_out(self, root: Path, measured: Path) -> str:
+        from palate.data.prompts import read_prompts
+        from palate.miniature import world
+
+        out, log = root / self.name, root / f"{self.name}.txt"
+        shutil.rmtree(out, ignore_errors=True)
+        palate(["generate", "mini-sd", "--prompts", UNSEEN, "--output_dir", str(out), *NUMBER, *DRAWN], log)
+        for number, prompt in enumerate(read_prompts(world.unseen_prompts())[:PROMPTS]):
+            render(prompt.text, number).save(out / f"{number:05d}-00.png")  # in the place of the model's
+        palate(["score", str(out), "--judges", f"[{', '.join(JUDGES)}]"], log)
+        write_json(measured / f"{self.name}.json", {"scores": {UNSEEN: scores(out, JUDGES)}})
+        return "rendered and judged"
+
+
+def runs(measured: Path, seeds: Sequence[int]) -> list[Task]:
+    found: list[Task] = [Renders()]
+    for seed in seeds:
+        alone = Run(f"reward-alone-{seed}", "miniature-ddpo-is", REWARD | {"seed": seed}, cost=150)
+        found.append(Drawing(f"drawn-{alone.name}", "mini-sd", UNSEEN, NUMBER, alone, cost=180))
+    for first in tuned(measured, "ncp-dpo", seeds):
+        seed, model = first.options["seed"], f"{first.name}-pipeline"
+        options = REWARD | {"seed": seed, "pretrained_model_name_or_path": model}
+        run = Run(f"reward-on-top-{seed}", "miniature-ddpo-is", options, cost=150, before=partial(merge, run=first))
+        found += [first, Drawing(f"drawn-{run.name}", model, UNSEEN, NUMBER, run, cost=180)]
+    return found
+
+
+def merge(root: Path, run: Run) -> None:
+    out = root / f"{run.name}-pipeline"
+    with locked(out):
+        if not out.is_dir():
+            palate(["export", str(root / run.name), "--format", "pipeline", "--output", str(out)], root / f"{run.name}.txt")
+
+
+def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
+    chosen = best(measured, "ncp-dpo")
+    names = {"a reward alone (DDPO-IS)": "drawn-reward-alone", "votes, then the reward": "drawn-reward-on-top"}
+    if chosen is not None:
+        names = {"votes alone (NCP-DPO)": name_of("ncp-dpo", chosen), **names}
+    rows = []
+    for label, name in names.items():
+        means = [found.mean(axis=0) for seed in seeds if (found := read_scores(measured, f"{name}-{seed}", UNSEEN)) is not None]
+        if rates := against_base(measured, name, seeds):
+            points = [f"{sum(column) / len(means):.2f}" for column in zip(*means, strict=True)]
+            rows.append([label, *(f"{mean}: {rate}" for mean, rate in zip(points, rates, strict=True))])
+    for label, name in (("the base model", BASE), ("the renderer", CEILING)):
+        if (found := read_scores(measured, name, UNSEEN)) is not None:
+            rows.append([label, *(f"{mean:.2f}" for mean in found.mean(axis=0))])
+    return table(["trained on", "held out", "preference (rewarded)", "prompt", "looks"], rows)
