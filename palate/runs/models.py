@@ -15,7 +15,6 @@ from palate.base.hub import is_hub_id
 from palate.base.jsonl import JsonObject
 from palate.base.machine import device
 from palate.base.options import SMALLEST
-from palate.miniature import world
 from palate.models.files import LORA_FILE, PEFT_FILE, lora_in, weights_of
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ def find_model(
         name, revision, variant = base.pretrained_model_name_or_path, base.revision, base.variant
     check_refiner_fits(refiner, name, revision=revision)
     return NamedModel(
-        base=_base(name),
+        base=os.path.expanduser(name),  # an embedded model keeps its name: where it lies is nothing about it
         revision=revision,
         variant=variant,
         tuned=weights,
@@ -192,7 +191,7 @@ def load_base(
     """
     from palate.models.families import check_model, load_denoiser, quiet_loading
 
-    name = _base(name)
+    name = os.path.expanduser(name)
     check_model(name, revision=revision)
 
     where = "meta" if outline == "shapes" else _device(mixed_precision)
@@ -209,7 +208,7 @@ def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None =
     if refiner is None:
         return
     check_refiner(refiner)
-    if not family_of(check_model(_base(base), revision=revision)).refined:
+    if not family_of(check_model(os.path.expanduser(base), revision=revision)).refined:
         raise UserError(f"a refiner finishes pictures of an SDXL model, and {base} is none: leave out --refiner")
 
 
@@ -217,10 +216,6 @@ def _device(mixed_precision: str) -> str:
     if mixed_precision == "fp16" and device() == "cpu":
         raise UserError("mixed_precision fp16 needs a GPU, and there is none; use bf16 or no")
     return device()
-
-
-def _base(name: str) -> str:
-    return os.path.expanduser(world.find_model(name))
 
 
 def _lora_label(lora: Lora) -> str:

@@ -41,14 +41,21 @@ def told(recipe: Recipe, found: Online) -> str:
     passes = 2 if online.trained_scale != 1 else 1
     unit = {"trajectories": f"steps ({arithmetic.steps} of each picture)", "samples": "pictures", "pairs": "pairs"}[evidence]
     rounds = -(-(options.max_train_steps or 0) // arithmetic.updates)
+    drawn = min(online.samples_per_round // online.group_size, len(found.prompts))
     return (
-        f"{len(found.prompts)} prompts; a round draws {online.samples_per_round} pictures of "
-        f"{min(online.samples_per_round // online.group_size, len(found.prompts))} prompts in {online.sample_num_steps} steps "
-        f"({online.sample_batch_size} at once) and makes {arithmetic.updates} updates of {arithmetic.effective_batch} {unit}: "
+        f"{_many(len(found.prompts), 'prompt')}; a round draws {_many(online.samples_per_round, 'picture')} of "
+        f"{_many(drawn, 'prompt')} in {_many(online.sample_num_steps, 'step')} "
+        f"({online.sample_batch_size} at once) and makes {_many(arithmetic.updates, 'update')} of "
+        f"{arithmetic.effective_batch} {unit}: "
         f"{options.train_batch_size} at once x {options.gradient_accumulation_steps} x {processes()} process(es), "
-        f"{passes * options.train_batch_size * (2 if evidence == 'pairs' else 1)} rows in a forward pass. "
-        f"{rounds} rounds, {options.max_train_steps} updates, {rounds * online.samples_per_round} reward queries"
+        f"{_many(passes * options.train_batch_size * (2 if evidence == 'pairs' else 1), 'row')} in a forward pass. "
+        f"{_many(rounds, 'round')}, {_many(options.max_train_steps or 0, 'update')}, "
+        f"{_many(rounds * online.samples_per_round, 'reward quer', 'y', 'ies')}"
     )
+
+
+def _many(number: int, noun: str, one: str = "", more: str = "s") -> str:
+    return f"{number} {noun}{one if number == 1 else more}"
 
 
 def rollouts_of(

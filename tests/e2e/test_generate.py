@@ -54,6 +54,13 @@ def test_the_same_noise_in_any_batch_and_for_every_lora(generate, palate):
     assert (code, "begun with loras" in errors) == (2, True)
 
 
+def test_an_embedded_model_is_known_by_its_name():
+    """Not by where this installation keeps it: a folder of its pictures goes on after a move."""
+    from palate.runs.models import find_model
+
+    assert find_model("mini-sd").about()["base"] == "mini-sd"
+
+
 def test_long_prompts_and_negative_prompts_are_told(generate):
     code, _, errors = generate("out", negative_prompt="blur, " * 60, images_per_prompt=2)
     assert code == 0, errors
