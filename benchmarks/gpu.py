@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nf4": {"quantize": "nf4"},
     "four pairs at once": {"train_batch_size": 4},
     "NCP": {"space": "perceptual"},
+    "compiled blocks": {"compile": True},
 }
 """One thing changed in the recipe."""
 CHECKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +54,7 @@ CHECKS: dict[str, tuple[str, dict[str, Any]]] = {
     "8-bit AdamW": ("miniature-dpo", {"optimizer": "adamw_8bit"}),
     "int8": ("miniature-dpo", {"quantize": "int8", "mixed_precision": "bf16"}),
     "nf4": ("miniature-dpo", {"quantize": "nf4", "mixed_precision": "bf16"}),
+    "compiled": ("miniature-dpo", {"compile": True}),
     "ratios of DDPO": ("miniature-ddpo-is", {"max_train_steps": 2, "samples_per_round": 16, "mixed_precision": "bf16"}),
     "ratios of GRPO, a flow": ("miniature-flow-grpo", {"max_train_steps": 2, "mixed_precision": "bf16"}),
 }
@@ -60,11 +62,6 @@ CHECKS: dict[str, tuple[str, dict[str, Any]]] = {
 FEW = ("as the recipe", "without checkpointing", "compiled blocks")
 FEW_CHECKS = ("bf16", "ratios of DDPO")
 """Of the tiny kind."""
-
-
-def compiled(policy: Any) -> None:
-    for network in policy.modules:
-        network.compile_repeated_blocks()
 
 
 def channels_last(policy: Any) -> None:
@@ -80,7 +77,6 @@ def attention(backend: str) -> Callable[[Any], None]:
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "compiled blocks": compiled,
     "channels last": channels_last,
     "flash attention": attention("flash"),
     "cuDNN attention": attention("_native_cudnn"),

@@ -191,7 +191,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        bench, other = (Bench(given.kind, given.pairs, folder) for _ in range(2))
+        bench, other, compiled = (Bench(given.kind, given.pairs, folder) for _ in range(3))
+        compiled.policy.compile_blocks()
         for network in other.policy.modules:  # which share their weights
             network.to(memory_format=torch.channels_last)
         cases: dict[str, Callable[[], None]] = {
@@ -201,7 +202,9 @@ def main() -> None:
             "DPO": bench.ours(latent()),
             "DPO, reference kept": bench.ours(latent(), kept=True),
             "DPO, channels last": other.ours(latent()),
+            "DPO, compiled": compiled.ours(latent()),
             "NCP-DPO": bench.ours(bench.ncp),
+            "NCP-DPO, compiled": compiled.ours(compiled.ncp),
             "NCP-DPO, reference kept": bench.ours(bench.ncp, kept=True),
             "NCP-DPO, reference and targets kept": bench.ours(bench.ncp, kept=True, targets=True),
         }
@@ -234,6 +237,8 @@ def tell(kind: str, p: int, seconds: dict[str, list[float]]) -> None:
     for one, other in (
         ("scripts", "DPO"),
         ("DPO, channels last", "DPO"),
+        ("DPO, compiled", "DPO"),
+        ("NCP-DPO, compiled", "NCP-DPO"),
         ("scripts", "DPO, reference kept"),
         ("scripts", "bare without reference"),
         ("NCP-DPO", "DPO"),

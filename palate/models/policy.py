@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from palate.models.reading import PLACE, Reading, apart, reading_of
 
 OLD = "old/"
 """Names of the old policy's tensors begin so."""
+COMPILED = 64
+"""Forms of a block that are compiled: by widths, batches and shapes, with gradients and without. PyTorch's limit is 8."""
 
 
 @contextmanager
@@ -97,6 +99,7 @@ class Policy:
         self.frozen.eval()
         self._old: nn.Module | None = None
         self.old_decay = 1.0
+        self.compiled = False
         if gradient_checkpointing:
             with apart(network):
                 network.enable_gradient_checkpointing()
@@ -149,6 +152,22 @@ class Policy:
         """Which weights are frozen beside the trained ones."""
         return sketch(self.frozen)
 
+    def compile_blocks(self) -> None:
+        """From now on the blocks that repeat are compiled where they are first used, for each shape (``torch.compile``).
+
+        Raises:
+            UserError: the network does not tell which blocks repeat.
+        """
+        from torch._dynamo import config as limits
+
+        network: Any = self.denoiser.network
+        if not getattr(network, "_repeated_blocks", None):
+            raise UserError(f"compile: a {type(network).__name__} does not say which of its blocks repeat; leave it out")
+        limits.recompile_limit = max(limits.recompile_limit, COMPILED)
+        self.compiled = True
+        for module in self.modules:
+            cast("Any", module).compile_repeated_blocks()
+
     def track_old(self, decay: float) -> None:
         """From now on keep a policy that lags behind, ``old``, at the cost of a second LoRA.
 
@@ -160,6 +179,8 @@ class Policy:
         if not 0 <= decay <= 1:
             raise UserError(f"the decay of the old policy is {decay}; expected 0 to 1")
         self._old, self.old_decay = twin(self.denoiser.network, share=True).requires_grad_(False).eval(), decay
+        if self.compiled:
+            cast("Any", self._old).compile_repeated_blocks()
 
     def old(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """What the policy said some updates ago; never with gradients. Raises ValueError without :meth:`track_old`."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
     from palate.models.policy import Policy
 
-    return Policy(
+    policy = Policy(
         denoiser,
         kind=recipe.policy.train_method,
         rank=recipe.policy.rank,
@@ -36,6 +36,9 @@ def policy_of(recipe: Recipe, denoiser: Denoiser) -> Policy:
         seed=recipe.training.seed,
         pretrained_lora=recipe.policy.pretrained_lora,
     )
+    if recipe.policy.compile and not any(p.is_meta for p in denoiser.network.parameters()):
+        policy.compile_blocks()
+    return policy
 
 
 def adapter_of(recipe: Recipe) -> Adapter:

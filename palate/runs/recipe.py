@@ -149,6 +149,7 @@ class Recipe:
             "train_prompts": self.online.train_prompts,
             "space": self.space != {"name": "latent"},
             "quantize": self.model.quantize,
+            "compile": self.policy.compile,
             "train_text_encoder": self.policy.train_text_encoder,
             "buckets": self.data.buckets,
             "draws_per_pair": self.training.draws_per_pair,

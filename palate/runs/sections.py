@@ -132,6 +132,9 @@ class PolicyOptions:
     from)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third slower, far less memory."""
+    compile: bool = False
+    """Compile the blocks of the network that repeat (``torch.compile``): a minute or more at the first passes, faster ones
+    after them; docs/speed.md."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -34,6 +34,7 @@ MAY_DIFFER = frozenset(
         "train_batch_size",
         "gradient_accumulation_steps",
         "shard_model",
+        "compile",
         "logging_steps",
         "sample_steps",
         "eval_steps",

@@ -20,6 +20,8 @@ from palate.models.drawing import Drawing
 from palate.models.families import load_denoiser
 from palate.models.lora import tuned
 from palate.models.policy import Policy
+from palate.runs import recipe as recipes
+from palate.runs.loading import policy_of
 from palate.spaces import perceptual
 
 
@@ -460,3 +462,24 @@ def test_the_caller_decides_whether_gradients_flow_through_encoders(load):
     words = denoiser.texts[0].pair[1].get_input_embeddings().weight.requires_grad_()
     encoded = denoiser.encode_prompts(["a red house"]).tensors["encoder_hidden_states"]
     assert torch.autograd.grad(encoded.square().sum(), words)[0].any()
+
+
+def test_blocks_that_repeat_are_compiled_in_every_network(load, model_dir, monkeypatch):
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
+    policy = Policy(load())
+    policy.compile_blocks()
+    policy.track_old(1.0)  # also where it comes later
+    blocks = [m for network in policy.modules for m in network.modules() if type(m).__name__ in network._repeated_blocks]
+    assert len(policy.modules) == 3
+    assert len(blocks) > 6
+    assert {id(block) for block in blocks} == {id(block) for block in compiled}
+    compiled.clear()
+    recipe = recipes.build({"model": {"pretrained_model_name_or_path": str(model_dir)}, "policy": {"compile": True}})
+    policy_of(recipe, load(outline="shapes"))  # of which only the arithmetic is counted
+    assert not compiled
+    policy_of(recipe, load())
+    assert compiled
+    monkeypatch.setattr(type(policy.trainable_module), "_repeated_blocks", [])
+    with pytest.raises(UserError, match="does not say which of its blocks repeat; leave it out"):
+        policy.compile_blocks()
