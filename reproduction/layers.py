@@ -14,7 +14,7 @@ from short import against_base, short
 VARIANTS = {
     "last_down, one step back": {},
     "mid, one step back": {"space.layers": "mid"},
-    "all, normalised, one step back": {"space.layers": "all", "space.normalise": True},
+    "all, normalised, one step back": {"space.layers": "all", "space.normalise": "true"},
     "last_down, 20 steps back": {"space.steps_back": 20},
     "last_down, a random time": {"space.target_time": "uniform"},
 }
