@@ -139,18 +139,24 @@ def work(tasks: Iterable[Task], root: Path, processes: int = 1, measured: Path =
         folder.mkdir(parents=True, exist_ok=True)
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), os.chdir, (root,)) as pool:
-        waiting = [pool.submit(do, task, root, measured) for task in tasks if not task.finished(measured)]
+        missing = [task for task in tasks if not task.finished(measured)]
         try:
-            for one in waiting:
-                print(one.result(), flush=True)
+            for wait in (False, True):  # what other processes are at comes last
+                done = [pool.submit(do, task, root, measured, wait) for task in missing]
+                for one in done:
+                    if told := one.result():
+                        print(told, flush=True)
+                missing = [task for task, one in zip(missing, done, strict=True) if one.result() is None]
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             print("stopped; the same command goes on", flush=True)
 
 
-def do(task: Task, root: Path, measured: Path) -> str:
-    """Carry out one task, if it is missing; a second process that has the same to do waits for the first."""
-    with locked(root / task.name):
+def do(task: Task, root: Path, measured: Path, wait: bool = True) -> str | None:
+    """Carry out one task, if it is missing; where another process has it in hand, wait for its end, or return None."""
+    with locked(root / task.name, wait=wait) as free:
+        if not free:
+            return None
         if task.finished(measured):
             return f"{task.name}: was finished"
         try:
@@ -222,11 +228,15 @@ def seconds_of(clock: Path) -> float:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """One process at a time; yields whether it is this one, which it is not if another is inside and none may wait."""
     with path.with_name(f"{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def scores(folder: Path, judges: Sequence[str]) -> dict[str, list[float]]:
