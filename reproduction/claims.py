@@ -1,6 +1,6 @@
 """Run what is missing of all claims, and print what there is and what remains.
 
-    python reproduction/claims.py                                what remains, with its cost
+    python reproduction/claims.py                                tables and figures of what there is, what remains, and its cost
     python reproduction/claims.py votes labels --processes 2     runs what these lack
     python reproduction/claims.py all --processes 2
 
@@ -61,6 +61,8 @@ def main() -> None:
     work({task.name: task for task in tasks}.values(), given.output_dir, given.processes, given.measured)
     for name, claim in CLAIMS.items():
         print(f"{name}: {claim.__doc__.splitlines()[0]}", *claim.tables(given.measured, given.seeds), sep="\n", end="\n\n")
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+    votes.plot(given.measured, given.seeds, given.output_dir / "votes.png")
     for name, claim in CLAIMS.items():
         tasks = claim.runs(given.measured, given.seeds)
         missing = [task for task in tasks if not task.finished(given.measured)]
