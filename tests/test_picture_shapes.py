@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palate.base.errors import UserError
-from palate.base.shapes import MAX_SIDE, Shape, one_shape_each
+from palate.base.shapes import MAX_SIDE, Shape, in_as_many, one_shape_each
 
 SIDES = st.integers(1, MAX_SIDE // 8).map(lambda n: 8 * n)
 
@@ -74,3 +74,14 @@ def test_batches_of_one_shape_hold_everything_once_and_in_order(shapes, most):
 @given(st.integers(0, 30), st.integers(1, 6))
 def test_one_shape_is_cut_as_it_comes(n, most):
     assert one_shape_each(["a"] * n, most) == [list(range(n))[start : start + most] for start in range(0, n, most)]
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=30), st.integers(1, 6), st.data())
+def test_batches_are_cut_into_as_many_as_others_have(shapes, most, data):
+    before = [tuple(places) for places in one_shape_each(shapes, most)]
+    count = data.draw(st.integers(1, len(shapes)))
+    cut = in_as_many(before, count)
+    assert len(cut) == max(count, len(before))
+    assert all(cut)
+    assert [place for places in cut for place in places] == [place for places in before for place in places]
+    assert all(len({shapes[place] for place in places}) == 1 for places in cut)

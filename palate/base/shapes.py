@@ -90,3 +90,18 @@ def one_shape_each(shapes: Sequence[Hashable], most: int) -> list[list[int]]:
     for place, shape in enumerate(shapes):
         places.setdefault(shape, []).append(place)
     return [alike[start : start + most] for alike in places.values() for start in range(0, len(alike), most)]
+
+
+def in_as_many(batches: Sequence[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+    """The same batches cut into ``count``, if they are fewer: in each turn the longest in two.
+
+    Raises ValueError: they hold fewer places than ``count``.
+    """
+    found = [*batches]
+    while len(found) < count:
+        longest = max(found, key=len)
+        half, place = len(longest) // 2, found.index(longest)
+        if not half:
+            raise ValueError(f"{len(found)} places cannot be cut into {count} batches")
+        found[place : place + 1] = [longest[:half], longest[half:]]
+    return found

@@ -25,6 +25,7 @@ from palate.models.denoiser import Card, Features, Kohya
 from palate.models.drawing import Drawing, check_strength
 from palate.models.fit import Config, check_class, check_sampler, check_steps, text_config
 from palate.models.parts import Remembered, Source, TextEncoder, TextParts, Vae, Words, assemble, to_picture, zeros_like
+from palate.models.passes import as_forward
 from palate.models.reading import reading_of, tokens_in
 from palate.models.refiner import Refiner
 
@@ -183,9 +184,11 @@ class Latent(ABC):
         tokens = tokens_in(cond)
         if not tokens:
             raise ValueError("a network that is trained with its text encoders needs the tokens of its prompts")
-        unread = next(iter(tokens.values()))[:, 0, 0] < 0
-        told = dict(cond.tensors)
-        for name, tensor in self._conditioned(reading(tokens)).tensors.items():
+        first = next(iter(tokens.values()))
+        unread, told = first[:, 0, 0] < 0, dict(cond.tensors)
+        # They are a part of the network, but are called before it.
+        read = as_forward(network, lambda _: self._conditioned(reading(tokens)).tensors, first)
+        for name, tensor in read.items():
             told[name] = torch.where(unread.reshape(-1, *[1] * (tensor.ndim - 1)), told[name].to(tensor), tensor)
         return Conditioning(told)
 

@@ -19,6 +19,7 @@ from palate.models.adapters import Adapter, is_adapter, twin
 from palate.models.denoiser import Denoiser, features_of
 from palate.models.lora import load_lora, save_lora
 from palate.models.parts import Words, digest, sketch
+from palate.models.passes import as_forward
 from palate.models.reading import PLACE, Reading, apart, reading_of
 
 OLD = "old/"
@@ -202,8 +203,12 @@ class Policy:
 
     def features(self, x: Tensor, t: Tensor, cond: Conditioning, layers: str) -> list[Tensor]:
         """Features of the frozen model's encoder half; gradients flow to ``x``, never to weights."""
-        features = features_of(self.denoiser)
-        return features(self.frozen, x, t, cond, layers, gradient_checkpointing=self.gradient_checkpointing)
+        features, again = features_of(self.denoiser), self.gradient_checkpointing
+
+        def found(x: Tensor) -> list[Tensor]:
+            return features(self.frozen, x, t, cond, layers, gradient_checkpointing=again)
+
+        return as_forward(self.frozen, found, x)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trainable tensors by name, and those of the old policy if one is kept."""

@@ -15,7 +15,7 @@ from palate.runs.methods import Objective
 from palate.runs.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from palate.data.cache import TensorCache
     from palate.data.encoded import EncodedPairs, EncodedPictures
@@ -100,8 +100,9 @@ def cache_of(recipe: Recipe) -> TensorCache:
     return TensorCache(recipe.data.cache_dir, None if limit is None else int(limit * 1e9))
 
 
-def references_of(recipe: Recipe, policy: Policy) -> References | None:
-    """What is kept of the reference, where draws return."""
+def references_of(recipe: Recipe, policy: Policy, in_any: Callable[[bool], bool] = bool) -> References | None:
+    """What is kept of the reference, where draws return. in_any: whether something is so in any process that takes the same
+    passes as this one."""
     from palate.training.references import References
 
     options = recipe.training
@@ -114,7 +115,7 @@ def references_of(recipe: Recipe, policy: Policy) -> References | None:
         "snr_gamma": options.snr_gamma,
         "precision": [options.mixed_precision, recipe.model.quantize],
     }
-    return References(cache_of(recipe), about, targets=options.keep_targets, together=processes() > 1)
+    return References(cache_of(recipe), about, targets=options.keep_targets, together=processes() > 1, lacking=in_any)
 
 
 def encoded_of(

@@ -142,19 +142,10 @@ class Recipe:
         check_kept(self.method)
 
     def _check_shard(self) -> None:
-        """Where each process holds a part of the model, all must take the same passes."""
+        """Where each process holds a part of the model, all must take the same passes, and none draws alone."""
         if not self.training.shard_model:
             return
-        refused = {
-            "train_prompts": self.online.train_prompts,
-            "space": self.space != {"name": "latent"},
-            "quantize": self.model.quantize,
-            "compile": self.policy.compile,
-            "train_text_encoder": self.policy.train_text_encoder,
-            "buckets": self.data.buckets,
-            "draws_per_pair": self.training.draws_per_pair,
-            "early_stopping_patience": self.training.early_stopping_patience,
-        }
+        refused = {"train_prompts": self.online.train_prompts, "compile": self.policy.compile}
         if found := [name for name, given in refused.items() if given]:
             raise UserError(f"shard_model does not go with {found[0]}: leave one of the two out (docs/scale.md)")
 

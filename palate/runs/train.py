@@ -94,6 +94,7 @@ def _train_offline(found: Assembled, command: str) -> None:
     """Read, encode, train, finish."""
     from palate.diffusion.denoising import Conditioning
     from palate.training.measures import implicit_margins
+    from palate.training.place import meeting
 
     recipe = found.recipe
     options = recipe.evaluation
@@ -120,7 +121,8 @@ def _train_offline(found: Assembled, command: str) -> None:
     found = found.showing([Prompt(text) for text in (encoded if held_out is None else held_out).prompts])
     policy = policy_of(recipe, denoiser)
     space = bind_space(recipe.space, policy)
-    references = references_of(recipe, policy)
+    in_any = meeting().any if sharded(recipe) else bool
+    references = references_of(recipe, policy, in_any)
     step = _step_of(recipe, policy, space, nothing, references)
     samples = Samples(recipe, found.validation, denoiser, policy)
     denoiser.release()
@@ -131,7 +133,7 @@ def _train_offline(found: Assembled, command: str) -> None:
         margins, labels = implicit_margins(policy, space, held_out, batch_size=recipe.training.train_batch_size)
         rate = accuracy(margins.tolist(), labels.tolist(), held_out.prompts)
         if done and recipe.training.early_stopping_patience is not None:
-            _keep_best(recipe, policy, done, rate.rate)
+            _keep_best(recipe, policy, done, rate.rate, in_any)
         return {"held_out_accuracy": rate.rate, "held_out_accuracy_low": rate.low, "held_out_accuracy_high": rate.high}
 
     what = "pictures" if readers[0].single else "pairs"
@@ -283,10 +285,17 @@ def _gathered(recipe: Recipe, policy: Policy) -> Policy:
     return found
 
 
-def _keep_best(recipe: Recipe, policy: Policy, done: int, rate: float) -> None:
-    """The weights of the highest held-out accuracy so far, in ``best/``: with a recipe a run, which every verb takes."""
+def _keep_best(recipe: Recipe, policy: Policy, done: int, rate: float, in_any: Callable[[bool], bool]) -> None:
+    """The weights of the highest held-out accuracy so far, in ``best/``: with a recipe a run, which every verb takes.
+
+    Where each process holds a part of the model every one calls this, and does as the first one finds.
+    """
     best = Path(recipe.training.output_dir) / "best"
-    if rate <= read_object(best / "found.json", optional=True).get("held_out_accuracy", -1.0):
+    if not in_any(is_main() and rate > read_object(best / "found.json", optional=True).get("held_out_accuracy", -1.0)):
+        return
+    if sharded(recipe):
+        policy = _gathered(recipe, policy)
+    if not is_main():
         return
     policy.save(best)
     own = dataclasses.replace(recipe.training, output_dir=str(best), resume_from_checkpoint=None)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from palate.base.errors import UserError
 from palate.base.machine import Peak
 from palate.base.seeds import mix
-from palate.base.shapes import one_shape_each
+from palate.base.shapes import in_as_many, one_shape_each
 from palate.training import checkpoints
 from palate.training.ahead import Ahead
 from palate.training.alarms import Alarms
@@ -169,9 +169,8 @@ class _Run:
             raise UserError("there are no pairs to train on")
         self.place = place_of(policy, options)
         self.main, self.processes = self.place.main, self.place.processes
-        share = options.train_batch_size * options.gradient_accumulation_steps
-        self.batch_size = share * self.processes.count
-        self.share = range(self.processes.index * share, (self.processes.index + 1) * share)
+        self.share = options.train_batch_size * options.gradient_accumulation_steps
+        self.batch_size = self.share * self.processes.count
         self.total = options.max_train_steps or math.ceil(options.num_train_epochs * len(data) / self.batch_size)
 
         @functools.lru_cache(maxsize=2)
@@ -371,12 +370,19 @@ class _Run:
         """In the endless sequence, those of each micro-batch of this process that update number ``done`` (from 1) has.
 
         Pictures of several shapes are gone through shape by shape, some of the batches then being smaller than
-        ``train_batch_size``. What is in the effective batch does not depend on that.
+        ``train_batch_size``. What is in the effective batch does not depend on that. Where every process must take every
+        pass, those with fewer batches cut theirs into as many as the others have.
         """
-        first = (done - 1) * self.batch_size
-        own = range(first + self.share.start, first + self.share.stop)
-        shapes = [self.data.shape_of(self._item(position)[1]) for position in own]
-        return [tuple(own[i] for i in places) for places in one_shape_each(shapes, self.options.train_batch_size)]
+        own = self._by_shape(done, self.processes.index)
+        if not self.place.everywhere:
+            return own
+        return in_as_many(own, max(len(self._by_shape(done, process)) for process in range(self.processes.count)))
+
+    def _by_shape(self, done: int, process: int) -> list[tuple[int, ...]]:
+        first = (done - 1) * self.batch_size + process * self.share
+        share = range(first, first + self.share)
+        shapes = [self.data.shape_of(self._item(position)[1]) for position in share]
+        return [tuple(share[i] for i in places) for places in one_shape_each(shapes, self.options.train_batch_size)]
 
     def _item(self, position: int) -> tuple[int, int]:
         """Epoch, and index of what lies at a position."""

@@ -80,7 +80,7 @@ class TrainOptions:
     """Precision of the forward pass; trainable weights and errors stay float32."""
     shard_model: bool = False
     """Several processes hold a part of weights, gradients, optimizer, average and reference each (FSDP2), instead of all: for
-    full training and large networks. Of pairs or pictures in latent space; docs/scale.md."""
+    full training and large networks. Of pairs or pictures, not online; docs/scale.md."""
     adam_beta1: Annotated[float, SHARE_KEPT] = 0.9
     """Decay of AdamW's mean of gradients."""
     adam_beta2: Annotated[float, SHARE_KEPT] = 0.999

@@ -41,10 +41,20 @@ class References:
         about: what they depend on beside the rows: plain values that tell frozen weights, space, weighting and precision.
         targets: keep embedded targets too, which a perceptual space computes and which are large.
         together: several processes train, and each epoch deals the pairs out anew: what one computes the others find.
+        lacking: whether any process lacks something, of whether this one does: where all must take the same passes, each
+            computes what another one lacks.
     """
 
-    def __init__(self, store: Store, about: Mapping[str, object], *, targets: bool = False, together: bool = False):
-        self.store, self.about, self.together = store, dict(about), together
+    def __init__(
+        self,
+        store: Store,
+        about: Mapping[str, object],
+        *,
+        targets: bool = False,
+        together: bool = False,
+        lacking: Callable[[bool], bool] = bool,
+    ):
+        self.store, self.about, self.together, self.lacking = store, dict(about), together, lacking
         self.kinds = (REFERENCE, TARGET) if targets else (REFERENCE,)
         self.computed = self.found = 0
         self._waiting: list[tuple[list[str], Tensor]] = []
@@ -103,12 +113,14 @@ class Known:
 
     def once(self, kind: str, device: torch.device, compute: Callable[[], Tensor]) -> Tensor:
         """Rows of this kind on the device: kept ones, or computed there and from now on kept, if the kind is."""
-        rows = self.rows.get(kind)
+        if kind not in self.keys:
+            return compute()
+        rows = self.rows[kind]
+        computed = compute() if self.references.lacking(rows is None) else None
         if rows is not None:
             return rows.to(device, non_blocking=True)
-        computed = compute()
-        if kind in self.keys:
-            self.references.keep(self.keys[kind], computed)
+        assert computed is not None
+        self.references.keep(self.keys[kind], computed)
         return computed
 
     def pinned(self) -> Known:

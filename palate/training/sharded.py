@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -78,9 +78,14 @@ def _cut_up(network: nn.Module, kind: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
-    lists = [part for name, part in network.named_children() if isinstance(part, nn.ModuleList) and "block" in name]
-    for block in (*(b for blocks in lists for b in blocks), network):
+    for block in (*_blocks(network), network):
         fully_shard(block, mesh=mesh)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """What its outermost lists hold: the blocks of a U-Net's sides, the parts of its middle, a transformer's layers."""
+    for part in module.children():
+        yield from part if isinstance(part, nn.ModuleList) else _blocks(part)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+
+from palate.training.log import read_log
 
 
 def test_two_processes_train_as_one(palate, in_two_processes, tmp_path, model_dir, pairs_dir, cache_dir):
@@ -26,26 +30,91 @@ def test_two_processes_train_as_one(palate, in_two_processes, tmp_path, model_di
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-5)
 
 
-def test_each_of_two_holds_a_part(palate, in_two_processes, tmp_path, model_dir, pairs_dir, cache_dir):
-    """Weights, average and reference in parts: the weights of one process, which goes on from their checkpoint."""
-    options = {"train_method": "full", "ema_decay": "0.9", "checkpointing_steps": "1", "validation_prompts": "[]"}
-    options |= {"max_train_steps": "3", "evaluation_prompts": "null", "learning_rate": "1e-4"}
-    words = ["train", "quick.yaml", *(part for name, value in options.items() for part in (f"--{name}", value))]
-    own = ["--pretrained_model_name_or_path", model_dir, "--train_data", pairs_dir, "--cache_dir", cache_dir]
-    own += ["--output_dir", "two", "--train_batch_size", "2", "--shard_model", "true"]
-    codes, said = zip(*in_two_processes([sys.executable, "-m", "palate", *words, *own], cwd=tmp_path)(200), strict=True)
+SEVERAL = "import json, sys; from palate.cli import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
+PARTS = {
+    "weights and their average": {
+        "train_method": "full",
+        "ema_decay": "0.9",
+        "checkpointing_steps": "1",
+        "max_train_steps": "3",
+    },
+    "perceptual, of several shapes, until accuracy falls": {
+        "space": "perceptual",
+        "train_method": "full",
+        "resolution": "64x96",
+        "buckets": "true",
+        "bucket_step": "32",
+        "validation_fraction": "0.2",
+        "eval_steps": "1",
+        "early_stopping_patience": "2",
+        "max_train_steps": "9",
+    },
+    "perceptual, with text encoders, of draws that return": {
+        "space": "perceptual",
+        "space.layers": "all",
+        "train_text_encoder": "true",
+        "max_train_samples": "4",  # an update is an epoch
+        "draws_per_pair": "1",
+        "keep_targets": "true",
+    },
+    "perceptual, of a transformer in 8 bits": {
+        "space": "perceptual",
+        "space.layers": "half",
+        "space.steps_back": "20",  # a shorter one enlarges rounding
+        "quantize": "int8",
+        "gradient_checkpointing": "true",
+    },
+}
+"""What is trained where each process holds a part of it."""
+
+
+def result(run: Path | str) -> dict[str, torch.Tensor]:
+    """What a run has trained, of a LoRA or a whole network."""
+    (file,) = (path for name in ("pytorch_lora_weights", "unet/*") for path in Path(run).glob(f"{name}.safetensors"))
+    return load_file(file)
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """To within a twentieth of a step of AdamW: sums are in another order."""
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=5e-6)
+
+
+def test_each_of_two_holds_a_part(palate, in_two_processes, tmp_path, model_dir, sd3_dir, pairs_dir, cache_dir):
+    """They come to the weights of one process, which goes on from their checkpoint, and stop where it stops."""
+    shaped = shutil.copytree(pairs_dir, tmp_path / "shaped")
+    for number, file in enumerate(sorted(shaped.glob("*.png"))):
+        Image.open(file).resize([(64, 64), (96, 64), (64, 96)][number // 2 % 3]).save(file)
+    common = {"max_train_steps": "2", "validation_fraction": "0", "evaluation_prompts": "null", "validation_prompts": "[]"}
+    common |= {"learning_rate": "1e-4", "adam_epsilon": "1e-5"}  # no weight moves by the rounding of a gradient that is 0
+    runs = []
+    for what, options in PARTS.items():
+        own = {"pretrained_model_name_or_path": str(sd3_dir if "transformer" in what else model_dir)}
+        own |= {"train_data": str(shaped if "buckets" in options else pairs_dir)}
+        runs.append({**common, **own, "cache_dir": str(cache_dir), **options})
+
+    def words(run: int) -> list[str]:
+        own = {"output_dir": f"two-{run}", "train_batch_size": "2", "shard_model": "true", "cache_dir": "cache"}
+        return ["train", "quick.yaml", *(part for name, value in {**runs[run], **own}.items() for part in (f"--{name}", value))]
+
+    commands = json.dumps([words(run) for run in range(len(runs))])
+    codes, said = zip(*in_two_processes([sys.executable, "-c", SEVERAL, commands], cwd=tmp_path)(300), strict=True)
     assert codes == (0, 0), said
-    assert palate("train", output_dir="one", **options)[0] == 0
-    shutil.copytree("two", "again")
+    for run, options in enumerate(runs):
+        same = {"train_batch_size": "2", "gradient_accumulation_steps": "2", "output_dir": f"one-{run}"}  # the same batches
+        code, _, errors = palate("train", **{**options, **same})
+        assert code == 0, errors
+        close(result(f"one-{run}"), result(f"two-{run}"))
+    assert Path("two-1/best/found.json").read_text() == Path("one-1/best/found.json").read_text()
+    assert 3 <= len(read_log(Path("two-1/log.jsonl"))) == len(read_log(Path("one-1/log.jsonl"))) < 9  # before the last
+    close(result("one-1/best"), result("two-1/best"))
+    shutil.copytree("two-0", "again")
     for made in ("checkpoint-2", "checkpoint-3", "unet"):
         shutil.rmtree(Path("again", made))
-    code, _, errors = palate("train", output_dir="again", resume_from_checkpoint="latest", **options)
+    code, _, errors = palate("train", **runs[0], output_dir="again", resume_from_checkpoint="latest")
     assert code == 0, errors
-    one, two, again = (load_file(Path(run, "unet/diffusion_pytorch_model.safetensors")) for run in ("one", "two", "again"))
-    assert one.keys() == two.keys()
-    for name in one:  # a step of AdamW is 1e-4, and sums are in another order
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=5e-6)
-        torch.testing.assert_close(again[name], one[name], rtol=0, atol=5e-6)
+    close(result("one-0"), result("again"))
 
 
 def test_where_one_is_killed_the_other_ends_and_one_alone_goes_on(

@@ -99,6 +99,17 @@ def test_the_cached_run_is_the_uncached_one_to_the_last_bit(tmp_path):
     assert other.reference_calls == 0  # another beta, the same draws
 
 
+def test_all_passes_are_taken_where_another_process_lacks_what_this_one_has(tmp_path):
+    plain = train(tmp_path / "a", by_dpo, None)
+    train(tmp_path / "b", by_dpo, kept(tmp_path / "cache"))
+    asked: list[bool] = []
+    references = References(TensorCache(tmp_path / "cache"), {}, lacking=lambda lacks: asked.append(lacks) is None)
+    found = train(tmp_path / "c", by_dpo, references)
+    assert_same(weights(plain), weights(found))
+    assert (asked, found.reference_calls) == ([False] * 15, 15)
+    assert (references.computed, references.found) == (0, 60)
+
+
 def test_kto_finds_the_losers_own_draws_too(tmp_path):
     def by_kto(policy, references):
         return sample_step(policy, latent(), functools.partial(kto, beta=50.0), references=references)
