@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runs import Run, table
 from short import against_base
-from tuning import OBJECTIVES, best, name_of, tuned
+from tuning import OBJECTIVES, best, name_of, told, tuned
 
 
 def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
@@ -19,7 +19,6 @@ def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
     for method in OBJECTIVES:
         chosen = best(measured, method)
         if chosen is not None and (rates := against_base(measured, name_of(method, chosen), seeds)):
-            told = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in chosen.items()) or "the recipe's"
-            rows.append((rates[0].rate, [method, told, *rates]))
+            rows.append((rates[0].rate, [method, told(chosen), *rates]))
     ordered = [cells for _, cells in sorted(rows, key=lambda one: -one[0])]
     return table(["objective", "setting", "held out", "preference", "prompt", "looks"], ordered)

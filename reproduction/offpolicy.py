@@ -5,13 +5,12 @@ Published (HG-DPO, CVPR 2025): with photos as winners DPO and NCP-DPO collapse. 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from runs import DRAWN, Run, locked, palate, table
 from short import against_base, short
-from worldmaking import render
+from worldmaking import jpeg, render
 
 FILE, PROMPTS = "offpolicy.parquet", 300
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
@@ -53,15 +52,8 @@ def make(root: Path) -> None:
         rows = []
         for number, prompt in enumerate(read_prompts(world.seen_prompts())[:PROMPTS]):
             sides = (render(prompt.text, number), Image.open(own / f"{number:05d}-00.png"))
-            rows.append(pickapic.row(prompt.text, *map(encoded, sides), 1.0))
+            rows.append(pickapic.row(prompt.text, *map(jpeg, sides), 1.0))
         pickapic.write(root / FILE, rows)
-
-
-def encoded(image) -> bytes:
-    """As all pictures of the miniature's pairs are, so that no compression tells them apart."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=90, subsampling=0)
-    return buffer.getvalue()
 
 
 def tables(measured: Path, seeds: Sequence[int]) -> list[str]:

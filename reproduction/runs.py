@@ -120,8 +120,7 @@ class Drawing:
         out, log = root / self.name, root / f"{self.name}.txt"
         shutil.rmtree(out, ignore_errors=True)
         palate(["generate", self.model, "--prompts", self.prompts, "--output_dir", str(out), *self.words, *lora, *DRAWN], log)
-        palate(["score", str(out), "--judges", f"[{', '.join(self.judges)}]"], log)
-        write_json(measured / f"{self.name}.json", {"scores": {self.prompts: scores(out, self.judges)}})
+        judge(out, self.prompts, log, measured / f"{self.name}.json", self.judges)
         return "drawn and judged"
 
 
@@ -237,6 +236,12 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def judge(folder: Path, prompts: str, log: Path, result: Path, judges: Sequence[str] = JUDGES) -> None:
+    """Have the pictures of a folder scored, and keep that as the result of a list of prompts."""
+    palate(["score", str(folder), "--judges", f"[{', '.join(judges)}]"], log)
+    write_json(result, {"scores": {prompts: scores(folder, judges)}})
 
 
 def scores(folder: Path, judges: Sequence[str]) -> dict[str, list[float]]:
@@ -398,13 +403,27 @@ Pairs = Sequence[tuple[str, str]]
 
 def versus(measured: Path, pairs: Pairs, prompts: str, judges: Sequence[str] = JUDGES) -> list[Preference]:
     """Of each judge how often it prefers the second of each pair to the first. Those that are finished count; none gives []."""
+    if (found := sides(measured, pairs, prompts, judges)) is None:
+        return []
+    before, after = found
+    points, gains = (after > before) + 0.5 * (after == before), (after - before).mean(axis=(0, 1))
+    return [Preference.of(points[:, :, k], float(gains[k])) for k in range(len(judges))]
+
+
+def sides(measured: Path, pairs: Pairs, prompts: str, judges: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scores ``(pairs, pictures, judges)`` of the first and of the second of each pair that is finished; None without any."""
     found = [[read_scores(measured, name, prompts, judges) for name in pair] for pair in pairs]
     found = [(a, b) for a, b in found if a is not None and b is not None]
     if not found:
-        return []
+        return None
     before, after = (np.stack(side) for side in zip(*found, strict=True))
-    points, gains = (after > before) + 0.5 * (after == before), (after - before).mean(axis=(0, 1))
-    return [Preference.of(points[:, :, k], float(gains[k])) for k in range(len(judges))]
+    return before, after
+
+
+def gain(measured: Path, base: str, run: str, prompts: str, judge: str) -> float | None:
+    """How many points of a judge a run's pictures are above the base's, in the mean; None where one is missing."""
+    found = sides(measured, [(base, run)], prompts, [judge])
+    return None if found is None else float((found[1] - found[0]).mean())
 
 
 @dataclass(frozen=True)

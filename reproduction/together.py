@@ -15,24 +15,22 @@ from typing import Any
 
 from runs import (
     DRAWN,
-    JUDGES,
     PER_ROUND,
     QUIET,
     Drawing,
-    Preference,
     Run,
     Task,
-    base_name,
+    gain,
+    judge,
     locked,
     palate,
     read_scores,
-    scores,
     table,
     versus,
-    write_json,
 )
 from short import BASE, PROMPTS, UNSEEN, against_base
-from tuning import SEED, SEEN, best, name_of, tuned
+from tuning import BASE as SEEN_BASE
+from tuning import DECIDES, SEED, SEEN, best, name_of, tuned
 from worldmaking import render
 
 QUERIES = 512
@@ -48,7 +46,6 @@ REWARD: dict[str, Any] = {
 RATES = (1e-4, 3e-4, 1e-3)
 NUMBER = ("--num_prompts", str(PROMPTS))
 CEILING = "renders"
-SEEN_BASE = base_name("mini-sd", SEEN, PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,7 @@ class Renders:
         palate(["generate", "mini-sd", "--prompts", UNSEEN, "--output_dir", str(out), *NUMBER, *DRAWN], log)
         for number, prompt in enumerate(read_prompts(world.unseen_prompts())[:PROMPTS]):
             render(prompt.text, number).save(out / f"{number:05d}-00.png")  # in the place of the model's
-        palate(["score", str(out), "--judges", f"[{', '.join(JUDGES)}]"], log)
-        write_json(measured / f"{self.name}.json", {"scores": {UNSEEN: scores(out, JUDGES)}})
+        judge(out, UNSEEN, log, measured / f"{self.name}.json")
         return "rendered and judged"
 
 
@@ -97,16 +93,11 @@ def tried(rate: float, seed: int) -> Drawing:
     return Drawing(f"drawn-{name}", "mini-sd", SEEN, NUMBER, run, cost=130)
 
 
-def at_rate(measured: Path, rate: float) -> list[Preference]:
-    return versus(measured, [(SEEN_BASE, tried(rate, SEED).name)], SEEN)
-
-
 def chosen_rate(measured: Path) -> float | None:
     """Whose pictures gain most of the reward; None until all are tried."""
-    found = {rate: at_rate(measured, rate) for rate in RATES}
-    if not all(found.values()):
-        return None
-    return max(RATES, key=lambda rate: found[rate][JUDGES.index("mini-pickscore")].gain)
+    found = [gain(measured, SEEN_BASE, tried(rate, SEED).name, SEEN, DECIDES) for rate in RATES]
+    gains = [points for points in found if points is not None]
+    return RATES[gains.index(max(gains))] if len(gains) == len(RATES) else None
 
 
 def merge(root: Path, run: Run) -> None:
@@ -130,6 +121,9 @@ def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
     for label, name in (("the base model", BASE), ("the renderer", CEILING)):
         if (found := read_scores(measured, name, UNSEEN)) is not None:
             rows.append([label, *(f"{mean:.2f}" for mean in found.mean(axis=0))])
-    rates = [[f"{rate:g}", *found] for rate in RATES if (found := at_rate(measured, rate))]
-    lines = table(["rate of the reward alone, seen prompts", "held out", "preference (rewarded)", "prompt", "looks"], rates)
+    rates = [[f"{rate:g}", *versus(measured, [(SEEN_BASE, tried(rate, SEED).name)], SEEN)] for rate in RATES]
+    lines = table(
+        ["reward alone, seen prompts", "held out", "preference (rewarded)", "prompt", "looks"],
+        [r for r in rates if r[1:]],
+    )
     return [*lines, "", *table(["trained on", "held out", "preference (rewarded)", "prompt", "looks"], rows)]

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import JUDGES, Run, base_name, table, versus
+from runs import Run, base_name, gain, table, versus
 from short import PROMPTS, short
 
 SEED, SEEN = 100, "miniature-seen"
-RATE = 3e-4
-"""The recipes'."""
+BASE, DECIDES = base_name("mini-sd", SEEN, PROMPTS), "mini-pickscore"
 AUTOMATIC = 735
 """What ``beta: auto`` chooses in latent space."""
 STRENGTHS: dict[str, tuple[str, float]] = {
@@ -51,6 +50,10 @@ def named(method: str, setting: dict[str, Any]) -> str:
     return "-".join(["tune", method, *(f"{name.split('.')[-1]}-{value}" for name, value in setting.items())])
 
 
+def told(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name.split('.')[-1]} {value}" for name, value in setting.items()) or "the recipe's"
+
+
 def of_equal_operations(method: str) -> dict[str, Any]:
     return {"max_train_steps": PERCEPTUAL[method]} if method in PERCEPTUAL else {}
 
@@ -66,17 +69,11 @@ def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     ]
 
 
-def found(measured: Path, method: str, setting: dict[str, Any]):
-    base = base_name("mini-sd", SEEN, PROMPTS)
-    return versus(measured, [(base, f"{named(method, setting)}-{SEED}")], SEEN)
-
-
 def best(measured: Path, method: str) -> dict[str, Any] | None:
     """The chosen changes to the recipe; None where a training is missing."""
-    tried = [(found(measured, method, setting), setting) for setting in settings(method)]
-    if not all(preferences for preferences, _ in tried):
-        return None
-    return max(tried, key=lambda one: one[0][JUDGES.index("mini-pickscore")].gain)[1]
+    tried = [(gain(measured, BASE, f"{named(method, one)}-{SEED}", SEEN, DECIDES), one) for one in settings(method)]
+    gains = [points for points, _ in tried if points is not None]
+    return tried[gains.index(max(gains))][1] if len(gains) == len(tried) else None
 
 
 def tuned(measured: Path, method: str, seeds: Sequence[int]) -> list[Run]:
@@ -97,7 +94,6 @@ def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
     for method in METHODS:
         chosen = best(measured, method)
         for setting in settings(method):
-            if preferences := found(measured, method, setting):
-                told = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in setting.items()) or "the recipe's"
-                rows.append([method, f"**{told}**" if setting == chosen else told, *map(str, preferences)])
+            if preferences := versus(measured, [(BASE, f"{named(method, setting)}-{SEED}")], SEEN):
+                rows.append([method, f"**{told(setting)}**" if setting == chosen else told(setting), *preferences])
     return table(["objective", "setting, seen prompts", "held out", "preference", "prompt", "looks"], rows)

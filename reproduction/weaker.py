@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from runs import DRAWN, JUDGES, Task, locked, palate, read_scores, scores, table, write_json
+from runs import DRAWN, JUDGES, Task, judge, locked, palate, read_scores, table
 from short import BASE, UNSEEN, against_base, short
 from worldmaking import base_model
 
@@ -32,8 +32,7 @@ class Pictures:
 
     def carry_out(self, root: Path, measured: Path) -> str:
         make(root)
-        palate(["score", str(root / "weak-pictures"), "--judges", f"[{', '.join(JUDGES)}]"], root / f"{WEAK}.txt")
-        write_json(measured / f"{self.name}.json", {"scores": {"miniature-seen": scores(root / "weak-pictures", JUDGES)}})
+        judge(root / "weak-pictures", "miniature-seen", root / f"{WEAK}.txt", measured / f"{self.name}.json")
         return "judged"
 
 

@@ -21,6 +21,15 @@ def render(prompt: str, seed: int) -> Image.Image:
     return scenes.render(scene_of(prompt), np.random.default_rng(seed))
 
 
+def jpeg(image: Image.Image) -> bytes:
+    """As the pictures of the miniature's pairs are kept."""
+    import torch
+
+    from tools.miniature import voting
+
+    return voting.jpeg(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+
+
 def base_model() -> ModuleType:
     """How mini-sd was trained."""
     from tools.miniature import base_model
