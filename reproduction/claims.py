@@ -18,6 +18,7 @@ import labels
 import layers
 import objectives
 import offpolicy
+import raters
 import settings_on_seen
 import shapes
 import smaller_files
@@ -36,6 +37,7 @@ CLAIMS = {
     "layers": layers,
     "labels": labels,
     "votes": votes,
+    "raters": raters,
     "winners": winners,
     "draws": draws,
     "accuracy": accuracy,

@@ -1,6 +1,6 @@
 """Question: winners from far away, real renders against the model's own pictures: what prevents that training harms?
 
-Published (HG-DPO, CVPR 2025): with photos as winners DPO and NCP-DPO collapse. 300 seen prompts, equal updates.
+Published (HG-DPO, CVPR 2025): with photos as winners DPO and NCP-DPO collapse. 300 seen prompts, 40 updates or 160.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from short import against_base, short
 from worldmaking import jpeg, render
 
 FILE, PROMPTS = "offpolicy.parquet", 300
+LONG = {"max_train_steps": "160"}
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "DPO": ("miniature-dpo", {}),
     "DPO, ten times beta": ("miniature-dpo", {"objective.beta": "10000"}),
@@ -21,6 +22,10 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "SDPO": ("miniature-sdpo", {}),
     "MaPO": ("miniature-mapo", {}),
     "SFT": ("miniature-sft", {}),
+    "DPO, 160 updates": ("miniature-dpo", LONG),
+    "NCP-DPO, 160 updates": ("miniature-ncp-dpo", LONG),
+    "SDPO, 160 updates": ("miniature-sdpo", LONG),
+    "SFT, 160 updates": ("miniature-sft", LONG),
 }
 
 
@@ -32,7 +37,9 @@ def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
     return [
         run
         for variant, (recipe, changes) in VARIANTS.items()
-        for run in short(named(variant), recipe, seeds, {"train_data": FILE, **changes}, before=make)
+        for run in short(
+            named(variant), recipe, seeds, {"train_data": FILE, **changes}, before=make, cost=60 if changes != LONG else 180
+        )
     ]
 
 

@@ -4,18 +4,19 @@
 
 Parts, in the order in which they should run:
 
-- tune: the learning rates of ``RATES`` for each method (for DDPO-IS with each of ``CLIPS``) on compressibility, with a seed
-  that no curve uses and 256 queries. The setting of the best mean reward of the last two rounds is kept in
-  ``measured/online-tuned.json``; without it, the curves take the recipes' own. Pictures that high rates have blurred are small
-  files too, so that RWR and sparse RWR are tuned once more for the other rewards, on incompressibility with ``LOW_RATES``.
-- curves: every method on every reward with every seed, all with the same number of reward queries.
+- tune: each of ``RATES`` for every method on every reward, with a seed that no curve uses and 256 queries. The rate with the
+  best mean reward of the last two rounds is what the curves take.
+- curves: every method on every reward with every seed, all with the same number of reward queries; then each of these models
+  draws the same unseen prompts as the base model, and all judges score them.
 - generalisation: DDPO-IS for compressibility on six combinations of object and place (``miniature-gen-train``), compared with
   the base model on those, on other objects, on another place and on other combinations.
 - overoptimisation: DDPO-IS for the aesthetic judge, far beyond what is good for it, watched by a judge that it never sees;
-  at the tuned learning rate and at three times it, without and with a KL budget.
-- others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space; and
-  RWR for prompt alignment on pictures drawn as they are compared: with guidance, in 15 steps.
+  at a good learning rate and at three times it, without and with a KL budget.
+- others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space.
 - plot: figures, picture grids and ``table.md`` of all that is finished.
+
+RWR and sparse RWR are shown pictures drawn as they are compared, with guidance in ten steps: shown those of DDPO, drawn
+in eight without, they learn to draw softer ones, whatever is rewarded.
 
 Every run has one thread; finished runs are not repeated, interrupted ones go on. Figures and ``table.md`` are written to
 ``--output_dir``.
@@ -24,15 +25,32 @@ Every run has one thread; finished runs are not repeated, interrupted ones go on
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from runs import PER_ROUND, Run, draw_curves, guards, on_splits, pyplot, read_curve, rewards_of, row, split_table, table, work
+from runs import (
+    JUDGES,
+    PER_ROUND,
+    Drawing,
+    Run,
+    Task,
+    draw_curves,
+    guards,
+    on_splits,
+    pyplot,
+    read_curve,
+    read_scores,
+    rewards_of,
+    row,
+    split_table,
+    table,
+    versus,
+    work,
+)
 from runs import options as arguments
+from short import PROMPTS, UNSEEN
 
 METHODS = {
     "DDPO-IS": "miniature-ddpo-is",
@@ -46,16 +64,23 @@ REWARDS = {
     "aesthetic": "mini-aesthetic",
     "alignment": "mini-clip",
 }
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-CLIPS = (1e-3, 1e-2)
-LOW_RATES = (1e-4, 3e-4, 1e-3)
-RWR = ("RWR", "RWR-sparse")
+GUIDED: dict[str, Any] = {"sample_guidance_scale": 2.5, "guidance_in_training": "false", "sample_num_steps": 10}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "DDPO-IS": {"objective.clip_range": 0.01},
+    "DDPO-SF": {},
+    "RWR": GUIDED,
+    "RWR-sparse": GUIDED,
+}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 TUNING_SEED, TUNING_QUERIES = 100, 256
+ALL_JUDGES = ("jpeg_compressibility", *JUDGES)
+NUMBER = ("--num_prompts", str(PROMPTS))
+BEFORE = "online-base"
 GUARDS = ("tuned", "tuned-budget", "fast", "fast-budget")
-FASTER, KL_BUDGET = 3, 1.0
+PUSHED, FASTER, KL_BUDGET = 1e-3, 3, 1.0
 
 
-def options(reward: str, seed: int, queries: int, setting: dict[str, float], watch: bool = True) -> dict[str, Any]:
+def options(reward: str, seed: int, queries: int, setting: dict[str, Any], watch: bool = True) -> dict[str, Any]:
     """What all runs have in common; the comparison after training is left out, it would take longer than the training."""
     held_out = "mini-heldout" if reward == "alignment" else "mini-clip"
     common: dict[str, Any] = {"rewards": REWARDS[reward], "held_out_rewards": f"[{held_out}]" if watch else "[]", "seed": seed}
@@ -66,54 +91,52 @@ def options(reward: str, seed: int, queries: int, setting: dict[str, float], wat
     return common | setting
 
 
-def settings(method: str, reward: str) -> list[dict[str, float]]:
-    rates = [{"learning_rate": rate} for rate in (RATES if reward == "compress" else LOW_RATES)]
-    return [rate | {"objective.clip_range": clip} for clip in CLIPS for rate in rates] if method == "DDPO-IS" else rates
+def trial(method: str, reward: str, rate: float) -> Run:
+    setting = SETTINGS[method] | {"learning_rate": rate}
+    options_ = options(reward, TUNING_SEED, TUNING_QUERIES, setting, False)
+    return Run(f"tune-{reward}-{method}-{rate:g}", METHODS[method], options_)
 
 
-def tunings(given: argparse.Namespace) -> list[tuple[str, str]]:
-    """Which methods are tuned on which rewards."""
-    return [(m, r) for m in given.methods for r in ("compress", "incompress") if r == "compress" or m in RWR]
+def tuning(given: argparse.Namespace) -> list[Task]:
+    return [trial(method, reward, rate) for reward in given.rewards for method in given.methods for rate in RATES]
 
 
-def tuning_name(method: str, reward: str, setting: dict[str, float]) -> str:
-    return "-".join(["tune", reward, method, *(f"{value:g}" for value in setting.values())])
+def tried(measured: Path, method: str, reward: str) -> list[float]:
+    """The mean reward of the last two rounds at each rate that was tried to the end."""
+    found = [rewards_of(read_curve(measured, trial(method, reward, rate).name))[1] for rate in RATES]
+    return [statistics.mean(means[-2:]) for means in found if means]
 
 
-def tuning(given: argparse.Namespace) -> list[Run]:
-    return [
-        Run(tuning_name(m, r, setting), METHODS[m], options(r, TUNING_SEED, TUNING_QUERIES, setting, False))
-        for m, r in tunings(given)
-        for setting in settings(m, r)
-    ]
+def tuned(measured: Path, method: str, reward: str) -> dict[str, Any]:
+    """The setting of a method for a reward at its best rate, once all are tried; until then at the recipe's."""
+    means = tried(measured, method, reward)
+    rate = {"learning_rate": RATES[means.index(max(means))]} if len(means) == len(RATES) else {}
+    return SETTINGS[method] | rate
 
 
-def curves(given: argparse.Namespace) -> list[Run]:
-    best = tuned(given.measured)
-
-    def setting(method: str, reward: str) -> dict[str, float]:
-        return best[f"{method}, incompress" if method in RWR and reward != "compress" else method]
-
-    return [
-        Run(f"{reward}-{method}-{seed}", METHODS[method], options(reward, seed, given.queries, setting(method, reward)))
-        for seed in given.seeds
-        for reward in given.rewards
-        for method in given.methods
-    ]
+def curve(given: argparse.Namespace, method: str, reward: str, seed: int) -> Run:
+    setting = tuned(given.measured, method, reward)
+    return Run(f"{reward}-{method}-{seed}", METHODS[method], options(reward, seed, given.queries, setting), cost=100)
 
 
-def generalisation(given: argparse.Namespace) -> list[Run]:
-    setting = tuned(given.measured)["DDPO-IS"]
+def curves(given: argparse.Namespace) -> list[Task]:
+    runs = [curve(given, m, r, seed) for seed in given.seeds for r in given.rewards for m in given.methods]
+    drawings = [Drawing(f"drawn-{run.name}", "mini-sd", UNSEEN, NUMBER, run, judges=ALL_JUDGES) for run in runs]
+    return [Drawing(BEFORE, "mini-sd", UNSEEN, NUMBER, judges=ALL_JUDGES), *runs, *drawings]
+
+
+def generalisation(given: argparse.Namespace) -> list[Task]:
+    setting = tuned(given.measured, "DDPO-IS", "compress")
     return [
         on_splits(f"generalisation-{seed}", METHODS["DDPO-IS"], options("compress", seed, given.queries, setting))
         for seed in given.seeds
     ]
 
 
-def overoptimisation(given: argparse.Namespace) -> list[Run]:
-    setting = {"learning_rate": 1e-3} | tuned(given.measured)["DDPO-IS"]
-    fast = {"learning_rate": FASTER * setting["learning_rate"]}
-    runs = []
+def overoptimisation(given: argparse.Namespace) -> list[Task]:
+    setting = SETTINGS["DDPO-IS"] | {"learning_rate": PUSHED}
+    fast = {"learning_rate": FASTER * PUSHED}
+    runs: list[Task] = []
     budget = {"kl_budget": KL_BUDGET}
     for name, guard in zip(GUARDS, ({}, budget, fast, fast | budget), strict=True):
         pushed = options("aesthetic", given.seeds[0], 2 * given.queries, setting)
@@ -124,13 +147,10 @@ def overoptimisation(given: argparse.Namespace) -> list[Run]:
 
 def others(given: argparse.Namespace) -> list[Run]:
     perceptual = {"space": "perceptual", "guidance_in_training": "false"}
-    guided = {"sample_guidance_scale": 2.5, "guidance_in_training": "false", "sample_num_steps": 15}
-    slow = tuned(given.measured)["RWR, incompress"]
     kinds = {
         "online-DPO": ("compress", "miniature-online-dpo", {}),
         "online-NCP-DPO": ("compress", "miniature-online-dpo", {**perceptual, "objective.beta": 7e5}),
-        "RWR-perceptual": ("compress", METHODS["RWR"], {**perceptual, **slow}),
-        "RWR-guided": ("alignment", METHODS["RWR"], {**guided, **slow}),
+        "RWR-perceptual": ("compress", METHODS["RWR"], {**perceptual, "learning_rate": 1e-4}),
     }
     return [
         Run(f"others-{name}", recipe, options(reward, given.seeds[0], given.queries, setting))
@@ -147,28 +167,6 @@ PARTS = {
 }
 
 
-def tuned(root: Path) -> dict[str, dict[str, float]]:
-    """The chosen settings by name of the method, of RWR's also by ``METHOD, incompress``; empty where nothing was tuned."""
-    found = json.loads(path.read_text()) if (path := root / "online-tuned.json").is_file() else {}
-    return defaultdict(dict, {name: one["chosen"] for name, one in found.items()})
-
-
-def choose(given: argparse.Namespace) -> None:
-    """The best setting of each method whose tuning is complete."""
-    found = json.loads(path.read_text()) if (path := given.measured / "online-tuned.json").is_file() else {}
-    for method, reward in tunings(given):
-        tried = []
-        for setting in settings(method, reward):
-            _, means = rewards_of(read_curve(given.measured, tuning_name(method, reward, setting)))
-            if means:
-                tried.append({**setting, "reward": statistics.mean(means[-2:])})
-        if len(tried) == len(settings(method, reward)):
-            best = max(tried, key=lambda one: one["reward"])
-            name = method if reward == "compress" else f"{method}, {reward}"
-            found[name] = {"chosen": {k: v for k, v in best.items() if k != "reward"}, "tried": tried}
-    path.write_text(json.dumps(found, indent=1) + "\n")
-
-
 # Figures -----------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +179,7 @@ def plot(given: argparse.Namespace) -> None:
         if curve := read_curve(given.measured, run.name):
             reward = next(name for name, judge in REWARDS.items() if judge == run.options["rewards"])
             lines.append(row(reward, run.name.removeprefix("others-"), [curve]))
+    lines += ["", *drawn(given), "", *tuning_table(given)]
     lines += ["", *split_table(given.measured, "mini-sd", [f"generalisation-{seed}" for seed in given.seeds])]
     lines += ["", *plot_overoptimisation(given.measured, root), ""]
     pushed = {name: read_curve(given.measured, f"overoptimisation-{name}") for name in ("tuned", "fast")}
@@ -189,6 +188,34 @@ def plot(given: argparse.Namespace) -> None:
     (root / "table.md").write_text("\n".join(lines) + "\n")
     grids(given, root)
     print(f"wrote {root / 'table.md'}, its figures and grids")
+
+
+def drawn(given: argparse.Namespace) -> list[str]:
+    """What each model's pictures of unseen prompts gained by every judge, its own reward's in bold; and how often preferred."""
+    rows, base = [], read_scores(given.measured, BEFORE, UNSEEN, ALL_JUDGES)
+    if base is not None:
+        rows.append(["", "the base model", *(f"{mean:.2f}" for mean in base.mean(axis=0)), ""])
+    for reward in given.rewards:
+        own = ALL_JUDGES.index(REWARDS[reward].replace("incompress", "compress"))
+        for method in given.methods:
+            pairs = [(BEFORE, f"drawn-{reward}-{method}-{seed}") for seed in given.seeds]
+            found = [read_scores(given.measured, name, UNSEEN, ALL_JUDGES) for _, name in pairs]
+            gains = [(one - base).mean(axis=0) for one in found if one is not None and base is not None]
+            if gains:
+                cells = [", ".join(f"{gain:+.2f}" for gain in column) for column in zip(*gains, strict=True)]
+                cells[own] = f"**{cells[own]}**"
+                rows.append([reward, method, *cells, *versus(given.measured, pairs, UNSEEN, JUDGES[:1])])
+    return table(["reward", "method", *ALL_JUDGES, "mini-heldout prefers"], rows)
+
+
+def tuning_table(given: argparse.Namespace) -> list[str]:
+    rows = []
+    for reward in given.rewards:
+        for method in given.methods:
+            means = tried(given.measured, method, reward)
+            if len(means) == len(RATES):
+                rows.append([reward, method, *(f"**{m:.2f}**" if m == max(means) else f"{m:.2f}" for m in means)])
+    return table(["reward", "method", *(f"{rate:g}" for rate in RATES)], rows)
 
 
 def plot_curves(given: argparse.Namespace, root: Path) -> list[str]:
@@ -274,8 +301,6 @@ def main() -> None:
             plot(given)
             continue
         work(PARTS[part](given), given.output_dir, given.processes, given.measured)
-        if part == "tune":
-            choose(given)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def compared(run: Run, prompts: str, root: Path, measured: Path) -> dict[str, li
     """Scores of the tuned model's pictures by each judge; the base model's are a file of their own, which runs share."""
     from palate.runs import recipe
 
-    model = recipe.load(run.recipe).model.pretrained_model_name_or_path
+    model = run.options.get("pretrained_model_name_or_path") or recipe.load(run.recipe).model.pretrained_model_name_or_path
     drawn, base = root / run.name / "evaluation", root / base_name(model, prompts, run.prompts)
     words = ["--evaluation_prompts", prompts, "--num_evaluation_prompts", str(run.prompts)]
     words += ["--num_inference_steps", str(run.steps), "--judges", f"[{', '.join(run.judges)}]"]

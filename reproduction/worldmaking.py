@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -35,3 +36,27 @@ def base_model() -> ModuleType:
     from tools.miniature import base_model
 
     return base_model
+
+
+class People:
+    """Those who voted on the miniature's pairs."""
+
+    def __init__(self) -> None:
+        from palate.miniature import world
+        from tools.miniature import raters
+
+        self.eye, self.crowd = raters.load_eye(world.checkpoint("mini-rater")), raters.crowd()
+
+    def votes(
+        self, prompt: str, pair: tuple[bytes, bytes], raters: int, margin: float, rng: np.random.Generator
+    ) -> list[float]:
+        """Of so many of them by chance: 1 for the first picture, 0 for the second, 0.5 for a tie."""
+        from palate.data.images import to_tensor
+
+        images = to_tensor([Image.open(io.BytesIO(side)).convert("RGB") for side in pair])
+        looks, follow, _ = self.eye.look(images, [scene_of(prompt)] * 2)
+        found = []
+        for person in rng.choice(np.array(self.crowd, dtype=object), raters, replace=False):
+            worth = person.worth(looks.numpy(), follow.numpy(), "general")
+            found.append(person.vote(float(worth[0]), float(worth[1]), rng, margin))
+        return found

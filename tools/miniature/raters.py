@@ -82,13 +82,13 @@ class Rater:
             return 4.0 * following
         return self.looks * appeal + self.prompt * following
 
-    def vote(self, worth_0: float, worth_1: float, rng: np.random.Generator) -> float:
-        """1 if the first picture is preferred, 0 if the second, 0.5 for a tie.
+    def vote(self, worth_0: float, worth_1: float, rng: np.random.Generator, margin: float = TIE_MARGIN) -> float:
+        """1 if the first picture is preferred, 0 if the second, 0.5 for a tie: a felt difference below the margin.
 
         The difference plus logistic noise decides, so that without ties P(first) = sigmoid(difference / noise).
         """
         felt = worth_0 - worth_1 + self.noise * rng.logistic()
-        return 0.5 if abs(felt) < TIE_MARGIN else float(felt > 0)
+        return 0.5 if abs(felt) < margin else float(felt > 0)
 
 
 def crowd(count: int = 12, seed: int = 7) -> list[Rater]:
