@@ -22,7 +22,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from processes import finish, start
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "fingerprint.json"
@@ -285,23 +286,8 @@ def palate(given: list[str], folder: Path, *, fails: bool = False) -> str:
 
 
 def in_two(given: list[str], folder: Path) -> None:
-    """As ``accelerate launch`` starts two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "palate", *given],
-            cwd=folder,
-            env={**environment(), **common, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    said = [worker.communicate()[1] for worker in workers]
+    workers = start([sys.executable, "-m", "palate", *given], 2, cwd=folder, environment=environment())
+    said = finish(workers)
     if any(worker.returncode for worker in workers):
         raise SystemExit(f"two processes: palate {' '.join(given)}: {said}")
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from palate.cli import main as palate
 
-SEVERAL = "import json, sys; from palate.cli import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
 BATCH, MICRO = 8, 2
 COMMON = {
     "max_train_samples": 16,
@@ -70,16 +69,24 @@ def words(case: str, out: Path, processes: int = 1, **more: object) -> list[str]
     return ["train", recipe, *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
 
 
-def start(commands: Sequence[list[str]], processes: int) -> list[subprocess.Popen[str]]:
-    """Commands, one after the other, in so many processes."""
+def several(commands: Sequence[list[str]]) -> list[str]:
+    """The program of several commands of Palate, one after the other; it fails where one does."""
+    code = "import json, sys; from palate.cli import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
+    return [sys.executable, "-c", code, json.dumps(commands)]
+
+
+def start(
+    program: Sequence[str], processes: int, *, cwd: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> list[subprocess.Popen[str]]:
+    """A program in so many processes on the CPU, as ``accelerate launch`` starts them; what they print is not kept."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    program = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
-    ranks = [{**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
-    return [subprocess.Popen(program, env=own, stderr=subprocess.PIPE, text=True) for own in ranks]
+    ranks = [{**environment, **common, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(program, cwd=cwd, env=own, **pipes) for own in ranks]
 
 
 def finish(workers: Sequence[subprocess.Popen[str]]) -> list[str]:
@@ -95,12 +102,13 @@ def succeed(commands: Sequence[list[str]], processes: int = 1) -> None:
         if failed:
             raise SystemExit(f"failed: palate {' '.join(failed[0])}")
         return
-    said = finish(workers := start(commands, processes))
+    said = finish(workers := start(several(commands), processes))
     if any(worker.returncode for worker in workers):
         raise SystemExit("\n".join(said))
 
 
 def trained(out: Path) -> dict[str, Tensor]:
+    """What a run has trained, of a LoRA or a whole network."""
     (path,) = (file for name in ("pytorch_lora_weights", "unet/*", "transformer/*") for file in out.glob(f"{name}.safetensors"))
     return load_file(path)
 
@@ -135,7 +143,8 @@ def compare(base: Path, cases: Sequence[str], counts: Sequence[int]) -> None:
 def kill(base: Path, case: str, count: int = 4) -> None:
     """One of so many processes that hold a part each, in the midst; half of them, and one that holds everything, go on."""
     options = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "lr_scheduler": "constant"}
-    workers = start([words(case, base / "killed", count, shard_model="true", **{**options, "max_train_steps": 1000})], count)
+    endless = words(case, base / "killed", count, shard_model="true", **{**options, "max_train_steps": 1000})
+    workers = start(several([endless]), count)
     while not (base / "killed/checkpoint-2").exists() and all(worker.poll() is None for worker in workers):
         time.sleep(0.05)
     workers[-1].kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from skipped import not_tested
 from tiny_models import BETAS, LIMIT, tiny_t5_tokenizer, tiny_text, tiny_unet, tiny_vae
 
+from benchmarks.processes import start
 from palate.miniature.captions import caption
 from tools.miniature import scenes
 from tools.miniature.base_model import build_tokenizer
@@ -41,16 +41,9 @@ def in_two_processes():
     """
     workers: list[subprocess.Popen[str]] = []
 
-    def start(command, cwd=None):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-        for rank in ("0", "1"):
-            own = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-            pipe = subprocess.PIPE
-            workers.append(subprocess.Popen(list(map(str, command)), cwd=cwd, env=own, stdout=pipe, stderr=pipe, text=True))
+    def begin(command, cwd=None):
+        alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        workers.extend(start(list(map(str, command)), 2, cwd=cwd, environment=alone))
 
         def finished(timeout):
             said = [worker.communicate(timeout=timeout)[1] for worker in workers]
@@ -59,7 +52,7 @@ def in_two_processes():
         finished.workers = workers
         return finished
 
-    yield start
+    yield begin
     for worker in workers:
         worker.kill()
 

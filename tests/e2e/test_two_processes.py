@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -12,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
+from benchmarks.processes import several, trained
 from palate.training.log import read_log
 
 
@@ -25,12 +24,11 @@ def test_two_processes_train_as_one(palate, in_two_processes, tmp_path, model_di
     assert "16 rows: 16 pairs" in said[0]
     assert "rows" not in said[1]
     assert palate("train", max_train_steps=2, output_dir="one")[0] == 0
-    one, two = (load_file(Path(folder, "pytorch_lora_weights.safetensors")) for folder in ("one", "two"))
+    one, two = trained(Path("one")), trained(Path("two"))
     for name in one:  # sums in another order, which AdamW's division enlarges: a twentieth of a step of 1e-3 at most
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-5)
 
 
-SEVERAL = "import json, sys; from palate.cli import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
 PARTS = {
     "weights and their average": {
         "train_method": "full",
@@ -68,12 +66,6 @@ PARTS = {
 """What is trained where each process holds a part of it."""
 
 
-def result(run: Path | str) -> dict[str, torch.Tensor]:
-    """What a run has trained, of a LoRA or a whole network."""
-    (file,) = (path for name in ("pytorch_lora_weights", "unet/*") for path in Path(run).glob(f"{name}.safetensors"))
-    return load_file(file)
-
-
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """To within a twentieth of a step of AdamW: sums are in another order."""
     assert one.keys() == other.keys()
@@ -98,23 +90,23 @@ def test_each_of_two_holds_a_part(palate, in_two_processes, tmp_path, model_dir,
         own = {"output_dir": f"two-{run}", "train_batch_size": "2", "shard_model": "true", "cache_dir": "cache"}
         return ["train", "quick.yaml", *(part for name, value in {**runs[run], **own}.items() for part in (f"--{name}", value))]
 
-    commands = json.dumps([words(run) for run in range(len(runs))])
-    codes, said = zip(*in_two_processes([sys.executable, "-c", SEVERAL, commands], cwd=tmp_path)(300), strict=True)
+    commands = several([words(run) for run in range(len(runs))])
+    codes, said = zip(*in_two_processes(commands, cwd=tmp_path)(300), strict=True)
     assert codes == (0, 0), said
     for run, options in enumerate(runs):
         same = {"train_batch_size": "2", "gradient_accumulation_steps": "2", "output_dir": f"one-{run}"}  # the same batches
         code, _, errors = palate("train", **{**options, **same})
         assert code == 0, errors
-        close(result(f"one-{run}"), result(f"two-{run}"))
+        close(trained(Path(f"one-{run}")), trained(Path(f"two-{run}")))
     assert Path("two-1/best/found.json").read_text() == Path("one-1/best/found.json").read_text()
     assert 3 <= len(read_log(Path("two-1/log.jsonl"))) == len(read_log(Path("one-1/log.jsonl"))) < 9  # before the last
-    close(result("one-1/best"), result("two-1/best"))
+    close(trained(Path("one-1/best")), trained(Path("two-1/best")))
     shutil.copytree("two-0", "again")
     for made in ("checkpoint-2", "checkpoint-3", "unet"):
         shutil.rmtree(Path("again", made))
     code, _, errors = palate("train", **runs[0], output_dir="again", resume_from_checkpoint="latest")
     assert code == 0, errors
-    close(result("one-0"), result("again"))
+    close(trained(Path("one-0")), trained(Path("again")))
 
 
 def test_where_one_is_killed_the_other_ends_and_one_alone_goes_on(
