@@ -78,14 +78,12 @@ def train(root: Path) -> None:
         texts = torch.cat([pipeline.text_encoder(part).last_hidden_state for part in ids.split(200)])
     torch.manual_seed(tools.SEED + 9)
     unet, scheduler = tools.new_unet(), tools.new_scheduler()
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(latents), (tools.UNET_BATCH,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
         t = torch.randint(1000, (tools.UNET_BATCH,), generator=generator)
-        output = unet(scheduler.add_noise(latents[rows], noise, t), t, texts[rows]).sample
-        return ((output - noise).square().mean(dim=(1, 2, 3)) * (snr[t].clamp(max=5) / snr[t])).mean()
+        return tools.noise_loss(lambda xt: unet(xt, t, texts[rows]).sample, scheduler, latents[rows], noise, t)
 
     tools.train(work, "unet", unet, loss_of, steps=STEPS, learning_rate=6e-4, seed=tools.SEED + 9, ema=0.99)
     part = out.with_suffix(".part")

@@ -275,6 +275,19 @@ def latents_of(work: Path, vae, images: Tensor) -> Tensor:
     return torch.load(path, weights_only=True)
 
 
+def noise_loss(predict: Callable[[Tensor], Tensor], scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Mean error of the predicted noise with min-SNR-5 weights (arXiv 2303.09556).
+
+    Args:
+        predict: of noisy latents at the times ``t`` ``(b,)``.
+        scheduler: whose ``add_noise`` makes them.
+        x0: latents ``(b, c, h, w)``, as ``noise``.
+    """
+    snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[t]
+    errors = (predict(scheduler.add_noise(x0, noise, t)).float() - noise).square().mean(dim=(1, 2, 3))
+    return (errors * (snr.clamp(max=5) / snr)).mean()
+
+
 def build_diffusion(work: Path, folder: Path) -> None:
     """Train U-Net and text encoder together: noise prediction with min-SNR-5 weights and one caption in ten left out."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -288,7 +301,6 @@ def build_diffusion(work: Path, folder: Path) -> None:
     unet, text_encoder, scheduler = new_unet(), new_text_encoder(len(tokenizer)), new_scheduler()
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (UNET_BATCH,), generator=generator)
@@ -296,8 +308,7 @@ def build_diffusion(work: Path, folder: Path) -> None:
         ids[torch.rand(UNET_BATCH, generator=generator) < 0.1] = empty
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(1000, (UNET_BATCH,), generator=generator)
-        output = unet(scheduler.add_noise(x0, noise, t), t, text_encoder(ids).last_hidden_state).sample
-        return ((output - noise).square().mean(dim=(1, 2, 3)) * (snr[t].clamp(max=5) / snr[t])).mean()
+        return noise_loss(lambda xt: unet(xt, t, text_encoder(ids).last_hidden_state).sample, scheduler, x0, noise, t)
 
     both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     train(work, "unet", both, loss_of, steps=UNET_STEPS, learning_rate=6e-4, seed=SEED + 1, ema=0.9985, warmup=200)

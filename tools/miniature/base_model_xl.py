@@ -18,7 +18,7 @@ from torch import Tensor
 
 from palate.base.files import write_atomically
 from tools.miniature import scenes
-from tools.miniature.base_model import SEED, SHOTS, UNET_BATCH, picture_set, say, train
+from tools.miniature.base_model import SEED, SHOTS, UNET_BATCH, noise_loss, picture_set, say, train
 
 UNET_STEPS = 1200
 TIME_ID_WIDTH = 32
@@ -174,8 +174,6 @@ def build_diffusion_xl(work: Path, sd: Path, clip: Path, folder: Path) -> None:
     tokens = [t(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids for t in tokenizers]
     torch.manual_seed(SEED + 6)
     unet, scheduler = new_unet(sd / "unet", first, second, tokens[0][:512]), new_scheduler()
-    abar = scheduler.alphas_cumprod
-    snr = abar / (1 - abar)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (UNET_BATCH,), generator=generator)
@@ -188,11 +186,12 @@ def build_diffusion_xl(work: Path, sd: Path, clip: Path, folder: Path) -> None:
             two = second(tokens[1][rows], output_hidden_states=True)
         text = torch.cat([one, two.hidden_states[-2]], dim=-1) * kept.view(-1, 1, 1)
         added = {"text_embeds": two.text_embeds * kept.view(-1, 1), "time_ids": time_ids[rows]}
-        level = abar[t].view(-1, 1, 1, 1)
-        xt = level.sqrt() * latents[rows] + (1 - level).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
-            output = unet(xt, t, text, added_cond_kwargs=added).sample
-        return ((output.float() - noise).square().mean(dim=(1, 2, 3)) * (snr[t].clamp(max=5) / snr[t])).mean()
+
+        def predict(xt: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return unet(xt, t, text, added_cond_kwargs=added).sample
+
+        return noise_loss(predict, scheduler, latents[rows], noise, t)
 
     train(work, "unet-xl", unet, loss_of, steps=UNET_STEPS, learning_rate=3e-4, seed=SEED + 6, ema=0.998)
     pipeline = StableDiffusionXLPipeline(
