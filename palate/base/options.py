@@ -30,9 +30,13 @@ Options = TypeVar("Options")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a plain word, where 1.1 surprises: ``no`` is text, ``1e-4`` a number, a date text.
+    """YAML 1.2's idea of a plain word, where 1.1 surprises: ``no`` is text, ``1e-4`` a number, a date text."""
 
-    A question mark does not end a word inside brackets: ``[pickscore:FOLDER?dtype=bfloat16]``.
+
+class _AskingLoader(_Loader):
+    """A question mark does not end a word inside brackets: ``[pickscore:FOLDER?dtype=bfloat16]``.
+
+    It looks at every letter once more, so it is for texts that have one.
     """
 
     _in_word = False
@@ -72,7 +76,7 @@ for _kind in (_Loader, _Dumper):
 def parse(text: str, where: str) -> object:
     """YAML to plain values; ``where`` begins the message of a :class:`UserError`."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        return yaml.load(text, Loader=_AskingLoader if "?" in text else _Loader)  # both are SafeLoaders
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where} is not readable YAML: {said(error, 240)}") from error
 

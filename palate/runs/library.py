@@ -22,6 +22,10 @@ class Entry:
     model: str
     """What it trains: ``mini-sd``, or a hub id."""
 
+    def has(self, words: Sequence[str]) -> bool:
+        """Whether every word stands in its name, comment or model, in any case."""
+        return all(word.lower() in f"{self.name} {self.about} {self.model}".lower() for word in words)
+
 
 def built_in() -> dict[str, Path]:
     """Names of the recipes that come with Palate."""
@@ -48,14 +52,12 @@ def about(path: Path) -> list[str]:
     return [line.lstrip("#").strip() for line in lines[:end]]
 
 
-def entries(words: Sequence[str] = ()) -> list[Entry]:
-    """The recipes in whose name, comment or model every word stands, in any case; the miniature's first, then by model."""
+def entries() -> list[Entry]:
+    """All recipes, the miniature's first, then by model."""
     found = []
     for name, path in built_in().items():
         text = path.read_text(encoding="utf-8")
         content = parse(text, str(path))
         assert isinstance(content, dict)
-        entry = Entry(name, text.partition("\n")[0].lstrip("# "), content["model"]["pretrained_model_name_or_path"])
-        if all(word.lower() in f"{name} {entry.about} {entry.model}".lower() for word in words):
-            found.append(entry)
+        found.append(Entry(name, text.partition("\n")[0].lstrip("# "), content["model"]["pretrained_model_name_or_path"]))
     return sorted(found, key=lambda entry: ("/" in entry.model, entry.model))

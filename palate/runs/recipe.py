@@ -36,7 +36,8 @@ from palate.training.options import TrainOptions
 
 def _given(options: Any) -> list[str]:
     """The names of those options that are not at their default."""
-    return [f.name for f in fields(options) if getattr(options, f.name) != getattr(type(options)(), f.name)]
+    plain = type(options)()
+    return [f.name for f in fields(options) if getattr(options, f.name) != getattr(plain, f.name)]
 
 
 @dataclass(frozen=True)

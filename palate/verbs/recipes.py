@@ -45,9 +45,10 @@ def main(words: list[str]) -> int:
 
 
 def _list(words: list[str]) -> None:
-    found = library.entries(words)
+    entries = library.entries()
+    found = [entry for entry in entries if entry.has(words)]
     if not found:
-        known = {word for entry in library.entries() for word in entry.name.split("-")}
+        known = {word for entry in entries for word in entry.name.split("-")}
         raise UserError(f"no recipe named {short(' '.join(words))}{nearest(words[-1], known)}; 'palate recipes' lists all")
     width = max(len(entry.name) for entry in found)
     for number, (model, group) in enumerate(itertools.groupby(found, lambda entry: entry.model)):
