@@ -15,6 +15,10 @@ ONLINE = [name for name in PUBLISHED if recipe.load(name).online.train_prompts i
 REAL = [name for name in PUBLISHED if name not in ONLINE]
 
 
+SMALL = {"resolution": 64, "mixed_precision": "no", "validation_prompts": "[]", "logging_steps": 1}
+SMALL |= {"num_evaluation_prompts": 2, "num_inference_steps": 2}  # of what is drawn nothing is asked here
+
+
 @pytest.fixture
 def tiny_of(model_dir, sdxl_dir, sd3_dir, flow_dir):
     """The tiny model of a recipe's family."""
@@ -43,8 +47,7 @@ def test_there_are_those_of_the_papers_and_for_one_gpu():
 def test_a_recipe_trains_at_small_size(palate, name, tiny_of):
     made = recipe.load(name)
     assert "Not run with these weights by us" in library.find(name).read_text()
-    tiny = {"resolution": 64, "max_train_steps": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2}
-    tiny |= {"mixed_precision": "no", "validation_prompts": "[]", "validation_fraction": 0, "logging_steps": 1}
+    tiny = {**SMALL, "max_train_steps": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2, "validation_fraction": 0}
     if made.training.optimizer == "adamw_8bit":  # needs a GPU
         tiny["optimizer"] = "adamw"
     code, _, err = palate("train", name, pretrained_model_name_or_path=tiny_of(name), lr_warmup_steps=0, **tiny)
@@ -58,8 +61,8 @@ def test_a_recipe_trains_at_small_size(palate, name, tiny_of):
 def test_an_online_recipe_trains_at_small_size(palate, name, tiny_of, prompts_file):
     made = recipe.load(name)
     assert "Not run with these weights by us" in library.find(name).read_text()
-    tiny = {"resolution": 64, "rounds": 1, "samples_per_round": 4, "sample_num_steps": 2, "mixed_precision": "no"}
-    tiny |= {"validation_prompts": "[]", "logging_steps": 1, "max_train_steps": None, "train_data": None, "cache_dir": None}
+    tiny = {**SMALL, "rounds": 1, "samples_per_round": 4, "sample_num_steps": 2, "max_train_steps": None}
+    tiny |= {"train_data": None, "cache_dir": None}
     tiny |= {"train_prompts": prompts_file}  # the recipe's own are found in test_online
     if made.online.rewards == ("pickscore",):  # whose weights are not here
         tiny["rewards"] = "jpeg_compressibility"
