@@ -101,14 +101,14 @@ def join(prompt: Conditioning, negative: Conditioning) -> Conditioning:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """b pictures on their way: `latents` (b, n + 1, ...) before each of n steps and after the last; `log_prob` (b, n).
+    """b pictures on their way: `latents` (b, n + 1, ...) before each of n steps and after the last; `log_prob` (b, judged).
 
-    mean: (b, n, ...) of the steps' Gaussians, if it was to be kept.
+    mean: (b, judged, ...) of the judged steps' Gaussians, if it was to be kept.
     """
 
     latents: Float[Tensor, " b n1 *d"]
-    log_prob: Float[Tensor, " b n"]
-    mean: Float[Tensor, " b n *d"] | None = None
+    log_prob: Float[Tensor, " b judged"]
+    mean: Float[Tensor, " b judged *d"] | None = None
 
 
 def sample(
@@ -122,23 +122,26 @@ def sample(
     guidance_scale: float,
     rule: Rule,
     noisy: range | None = None,
+    judged: range | None = None,
     judged_scale: float | None = None,
     keep_means: bool = False,
     device: torch.device | str = "cpu",
-    on_step: Callable[[int, Tensor, Transition], None] | None = None,
+    on_step: Callable[[int, Tensor, Transition | None], None] | None = None,
 ) -> Trajectory:
     """Draw b trajectories of latents of `shape`; all noise of item i derives from seeds[i]. Everything is float32.
 
     noisy: the steps that are taken by the rule; all others by DDIM without noise. All unless given.
-    judged_scale: the guidance under which the log-probabilities are told; `guidance_scale` unless given. With 1 they are those
-    of the model without guidance, at one more pass a step: what training without guidance compares with.
-    on_step: called with k, the latents before step k and its transition.
+    judged: the steps whose log-probabilities are told; all unless given.
+    judged_scale: the guidance under which they are told; `guidance_scale` unless given. With 1 they are those of the model
+    without guidance, at one more pass a judged step: what training without guidance compares with.
+    on_step: called with k, the latents before step k and its transition under judged_scale, None where that was not computed.
     """
     b = len(seeds)
     x = normal(seeds, shape, START, device, torch.float32)
     cond = cond.to(device)
     act = guided(predict, guidance_scale)
     judge = act if judged_scale in (None, guidance_scale) else guided(predict, judged_scale)  # type: ignore[arg-type]
+    told = range(len(path)) if judged is None else judged
     latents: list[Tensor] = [x]
     log_probs: list[Tensor] = []
     means: list[Tensor] = []
@@ -146,12 +149,14 @@ def sample(
         times, taken = path.at(k, b, device), rule if noisy is None or k in noisy else ddim(0.0)
         step = transition(act, schedule, x, *times, cond, rule=taken)
         after = step.mean + step.std * normal(seeds, shape, FIRST_STEP + k, device, torch.float32)
-        judged = step if judge is act else transition(judge, schedule, x, *times, cond, rule=taken)
-        log_probs.append(judged.log_prob(after))
-        if keep_means:
-            means.append(judged.mean)
+        seen = step if judge is act else transition(judge, schedule, x, *times, cond, rule=taken) if k in told else None
+        if seen is not None and k in told:
+            log_probs.append(seen.log_prob(after))
+            if keep_means:
+                means.append(seen.mean)
         if on_step is not None:
-            on_step(k, x, judged)
+            on_step(k, x, seen)
         x = after
         latents.append(x)
-    return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), torch.stack(means, 1) if means else None)
+    log_prob = torch.stack(log_probs, 1) if log_probs else x.new_zeros(b, 0)
+    return Trajectory(torch.stack(latents, 1), log_prob, torch.stack(means, 1) if means else None)

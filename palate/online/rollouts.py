@@ -30,7 +30,7 @@ from palate.base.shapes import one_shape_each
 from palate.data.prompts import Prompt, PromptSampler
 from palate.diffusion.batches import PairBatch, SampleBatch, TrajectoryBatch
 from palate.diffusion.denoising import Conditioning
-from palate.diffusion.sampling import Transition, guided, sample, transition
+from palate.diffusion.sampling import Predict, Transition, guided, sample, transition
 from palate.diffusion.schedule import Path, RectifiedFlow
 from palate.online import advantages
 from palate.online.conditions import Encoded
@@ -321,7 +321,6 @@ class Rollouts:
         data = {name: sorted_rows(rows) for name, rows in data.items()}
         if self.evidence != "trajectories":
             data["latents"] = data["latents"][:, 0]
-            del data["log_prob"]
         measured_in_all = min(n, options.kl_samples)
         kl_of_all = processes.gather(kl.float()[None]).sum(0).double() / max(1, measured_in_all)
         steps: list[float] = kl_of_all.tolist()
@@ -344,12 +343,15 @@ class Rollouts:
         seeds = torch.tensor([mix(self.seed, PICTURE, number * n + row) for row in share])
         window = self._window(number)
         noisy = None if options.window_end is None else window
-        keep = slice(window.start, window.stop + 1) if self.evidence == "trajectories" else slice(-1, None)
-        parts: dict[str, list[Tensor]] = {name: [] for name in ("latents", "log_prob", "thumbnail", "prompt", "row")}
+        trained = (
+            window if self.evidence == "trajectories" else range(0)
+        )  # what is not trained has no likelihood to compare with
+        keep = slice(window.start, window.stop + 1) if trained else slice(-1, None)
+        parts: dict[str, list[Tensor]] = {name: [] for name in ("latents", "thumbnail", "prompt", "row")}
         pending: list[Pending] = []
         kl = torch.zeros(options.sample_num_steps, dtype=torch.float64)
         predict = lagging(self.policy).old if self.sampling.by_old else self.policy
-        refer = guided(self.policy.reference, options.trained_scale)
+        judge, refer = (guided(model, options.trained_scale) for model in (predict, self.policy.reference))
         bar = tqdm(
             total=len(share),
             desc=f"round {number}: drawing",
@@ -367,15 +369,22 @@ class Rollouts:
             measured = sum(row < options.kl_samples for row in rows)  # the first of a round are
 
             def measure(
-                k: int, x: Tensor, step: Transition, measured: int = measured, cond: Conditioning = cond, path: Path = path
+                k: int,
+                x: Tensor,
+                step: Transition | None,
+                measured: int = measured,
+                cond: Conditioning = cond,
+                path: Path = path,
             ) -> None:
                 if not measured or (noisy is not None and k not in noisy):
                     return
-                there = cond.rows(slice(measured))
-                base = transition(
-                    refer, self.policy.schedule, x[:measured], *path.at(k, measured, device), there, rule=self.rule
-                )
-                kl[k] += Transition(step.mean[:measured], step.std[:measured]).kl(base).double().sum().cpu()
+                times, there = path.at(k, measured, device), cond.rows(slice(measured))
+
+                def taken(model: Predict) -> Transition:
+                    return transition(model, self.policy.schedule, x[:measured], *times, there, rule=self.rule)
+
+                own = taken(judge) if step is None else Transition(step.mean[:measured], step.std[:measured])
+                kl[k] += own.kl(taken(refer)).double().sum().cpu()
 
             drawn = sample(
                 predict,
@@ -387,6 +396,7 @@ class Rollouts:
                 guidance_scale=options.sample_guidance_scale,
                 rule=self.rule,
                 noisy=noisy,
+                judged=trained,
                 judged_scale=options.trained_scale,
                 keep_means=self.sampling.keep_means,
                 device=device,
@@ -400,9 +410,10 @@ class Rollouts:
             parts["prompt"].append(torch.tensor(part))
             parts["row"].append(torch.tensor(rows))
             parts["latents"].append(self._packed(drawn.latents[:, keep].cpu()))
-            parts["log_prob"].append(drawn.log_prob[:, window.start : window.stop].cpu())
+            if trained:
+                parts.setdefault("log_prob", []).append(drawn.log_prob.cpu())
             if drawn.mean is not None:
-                parts.setdefault("mean", []).append(self._packed(drawn.mean[:, window.start : window.stop].cpu()))
+                parts.setdefault("mean", []).append(self._packed(drawn.mean.cpu()))
             bar.update(len(part))
         bar.close()
         return parts, pending, kl

@@ -173,6 +173,28 @@ def test_guidance_is_one_forward_of_both():
     assert calls == [6, 3]
 
 
+def test_steps_that_are_not_judged_take_no_pass_of_their_own():
+    rows = []
+
+    def counted(xt, t, cond):
+        rows.append(len(xt))
+        return predict(xt, t, cond)
+
+    whole = drawn(judged_scale=1.0, keep_means=True)
+    for judged in (range(1, 3), range(0)):
+        rows.clear()
+        seen = []
+        part = sample(
+            counted, schedule(), schedule().path(6), conditions(3), torch.arange(3), SHAPE, guidance_scale=3.0, rule=ddim(1.0),
+            judged=judged, judged_scale=1.0, keep_means=True, on_step=lambda k, x, step: seen.append(step is not None),
+        )  # fmt: skip
+        assert torch.equal(part.latents, whole.latents)
+        assert torch.equal(part.log_prob, whole.log_prob[:, judged.start : judged.stop])
+        assert part.mean is None if not judged else torch.equal(part.mean, whole.mean[:, 1:3])
+        assert seen == [k in judged for k in range(6)]
+        assert sum(rows) == 6 * 6 + 3 * len(judged)
+
+
 def test_judged_without_guidance():
     found, way = drawn(judged_scale=1.0), schedule().path(6)
     assert torch.equal(found.latents, drawn().latents)

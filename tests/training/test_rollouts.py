@@ -43,6 +43,23 @@ def drawn(objective="ddpo_is", *, seed=0, number=0, **options):
 # Laws of a round ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("objective", "judged"), [("sft", 0), ("dpo", 0), ("ddpo_is", 2)])
+def test_a_round_costs_the_passes_of_guidance_and_of_likelihoods_that_are_compared(objective, judged, monkeypatch):
+    rows, policy = [], TinyPolicy()
+    whole = TinyPolicy.__call__
+    monkeypatch.setattr(TinyPolicy, "__call__", lambda self, xt, t, cond: rows.append(len(xt)) or whole(self, xt, t, cond))
+    options = {"guidance_in_training": False, "window_start": 1, "window_size": 2, "group_size": 2}
+    free = rollouts(policy, objective, kl_samples=0, **options)
+    free.begin(0)
+    assert sum(rows) == 8 * (4 * 2 + judged)  # pictures, steps twice for guidance
+    rows.clear()
+    told = rollouts(policy, objective, kl_samples=3, **options).begin(0)
+    assert told["kl_steps"] == [0.0] * 4
+    assert sum(rows) == 8 * (4 * 2 + judged) + 3 * (4 - judged)
+    double(policy)
+    assert all(kl > 0 for kl in rollouts(policy, objective, kl_samples=3, **options).begin(0)["kl_steps"])
+
+
 def test_a_round_does_not_depend_on_how_it_is_cut():
     whole, told = drawn(sample_batch_size=8)
     for size in (1, 3):
