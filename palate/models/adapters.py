@@ -172,6 +172,10 @@ class LycorisLayer:
         """Whether it changes nothing and cannot learn to: the gradient of each matrix is a multiple of all others."""
         return not self.strength or sum(not matrix.any() for matrix in self.matrices.values()) > 1
 
+    def exceeds(self, limit: float) -> bool:
+        """Whether the change holds a number above ``limit``, or one that is not finite."""
+        return not float(self.product().abs().max()) <= limit
+
     def product(self) -> Tensor:
         """The change of the weights, as a matrix ``(out, in)`` or with kernels flattened into ``in``."""
         first, second = (self._factor(number) for number in "12")

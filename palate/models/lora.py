@@ -301,10 +301,20 @@ def _check_product(denoiser: Drawer, file: Path, module: str, layer: LycorisLaye
         found = tuple(layer.product().shape)
     except RuntimeError as error:
         raise UserError(f"{where}: its matrices do not fit each other ({first_line(error)}); the file is damaged") from None
+    _check_size(file, module, layer)
     if found != (weight[0], weight[1:].numel()):
         raise UserError(
             f"{where}: it changes weights of {_shape(found)}, the model has {_shape(weight)} there. "
             "Was it trained for another family of models?"
+        )
+
+
+def _check_size(file: Path, module: str, layer: LoraLayer | LycorisLayer) -> None:
+    """Matrices of finite numbers may have a product that is none."""
+    if layer.exceeds(torch.finfo(torch.float32).max):
+        raise UserError(
+            f"{file} cannot be used: its change of {module} holds numbers that float32 does not hold, so only NaN could be "
+            "drawn; it is damaged, or was trained at too high a rate"
         )
 
 
@@ -340,6 +350,9 @@ def _inject(denoiser: Drawer, model: nn.Module, part: str, file: Path, layers: M
         raise UserError(f"{file} cannot be put into {denoiser.name}: {why}") from error
     model._hf_peft_config_loaded = True  # type: ignore[assignment]
     _check_arrived(denoiser, model, file, state, adapter)
+    for module in layers:
+        strength = float(model.get_submodule(module).scaling[adapter])  # type: ignore[index, operator, union-attr]
+        _check_size(file, module, LoraLayer(state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"], strength))
 
 
 @contextmanager
@@ -481,6 +494,13 @@ class LoraLayer:
     def idle(self) -> bool:
         """Whether it changes nothing."""
         return not (self.scale and self.down.any() and self.up.any())
+
+    def exceeds(self, limit: float) -> bool:
+        """Whether the change holds a number above ``limit``, or one that is not finite."""
+        down, up = self.down.flatten(1).double(), self.up.flatten(1).double() * self.scale
+        if float(down.abs().max() * up.abs().max()) * len(down) <= limit:  # of nearly all layers: nothing is multiplied
+            return False
+        return not float((up @ down).abs().max()) <= limit
 
 
 def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:

@@ -24,13 +24,15 @@ def check_lora(layers: Mapping[str, LoraLayer] | Mapping[str, LycorisLayer], dty
     """What rounding a LoRA to ``dtype`` loses, in sentences.
 
     Raises:
-        UserError: it changes nothing, before or after, or holds numbers that are too large.
+        UserError: it changes nothing, before or after, or its matrices or the change hold numbers that are too large.
     """
     held = {name: layer for name, layer in layers.items() if not layer.idle}
     if not held:
         raise UserError("the LoRA changes nothing (its matrices, or their alphas, are 0): there is nothing to export")
     errors = {name: sum(_error(x, dtype) for x in layer.held) for name, layer in held.items()}
-    _check_overflow([name for name, error in errors.items() if not error < torch.inf], len(layers), "layers", dtype)
+    most = torch.finfo(dtype).max
+    large = [name for name, layer in held.items() if not errors[name] < torch.inf or layer.exceeds(most)]
+    _check_overflow(large, len(layers), "layers", dtype)
     lost = [name for name, x in held.items() if not all(part.to(dtype).any() for part in x.held)]
     return _lost(lost, len(held), "layers", dtype) + _coarse([e for n, e in errors.items() if n not in lost], dtype)
 
@@ -72,10 +74,11 @@ def _error(tensor: Tensor, dtype: torch.dtype) -> float:
 
 
 def _check_overflow(names: list[str], of: int, what: str, dtype: torch.dtype) -> None:
+    finer = {torch.float16: "use --dtype bf16 or fp32", torch.bfloat16: "use --dtype fp32"}
     if names:
         raise UserError(
             f"{len(names)} of {of} {what}, such as {names[0]}, hold numbers above {torch.finfo(dtype).max:g}, where "
-            f"{called(dtype)} ends: use --dtype {'bf16 or fp32' if dtype == torch.float16 else 'fp32'}"
+            f"{called(dtype)} ends: {finer.get(dtype, 'nothing can be drawn with them; train anew, at a lower learning_rate')}"
         )
 
 

@@ -89,6 +89,17 @@ def test_what_is_not_understood_passes_no_door(doors, lora, message):
     assert not Path("out").exists()
 
 
+def test_finite_matrices_of_which_the_product_is_not_pass_no_door(doors, lora):
+    tensors = load_file(file := lora(NAMES["bare"]))
+    for name in list(tensors)[:2]:
+        tensors[name] = torch.full_like(tensors[name], 3e20)
+    save_file(tensors, file)
+    for door, (code, errors) in doors(file).items():
+        assert (code, "holds numbers that float32 does not hold" in errors.splitlines()[-1]) == (2, True), door
+    assert not Path("drawn/manifest.jsonl").exists()
+    assert not Path("k.safetensors").exists()
+
+
 def test_a_lora_that_is_on_a_hub(doors):
     for door, (code, errors) in doors("owner/lora").items():
         assert (code, "hf download owner/lora --local-dir DIR" in errors) == (2, True), door

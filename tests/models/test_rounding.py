@@ -34,10 +34,20 @@ def test_what_a_precision_holds_exactly_is_not_worth_a_word(dtype):
 @pytest.mark.parametrize("sides", [(0, 1), (1, 0)])
 def test_numbers_above_the_end_of_a_precision(sides):
     for dtype, value in HALVES.items():
-        large = layer(*(value if side else 1.0 for side in sides))
+        large = layer(*(value if side else 0.25 for side in sides))
         assert check_lora({"a": FINE, "b": large}, torch.float32) == []
         with pytest.raises(UserError, match="1 of 2 layers, such as b, hold numbers above"):
             check_lora({"a": FINE, "b": large}, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "root"), [(torch.float32, 2e19), (torch.float16, 300.0), (torch.bfloat16, 2e19)])
+def test_a_product_above_the_end_of_a_precision_of_matrices_below_it(dtype, root):
+    """Rank 2: each number of the change is scale x 2 x root^2."""
+    assert check_lora({"a": FINE, "b": layer(root, root, 1e-3)}, dtype) == []
+    with pytest.raises(UserError, match="1 of 2 layers, such as b, hold numbers above"):
+        check_lora({"a": FINE, "b": layer(root, root)}, dtype)
+    signs = LoraLayer(torch.tensor([[root], [-root]]), torch.full((3, 2), root), 1.0)  # whose products cancel
+    assert check_lora({"a": FINE, "b": signs}, dtype) == []
 
 
 @pytest.mark.parametrize("sides", [(0, 1), (1, 0)])
