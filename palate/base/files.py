@@ -50,6 +50,7 @@ def check_folder(folder: str | Path, name: str) -> None:
     Raises:
         UserError: it cannot.
     """
+    _check_named(folder, name)
     path = Path(folder).expanduser().absolute()
     try:
         # That which is there already: a folder made for the trial might be removed under another process.
@@ -64,6 +65,12 @@ def check_folder(folder: str | Path, name: str) -> None:
         raise UserError(f"{name} {shown} cannot be written to ({why}): name another with --{name}")
 
 
+def _check_named(place: str | Path, name: str) -> None:
+    """No name would be the working directory's, which nobody means who gives an empty shell variable."""
+    if not str(place).strip():
+        raise UserError(f"{name} is {short(str(place))}: give it a name, or . for the working directory")
+
+
 def nearest_there(place: str | Path) -> Path:
     """A file or folder, or what there is of the way to it."""
     path = Path(place).expanduser().absolute()
@@ -76,6 +83,7 @@ def nearest_there(place: str | Path) -> Path:
 
 def check_file(file: str | Path, name: str) -> None:
     """As :func:`check_folder`, of the folder in which a file will be written."""
+    _check_named(file, name)
     path = Path(file).expanduser()
     if path.is_dir():
         raise UserError(f"{name} {short(str(file), 100, quoted=False)} is a folder; expected the name of a file")
@@ -89,6 +97,7 @@ def replacing(final: Path, write: Callable[[str], object], name: str = ".") -> P
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write(str(partial))
+        share(partial)
         if name != ".":
             _order_metadata(partial / name)
         if final.is_dir():
@@ -99,6 +108,13 @@ def replacing(final: Path, write: Callable[[str], object], name: str = ".") -> P
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def share(folder: Path) -> None:
+    """Let whoever may read a folder read its files, too: those that safetensors writes are for their owner alone."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _order_metadata(file: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from palate.evaluation.manifest import Picture, ScoreFile, Side, differences, re
 from palate.evaluation.statistics import Average, MeanDifference, WinRate
 from palate.judges.kinds import KINDS
 
+SHOWN_PROMPTS = "compared"
+"""In ``run.json``: the prompts of the comparison, where they are those of the data that are held out."""
 MEND = "mend it, or delete it to do without what it tells"
 GROUPS = 40  # a field of the metadata with more values than these is no category
 
@@ -181,6 +183,9 @@ def read_run(folder: Path) -> JsonObject:
     for name in ("serves", "chosen", "versions"):
         if not isinstance(run.get(name, {}), dict):
             raise UserError(f"{path}: {name} is {short(run[name])}, expected an object; {MEND}")
+    shown = run.get(SHOWN_PROMPTS, [])
+    if not isinstance(shown, list) or not all(isinstance(text, str) for text in cast("list[object]", shown)):
+        raise UserError(f"{path}: {SHOWN_PROMPTS} is {short(shown)}, expected a list of prompts; {MEND}")
     return run
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from palate.base.errors import UserError
 from palate.base.machine import tell, versions
 from palate.data.prompts import Prompt
-from palate.evaluation.folders import read_run
+from palate.evaluation.folders import SHOWN_PROMPTS, read_run
 from palate.miniature import prompt_lists, world
 from palate.models.files import weights_of
 from palate.names.judges import score_folders
@@ -20,11 +20,7 @@ from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import write_card
 from palate.runs.loading import at_home, denoiser_of, drawing_of
 from palate.runs.methods import SpaceOptions
-from palate.runs.recipe import Recipe
-
-SHOWN_PROMPTS = "compared"
-"""In ``run.json``: the prompts of the comparison, where they are those of the data that are held out."""
-
+from palate.runs.recipe import Recipe, load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,9 +36,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(recipe: Recipe, *, command: str = "") -> None:
-    """Compare base and tuned model of a finished run again, in its folder."""
+    """Compare base and tuned model of a finished run again, in its folder.
+
+    recipe: of the run, with other options of the comparison, and for what lies elsewhere by now. The card tells how the weights
+    were made, so it follows the run's own.
+    """
     recipe = at_home(recipe)
     out = Path(recipe.training.output_dir)
+    ran = load(str(out / "recipe.yaml"))
     shown = read_run(out).get(SHOWN_PROMPTS, [])  # damaged, it is told now and not after the drawing
     found = assemble(recipe)
     found = found.showing([Prompt(text) for text in shown])
@@ -57,7 +58,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     if recipe.policy.pretrained_lora is not None:
         load_lora(denoiser, base, recipe.policy.pretrained_lora, texts=recipe.policy.train_text_encoder)
     compare_models(found, denoiser, base, tuned(denoiser, weights), command)
-    write_card(out, recipe, denoiser)
+    write_card(out, dataclasses.replace(ran, evaluation=recipe.evaluation), denoiser)
 
 
 class Samples:

@@ -18,14 +18,14 @@ from palate.base.jsonl import JsonObject, read_object, write_object
 from palate.base.machine import is_main, processes, tell, versions
 from palate.data.prompts import Prompt
 from palate.evaluation.accuracy import accuracy
-from palate.evaluation.folders import read_run
+from palate.evaluation.folders import SHOWN_PROMPTS, read_run
 from palate.miniature import prompt_lists, world
 from palate.models.families import cut_warning
 from palate.models.files import KOHYA_FILE, WEIGHTS
 from palate.runs import recipe as recipes
 from palate.runs.assembly import Assembled, assemble
 from palate.runs.card import PUBLIC, write_card
-from palate.runs.compare import SHOWN_PROMPTS, Samples, compare_models, evaluate
+from palate.runs.compare import Samples, compare_models, evaluate
 from palate.runs.evidence import (
     counts_of,
     doubts,

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 from torch import Tensor
 
 from palate.base.errors import UserError, first_line, short
+from palate.base.files import share
 from palate.base.options import leaves
 
 MAY_DIFFER = frozenset(
@@ -106,6 +107,7 @@ def save(
         save_file(tensors, partial / "weights.safetensors")
         torch.save(dict(state), partial / "state.pt")
         (partial / "recipe.json").write_text(json.dumps(recipe, indent=1, default=str), encoding="utf-8")
+        share(partial)
         if final.exists():  # written by an earlier run that was resumed before this step
             old = output_dir / f".checkpoint-{step}.old"
             shutil.rmtree(old, ignore_errors=True)

@@ -47,5 +47,7 @@ def carry_out(
         return 0
     if not before:
         raise UserError(f"{command} expects {first} first: {usage}")
+    if not all(word.strip() for word in before):
+        raise UserError(f"{command} was given an empty name; expected {usage}")
     work(before, checked(kind, overrides(words[len(before) :]), command))
     return 0

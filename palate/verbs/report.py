@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palate.base.errors import UserError
-from palate.base.options import Port
+from palate.base.files import check_file
+from palate.base.options import Port, check_ranges
 from palate.verbs import carry_out
 
 USAGE = "palate report FOLDER [FOLDER ...] [--option value ...]: of palate train or palate compare"
@@ -21,6 +22,9 @@ class Options:
     port: Port = 8360
     """Of the page that is watched."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 def main(words: list[str]) -> int:
     return carry_out(words, Options, _report, usage=USAGE, first="a folder or more", several=True)
@@ -30,12 +34,14 @@ def _report(folders: list[str], options: Options) -> None:
     if options.watch:
         _watch(folders, options)
         return
+    if options.output is not None:
+        check_file(options.output, "output")
     from palate.evaluation.report import chapter_of, write_report
 
     chapters = [chapter_of(folder) for folder in folders]
     first = Path(folders[0])
     beside = (first if first.is_dir() else first.parent) if len(folders) == 1 else Path()
-    path = Path(options.output).expanduser() if options.output else beside / "report.html"
+    path = Path(options.output).expanduser() if options.output is not None else beside / "report.html"
     write_report(path, chapters)
     print(f"wrote {path}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -293,6 +294,14 @@ def test_evaluating_what_is_not_there(palate, prompts_file):
     assert "gone holds no recipe.yaml" in one_line("gone")
     palate("train", max_train_steps=1, evaluation_prompts="null")
     assert "add --evaluation_prompts FILE" in one_line("out")
+    for option in ("learning_rate", "training.seed", "rank", "output_dir", "objective.beta", "space", "train_prompts"):
+        assert f"--{option} is of training, which is over; palate evaluate takes" in one_line("out", **{option: 3})
+    assert "unknown option --jdges (did you mean --judges?" in one_line("out", jdges=3)
+    run = json.loads(Path("out/run.json").read_text())
+    for wrong in (5, "a cat", ["a cat", None], {"a": 1}):
+        Path("out/run.json").write_text(json.dumps({**run, "compared": wrong}))
+        assert re.search("compared is .*, expected a list of prompts; mend it", one_line("out"))
+    Path("out/run.json").write_text(json.dumps(run))
     given = {"evaluation_prompts": prompts_file, "judges": "[jpeg_compressibility]"}
     weights = Path("out/pytorch_lora_weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:500])

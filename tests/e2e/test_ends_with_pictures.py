@@ -59,8 +59,10 @@ def test_judges_that_are_named_judge_them(palate):
 def test_a_finished_run_is_compared_again_on_the_same_prompts_without_its_data(palate, pairs_dir):
     palate("train", validation_fraction=0.3)
     shown = drawn("tuned")
-    code, _, errors = palate("evaluate", "out", judges="[jpeg_compressibility]", train_data="gone/")
+    code, _, errors = palate("evaluate", "out", judges="[jpeg_compressibility]", train_data="gone/", evaluation_seed=5)
     assert code == 0, errors
+    card = Path("out/README.md").read_text()  # of how the weights were made
+    assert [text in card for text in ("gone", pairs_dir.name, "training 0, evaluation 5")] == [False, True, True]
     assert drawn("tuned") == shown
     assert Path("out/metrics.json").is_file()
     assert palate("evaluate", "out")[0] == 0
