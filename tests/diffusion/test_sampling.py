@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -183,10 +184,11 @@ def test_steps_that_are_not_judged_take_no_pass_of_their_own():
     whole = drawn(judged_scale=1.0, keep_means=True)
     for judged in (range(1, 3), range(0)):
         rows.clear()
-        seen = []
+        seen: list[bool] = []
+        told = functools.partial(lambda seen, k, x, step: seen.append(step is not None), seen)
         part = sample(
             counted, schedule(), schedule().path(6), conditions(3), torch.arange(3), SHAPE, guidance_scale=3.0, rule=ddim(1.0),
-            judged=judged, judged_scale=1.0, keep_means=True, on_step=lambda k, x, step: seen.append(step is not None),
+            judged=judged, judged_scale=1.0, keep_means=True, on_step=told,
         )  # fmt: skip
         assert torch.equal(part.latents, whole.latents)
         assert torch.equal(part.log_prob, whole.log_prob[:, judged.start : judged.stop])
