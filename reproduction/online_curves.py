@@ -64,14 +64,19 @@ REWARDS = {
     "aesthetic": "mini-aesthetic",
     "alignment": "mini-clip",
 }
-GUIDED: dict[str, Any] = {"sample_guidance_scale": 2.5, "guidance_in_training": "false", "sample_num_steps": 10}
+GUIDED: dict[str, Any] = {
+    "sample_guidance_scale": 2.5,
+    "guidance_in_training": "false",
+    "sample_num_steps": 10,
+    "kl_samples": 0,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "DDPO-IS": {"objective.clip_range": 0.01},
     "DDPO-SF": {},
     "RWR": GUIDED,
     "RWR-sparse": GUIDED,
 }
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 TUNING_SEED, TUNING_QUERIES = 100, 256
 ALL_JUDGES = ("jpeg_compressibility", *JUDGES)
 NUMBER = ("--num_prompts", str(PROMPTS))
