@@ -40,6 +40,8 @@ Draw = Callable[[list[Picture]], Sequence[Image.Image]]
 """Some lines of a manifest to be -> their pictures."""
 MODEL = "model.json"
 """What drew the pictures of a folder: that in which two folders differ."""
+WEIGHTS = "weights"
+"""There: the sketch of the network's weights, which may be others by now in a folder of the same name."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ def begun(
             before = read_object(folder / name)
             wanted = {**before, **given} if name == MODEL else given
             differ = [k for k in wanted if k != "versions" and before.get(k) != given.get(k)]
+            if None in (before.get(WEIGHTS), given.get(WEIGHTS)):  # not looked at by then, or yet
+                differ = [k for k in differ if k != WEIGHTS]
             if differ:
                 k = differ[0]
                 raise UserError(
@@ -233,8 +237,12 @@ def begun(
     there = read_manifest(folder, check_files=False)
     for old in there:
         new = names.get(old.file)
-        if new is not None and (new.key, new.negative) != (old.key, old.negative):
+        if new is not None and new.prompt != old.prompt:
             raise UserError(f"{folder}/{old.file} shows {short(old.prompt)}, not {short(new.prompt)}; name another folder")
+        for name in ("seed", "index", "negative"):
+            if new is not None and getattr(new, name) != getattr(old, name):
+                was, now = (short(getattr(picture, name)) for picture in (old, new))
+                raise UserError(f"{folder}/{old.file} was drawn with {name} {was}, not {now}; name another folder")
         if new is not None and new.shape != old.shape:
             was, now = (shape or "the folder's own size" for shape in (old.shape, new.shape))
             raise UserError(f"{folder}/{old.file} was drawn at {was}, not {now}; name another folder")

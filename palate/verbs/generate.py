@@ -89,9 +89,10 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
 
     check_quantize(options.quantize)
     from palate.evaluation import editing
-    from palate.evaluation.generation import Shard, begun, drawn_by, generate, plan, settings
+    from palate.evaluation.generation import WEIGHTS, Shard, begun, drawn_by, generate, plan, settings
     from palate.models.drawing import Drawing
     from palate.models.families import cut_warning
+    from palate.models.parts import sketch
     from palate.names.prompts import find_prompts
     from palate.runs.models import find_model
 
@@ -138,6 +139,8 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
     # Whether the folder may be gone on with is mostly known before any weights are read.
     begun(options.output_dir, pictures, known if shape is None else {**known, "resolution": shape.told}, about)
     denoiser, network, refiner = model.load(mixed_precision=options.mixed_precision, quantize=options.quantize)
+    if options.quantize is None:  # which rounds in its own way on every machine
+        about = {**about, WEIGHTS: sketch(network)}
     shape = shape or Shape.square(denoiser.default_resolution)
     for one in {shape, *(p.shape for p in pictures if p.shape is not None)}:
         denoiser.check_shape(one)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from palate.evaluation.manifest import read_manifest
 
@@ -71,6 +73,17 @@ def test_a_run_that_trained_all_weights(generate, palate):
     palate("train", train_method="full", learning_rate=0.05, output_dir="full", max_train_steps=1)
     assert generate("tuned", "full")[0] == generate("base")[0] == 0
     assert np.abs(drawn("tuned") - drawn("base")).mean() > 1
+
+
+def test_a_model_whose_weights_are_others_by_now_does_not_go_on(palate, model_dir, prompts_file):
+    shutil.copytree(model_dir, "model")
+    options = {"prompts": prompts_file, "num_prompts": 1, "num_inference_steps": 1, "output_dir": "drawn"}
+    assert palate("generate", "model", **options)[0] == 0
+    assert "drew 0 of 1" in palate("generate", "model", **options)[1]
+    (file,) = Path("model/unet").glob("*.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(file).items()}, file)
+    code, _, errors = palate("generate", "model", **options)
+    assert (code, "drawn was begun with weights" in errors) == (2, True), errors
 
 
 def test_shards_and_several_pictures(generate):

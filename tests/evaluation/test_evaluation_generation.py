@@ -111,9 +111,15 @@ def test_what_does_not_fit_the_folder_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             generate(Painter(), pictures, folder, settings=settings, model={"name": model})
-    for others, said in (([Prompt("a dog")], "shows 'a red boat', not 'a dog'"), (PROMPTS[::-1], "00000-00.png shows")):
+    for others, said in (
+        ([Prompt("a dog")], "shows 'a red boat', not 'a dog'"),
+        (PROMPTS[::-1], "00000-00.png was drawn with seed"),
+    ):
         with pytest.raises(UserError, match=said):
             generate(Painter(), plan(others, model="m", seed=1), folder, settings=SETTINGS, model={"name": "m"})
+    for named, said in (({"negative": "fog"}, "was drawn with negative None, not 'fog'"), ({"seed": 7}, "drawn with seed")):
+        with pytest.raises(UserError, match=said):
+            generate(Painter(), plan(PROMPTS, model="m", **named), folder, settings=SETTINGS, model={"name": "m"})
     # More of the same is welcome.
     assert generate(Painter(), plan([*PROMPTS, Prompt("x")], model="m"), folder, settings=SETTINGS, model={"name": "m"}) == 1
     (tmp_path / "file").write_text("")
