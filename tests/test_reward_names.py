@@ -54,6 +54,8 @@ def test_names_without_weights():
         ({"mini-clip": "much"}, "the weight of reward mini-clip is 'much'; expected a number"),
         ({"mini-clip": float("nan")}, "expected a number"),
         ({"mini-clip": True}, "expected a number"),
+        ({"mini-clip": 1e40}, "expected a number"),
+        ({"mini-clip": -1e-40}, "expected a number"),
     ],
 )
 def test_errors(mine, names, words):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from palate.base.errors import UserError, short
-from palate.base.options import foreign
+from palate.base.options import LARGEST, SMALLEST, foreign
 from palate.judges import KINDS
 from palate.names.judges import NamedJudge, find_judges
 
@@ -79,7 +79,7 @@ def _weight(name: str, weight: int | float | str) -> float:
         number = math.nan if isinstance(weight, bool) else float(weight)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
+    if number and not SMALLEST <= abs(number) <= LARGEST:
         raise UserError(f"the weight of reward {name} is {short(weight)}; expected a number, such as rewards: {{{name}: 1.0}}")
     return number
 

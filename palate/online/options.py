@@ -229,6 +229,11 @@ class Arithmetic:
             raise UserError(f"updates_per_round {updates} does not divide {what} {parts}; use {_divisors_near(parts, updates)}")
         return cls(parts * steps, parts // updates * steps, updates * options.inner_epochs, steps)
 
+    def total(self, rounds: int, most: int | None) -> int:
+        """Updates of a run: those of its rounds, unless ``most`` ends it earlier."""
+        updates = rounds * self.updates
+        return updates if most is None else min(most, updates)
+
     def accumulation(self, train_batch_size: int, processes: int) -> int:
         """Forward and backward passes per update. Raises UserError: they do not come out even."""
         share, rest = divmod(self.effective_batch, processes)

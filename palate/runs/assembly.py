@@ -114,5 +114,5 @@ def _training_options(recipe: Recipe, arithmetic: Arithmetic) -> TrainOptions:
             "training: leave it out"
         )
     accumulation = arithmetic.accumulation(options.train_batch_size, processes())
-    total = options.max_train_steps or recipe.online.rounds * arithmetic.updates
+    total = arithmetic.total(recipe.online.rounds, options.max_train_steps)
     return dataclasses.replace(options, gradient_accumulation_steps=accumulation, max_train_steps=total)

@@ -448,7 +448,7 @@ def _time_lines(
     if online.train_prompts is not None:
         arithmetic = Arithmetic.of(online, recipe.method.evidence)
         passes = arithmetic.accumulation(training.train_batch_size, processes())
-        updates = updates or online.rounds * arithmetic.updates
+        updates = arithmetic.total(online.rounds, updates)
     elif updates is None and rows:
         updates = math.ceil(training.num_train_epochs * rows / (training.train_batch_size * passes * processes()))
 

@@ -403,6 +403,8 @@ def test_batches_that_do_not_come_out_even():
         Arithmetic.of(OnlineOptions(), "pairs")
     # 256 pictures in 4 updates are 64, times 50 steps 3200: 4 at once are 800 passes, and 400 in each of two processes.
     paper = Arithmetic.of(OnlineOptions(), "trajectories")
+    # A run ends after its rounds, or earlier: 10 rounds of 4 updates.
+    assert [paper.total(10, most) for most in (None, 7, 40, 41)] == [40, 7, 40, 40]
     assert (paper.items, paper.effective_batch, paper.updates) == (12800, 3200, 4)
     assert (paper.accumulation(4, 1), paper.accumulation(4, 2)) == (800, 400)
     with pytest.raises(
