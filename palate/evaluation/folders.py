@@ -243,9 +243,20 @@ def read_result(path: str | Path) -> tuple[Result, JsonObject]:
         folders = [str(path.parent / folder) for folder in told["folders"]]
         rest = {f.name: told[f.name] for f in fields(Result) if f.name not in ("versus", "rankings", "folders")}
         result = Result(versus=pairs, rankings=[Ranking(**r) for r in told["rankings"]], folders=folders, **rest)
+        _check_shown(result)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no comparison that this version wrote ({error!r}); compare again") from error
     return result, extra
+
+
+def _check_shown(result: Result) -> None:
+    """Raise ValueError unless a result names what a page shows: notes, models, and of every prompt a file of each folder."""
+    for name in ("models", "notes"):
+        if not all(isinstance(text, str) for text in [*getattr(result, name)]):
+            raise ValueError(f"{name} are no texts")
+    for shown in [*result.shown]:
+        if not isinstance(shown["prompt"], str) or list(map(type, shown["files"])) != [str] * len(result.folders):
+            raise ValueError(f"what is shown of {short(shown['prompt'])} is not a file of each folder")
 
 
 def _versus(told: JsonObject) -> Versus:

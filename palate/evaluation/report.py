@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,21 +113,31 @@ def _samples(folder: Path) -> list[tuple[int, Image.Image]]:
 
 def _progress(rows: Sequence[Mapping[str, object]], settings: Mapping[str, Any]) -> str:
     """How far a run has come, how fast, and how long it may take still; empty before its first line."""
-    timed = [(float(str(row["step"])), float(str(row["seconds"]))) for row in rows if "seconds" in row and "step" in row]
+    timed = [(_number(row.get("step")), _number(row.get("seconds"))) for row in rows]
+    timed = [(step, seconds) for step, seconds in timed if math.isfinite(step + seconds)]
     if len(timed) < 2 or timed[-1][0] <= timed[0][0]:
         return ""
     (first, began), (done, seconds) = timed[0], timed[-1]
     speed = (done - first) / max(seconds - began, 1e-3)
     told = f"{done:.0f} updates in {_time(seconds)}, {speed:.3g} a second"
     training, online, last = settings.get("training") or {}, settings.get("online") or {}, rows[-1]
-    if total := training.get("max_train_steps"):
-        share = done / total
-    elif online.get("train_prompts"):
-        share = (float(str(last.get("round", 0))) + 1) / online["rounds"]
-    else:
-        share = float(str(last.get("epoch", 0))) / (training.get("num_train_epochs") or 1)
+    share = _share(done, training.get("max_train_steps"))
+    if online.get("train_prompts"):
+        share = max(_share(last.get("round"), online.get("rounds")), share)  # whichever ends it
+    elif math.isnan(share):
+        share = _share(last.get("epoch"), training.get("num_train_epochs", 1))
     left = done / share - done if 0 < share < 1 else 0
     return f"{told}; about {_time(left / speed)} to go" if left >= 1 else told
+
+
+def _number(value: object) -> float:
+    """Of a log or a recipe that may have been mended by hand; NaN where no such number stands."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _share(done: object, of: object) -> float:
+    """NaN where it is not known."""
+    return _number(done) / (_number(of) or math.nan)
 
 
 def _time(seconds: float) -> str:

@@ -58,6 +58,10 @@ class AccuracyOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.lora and not self.model:
+            raise UserError("lora is put into a model, and none is named: add --model BASE, or leave it out")
+        if not self.space:
+            raise UserError(f"space is empty; expected one or more of {', '.join((*SPACES, 'run'))}")
         if self.resolution is not None:
             Shape.of(self.resolution)
 
@@ -101,7 +105,7 @@ def measure(source: str, options: AccuracyOptions, *, progress: bool = False) ->
         prompts.append(pair.prompt)
     bad, left_out = [str(row) for row in reader.counts.bad], reader.counts.by_reason()
     found = [
-        Accuracy(name, named.kind, accuracy(judge_margins(named, reader, progress=progress), labels, prompts))
+        Accuracy(name, named.kind, accuracy(judge_margins(named, reader, 2 * options.batch_size, progress), labels, prompts))
         for name, named in judges.items()
     ]
     for model in models:

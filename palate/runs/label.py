@@ -79,6 +79,11 @@ class LabelOptions:
         self.thresholds()
         if self.soft and len(self.judges) > 1:
             raise UserError("soft labels need one judge: margins of several have different units; leave out --soft")
+        if not self.soft and self.temperature != type(self).temperature:
+            raise UserError("temperature is of soft labels: add --soft true, or leave it out")
+        if not self.judges and (self.soft or self.threshold):
+            given = "soft" if self.soft else "threshold"
+            raise UserError(f"{given} is of what judges say, and none is named: add --judges '[pickscore]', or leave it out")
         if not self.output.endswith(".parquet"):
             raise UserError(f"output is {short(self.output)}; expected a file name that ends in .parquet")
 
@@ -105,6 +110,9 @@ def label_folders(folders: Sequence[Path], options: LabelOptions, *, progress: b
             there already.
     """
     output = _output(options)
+    twice = [folder for number, folder in enumerate(folders) if folder.resolve() in {f.resolve() for f in folders[:number]}]
+    if twice:
+        raise UserError(f"{twice[0]} is given twice, and its pictures would be paired with themselves: give each folder once")
     judges = find_judges(options.judges)
     if not judges:
         raise UserError("candidates are labelled by judges; name one, such as --judges '[pickscore]'")
@@ -167,6 +175,8 @@ def relabel(source: str, options: LabelOptions, *, progress: bool = False) -> La
     from palate.data.pairs import read_pairs
 
     judges = find_judges(options.judges)
+    if options.pairs != "all":
+        raise UserError(f"pairs {options.pairs} is of candidates in picture folders, and {source} holds pairs: leave it out")
     reader = read_pairs(world.find_pairs(source), ties="keep", max_bad_rows=options.max_bad_rows, keep_columns=True)
     output = _output(options, source, [place.path for place in reader.places if not place.remote])
     before: list[Labelled] = []

@@ -96,6 +96,8 @@ def test_mistakes(palate, pairs_dir, model_dir):
         ((), {"judges": "mini-clip"}, "expects a set of pairs first"),
         ((pairs_dir,), {"model": model_dir}, "is not tuned"),
         ((pairs_dir,), {"judges": "mini-clip", "space": "latnt"}, "did you mean 'latent'"),
+        ((pairs_dir,), {"model": model_dir, "space": "[]"}, "space is empty; expected one or more of latent"),
+        ((pairs_dir,), {"judges": "mini-clip", "lora": "x"}, "lora is put into a model, and none is named"),
         (("gone.parquet",), {"judges": "mini-clip"}, "gone.parquet does not exist"),
         ((pairs_dir,), {"judges": "mini-clip", "timesteps": 0}, "timesteps is 0"),
     ):

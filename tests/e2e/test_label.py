@@ -160,6 +160,11 @@ def test_mistakes(palate, pairs_dir, model_dir, prompts_file):
         (("one",), {**two, "threshold": "{mini-clop: 0.5}"}, "did you mean 'mini-clip'"),
         (("one",), {**two, "threshold": "{mini-clip: wide}"}, "threshold is wide for mini-clip; expected 0 or more"),
         (("one",), {**jpeg, "soft": "true", "judges": "[jpeg_compressibility, mini-clip]"}, "soft labels need one judge"),
+        (("one",), {**jpeg, "temperature": 2}, "temperature is of soft labels: add --soft true"),
+        ((pairs_dir,), {"output": "p.parquet", "soft": "true"}, "soft is of what judges say, and none is named"),
+        ((pairs_dir,), {"output": "p.parquet", "threshold": 1}, "threshold is of what judges say, and none is named"),
+        ((pairs_dir,), {**jpeg, "pairs": "extremes"}, "pairs extremes is of candidates in picture folders"),
+        (("one", "../" + Path().resolve().name + "/one"), jpeg, "/one is given twice"),
     ):
         code, _, errors = palate("label", *words, **options)
         assert (code, said in errors, len(errors.splitlines())) == (2, True, 1), errors

@@ -64,6 +64,11 @@ def test_two_folders(tmp_path, capsys, monkeypatch):
     assert found["comparisons"][2]["contaminated"] is True
     assert found["macro"]["judges"] == 2
     assert (found["prompts"], found["pictures"], found["folders"]) == (12, 24, ["../a", "../b"])
+    shown = [{"prompt": "a", "files": [5]}]
+    for name, wrong in (("notes", 5), ("models", [5]), ("folders", []), ("shown", None), ("shown", shown)):
+        Path("damaged.json").write_text(json.dumps({**found, name: wrong}))
+        with pytest.raises(UserError, match=r"is no comparison that this version wrote .*; compare again"):
+            read_result("damaged.json")
     # What was written is read back, and the page can be made anew from it.
     again, _ = read_result("out/comparison.json")
     assert again.versus == compare_folders([a, b], draws=500).versus

@@ -460,11 +460,18 @@ def test_samples_over_time_are_thinned_and_in_order(tmp_path):
         ({"training": {"max_train_steps": 100}}, [(0, 0), (100, 200)], "100 updates in 3 min, 0.5 a second"),
         ({"training": {"num_train_epochs": 4}}, [(0, 0), (10, 10, 1.0)], "10 updates in 10 s, 1 a second; about 30 s to go"),
         (
-            {"online": {"train_prompts": "p", "rounds": 2}},
-            [(0, 0), (10, 10, 0.5, 0)],
+            {"online": {"train_prompts": "p", "rounds": 4}},  # round 1: one is learned from
+            [(0, 0), (10, 10, 0.5, 1.0)],
+            "10 updates in 10 s, 1 a second; about 30 s to go",
+        ),
+        (
+            {"online": {"train_prompts": "p", "rounds": 4}, "training": {"max_train_steps": 20}},  # which ends it before
+            [(0, 0), (10, 10, 0.5, 1.0)],
             "10 updates in 10 s, 1 a second; about 10 s to go",
         ),
         ({}, [(0, 0)], ""),
+        ({}, [("a", None), (10, 20), (20, "b")], ""),  # mended by hand, and not well
+        ({"training": {"num_train_epochs": "x"}}, [(0, 0), (10, 10)], "10 updates in 10 s, 1 a second"),
         ({}, [], ""),
     ],
 )
