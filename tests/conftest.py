@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,6 +32,23 @@ def pytest_unconfigure(config):
     skipped = reporter.stats.get("skipped", []) if reporter else []
     if told := not_tested([str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]):
         reporter.write_line(told)
+
+
+@pytest.fixture
+def first_of():
+    """Inside what it returns this process takes itself for the first of so many; what others would send is never there."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    @contextlib.contextmanager
+    def running(count):
+        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    return running
 
 
 @pytest.fixture

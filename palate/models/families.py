@@ -80,6 +80,7 @@ def load_denoiser(
     *,
     mixed_precision: str = "no",
     device: str = "cpu",
+    home: str | None = None,
     quantize: str | None = None,
     outline: str | None = None,
     **source: str | None,
@@ -90,6 +91,7 @@ def load_denoiser(
         name: a folder holding ``model_index.json``, a hub id, ``mini-sd`` or ``mini-sdxl``; of a family that does not come with
             Palate ``package.module:Class@FOLDER``.
         mixed_precision: ``no``, ``fp16`` or ``bf16``: precision of the frozen weights.
+        home: where the network lies until it is put on the device; there unless given.
         quantize: ``int8`` or ``nf4``: number format of those of the network's blocks, instead.
         outline: read configurations alone: ``shapes`` for no weights, ``random`` for random ones.
         source: ``revision``, ``variant``.
@@ -99,7 +101,7 @@ def load_denoiser(
     """
     given = {k: v for k, v in source.items() if v}
     kind = check_model(name, revision=given.get("revision"))
-    family, more = family_of(kind), {} if outline is None else {"outline": outline}
+    family, more = family_of(kind), {k: v for k, v in {"home": home, "outline": outline}.items() if v is not None}
     try:
         return family(_folder(name), dtype=_dtype(mixed_precision), device=device, quantize=quantize, **more, **given)
     except (OSError, ValueError) as error:

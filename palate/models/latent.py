@@ -38,6 +38,7 @@ class Latent(ABC):
         dtype: of the frozen weights; prompts are encoded in float32 unless an encoder is :func:`large`, and pictures as
             :class:`Vae` says.
         device: where the network runs.
+        home: where it lies until then; there too unless given.
         quantize: the number format of the network's frozen blocks, ``int8`` or ``nf4``; that of ``dtype`` unless given.
         outline: ``shapes`` or ``random``: read configurations alone, see :class:`palate.models.outline.Outline`.
     """
@@ -84,6 +85,7 @@ class Latent(ABC):
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        home: str | torch.device | None = None,
         quantize: str | None = None,
         outline: str | None = None,
         **source: str,
@@ -93,6 +95,7 @@ class Latent(ABC):
         if self.no_fp16 and dtype == torch.float16:
             raise UserError(f"{name} is a {self.card.pipeline}, which overflows in float16: use mixed_precision bf16")
         self.name, self.device = name, torch.device(device)
+        self.home = self.device if home is None else torch.device(home)
         self._source = _source(outline)(name, self.device, **source)
         self._scheduler_config = config = self._source.scheduler_config()
         self.sampler = str(config.get("_class_name", "unknown"))
@@ -101,7 +104,7 @@ class Latent(ABC):
         self.vae, self.texts = self.vae_kind(self._source, dtype, self.part_name), self._text_encoders(self._source, dtype)
         self._check_parts()
         kind = getattr(diffusers, self.card.network)
-        self.network = self._source.read(kind, self.part, quantize=quantize, torch_dtype=dtype)
+        self.network = self._source.read(kind, self.part, quantize=quantize, home=self.home, torch_dtype=dtype)
         side = _side(self.network.config.get("sample_size", self.side), self.vae.factor, name, self.part)
         self.default_resolution = side * self.vae.factor
         self._prompts = Remembered(self.encode_prompts, self.unconditional)
@@ -231,7 +234,7 @@ class Latent(ABC):
             for text in self.texts:
                 text.wait()
             self.vae.wait()
-            self.network.to(self.device)
+            self.network.to(self.home)
 
     def release(self) -> None:
         for part in (self.vae, *self.texts):

@@ -67,15 +67,18 @@ class Source:
 
         return self.config(DiffusionPipeline, None)
 
-    def read(self, kind: Any, part: str, *, quantize: str | None = None, **options: object) -> Any:
-        """A frozen part of the pipeline on the device, refused if any weight is missing: libraries fill in random ones.
+    def read(
+        self, kind: Any, part: str, *, quantize: str | None = None, home: torch.device | None = None, **options: object
+    ) -> Any:
+        """A frozen part of the pipeline, refused if any weight is missing: libraries fill in random ones.
 
-        quantize: as :class:`palate.models.latent.Latent` has it; whole weights of blocks never lie on the device together.
+        quantize: as :class:`palate.models.latent.Latent` has it; blocks come to the device a layer at a time for it.
+        home: where it is put; on the device unless given.
         """
         module = read_part(kind, self.name, f"{part} of {self.name}", subfolder=part, **options, **self._options_of(part))
         if quantize is not None:
             quantise(module, quantize, self.device)
-        return module.to(self.device).eval().requires_grad_(False)
+        return module.to(home or self.device).eval().requires_grad_(False)
 
     def _options_of(self, part: str) -> dict[str, str]:
         """Without the variant where this part has plain files alone: one may be had in half precision and the others not."""

@@ -41,7 +41,7 @@ class QuantisedLinear(nn.Linear):
     ``int8`` is symmetric, with one scale for each output; ``nf4`` (QLoRA, arXiv 2305.14314) has one for every 64 weights.
 
     Args:
-        layer: the layer before; its weights are quantised on ``device``.
+        layer: the layer before; its weights are quantised on ``device``, and lie where they lay.
         kind: ``int8`` or ``nf4``.
     """
 
@@ -53,9 +53,9 @@ class QuantisedLinear(nn.Linear):
             kind,
             layer.weight.dtype,
         )
-        packed, scale = (_int8 if kind == "int8" else _nf4)(layer.weight.detach().to(device))
+        made = (_int8 if kind == "int8" else _nf4)(layer.weight.detach().to(device))
         # Parameters, which twins share and which stay the same objects when the network moves.
-        self.packed, self.scale = (nn.Parameter(x, requires_grad=False) for x in (packed, scale))
+        self.packed, self.scale = (nn.Parameter(x.to(layer.weight.device), requires_grad=False) for x in made)
         self.bias = layer.bias
 
     @property

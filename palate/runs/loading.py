@@ -104,10 +104,10 @@ def at_home(recipe: Recipe) -> Recipe:
     )
 
 
-def denoiser_of(recipe: Recipe, *, outline: str | None = None) -> Denoiser:
+def denoiser_of(recipe: Recipe, *, home: str | None = None, outline: str | None = None) -> Denoiser:
     """Raises UserError if its family cannot be trained in the recipe's space.
 
-    outline: of its configurations alone, see :func:`palate.models.families.load_denoiser`.
+    home, outline: see :func:`palate.models.families.load_denoiser`.
     """
     options = recipe.model
     denoiser = load_base(
@@ -118,6 +118,7 @@ def denoiser_of(recipe: Recipe, *, outline: str | None = None) -> Denoiser:
         quantize=options.quantize,
         # All weights are trained, from their full precision on; the forward pass is autocast all the same.
         full=recipe.policy.train_method == "full",
+        home=home,
         outline=outline,
     )
     check_space(recipe.space, denoiser)

@@ -182,12 +182,13 @@ def load_base(
     variant: str | None = None,
     quantize: str | None = None,
     full: bool = False,
+    home: str | None = None,
     outline: str | None = None,
 ) -> Denoiser:
     """A pipeline folder, a hub id or ``mini-sd`` on this process's device.
 
     full: in full precision whatever ``mixed_precision`` says, because all weights are trained.
-    outline: of its configurations alone, see :func:`load_denoiser`.
+    home, outline: see :func:`load_denoiser`.
     """
     from palate.models.families import check_model, load_denoiser, quiet_loading
 
@@ -198,7 +199,8 @@ def load_base(
     quiet_loading()
     precision = "no" if full else mixed_precision
     source = {"revision": revision, "variant": variant}
-    return load_denoiser(name, mixed_precision=precision, device=where, quantize=quantize, outline=outline, **source)
+    own = {"home": home, "quantize": quantize, "outline": outline}
+    return load_denoiser(name, mixed_precision=precision, device=where, **own, **source)
 
 
 def check_refiner_fits(refiner: str | None, base: str, *, revision: str | None = None) -> None:

@@ -126,6 +126,11 @@ def _train_offline(found: Assembled, command: str) -> None:
     step = _step_of(recipe, policy, space, nothing, references)
     samples = Samples(recipe, found.validation, denoiser, policy)
     denoiser.release()
+    origin = {"data": encoded.digest(), "weights": policy.weights_sketch()}
+    if sharded(recipe):
+        from palate.training.sharded import cut_up
+
+        cut_up(policy)
 
     def on_evaluate(done: int) -> dict[str, float]:
         if held_out is None or (held_out.items.label == 0.5).all():
@@ -148,7 +153,6 @@ def _train_offline(found: Assembled, command: str) -> None:
         if "beta" in step.state:
             tell(f"beta {step.state['beta']:g}, chosen from the spread of errors")
     told = doubts(encoded, recipe.method)
-    origin = {"data": encoded.digest(), "weights": policy.weights_sketch()}
     try:
         _train(recipe, recipe.training, policy, step, data, samples, on_evaluate, about, origin, counted, doubts=told)
     finally:
@@ -209,7 +213,8 @@ def _shown(found: Assembled) -> JsonObject:
 
 def _trainable(found: Assembled) -> Denoiser:
     """The model, with a word on what is to be minded in training it. Raises UserError for a size that it cannot draw."""
-    denoiser = denoiser_of(found.recipe)
+    # Of which each process holds a part, it comes to the device in parts.
+    denoiser = denoiser_of(found.recipe, home="cpu" if sharded(found.recipe) else None)
     for prompt in (*found.validation, *found.compared):
         if prompt.shape is not None:
             denoiser.check_shape(prompt.shape)

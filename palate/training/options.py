@@ -129,5 +129,9 @@ class TrainOptions:
         for name, density in owned.items():
             if getattr(self, name) != getattr(type(self), name) and self.time_density != density:
                 raise UserError(f"{name} does nothing under time_density {self.time_density}: it is for {density}")
+        if self.shard_model and self.optimizer != "adamw":
+            raise UserError(f"shard_model cuts up what AdamW keeps, not {self.optimizer}: use optimizer adamw")
+        if self.shard_model and self.mixed_precision == "fp16":
+            raise UserError("shard_model has no loss scaler, which fp16 needs: use mixed_precision bf16")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise UserError("lr_scheduler constant has no warm-up: use constant_with_warmup, or lr_warmup_steps 0")

@@ -58,12 +58,12 @@ class Place:
         self.main = self.accelerator.is_main_process
         self.pins = own.type == "cuda"
         """Whether batches are copied faster from memory that is pinned."""
-        self.prepare()
         self.optimizer = make_optimizer(self.weights, options)
         self.average = None if options.ema_decay is None else Average(self.weights, options.ema_decay)
 
-    def prepare(self) -> None:
-        """What is done to the policy before there is an optimizer."""
+    def here(self) -> list[Tensor]:
+        """What of the trained weights lies in this process."""
+        return [weight.detach() for weight in self.weights]
 
     # Together -------------------------------------------------------------------------------------------------------------
 
