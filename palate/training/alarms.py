@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -28,10 +28,15 @@ class Alarms:
     """Of one run; ``said``, which checkpoints keep, names those that were raised.
 
     Each method returns lines to say.
+
+    Args:
+        gather: where each process has other weights, puts the rows of all together; all call the same methods.
     """
 
-    def __init__(self, options: TrainOptions, total: int, said: Collection[str] = ()) -> None:
-        self.options, self.total, self.said = options, total, list(said)
+    def __init__(
+        self, options: TrainOptions, total: int, said: Collection[str] = (), gather: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
+        self.options, self.total, self.said, self.gather = options, total, list(said), gather
         self.norms: list[float] = []
         self.reaches: list[float] = []
         self.rates: list[float] = []
@@ -55,7 +60,7 @@ class Alarms:
                 f"learning_rate {rate:g} moves no weight by more than {rate * self.total:.1g} in {self.total} steps, which "
                 "changes no picture; 1e-5 to 3e-4 are usual for a LoRA, 1e-6 to 1e-5 for all weights",
             )
-        elif (share := _movable(weights, rate)) < 0.01:
+        elif (share := self._movable(weights, rate)) < 0.01:
             found += self._once(
                 "rate",
                 f"learning_rate {rate:g} is less than float32 can add to {100 * (1 - share):.0f} % of the weights; 1e-6 to "
@@ -100,7 +105,9 @@ class Alarms:
         self.rates.append(rate)
         if done < min(FIRST, self.total) or not sum(self.rates) or max(self.norms, default=0.0) < NO_GRADIENT:
             return []
-        share = float((_some(weights) - self.begun).abs().max()) / sum(self.rates)
+        moved = (_some(weights) - self.begun).abs()
+        most = moved.amax(0, keepdim=True) if len(moved) else torch.zeros(1)  # of a process without a part
+        share = float(self.gather(most).max()) / sum(self.rates)
         least = STUCK if self.options.optimizer.startswith("adamw") else NO_MOVE / (self.options.learning_rate * self.total)
         self.begun = None
         if share >= least or "rate" in self.said:
@@ -130,6 +137,12 @@ class Alarms:
             hint = f"the logits are saturated (mean |u| = {size:.3g}), so most pairs push no more: lower beta or learning_rate"
         return self._once("logits", f"step {done}: {hint}")
 
+    def _movable(self, weights: Sequence[Tensor], rate: float) -> float:
+        """The share of the weights to which float32 can add ``rate``, about what every optimizer here adds at the most."""
+        sizes = _some(weights).abs()
+        counts = self.gather(torch.tensor([[int((sizes + rate != sizes).sum()), len(sizes)]])).sum(0)
+        return int(counts[0]) / max(int(counts[1]), 1)
+
     def _once(self, name: str, line: str) -> list[str]:
         if name in self.said:
             return []
@@ -143,17 +156,6 @@ def _some(weights: Sequence[Tensor]) -> Tensor:
     for weight in weights:
         found.append(weight.detach().flatten()[: SAMPLED - sum(map(len, found))].float().cpu())
     return torch.cat(found)
-
-
-def _movable(weights: Sequence[Tensor], rate: float) -> float:
-    """The share of the weights to which float32 can add ``rate``, about what every optimizer here adds at the most."""
-    fine = seen = 0
-    for weight in weights:
-        if seen < SAMPLED:
-            part = weight.detach().flatten()[:SAMPLED].abs()
-            fine += int((part + rate != part).sum())
-            seen += len(part)
-    return fine / max(seen, 1)
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

@@ -19,7 +19,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from palate.base.errors import UserError
 from palate.base.machine import Peak
+from palate.base.processes import Processes
 from palate.base.seeds import mix
 from palate.base.shapes import in_as_many, one_shape_each
 from palate.training import checkpoints
@@ -114,7 +115,7 @@ def train(
         if start >= run.total:
             log.say(f"nothing left to do after step {start}: raise max_train_steps to train on")
         if start == 0:
-            run.warn([*(f"warning: {doubt}" for doubt in doubts), *run.alarms.before(run.place.weights)])
+            run.warn([*(f"warning: {doubt}" for doubt in doubts), *run.alarms.before(run.place.here())])
             step.begin(data)
             run.report(0, on_evaluate)
             run.sample(0, on_sample)
@@ -185,7 +186,7 @@ class _Run:
         self.round: dict[str, object] = {}  # what a new round told, until it is logged
         self.window, self.last = Window(), dict[str, float]()
         self.highest, self.waited = -math.inf, 0  # held-out accuracy, and measurements since it rose
-        self.began, self.alarms = time.monotonic(), Alarms(options, self.total)
+        self.began, self.alarms = time.monotonic(), self._alarms()
 
     def restore(self) -> int:
         """Steps already done: 0, or those of the checkpoint to resume from."""
@@ -222,7 +223,7 @@ class _Run:
         self.window = Window(state["window"])
         # Older checkpoints tell only whether the logits were spoken of.
         warned: list[str] | bool = state["warned"]
-        self.alarms = Alarms(self.options, self.total, warned if isinstance(warned, list) else ["logits"] * warned)
+        self.alarms = self._alarms(warned if isinstance(warned, list) else ["logits"] * warned)
         self.step.state.update(state["step state"])
         self.highest, self.waited = state.get("patience", (self.highest, self.waited))
         kept = state.get(KEPT, {})
@@ -233,6 +234,10 @@ class _Run:
                 known.load_state_dict(kept[name])
         self.began -= state["seconds"]
         return state["step"]
+
+    def _alarms(self, said: Collection[str] = ()) -> Alarms:
+        gather = self.processes.gather if self.place.everywhere else Processes().gather
+        return Alarms(self.options, self.total, said, gather)
 
     def save(self, done: int) -> Path:
         """Checkpoint of the state after ``done`` steps."""
@@ -330,7 +335,7 @@ class _Run:
         self.last = {name: total / self.batch_size for name, total in totals.items()}
         self.step.observe(self.last)
         self.warn(self.alarms.after(done, norm, self.last.pop(REACH, None)))
-        self.warn(self.alarms.moved(done, place.weights, rate))
+        self.warn(self.alarms.moved(done, place.here(), rate))
         totals.pop(REACH, None)
         self.window.add({**totals, "grad_norm": norm, "pairs": self.batch_size, "steps": 1})
         return stop

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from benchmarks.processes import several, trained
+from palate.runs import plan, recipe
+from palate.runs.loading import denoiser_of, policy_of
 from palate.training.log import read_log
 
 
@@ -29,6 +31,18 @@ def test_two_processes_train_as_one(palate, in_two_processes, tmp_path, model_di
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-5)
 
 
+HOLDS = """
+import sys
+from palate.training import sharded
+
+def cut_up(policy, whole=sharded.cut_up):
+    whole(policy)
+    parts = [p.to_local() for module in policy.modules for p in module.parameters()]
+    print("holds", sum({x.untyped_storage().data_ptr(): x.nbytes for x in parts}.values()), file=sys.stderr)
+
+sharded.cut_up = cut_up
+"""
+"""Before a program: it tells how many bytes of weights the process holds where it holds a part."""
 PARTS = {
     "weights and their average": {
         "train_method": "full",
@@ -51,12 +65,15 @@ PARTS = {
         "space": "perceptual",
         "space.layers": "all",
         "train_text_encoder": "true",
+        "rank": "3",  # which is cut in 2 and 1
+        "ema_decay": "0.9",
         "max_train_samples": "4",  # an update is an epoch
         "draws_per_pair": "1",
         "keep_targets": "true",
     },
-    "perceptual, of a transformer in 8 bits": {
+    "perceptual, of a transformer in 8 bits, beta unknown": {
         "space": "perceptual",
+        "objective.beta": "auto",
         "space.layers": "half",
         "space.steps_back": "20",  # a shorter one enlarges rounding
         "quantize": "int8",
@@ -74,7 +91,7 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
 
 
 def test_each_of_two_holds_a_part(palate, in_two_processes, tmp_path, model_dir, sd3_dir, pairs_dir, cache_dir):
-    """They come to the weights of one process, which goes on from their checkpoint, and stop where it stops."""
+    """As much as is counted; they come to the weights of one, which goes on from their checkpoint, and stop where it stops."""
     shaped = shutil.copytree(pairs_dir, tmp_path / "shaped")
     for number, file in enumerate(sorted(shaped.glob("*.png"))):
         Image.open(file).resize([(64, 64), (96, 64), (64, 96)][number // 2 % 3]).save(file)
@@ -90,10 +107,14 @@ def test_each_of_two_holds_a_part(palate, in_two_processes, tmp_path, model_dir,
         own = {"output_dir": f"two-{run}", "train_batch_size": "2", "shard_model": "true", "cache_dir": "cache"}
         return ["train", "quick.yaml", *(part for name, value in {**runs[run], **own}.items() for part in (f"--{name}", value))]
 
-    commands = several([words(run) for run in range(len(runs))])
-    codes, said = zip(*in_two_processes(commands, cwd=tmp_path)(300), strict=True)
+    *python, program, commands = several([words(run) for run in range(len(runs))])
+    codes, said = zip(*in_two_processes([*python, HOLDS + program, commands], cwd=tmp_path)(300), strict=True)
     assert codes == (0, 0), said
+    first, second = ([int(line.split()[1]) for line in errors.splitlines() if line.startswith("holds ")] for errors in said)
     for run, options in enumerate(runs):
+        of = recipe.load("quick.yaml", {**options, "shard_model": True})
+        counted = plan.held(policy_of(of, denoiser_of(of, outline="shapes")), of, 2)
+        assert second[run] <= first[run] == sum(counted[part] for part in plan.WEIGHTS)
         same = {"train_batch_size": "2", "gradient_accumulation_steps": "2", "output_dir": f"one-{run}"}  # the same batches
         code, _, errors = palate("train", **{**options, **same})
         assert code == 0, errors

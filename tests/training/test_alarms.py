@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from palate.training.alarms import FIRST, Alarms, alike
 from palate.training.options import TrainOptions
@@ -125,6 +127,25 @@ def test_an_optimizer_of_steps_as_small_as_its_gradients_is_not_alarmed_of() -> 
         of.after(done, 0.5, None)
         weights[0] += 1e-5 * 1e-3
         assert of.moved(done, weights, 1e-3) == []
+
+
+def test_what_any_process_holds_counts() -> None:
+    """Each looks at its own part, and says what all say together: of the other one four weights of four can be added to."""
+
+    def beside(other: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda rows: torch.cat([rows, other.to(rows)])
+
+    options, part = TrainOptions(learning_rate=1e-9), [torch.full((396,), 0.05), torch.zeros(0)]
+    assert len(Alarms(options, 1000).before(part)) == 1
+    assert len(Alarms(options, 1000, (), beside(torch.tensor([[3, 4]]))).before(part)) == 1  # 3 of 400
+    assert Alarms(options, 1000, (), beside(torch.tensor([[4, 4]]))).before(part) == []  # 4 of 400
+    for moved, said in ((1e-3, 0), (1e-6, 1)):
+        for held in (part, part[1:]):  # of a weight with fewer rows than processes the last have none
+            of = Alarms(TrainOptions(learning_rate=1e-3), 100, (), beside(torch.tensor([[9, 9]])))
+            of.before(held)
+            of.gather = beside(torch.tensor([moved]))
+            lines = [line for done in range(1, 4) for line in of.after(done, 0.5, None) + of.moved(done, held, 1e-3)]
+            assert len(lines) == said
 
 
 def test_rewards_that_are_all_alike() -> None:
