@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from palate.base.errors import UserError, said
 from palate.base.machine import Peak, device, device_memory, is_main, processes, resident, tell
-from palate.base.options import POSITIVE, check_ranges
+from palate.base.options import POSITIVE, Count, check_ranges
 from palate.online.options import Arithmetic
 from palate.runs.loading import at_home, denoiser_of, drawing_of, policy_of, shape_of
 from palate.runs.methods import bind_space
@@ -23,7 +23,7 @@ from palate.runs.ready import bytes_a_row, checkpoints_bytes, free, rows_of
 from palate.runs.recipe import OPTIONS, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -40,6 +40,8 @@ WORTH_COUNTING = 10**8
 """Parameters: smaller networks fit everywhere, and counting them would take longer than their first steps."""
 STATES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "adafactor": 0.0}
 """Bytes that an optimizer keeps of each trained number: two in float32, or in 8 bits with a scale for each 256."""
+WEIGHTS = ("frozen weights", "frozen copy, old policy", "trained weights")
+"""Parts that are there whenever the model is."""
 
 
 Row = dict[str, "tuple[torch.Size, torch.dtype]"]
@@ -57,7 +59,8 @@ class Needs:
     update: float
     """What the optimizer's update needs for a moment."""
     drawing: float
-    """What drawing pictures needs beside the weights and what the optimizer keeps: the VAE's weights, activations."""
+    """What drawing pictures needs beside the weights and what the optimizer keeps: the VAE's weights, activations. 0 if none
+    are drawn."""
     encoding: dict[str, float]
     """Before training, while the network waits in main memory."""
     step_operations: float
@@ -67,28 +70,45 @@ class Needs:
     row: Row
     latents: int
     """Numbers of a picture's."""
+    whole: dict[str, float] | None = None
+    """Of a process that holds a part: what is held by one that holds everything."""
+    gathered: float = 0.0
+    """And the most of other processes' parts that a pass has beside its own."""
+
+    def stages(self) -> dict[str, dict[str, float]]:
+        """What is in memory one after the other, by part."""
+        passes = {"gathered of others": self.gathered, "activations": self.passes}
+        moment = max(passes, {"update": self.update}, key=lambda parts: sum(parts.values()))
+        if self.whole is None:
+            drawing = {"the same weights": sum(self.held.values())}
+        else:  # the parts, and in the first process, which draws alone, the finished model
+            drawing = {"the same parts": sum(self.held[part] for part in (*WEIGHTS, "gradients"))}
+            drawing["the whole model"] = sum(self.whole[part] for part in WEIGHTS)
+        drawing = {**drawing, "VAE, activations": self.drawing} if self.drawing else {}
+        return {"training": {**self.held, **moment}, "drawing": drawing, "encoding": self.encoding}
 
     @property
     def training(self) -> float:
         """The most that updates need."""
-        return sum(self.held.values()) + max(self.passes, self.update)
+        return sum(self.stages()["training"].values())
 
     @property
     def sampling(self) -> float:
         """The most that drawing needs, online or for sample pictures."""
-        return sum(self.held.values()) + self.drawing
+        return sum(self.stages()["drawing"].values())
 
     @property
     def peak(self) -> float:
-        return max(self.training, self.sampling, sum(self.encoding.values()))
+        return max(sum(parts.values()) for parts in self.stages().values())
 
 
-def count(recipe: Recipe, *, single: bool = False, gpu: bool | None = None) -> Needs:
+def count(recipe: Recipe, *, single: bool = False, gpu: bool | None = None, together: int | None = None) -> Needs:
     """Count what one process needs, by the code that trains, on tensors without contents.
 
     Args:
         single: it learns from single pictures.
         gpu: as on a GPU, where autocast computes more in float32; as on this machine unless given.
+        together: how many processes train; as many as there are unless given.
 
     Raises:
         UserError: a mistake in the recipe, or configurations that cannot be had.
@@ -96,7 +116,9 @@ def count(recipe: Recipe, *, single: bool = False, gpu: bool | None = None) -> N
     import torch
 
     from palate.models.outline import Counter, empty, without_contents
+    from palate.training.sharded import gathered
 
+    parts = (processes() if together is None else together) if recipe.training.shard_model else 1
     gpu = device() != "cpu" if gpu is None else gpu
     denoiser = cast("Latent", denoiser_of(recipe, outline="shapes"))
     policy = policy_of(recipe, denoiser)
@@ -108,7 +130,8 @@ def count(recipe: Recipe, *, single: bool = False, gpu: bool | None = None) -> N
         denoiser.use("cpu")
         for weight in policy.parameters():  # of an earlier micro-batch
             weight.grad = torch.empty_like(weight)
-        there = held(policy, recipe)
+        there, whole = held(policy, recipe, parts), held(policy, recipe)
+        of_others = gathered(policy.modules) if parts > 1 else 0.0
         with torch.no_grad(), Counter() as texts:
             encoded = denoiser.encode_prompts(["a picture"])
         weights = sum(bytes_of(text.pair[1]) for text in denoiser.texts)
@@ -125,41 +148,50 @@ def count(recipe: Recipe, *, single: bool = False, gpu: bool | None = None) -> N
         weights_there = [p for module in policy.modules for p in module.parameters()]
         with Counter([*weights_there, *(p.grad for p in policy.parameters() if p.grad is not None)]) as passes:
             run()
-        drawn = _drawing(recipe, policy, denoiser, row, drawing.batch_size)
+        drawn = _drawing(recipe, policy, denoiser, row, drawing.batch_size, everywhere=parts > 1)
     trained = there["trained weights"]
     return Needs(
         there,
         float(passes.peak),
         trained if recipe.training.optimizer != "adamw_8bit" else 0.0,
-        vae + drawn,
+        vae + drawn if drawn or parts == 1 else 0.0,
         {"text encoders": weights, "VAE": vae, "activations": max(float(pictures.peak), texts.peak - weights)},
         float(passes.operations),
         float(pictures.operations),
         float(texts.operations),
         row,
         math.prod(denoiser.latent_shape(shape)),
+        whole if parts > 1 else None,
+        of_others,
     )
 
 
-def held(policy: Policy, recipe: Recipe) -> dict[str, float]:
-    """Bytes that are there all through training, by part."""
+def held(policy: Policy, recipe: Recipe, parts: int = 1) -> dict[str, float]:
+    """Bytes that are there all through training, by part.
+
+    parts: into which the model is cut up; those of the first process, which has most.
+    """
+    from palate.training.sharded import in_part
+
+    def size(weights: Iterable[Tensor]) -> float:
+        return float(sum(in_part(p, parts) * p.element_size() for p in weights))
+
     trained = list(policy.parameters())
-    numbers = sum(p.numel() for p in trained)
     own = {id(p): p for p in policy.trainable_module.parameters()}
     beside = {id(p): p for module in policy.modules for p in module.parameters() if id(p) not in own}
     return {
-        "frozen weights": float(sum(p.numel() * p.element_size() for p in own.values() if not p.requires_grad)),
-        "frozen copy, old policy": float(sum(p.numel() * p.element_size() for p in beside.values())),
-        "trained weights": 4.0 * numbers,
-        "gradients": 4.0 * numbers,
-        "optimizer": _state_bytes(recipe, trained),
-        "average": 4.0 * numbers if recipe.training.ema_decay is not None else 0.0,
+        "frozen weights": size(p for p in own.values() if not p.requires_grad),
+        "frozen copy, old policy": size(beside.values()),
+        "trained weights": size(trained),
+        "gradients": size(trained),
+        "optimizer": _state_bytes(recipe, trained, sum(in_part(p, parts) for p in trained)),
+        "average": size(trained) if recipe.training.ema_decay is not None else 0.0,
     }
 
 
-def _state_bytes(recipe: Recipe, trained: Sequence[nn.Parameter]) -> float:
-    """What the optimizer keeps."""
-    numbers, name = sum(p.numel() for p in trained), recipe.training.optimizer
+def _state_bytes(recipe: Recipe, trained: Sequence[nn.Parameter], numbers: int) -> float:
+    """What the optimizer keeps of so many numbers, those of whole weights unless it is AdamW."""
+    name = recipe.training.optimizer
     if name == "adafactor":  # of a weight the means over each of its last two axes, of a vector all
         shapes = [p.shape for p in trained]
         return 4.0 * sum(s.numel() if len(s) < 2 else s.numel() // s[-1] + s.numel() // s[-2] for s in shapes)
@@ -262,13 +294,16 @@ def drawing_of_one(
     return network, decode
 
 
-def _drawing(recipe: Recipe, policy: Policy, denoiser: Latent, row: Row, shown: int) -> float:
-    """Activations of drawing, of the network or of the VAE, whichever are more."""
+def _drawing(recipe: Recipe, policy: Policy, denoiser: Latent, row: Row, shown: int, *, everywhere: bool) -> float:
+    """Activations of drawing, of the network or of the VAE, whichever are more; 0 if nothing is drawn.
+
+    everywhere: all processes take the same passes, so none draws while it trains.
+    """
     from palate.models.outline import Counter
 
     online, evaluation = recipe.online, recipe.evaluation
     drawings: list[tuple[int, float]] = []
-    if evaluation.validation_prompts or evaluation.evaluation_prompts:
+    if evaluation.evaluation_prompts or (evaluation.validation_prompts and not everywhere):
         drawings.append((shown, evaluation.guidance_scale))
     if online.train_prompts is not None:
         drawings.append((online.sample_batch_size, online.sample_guidance_scale))
@@ -306,6 +341,8 @@ class PlanOptions:
 
     memory: Annotated[float, POSITIVE] | None = None
     """Gigabytes of the card that it is planned for; those of the device at hand unless given."""
+    processes: Count | None = None
+    """How many ``accelerate launch`` will start, one on each card; as many as it has started unless given."""
     measure: bool = False
     """Time three steps here, and see what memory they take, on random weights of the model's shape."""
 
@@ -323,6 +360,12 @@ def plan(recipe: Recipe, options: PlanOptions) -> list[str]:
     from palate.runs.evidence import readers_of
 
     recipe = at_home(recipe)
+    together = options.processes or processes()
+    if options.measure and recipe.training.shard_model and together > 1:
+        raise UserError(
+            f"measure runs the whole model in one process, and with shard_model each of {together} holds a part: leave one of "
+            "the two out"
+        )
     readers, missing = list[Reader](), list[str]()
     if recipe.online.train_prompts is None:
         try:
@@ -330,9 +373,9 @@ def plan(recipe: Recipe, options: PlanOptions) -> list[str]:
         except UserError as error:  # what is planned for need not be there yet
             missing = [f"data, of which the size is left out: {error}"]
     single = bool(readers) and readers[0].single
-    needs = count(recipe, single=single, gpu=True if options.memory is not None else None)
+    needs = count(recipe, single=single, gpu=True if options.memory is not None else None, together=together)
     card = device_memory() if options.memory is None else options.memory * GB
-    lines = [*memory_lines(needs), *_fit_lines(recipe, needs, card, single=single)]
+    lines = [*memory_lines(needs), *_fit_lines(recipe, needs, card, together, single=single)]
     seconds = None
     if options.measure:
         seconds, peak = tried(recipe, needs, single=single)
@@ -340,7 +383,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> list[str]:
     rows = rows_of(readers)
     # Of a card that is not here there is no rate.
     rate = matrix_rate if options.memory is None else None
-    lines += _time_lines(recipe, needs, rows, seconds, rate, single=single)
+    lines += _time_lines(recipe, needs, rows, seconds, rate, together, single=single)
     return [*lines, *_disk_lines(recipe, needs, rows, single=single), *missing]
 
 
@@ -363,30 +406,29 @@ def foretell(recipe: Recipe, denoiser: Denoiser, *, single: bool = False) -> flo
 
 
 def memory_lines(needs: Needs) -> list[str]:
-    """The three things that are in memory one after the other, by part, in GB."""
-    parts = {
-        "training": {**needs.held, "activations": max(needs.passes, needs.update)},
-        "drawing": {"the same weights": sum(needs.held.values()), "VAE, activations": needs.drawing},
-        "encoding": needs.encoding,
-    }
+    """What is in memory one after the other, by part, in GB."""
     lines = ["memory of one process, GB"]
-    for name, of in parts.items():
-        told = ", ".join(f"{part} {size / GB:.2f}" for part, size in of.items() if size)
-        lines.append(f"  {name:9} {sum(of.values()) / GB:6.2f}   {told}")
+    for name, of in needs.stages().items():
+        if any(of.values()):
+            told = ", ".join(f"{part} {size / GB:.2f}" for part, size in of.items() if size)
+            lines.append(f"  {name:9} {sum(of.values()) / GB:6.2f}   {told}")
+    if needs.whole is not None:
+        whole = sum(needs.whole[part] for part in WEIGHTS)
+        lines.append(f"  before it is cut up, the model lies in main memory: {whole / GB:.2f} in each process")
     return lines
 
 
-def _fit_lines(recipe: Recipe, needs: Needs, card: float, *, single: bool) -> list[str]:
+def _fit_lines(recipe: Recipe, needs: Needs, card: float, together: int, *, single: bool) -> list[str]:
     room = card * (1 - UNCOUNTED)
     fits = f"at most {needs.peak / GB:.1f} GB, of {card / GB:.1f} GB"
     if needs.peak <= room:
         return [f"  it fits: {fits}"]
     lines = [f"  it does not fit: {fits}, of which a tenth is left to what is not counted"]
     given: dict[str, object] = {}
-    for change in _remedies(recipe):
+    for change in _remedies(recipe, together):
         given |= change
         try:
-            smaller = count(_with(recipe, given), single=single, gpu=True)
+            smaller = count(_with(recipe, given), single=single, gpu=True, together=together)
         except UserError as error:  # such as a package that is missing
             lines.append(f"       ?   {_words(given)}: {error}")
             continue
@@ -396,7 +438,7 @@ def _fit_lines(recipe: Recipe, needs: Needs, card: float, *, single: bool) -> li
     return [*lines, "  no option here makes it fit: take a lower resolution, a lower rank or a smaller model"]
 
 
-def _remedies(recipe: Recipe) -> list[dict[str, object]]:
+def _remedies(recipe: Recipe, together: int) -> list[dict[str, object]]:
     """What makes a run smaller, what costs least first; each on top of those before it."""
     training, found = recipe.training, list[dict[str, object]]()
     batch = training.train_batch_size
@@ -409,11 +451,22 @@ def _remedies(recipe: Recipe) -> list[dict[str, object]]:
         found.append({"train_batch_size": 1, **({} if recipe.online.train_prompts is not None else more)})
     if not recipe.policy.gradient_checkpointing:
         found.append({"gradient_checkpointing": True})
-    if training.optimizer == "adamw":
+    parts = {"shard_model": True, **({} if training.optimizer == "adamw" else {"optimizer": "adamw"})}
+    if together > 1 and not training.shard_model and training.optimizer in STATES and _goes_with(recipe, parts):
+        found.append(parts)
+    elif training.optimizer == "adamw" and not training.shard_model:
         found.append({"optimizer": "adamw_8bit" if recipe.policy.train_method == "lora" else "adafactor"})
     if recipe.policy.train_method == "lora" and training.mixed_precision != "no":
         found += [{"quantize": kind} for kind in (("int8", "nf4") if recipe.model.quantize is None else ())]
     return found
+
+
+def _goes_with(recipe: Recipe, change: dict[str, object]) -> bool:
+    try:
+        _with(recipe, change)
+    except UserError:
+        return False
+    return True
 
 
 def _words(given: dict[str, object]) -> str:
@@ -435,6 +488,7 @@ def _time_lines(
     rows: int,
     seconds: float | None,
     rate: Callable[[str], float] | None,
+    together: int,
     *,
     single: bool,
 ) -> list[str]:
@@ -442,29 +496,33 @@ def _time_lines(
 
     seconds: of a micro-batch, measured here.
     rate: operations a second in a precision, of the device that it is planned for.
+    together: processes that share the work.
     """
     training, online = recipe.training, recipe.online
     passes, updates = training.gradient_accumulation_steps, training.max_train_steps
     if online.train_prompts is not None:
         arithmetic = Arithmetic.of(online, recipe.method.evidence)
-        passes = arithmetic.accumulation(training.train_batch_size, processes())
+        passes = arithmetic.accumulation(training.train_batch_size, together)
         updates = arithmetic.total(online.rounds, updates)
     elif updates is None and rows:
-        updates = math.ceil(training.num_train_epochs * rows / (training.train_batch_size * passes * processes()))
+        updates = math.ceil(training.num_train_epochs * rows / (training.train_batch_size * passes * together))
 
     def told(operations: float, precision: str) -> str:
         counted = f"{operations:.2g} operations"
         return counted if rate is None else f"{counted}, {_duration(operations / rate(precision))} or more"
 
+    shared = f" in each of {together} processes" if together > 1 else ""
     lines = ["time" if rate is None else f"time; at least that of as many operations in products of matrices on {device()}"]
     if rows:
         pictures = (1 if single else 2) * (2 if recipe.data.random_flip else 1)
         encoding = rows * (pictures * needs.picture_operations + needs.text_operations)
-        lines.append(f"  encoding about {rows} rows, once: {told(encoding, 'no')}")
-    number = updates or 1
+        lines.append(f"  encoding about {rows} rows, once{shared}: {told(encoding / together, 'no')}")
+    number, shape = updates or 1, f"{passes} x {training.train_batch_size}"
     work = told(number * passes * needs.step_operations, training.mixed_precision)
     work = work if seconds is None else f"{_duration(number * passes * seconds)}, as measured"
-    lines.append(f"  training, {number} update{'s' * (number != 1)} of {passes} x {training.train_batch_size}: {work}")
+    lines.append(f"  training, {number} update{'s' * (number != 1)} of {shape}{shared}: {work}")
+    if needs.whole is not None:
+        lines.append("  gathering parts of other processes comes on top: not counted")
     if online.train_prompts is not None:
         lines.append("  drawing what it learns from, and asking rewards, come on top: not counted")
     return lines
@@ -487,7 +545,7 @@ def _disk_lines(recipe: Recipe, needs: Needs, rows: int, *, single: bool) -> lis
         (
             "checkpoints and the result",
             training.output_dir,
-            float(checkpoints_bytes(recipe, int(needs.held["trained weights"] / 4))),
+            float(checkpoints_bytes(recipe, int((needs.whole or needs.held)["trained weights"] / 4))),
         )
     ]
     if rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from torch.nn import functional as F
 
 from palate.base.errors import UserError
 from palate.models.outline import Counter, without_contents
+from palate.models.policy import Policy
 from palate.runs import plan, recipe
 from palate.runs.loading import denoiser_of, policy_of, shape_of
 from palate.runs.ready import tell_needs
+from palate.training.sharded import cut_up
 
 
 def made(folder: Path, **options: object) -> recipe.Recipe:
@@ -22,17 +25,19 @@ def made(folder: Path, **options: object) -> recipe.Recipe:
     )
 
 
-def measured(of: recipe.Recipe) -> float:
-    """Bytes at most that a forward and backward pass allocates, by the allocator's own record."""
+def measured(of: recipe.Recipe, change: Callable[[Policy], object] = lambda policy: None) -> float:
+    """Bytes at most that a forward and backward pass allocates, by the allocator's own record.
+
+    change: what is done to the policy before.
+    """
     denoiser = denoiser_of(of)
     policy = policy_of(of, denoiser)
-    for weight in policy.parameters():
-        weight.grad = torch.zeros_like(weight)
     with torch.no_grad():
         encoded = denoiser.encode_prompts(["a picture"])
     shape = shape_of(of, denoiser)
     framed = denoiser.picture_conditions((shape.width, shape.height), shape, (0.5, 0.5), flip=False)
     row = {name: (x.shape[1:], x.dtype) for name, x in encoded.tensors.items()}
+    change(policy)
     run = plan.work(of, policy, denoiser, row | {name: (x.shape, x.dtype) for name, x in framed.items()})
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -43,6 +48,16 @@ def measured(of: recipe.Recipe) -> float:
         now += event.nbytes()
         highest = max(highest, now)
     return highest
+
+
+def test_what_is_gathered_of_others_is_counted(first_of, sd3_dir):
+    """At most: it is highest at another moment than activations are."""
+    of = made(sd3_dir, shard_model=True, train_method="full", gradient_checkpointing=True)
+    counted = plan.count(of, gpu=False, together=2)
+    with first_of(2):
+        highest = measured(of, cut_up)
+    assert counted.passes < highest <= 1.02 * (counted.passes + counted.gathered)
+    assert counted.gathered < sum(counted.whole[part] for part in plan.WEIGHTS)
 
 
 PERCEPTUAL = {"name": "perceptual", "layers": "mid", "target_time": "uniform"}
@@ -125,6 +140,49 @@ def test_what_would_make_it_fit(palate_plan, monkeypatch):
     assert any("no option here makes it fit" in line for line in lines)
 
 
+def test_several_processes_may_hold_a_part_each(palate_plan, monkeypatch):
+    """Where that is allowed, with the optimizer that goes with it; one of 8 bits is then none of the remedies."""
+    needs = plan.Needs({"trained weights": 0.0}, 0.0, 0.0, 0.0, {}, 0.0, 0.0, 0.0, {}, 1)
+    monkeypatch.setattr(
+        plan, "count", lambda of, **_: dataclasses.replace(needs, passes=1e9 if of.training.shard_model else 3e9)
+    )
+    small = {"memory": 2, "train_batch_size": 1, "evaluation_batch_size": 1, "gradient_checkpointing": "true"}
+
+    def remedies(**options: object) -> list[str]:
+        return [line.split(maxsplit=1)[1] for line in palate_plan(**small, **options) if "   --" in line]
+
+    assert remedies(processes=4) == ["--shard_model true"]
+    assert remedies(processes=4, optimizer="adafactor") == ["--shard_model true --optimizer adamw"]
+    assert remedies() == ["--optimizer adamw_8bit"]
+    assert remedies(processes=4, compile="true") == ["--optimizer adamw_8bit"]
+    assert remedies(processes=4, shard_model="true") == []
+
+
+PLANNED = plan.Needs({"trained weights": 4e9}, 0.0, 0.0, 1e9, {}, 5e12, 2e9, 0.0, {}, 1)
+
+
+def test_processes_share_the_work(palate_plan, monkeypatch):
+    monkeypatch.setattr(plan, "count", lambda *_, **__: PLANNED)
+    lines = palate_plan(max_train_samples=16, max_train_steps="null", num_train_epochs=3, processes=2, memory=24)
+    assert "  training, 6 updates of 1 x 4 in each of 2 processes: 3e+13 operations" in lines  # 48 pairs, 8 an update
+    assert "  encoding about 16 rows, once in each of 2 processes: 3.2e+10 operations" in lines  # two pictures a pair
+
+
+def test_parts_are_told(palate_plan, monkeypatch):
+    """Of 8 processes, of which the first draws with the whole model at the end, and all read it before it is cut up."""
+    whole = dict.fromkeys((*plan.WEIGHTS, "gradients", "optimizer"), 8e9)
+    parts = {name: size / 8 for name, size in whole.items()}
+    monkeypatch.setattr(plan, "count", lambda *_, **__: dataclasses.replace(PLANNED, held=parts, whole=whole, gathered=3e9))
+    lines = palate_plan(shard_model="true", processes=8, memory=24)
+    weights = "frozen weights 1.00, frozen copy, old policy 1.00, trained weights 1.00, gradients 1.00, optimizer 1.00"
+    assert f"  training    8.00   {weights}, gathered of others 3.00" in lines
+    assert "  drawing    29.00   the same parts 4.00, the whole model 24.00, VAE, activations 1.00" in lines
+    assert "  before it is cut up, the model lies in main memory: 24.00 in each process" in lines
+    assert "  gathering parts of other processes comes on top: not counted" in lines
+    (written,) = [line for line in lines if line.startswith("  checkpoints and the result ")]
+    assert float(written.split()[4]) >= 8  # whole
+
+
 def test_data_need_not_be_there_yet_nor_the_card(palate_plan, monkeypatch):
     needs = plan.Needs({"trained weights": 1e9}, 0.0, 0.0, 0.0, {}, 5e12, 0.0, 0.0, {}, 1)
     monkeypatch.setattr(plan, "count", lambda *_, **__: needs)
@@ -161,7 +219,14 @@ def palate_plan(palate):
 
 
 def test_a_mistake_is_one_line(palate):
-    for options in ({"memory": -1}, {"memroy": 3}):
+    measured = {"measure": "true", "shard_model": "true", "processes": 2}
+    for options in (
+        {"memory": -1},
+        {"memroy": 3},
+        {"processes": 0},
+        measured,
+        {"shard_model": "true", "optimizer": "adafactor"},
+    ):
         code, said, errors = palate("plan", **options)
         assert (code, said, len(errors.splitlines())) == (2, "", 1)
 
