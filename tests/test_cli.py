@@ -200,6 +200,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(capsys, monkeypatch):
     [
         (["--use_8bit_adam"], "unknown option --use_8bit_adam (write --optimizer adamw_8bit; "),
         (["--dry_run"], "unknown option --dry_run ('palate plan RECIPE' tells "),
+        (
+            ["--num_processes", "8"],
+            "unknown option --num_processes (accelerate launch --num_processes 8 -m palate train; palate plan ",
+        ),
         (["--beta", "3"], "did you mean --objective.beta?"),
         (["--beta_dpo", "3"], "did you mean --objective.beta?"),
         (["--lr", "3"], "did you mean --learning_rate?"),

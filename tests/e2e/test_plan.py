@@ -166,6 +166,11 @@ def test_processes_share_the_work(palate_plan, monkeypatch):
     lines = palate_plan(max_train_samples=16, max_train_steps="null", num_train_epochs=3, processes=2, memory=24)
     assert "  training, 6 updates of 1 x 4 in each of 2 processes: 3e+13 operations" in lines  # 48 pairs, 8 an update
     assert "  encoding about 16 rows, once in each of 2 processes: 3.2e+10 operations" in lines  # two pictures a pair
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as accelerate launch tells it to each
+    same = {"max_train_samples": 16, "max_train_steps": "null", "num_train_epochs": 3, "memory": 24}
+    assert palate_plan(**same) == lines
+    monkeypatch.setenv("RANK", "1")
+    assert palate_plan(**same) == []
 
 
 def test_parts_are_told(palate_plan, monkeypatch):
