@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(capsys, monkeypatch):
         (["--dry_run"], "unknown option --dry_run ('palate plan RECIPE' tells "),
         (
             ["--num_processes", "8"],
-            "unknown option --num_processes (accelerate launch --num_processes 8 -m palate train; palate plan ",
+            "unknown option --num_processes (it is told to 'accelerate launch'; 'palate plan' calls it processes",
         ),
         (["--beta", "3"], "did you mean --objective.beta?"),
         (["--beta_dpo", "3"], "did you mean --objective.beta?"),

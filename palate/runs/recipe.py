@@ -211,9 +211,7 @@ ELSEWHERE = {
     "scale_lr": "there is none: give the product, as docs/moving-from-diffusers-dpo.md has it",
     **dict.fromkeys(("wandb", "log_with"), "report_to"),
     **dict.fromkeys(("dry_run", "plan"), "'palate plan RECIPE' tells what a run will take"),
-    **dict.fromkeys(
-        ("num_processes", "processes"), "accelerate launch --num_processes 8 -m palate train; palate plan --processes 8"
-    ),
+    **dict.fromkeys(("num_processes", "processes"), "it is told to 'accelerate launch'; 'palate plan' calls it processes"),
 }
 """What other programs call an option -> its name here, or words with a blank that say how it is done here."""
 
