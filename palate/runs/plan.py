@@ -376,6 +376,8 @@ def plan(recipe: Recipe, options: PlanOptions) -> list[str]:
     needs = count(recipe, single=single, gpu=True if options.memory is not None else None, together=together)
     card = device_memory() if options.memory is None else options.memory * GB
     lines = [*memory_lines(needs), *_fit_lines(recipe, needs, card, together, single=single)]
+    if recipe.training.shard_model and together == 1:
+        lines.append("  of one process, which holds everything: tell by --processes how many shard_model has to share it")
     seconds = None
     if options.measure:
         seconds, peak = tried(recipe, needs, single=single)

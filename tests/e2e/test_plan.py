@@ -184,6 +184,7 @@ def test_parts_are_told(palate_plan, monkeypatch):
     assert "  drawing    29.00   the same parts 4.00, the whole model 24.00, VAE, activations 1.00" in lines
     assert "  before it is cut up, the model lies in main memory: 24.00 in each process" in lines
     assert "  gathering parts of other processes comes on top: not counted" in lines
+    assert any("tell by --processes" in line for line in palate_plan(shard_model="true", memory=24))
     (written,) = [line for line in lines if line.startswith("  checkpoints and the result ")]
     assert float(written.split()[4]) >= 8  # whole
 
