@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from palate.base.errors import UserError, nearest, short
+from palate.base.errors import UserError, broken, nearest, short
 from palate.verbs.table import GROUPS, VERBS
 
 LONGEST = 600
@@ -71,6 +71,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _dispatch(words: list[str]) -> int:
+    if odd := [word for word in words if broken(word)]:
+        raise UserError(f"{short(odd[0])} is not in UTF-8, in which names and texts are written: rename the file or folder")
     if words[1:] and words[0] in ("-h", "--help", "help") and words[1] in VERBS:
         words = [words[1], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):

@@ -83,6 +83,7 @@ def test_recipes(capsys, tmp_path, monkeypatch):
         (["recipes", "copy"], "expected: palate recipes"),
         (["compare", "a", "b", "--drows", "1"], "unknown option --drows (did you mean 'draws'?"),
         (["recipes", "show", "nothing"], "no recipe named 'nothing'"),
+        (["score", "pictures\udcff"], "'pictures\\udcff' is not in UTF-8, in which names and texts are written"),
     ],
 )
 def test_mistakes(capsys, words, message):

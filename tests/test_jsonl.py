@@ -25,7 +25,7 @@ def test_only_a_file_that_may_be_missing_may_be_missing(tmp_path):
             read(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"null", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"null", b"\xff", b"[" * 100_000, rb'{"a": ["\ud83d"]}'])
 def test_a_damaged_object_is_told_even_where_none_is_needed(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
@@ -43,6 +43,7 @@ def test_a_damaged_object_is_told_even_where_none_is_needed(tmp_path, content):
         (b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 1}', 2, False),
         (b'{"a": 1}\n[1]', "line 2: expected a JSON object, one a line, found \\[1\\]", True),
         (b'{"a": 1}\n{"b": "\xc3', 1, True),  # inside a character
+        (rb'{"\udc00": 1}', "line 1: holds a text that is not valid Unicode", True),
         (b'\xff\n{"a": 1}', "line 1: not in UTF-8 .byte 0xff", True),
     ],
 )
@@ -54,6 +55,11 @@ def test_lines(tmp_path, content, kept, may_be_cut):
         return
     with pytest.raises(UserError, match=kept):
         list(read_lines(path, may_be_cut=may_be_cut))
+
+
+def test_whole_characters_of_two_halves_are_text(tmp_path):
+    (tmp_path / "a.json").write_bytes(rb'{"\ud83d\ude00": 1}')
+    assert read_object(tmp_path / "a.json") == {"\U0001f600": 1}
 
 
 def test_adding_mends_what_was_cut_short_and_keeps_what_was_not(tmp_path):

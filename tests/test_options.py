@@ -252,3 +252,10 @@ def test_of_many_names_the_nearest_three_are_named():
 
 def test_numbers_that_python_does_not_write_are_told():
     assert short(10**5000) == short(-(10**5000), quoted=False) == short([10**5000]) == "a very large number"
+
+
+@pytest.mark.parametrize(("kind", "value"), [(str, "a\udcff"), (str | None, "a\0b"), (tuple[str, ...], ["a", "\udcff"])])
+def test_texts_that_no_file_or_path_can_hold(kind, value):
+    with pytest.raises(UserError, match=r"output_dir is .*, which is no valid text: expected Unicode"):
+        typed(kind, value, "output_dir")
+    assert typed(str, "\U0001f600 \u00fc", "output_dir") == "\U0001f600 \u00fc"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 
 class UserError(Exception):
@@ -34,6 +35,24 @@ def short(value: object, most: int = 80, *, quoted: bool = True) -> str:
     except ValueError:  # a whole number of more digits than Python writes
         text = "a very large number"
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def broken(value: object) -> bool:
+    """Whether a text in it is no valid Unicode: half a character (a lone surrogate), which no file can hold.
+
+    JSON may name one, cut out of the middle of an emoji; and Python makes them of names that are not in UTF-8.
+    """
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            if not one.isascii() and any("\ud800" <= letter <= "\udfff" for letter in one):
+                return True
+        elif isinstance(one, Mapping):
+            waiting += [part for pair in cast("Mapping[object, object]", one).items() for part in pair]
+        elif isinstance(one, list | tuple):
+            waiting += cast("Sequence[object]", one)
+    return False
 
 
 def said(error: BaseException, most: int = 160) -> str:

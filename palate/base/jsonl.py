@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from palate.base.errors import UserError, short
+from palate.base.errors import UserError, broken, short
 from palate.base.files import write_atomically
 
 JsonObject = dict[str, Any]
 """A JSON object; what its values are is checked by whoever reads them."""
+
+
+BROKEN = "a text that is not valid Unicode (a lone surrogate)"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> JsonObject:
@@ -63,6 +66,8 @@ def read_object(path: str | Path, *, optional: bool = False, otherwise: str = "w
         raise UserError(f"{path} cannot be read ({error}); {otherwise}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds {type(found).__name__}, expected one JSON object; {otherwise}")
+    if broken(found):
+        raise UserError(f"{path} holds {BROKEN}; {otherwise}")
     return cast("JsonObject", found)
 
 
@@ -99,6 +104,8 @@ def read_lines(
             raise UserError(f"{path}, line {number}: {error}; mend or remove the line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, one a line, found {short(row)}")
+        if broken(row):
+            raise UserError(f"{path}, line {number}: holds {BROKEN}; mend or remove the line")
         yield number, row
 
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import yaml
 
-from palate.base.errors import UserError, nearest, said, short
+from palate.base.errors import UserError, broken, nearest, said, short
 
 Options = TypeVar("Options")
 
@@ -349,6 +349,9 @@ def typed(kind: Any, value: object, name: str) -> object:
             continue
         if isinstance(made, float) and (refusal := _out_of_size(made)):
             raise UserError(f"{name} is {refusal}")
+        texts = made if isinstance(made, tuple) else (made,)
+        if broken(made) or any("\0" in text for text in cast("tuple[object, ...]", texts) if isinstance(text, str)):
+            raise UserError(f"{name} is {short(made)}, which is no valid text: expected Unicode, without the character NUL")
         return made
     expected = [*(WORDS.get(k, str(k)) for k in kinds), *(["null"] if type(None) in options else [])]
     raise UserError(f"{name} is {short(value)}; expected {' or '.join(expected)}")

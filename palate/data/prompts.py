@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from palate.base.errors import UserError, nearest, said, short
-from palate.base.jsonl import JsonObject, decode, lines
+from palate.base.errors import UserError, broken, nearest, said, short
+from palate.base.jsonl import BROKEN, JsonObject, decode, lines
 from palate.base.shapes import Shape
 
 LISTS = {
@@ -89,6 +89,8 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
     where = f"{path}, line {number}"
     if (row := _object(line)) is None:
         raise UserError(f'{where}: not a JSON object; expected one such as {{"prompt": "a red boat"}} a line')
+    if broken(row):
+        raise UserError(f"{where}: holds {BROKEN}; mend or remove the line")
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         columns = short(", ".join(sorted(row)) or "none", quoted=False)
@@ -162,6 +164,8 @@ def from_function(function: Callable[[], Any], name: str) -> list[Prompt]:
         prompt = Prompt(one[0], None, one[1]) if prompt is None and _is_one(one) else prompt
         if prompt is None or not prompt.text.strip():
             raise UserError(f"{name} made {short(one)}; expected a text, or (text, metadata) with a dictionary")
+        if broken([prompt.text, prompt.negative or "", prompt.metadata]):
+            raise UserError(f"{name} made {BROKEN}: {short(one)}")
         prompts.append(prompt)
     return prompts
 

@@ -56,6 +56,8 @@ def test_seeds_and_sizes(tmp_path):
         ("a.jsonl", b'{"prompt": "x", "seed": true}\n', "found True"),
         ("a.jsonl", b'{"prompt": "x", "seed": 1.5}\n', "found 1.5"),
         ("a.jsonl", b'{"prompt": "x", "metadata": "y"}\n', "line 1: 'metadata' must be an object, found 'y'"),
+        ("a.jsonl", rb'{"prompt": "x \ud83d"}', "line 1: holds a text that is not valid Unicode"),
+        ("a.jsonl", rb'{"prompt": "x", "metadata": {"of": ["\ud83d"]}}', "line 1: holds a text that is not valid Unicode"),
         ("a.json", b'["x",\n "y"]\n', "convert it to JSONL"),
         ("a.tsv", b"Prompt\tCategory\nx\ty\n", "is a table"),
     ],
@@ -117,7 +119,13 @@ def test_a_function_that_draws_one():
 
 @pytest.mark.parametrize(
     ("made", "words"),
-    [([], "made no prompts"), (3, "raised TypeError"), (["a", 3], "made 3; expected a text"), (["a", " "], "made ' '")],
+    [
+        ([], "made no prompts"),
+        (3, "raised TypeError"),
+        (["a", 3], "made 3; expected a text"),
+        (["a", " "], "made ' '"),
+        (["\ud83d"], "made a text"),
+    ],
 )
 def test_functions_that_do_not_fit(made, words):
     with pytest.raises(UserError, match=f"mine:f {words}"):
