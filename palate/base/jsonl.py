@@ -66,7 +66,7 @@ def read_object(path: str | Path, *, optional: bool = False, otherwise: str = "w
         raise UserError(f"{path} cannot be read ({error}); {otherwise}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds {type(found).__name__}, expected one JSON object; {otherwise}")
-    if broken(found):
+    if broken(cast("object", found)):
         raise UserError(f"{path} holds {BROKEN}; {otherwise}")
     return cast("JsonObject", found)
 
@@ -104,7 +104,7 @@ def read_lines(
             raise UserError(f"{path}, line {number}: {error}; mend or remove the line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, one a line, found {short(row)}")
-        if broken(row):
+        if broken(cast("object", row)):
             raise UserError(f"{path}, line {number}: holds {BROKEN}; mend or remove the line")
         yield number, row
 

@@ -8,7 +8,7 @@ import re
 import sys
 from importlib import metadata
 
-from palate.base.errors import UserError, short
+from palate.base.errors import UserError, first_line, short
 
 
 def versions() -> dict[str, str]:
@@ -33,6 +33,21 @@ def device() -> str:
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def found_device(name: str | None) -> str:
+    """A device by the name that a user gave it, or :func:`device` without one. Raises UserError: there is none of this name."""
+    import torch
+
+    if name is None:
+        return device()
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+        raise UserError(f"device is {short(name)}; expected cpu, cuda, or cuda:1 for the second GPU")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"there is no device {name} here ({first_line(error)}): use cpu, or leave it out") from error
+    return name
 
 
 def tell(text: str) -> None:

@@ -344,17 +344,22 @@ def typed(kind: Any, value: object, name: str) -> object:
         if option is type(None):
             continue
         try:
-            made = _as(option, value)
+            made: object = _as(option, value)
         except (TypeError, ValueError, OverflowError):
             continue
         if isinstance(made, float) and (refusal := _out_of_size(made)):
             raise UserError(f"{name} is {refusal}")
-        texts = made if isinstance(made, tuple) else (made,)
-        if broken(made) or any("\0" in text for text in cast("tuple[object, ...]", texts) if isinstance(text, str)):
+        if broken(made) or _has_nul(made):
             raise UserError(f"{name} is {short(made)}, which is no valid text: expected Unicode, without the character NUL")
         return made
     expected = [*(WORDS.get(k, str(k)) for k in kinds), *(["null"] if type(None) in options else [])]
     raise UserError(f"{name} is {short(value)}; expected {' or '.join(expected)}")
+
+
+def _has_nul(value: object) -> bool:
+    """Whether a text, or one of a list of them, holds the character that ends a path."""
+    texts = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
+    return any("\0" in text for text in texts if isinstance(text, str))
 
 
 def is_nothing(value: object) -> bool:

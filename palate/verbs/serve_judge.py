@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from palate.base.errors import UserError
-from palate.base.machine import device
+from palate.base.machine import found_device
 from palate.base.options import Batch, Port, check_ranges
 from palate.verbs import asks_help, carry_out
 
@@ -41,6 +41,7 @@ def main(words: list[str]) -> int:
 def _serve(first: list[str], options: ServeOptions) -> None:
     from palate.names.judges import find_judges
 
+    where = found_device(options.device)
     named = find_judges(first)[first[0]]
     from palate.judges.http import KEY
     from palate.judges.remote import Identity
@@ -49,7 +50,7 @@ def _serve(first: list[str], options: ServeOptions) -> None:
     token = os.environ.get(KEY)
     who = Identity(named.name, named.kind, named.fingerprint(), named.role)
     server = serve_judge(
-        named.load(options.device or device()),
+        named.load(where),
         who,
         host=options.host,
         port=options.port,
