@@ -113,6 +113,8 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
 
     command: what was typed; told where no training has told its own.
     """
+    from PIL.Image import open as open_image
+
     from palate.evaluation.folders import compare_folders, write_result
     from palate.evaluation.generation import plan
     from palate.evaluation.grid import before_after_grid
@@ -135,12 +137,14 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
 
         precision, device = recipe.training.mixed_precision, str(denoiser.device)
         refiner = load_refiner(options.refiner, start=options.refiner_start, mixed_precision=precision, device=device)
-    for side, network in (("base", base), ("tuned", tuned)):
-        folder = out / "evaluation" / side
-        pictures[side] = _generated(recipe, denoiser, network, refiner, planned, drawing, folder, side)
+    sides, drawn = [out / "evaluation" / side for side in ("base", "tuned")], {}
+    for folder, network in zip(sides, (base, tuned), strict=True):
+        drawn[folder] = _drawn(recipe, denoiser, network, refiner, planned, drawing, folder)
+    _put(out, {folder: new for folder, new in drawn.items() if new is not None})
+    for folder in sides:
+        pictures[folder.name] = [open_image(folder / p.file).convert("RGB") for p in planned]
     del refiner
     denoiser.release()  # room for the judges
-    sides = [out / "evaluation" / side for side in pictures]
     shown = _first_of_each(prompts, 12)
     before_after_grid(
         [prompts[i] for i in shown],
@@ -172,7 +176,7 @@ def compare_models(found: Assembled, denoiser: Denoiser, base: nn.Module, tuned:
     print(result.versus[0].headline)
 
 
-def _generated(
+def _drawn(
     recipe: Recipe,
     denoiser: Denoiser,
     network: nn.Module,
@@ -180,24 +184,21 @@ def _generated(
     pictures: list[Picture],
     drawing: Drawing,
     folder: Path,
-    side: str,
-) -> list[Image]:
-    """The pictures of one side in a picture folder: anew, unless the folder holds just these of the same weights."""
-    from PIL.Image import open as open_image
-
+) -> Path | None:
+    """The pictures of one side in a folder beside ``folder``; None if that holds just these, of the same weights."""
     from palate.evaluation.generation import drawn_by, generate, holds, settings
     from palate.models.parts import sketch
 
-    options = recipe.evaluation
+    options, side = recipe.evaluation, folder.name
     pictures = [dataclasses.replace(p, model=side) for p in pictures]
     told = settings(denoiser, drawing, seed=options.evaluation_seed, versions=versions())
     model = {"name": side, "base": recipe.model.pretrained_model_name_or_path, "refiner": options.refiner}
     model["weights"] = sketch(network)
     if refiner is None and holds(folder, pictures, told, model):
         tell(f"{len(pictures)} pictures of the {side} model are there")
-        return [open_image(folder / p.file).convert("RGB") for p in pictures]
+        return None
     tell(f"generating {len(pictures)} pictures of the {side} model")
-    partial = folder.with_name(f".{folder.name}.tmp")
+    partial = folder.with_name(f".{side}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     generate(
         drawn_by(denoiser, drawing, network=network, refiner=refiner),
@@ -208,9 +209,17 @@ def _generated(
         batch_size=drawing.batch_size,
         progress=sys.stderr.isatty(),
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return [open_image(folder / p.file).convert("RGB") for p in pictures]
+    return partial
+
+
+def _put(out: Path, drawn: dict[Path, Path]) -> None:
+    """New pictures in the place of old ones, of both sides at once: what is stopped before leaves two sides that belong
+    together, and no numbers of others beside them."""
+    if drawn:
+        (out / "metrics.json").unlink(missing_ok=True)
+    for folder, new in drawn.items():
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
 
 
 def _first_of_each(prompts: list[str], limit: int) -> list[int]:

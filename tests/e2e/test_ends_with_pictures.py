@@ -12,6 +12,7 @@ from PIL import Image
 from palate.base.shapes import Shape
 from palate.data.selection import same_prompt
 from palate.evaluation.manifest import read_manifest
+from palate.models.sd import StableDiffusion
 
 
 def drawn(side: str) -> list[str]:
@@ -67,6 +68,28 @@ def test_a_finished_run_is_compared_again_on_the_same_prompts_without_its_data(p
     assert Path("out/metrics.json").is_file()
     assert palate("evaluate", "out")[0] == 0
     assert not Path("out/metrics.json").exists()  # it told of judges that this comparison has not asked
+
+
+def test_a_comparison_that_is_stopped_leaves_two_sides_that_belong_together(palate, monkeypatch):
+    """And the numbers of these: a page made of them shows what it tells of."""
+    palate("train", validation_fraction=0.3, judges="[jpeg_compressibility]", num_evaluation_prompts=2)
+    Path("others.txt").write_text("a lighthouse\na mill\n")
+    before = [drawn(side) for side in ("base", "tuned")], Path("out/metrics.json").read_bytes()
+    asked, generate = [], StableDiffusion.generate
+
+    def stopped(self, *args, **options):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return generate(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "generate", stopped)
+        assert palate("evaluate", "out", evaluation_prompts="others.txt")[0] == 130
+    assert ([drawn(side) for side in ("base", "tuned")], Path("out/metrics.json").read_bytes()) == before
+    assert palate("evaluate", "out", evaluation_prompts="others.txt")[0] == 0
+    shown = [one["prompt"] for one in json.loads(Path("out/metrics.json").read_text())["shown"]]
+    assert drawn("base") == drawn("tuned") == shown == ["a lighthouse", "a mill"]
 
 
 def test_null_is_no_comparison(palate):
