@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -18,9 +19,11 @@ from tiny_models import BETAS, LIMIT, tiny_t5_tokenizer, tiny_text, tiny_unet, t
 
 from benchmarks.processes import start
 from palate.miniature.captions import caption
+from tests.forked import write_client
 from tools.miniature import scenes
 from tools.miniature.base_model import build_tokenizer
 
+ROOT = Path(__file__).parents[1]
 hypothesis.settings.register_profile("palate", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("palate")
 torch.set_num_threads(1)  # for models as small as these, threads cost more than they save
@@ -32,6 +35,22 @@ def pytest_unconfigure(config):
     skipped = reporter.stats.get("skipped", []) if reporter else []
     if told := not_tested([str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]):
         reporter.write_line(told)
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory):
+    """A program that runs scripts and ``-m palate`` without the time of imports: :mod:`tests.forked`."""
+    folder = tmp_path_factory.mktemp("served")
+    address, program = str(folder / "socket"), folder / "python"
+    alone = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "critical"}
+    environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    words = [sys.executable, "-m", "tests.forked", address]
+    with subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        write_client(program, address)
+        yield program
+        process.kill()
 
 
 @pytest.fixture
@@ -60,7 +79,7 @@ def in_two_processes():
     workers: list[subprocess.Popen[str]] = []
 
     def begin(command, cwd=None):
-        alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         workers.extend(start(list(map(str, command)), 2, cwd=cwd, environment=alone))
 
         def finished(timeout):

@@ -1,7 +1,8 @@
-"""``palate`` as a program that starts at once: a server that has imported the large libraries forks for each command.
+"""Python that starts at once: a server that has imported the large libraries forks for each command.
 
 A command runs in a process of its own, in the folder, environment and files of whoever calls it; only the time of imports is
-saved. The program that the shell starts hands its files to the server and waits; a signal that ends it ends the command.
+saved. It is a script with its arguments, or the words of ``palate``, with or without ``-m palate`` before them. The program
+that the shell starts hands its files to the server and waits; a signal that ends it ends the command.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import array
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -69,13 +72,15 @@ def _answer(client: socket.socket) -> None:
     while len(data) < int.from_bytes(length, "big"):
         data += client.recv(65536)
     words, folder, environment = json.loads(data)
-    if "-m" in words:  # as torchrun calls Python
-        words = words[words.index("palate") + 1 :]
     if pid := os.fork():
         for file in files:
             os.close(file)
         client.sendall(pid.to_bytes(4, "big"))
-        client.sendall(bytes([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255]))
+        ended = threading.Event()
+        threading.Thread(target=_end_with, args=(client, pid, ended), daemon=True).start()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        ended.set()
+        client.sendall(bytes([code & 255]))
         os._exit(0)
     client.close()
     for number, file in enumerate(files):
@@ -86,11 +91,9 @@ def _answer(client: socket.socket) -> None:
     os.environ.update(environment)
     # As a fresh Python would find what lies in the folder, and the modules that the environment names.
     sys.path[:0] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    from palate.cli import main
-
     code = 1
     try:
-        code = main(words)
+        code = _run(words)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -101,6 +104,24 @@ def _answer(client: socket.socket) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _end_with(client: socket.socket, pid: int, ended: threading.Event) -> None:
+    """The command ends with the program that asked for it, of which nothing more comes than its end."""
+    client.recv(1)
+    if not ended.is_set():
+        os.kill(pid, signal.SIGKILL)
+
+
+def _run(words: list[str]) -> int:
+    if words[0].endswith(".py"):
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+        return 0
+    from palate.cli import main
+
+    return main(words[words.index("palate") + 1 :] if "-m" in words else words)
 
 
 if __name__ == "__main__":

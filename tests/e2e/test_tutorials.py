@@ -12,7 +12,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.forked import write_client
 from tools.docs.notebooks import FOLDER, NAMES, RUN, text_of
 
 ROOT = Path(__file__).parents[2]
@@ -25,29 +24,15 @@ RESULTS = {
 """Tutorial -> what it ends with."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Where ``palate`` is asked for, as :mod:`tests.forked` serves it."""
-    address = str(tmp_path_factory.mktemp("served") / "socket")
-    alone = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "critical"}
-    environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    words = [sys.executable, "-m", "tests.forked", address]
-    with subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield address
-        process.kill()
-
-
 @pytest.fixture
-def shell(tmp_path, server, monkeypatch):
+def shell(tmp_path, quick_python, monkeypatch):
     """Runs a script of the shell in an empty folder, where ``palate`` and ``torchrun`` are those of this environment."""
     programs = tmp_path / ".programs"
     programs.mkdir()
     for name, module in (("torchrun", "-m torch.distributed.run"), ("python", "")):
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
         (programs / name).chmod(0o755)
-    write_client(programs / "palate", server)
+    (programs / "palate").symlink_to(quick_python)
     home = {"HOME": str(tmp_path), "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     home |= {"PYTHON_EXEC": str(programs / "palate")}  # what torchrun starts
     home |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MPLBACKEND": "agg"}

@@ -158,9 +158,9 @@ def shards(folder: Path) -> list[list[bytes]]:
     return [table["key"].to_pylist() for table in tables]
 
 
-def test_two_processes_share_the_encoding(palate, in_two_processes, tmp_path, model_dir, pairs_dir):
+def test_two_processes_share_the_encoding(palate, quick_python, in_two_processes, tmp_path, model_dir, pairs_dir):
     words = ["encode", "quick.yaml", "--pretrained_model_name_or_path", str(model_dir), "--train_data", str(pairs_dir)]
-    started = in_two_processes([sys.executable, "-m", "palate", *words, "--cache_dir", "two"], cwd=tmp_path)
+    started = in_two_processes([quick_python, "-m", "palate", *words, "--cache_dir", "two"], cwd=tmp_path)
     codes, said = zip(*started(300), strict=True)
     assert codes == (0, 0), said
     assert palate(*words, cache_dir="one")[0] == 0
@@ -173,11 +173,11 @@ def test_two_processes_share_the_encoding(palate, in_two_processes, tmp_path, mo
     assert shards(tmp_path / "two") == two
 
 
-def test_where_one_process_fails_the_other_ends_too(palate, in_two_processes, tmp_path, model_dir, pairs_dir):
+def test_where_one_process_fails_the_other_ends_too(palate, quick_python, in_two_processes, tmp_path, model_dir, pairs_dir):
     data = shutil.copytree(pairs_dir, tmp_path / "data")
     (data / "15-rejected.png").write_bytes(b"spoilt")
     words = ["encode", "quick.yaml", "--pretrained_model_name_or_path", str(model_dir), "--train_data", "data"]
-    started = in_two_processes([sys.executable, "-m", "palate", *words, "--cache_dir", "cache"], cwd=tmp_path)
+    started = in_two_processes([quick_python, "-m", "palate", *words, "--cache_dir", "cache"], cwd=tmp_path)
     codes, said = zip(*started(300), strict=True)
     assert codes == (2, 2), said
     lines = sorted(errors.strip().splitlines()[-1] for errors in said)

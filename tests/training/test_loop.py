@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import math
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -154,10 +153,10 @@ def test_accumulation_is_a_larger_batch(tmp_path):
 
 
 @pytest.mark.parametrize("bucket", [1, 2**24])
-def test_two_processes_are_one(tmp_path, in_two_processes, bucket):
+def test_two_processes_are_one(tmp_path, quick_python, in_two_processes, bucket):
     one = run(tmp_path / "one", max_train_steps=3)
     script = Path(__file__).with_name("tiny_training.py")
-    finished = in_two_processes([sys.executable, script, tmp_path / "two", "4", bucket])
+    finished = in_two_processes([quick_python, script, tmp_path / "two", "4", bucket])
     for code, errors in finished(60):
         assert code == 0, errors
     two = checkpoints.load(tmp_path / "two" / "checkpoint-3")
@@ -166,10 +165,10 @@ def test_two_processes_are_one(tmp_path, in_two_processes, bucket):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-def test_shapes_in_a_batch_change_no_number_with_the_cut(tmp_path, in_two_processes):
+def test_shapes_in_a_batch_change_no_number_with_the_cut(tmp_path, quick_python, in_two_processes):
     """However the effective batch is cut, in one process or two: what is in it is the same, and so is the sum."""
     script = Path(__file__).with_name("tiny_training.py")
-    finished = in_two_processes([sys.executable, script, tmp_path / "two", "4", 2**24, "mixed"])
+    finished = in_two_processes([quick_python, script, tmp_path / "two", "4", 2**24, "mixed"])
     whole = weights(run(tmp_path / "a", data=MixedPairs(), max_train_steps=3))
     cuts = [(4, 2), (2, 4), (1, 8)]
     for size, pieces in cuts:

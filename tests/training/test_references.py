@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,9 +134,9 @@ def test_resumed_with_what_was_kept_is_uninterrupted_bit_for_bit(tmp_path):
     assert resumed.reference_calls < 6
 
 
-def test_two_processes_with_what_was_kept_are_two_without_bit_for_bit(tmp_path, in_two_processes):
+def test_two_processes_with_what_was_kept_are_two_without_bit_for_bit(tmp_path, quick_python, in_two_processes):
     script = Path(__file__).with_name("tiny_training.py")
-    finished = in_two_processes([sys.executable, script, tmp_path, "4", 2**24, tmp_path / "cache"])
+    finished = in_two_processes([quick_python, script, tmp_path, "4", 2**24, tmp_path / "cache"])
     for code, errors in finished(180):
         assert code == 0, errors
         filling, full = (

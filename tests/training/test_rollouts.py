@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import math
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -286,9 +285,9 @@ class _Interrupting(Brightness):
 
 
 @pytest.mark.parametrize("objective", ["ddpo_is", "dpo"])
-def test_two_processes_are_one(tmp_path, in_two_processes, objective):
+def test_two_processes_are_one(tmp_path, quick_python, in_two_processes, objective):
     online = {"group_size": 2, "updates_per_round": 1} if objective == "dpo" else {}
-    finished = in_two_processes([sys.executable, SCRIPT, tmp_path / "two", objective])
+    finished = in_two_processes([quick_python, SCRIPT, tmp_path / "two", objective])
     one, _ = run(tmp_path / "one", objective, online=online, checkpointing_steps=100)
     for code, errors in finished(60):
         assert code == 0, errors
@@ -323,10 +322,10 @@ def test_prompts_of_several_shapes_are_drawn_as_if_all_had_theirs(objective):
 
 
 @pytest.mark.parametrize("objective", ["ddpo_is", "dpo"])
-def test_several_shapes_in_two_processes_and_resumed_are_one(tmp_path, in_two_processes, objective):
+def test_several_shapes_in_two_processes_and_resumed_are_one(tmp_path, quick_python, in_two_processes, objective):
     ranked = {"group_size": 2, "updates_per_round": 1} if objective == "dpo" else {}
     online = ranked | {"shapes": SHAPES}
-    finished = in_two_processes([sys.executable, SCRIPT, tmp_path / "two", objective, "mixed"])
+    finished = in_two_processes([quick_python, SCRIPT, tmp_path / "two", objective, "mixed"])
     one, _ = run(tmp_path / "one", objective, online=online, checkpointing_steps=1)
     again = tmp_path / "one" / "checkpoint-1"
     resumed, _ = run(tmp_path / "one", objective, online=online, checkpointing_steps=1, resume_from_checkpoint=str(again))
@@ -509,8 +508,8 @@ def test_other_prompts_are_not_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize(("what", "failing"), [("reward", 1), ("watch", 0)])
-def test_a_failure_in_one_of_two_processes_ends_both(tmp_path, in_two_processes, what, failing):
-    finished = in_two_processes([sys.executable, SCRIPT, tmp_path / "two", "ddpo_is", what])
+def test_a_failure_in_one_of_two_processes_ends_both(tmp_path, quick_python, in_two_processes, what, failing):
+    finished = in_two_processes([quick_python, SCRIPT, tmp_path / "two", "ddpo_is", what])
     said = [errors for _, errors in finished(60)]
     assert f"process {failing} failed, see its message; the state after step 2 is in" in said[1 - failing]
     assert "raised ValueError: no; the state after step 2 is in" in said[failing]
