@@ -55,6 +55,7 @@ def test_names_without_weights():
         ({"mini-clip": float("nan")}, "expected a number"),
         ({"mini-clip": True}, "expected a number"),
         ({"mini-clip": 1e40}, "expected a number"),
+        (["mini-clip", "mini-clip"], "the reward 'mini-clip' is named twice"),
         ({"mini-clip": -1e-40}, "expected a number"),
     ],
 )

@@ -280,7 +280,7 @@ Seed = Annotated[int, SEED]
 NOT_NEGATIVE = Range(at_least=0, below=math.inf, expected="0 or more")
 POSITIVE = Range(above=0, below=math.inf, expected="a positive number")
 GUIDANCE = Range(at_least=0, at_most=1000, expected="0 to 1000; 1 is none, 5 to 8 are usual")
-SECONDS = Range(above=0, at_most=10**7, expected="a positive number of seconds")
+SECONDS = Range(above=0, at_most=10**7, expected="a positive number of seconds, at most 10000000")
 Port = Annotated[int, Range(at_least=0, below=65536, expected="a number from 1 to 65535, or 0 for any")]
 FRACTION = Range(above=0, below=1, expected="a number between 0 and 1")
 

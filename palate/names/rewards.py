@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,10 +57,12 @@ def find_rewards(names: str | Iterable[str] | Mapping[str, int | float | str]) -
     :func:`palate.judges.reward.from_function`.
 
     Raises:
-        UserError: an unknown name, a folder in which something is missing, a function that cannot be imported, or a weight
-            that is no number.
+        UserError: an unknown name, one that comes twice, a folder in which something is missing, a function that cannot be
+            imported, or a weight that is no number.
     """
-    names = [names] if isinstance(names, str) else names
+    names = [names] if isinstance(names, str) else names if isinstance(names, Mapping) else list(names)
+    if twice := [name for name, count in Counter([*names]).items() if count > 1]:
+        raise UserError(f"the reward {short(twice[0])} is named twice, and would count once: give it a weight, {{NAME: 2}}")
     weights = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
     return {name: NamedReward(name, _weight(name, weight), _source(name)) for name, weight in weights.items()}
 

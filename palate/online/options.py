@@ -125,6 +125,10 @@ class OnlineOptions:
         check_ranges(self)
         if self.weighting == "threshold" and self.threshold is None:
             raise UserError("weighting is threshold, but no threshold is given: name the least reward to keep")
+        if self.weighting != "threshold" and self.threshold is not None:
+            raise UserError(
+                f"threshold does nothing under weighting {self.weighting}: leave it out, or set weighting threshold"
+            )
         if self.samples_per_round % self.group_size:
             raise UserError(
                 f"group_size {self.group_size} does not divide samples_per_round {self.samples_per_round}; "

@@ -167,7 +167,7 @@ def test_equal_rewards_make_rwr_sft():
 
 @pytest.mark.parametrize("weighting", ["percentile", "streaming_percentile", "threshold"])
 def test_sparse_rwr_trains_on_the_best_again_and_again(weighting):
-    source, told = drawn("sft", weighting=weighting, percentile=75.0, threshold=0.0)
+    source, told = drawn("sft", weighting=weighting, percentile=75.0, threshold=0.0 if weighting == "threshold" else None)
     total = source.data["total"]
     kept = {row for (row,) in source.plan}
     wanted = 2 if weighting != "threshold" else 8
@@ -371,6 +371,7 @@ def test_a_run_that_its_budget_ends_is_measured_at_its_end(tmp_path, every):
         ({"sample_num_steps": 5, "window_start": 5}, "does not fit into 5 steps"),
         ({"advantage": "groups"}, "did you mean 'group'"),
         ({"weighting": "threshold"}, "name the least reward"),
+        ({"threshold": 0.5}, "threshold does nothing under weighting softmax"),
         ({"timestep_fraction": 0.0}, "more than 0"),
         ({"kl_budget": 1.0, "kl_samples": 0}, "needs kl_samples"),
         ({"adv_clip": -1.0}, "positive"),
