@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runs import PER_ROUND, QUIET, Drawing, Run, Task, guards, read_curve, table, versus
-from short import BASE, PROMPTS, UNSEEN
+from short import NUMBER, UNSEEN, drawn_base
 
 QUERIES, SCALES = 1024, (0.25, 0.5, 0.75, 1.0)
 FAR: dict[str, Any] = {
@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "averaged": {**CLIPPED, "ema_decay": 0.9},
     "trust-region": {"objective": "ddpo_tr"},
 }
-NUMBER = ("--num_prompts", str(PROMPTS))
+BASE = drawn_base(UNSEEN)
 
 
 def run_of(kind: str, seed: int) -> Run:
@@ -40,7 +40,7 @@ def run_of(kind: str, seed: int) -> Run:
 
 
 def runs(measured: Path, seeds: Sequence[int]) -> list[Task]:
-    found: list[Task] = [run_of(kind, seed) for seed in seeds for kind in KINDS]
+    found: list[Task] = [BASE, *(run_of(kind, seed) for seed in seeds for kind in KINDS)]
     for seed in seeds:
         for kind in KINDS:
             for scale in SCALES if kind == "plain" else (1.0,):
@@ -53,7 +53,7 @@ def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
     rows = []
     for kind in KINDS:
         for scale in SCALES:
-            pairs = [(BASE, f"drawn-far-{kind}-{seed}-{scale:g}") for seed in seeds]
+            pairs = [(BASE.name, f"drawn-far-{kind}-{seed}-{scale:g}") for seed in seeds]
             rows.append([f"{kind}, LoRA at {scale:g}", *versus(measured, pairs, UNSEEN)])
     lines = table(["model", "held out", "preference", "prompt", "looks (rewarded)"], [row for row in rows if row[1:]])
     ends = []

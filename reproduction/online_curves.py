@@ -15,8 +15,8 @@ Parts, in the order in which they should run:
 - others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space.
 - plot: figures, picture grids and ``table.md`` of all that is finished.
 
-RWR and sparse RWR are shown pictures drawn as they are compared, with guidance in ten steps: shown those of DDPO, drawn
-in eight without, they learn to draw softer ones, whatever is rewarded.
+The recipes of RWR and sparse RWR show them pictures drawn as they are compared, with guidance in ten steps: shown those of
+DDPO, drawn in eight without, they learn to draw softer ones, whatever is rewarded.
 
 Every run has one thread; finished runs are not repeated, interrupted ones go on. Figures and ``table.md`` are written to
 ``--output_dir``.
@@ -50,7 +50,7 @@ from runs import (
     work,
 )
 from runs import options as arguments
-from short import PROMPTS, UNSEEN
+from short import NUMBER, UNSEEN, drawn_base
 
 METHODS = {
     "DDPO-IS": "miniature-ddpo-is",
@@ -64,23 +64,17 @@ REWARDS = {
     "aesthetic": "mini-aesthetic",
     "alignment": "mini-clip",
 }
-GUIDED: dict[str, Any] = {
-    "sample_guidance_scale": 2.5,
-    "guidance_in_training": "false",
-    "sample_num_steps": 10,
-    "kl_samples": 0,
-}
+UNWATCHED = {"kl_samples": 0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "DDPO-IS": {"objective.clip_range": 0.01},
     "DDPO-SF": {},
-    "RWR": GUIDED,
-    "RWR-sparse": GUIDED,
+    "RWR": UNWATCHED,
+    "RWR-sparse": UNWATCHED,
 }
 RATES = (3e-4, 1e-3, 3e-3)
 TUNING_SEED, TUNING_QUERIES = 100, 256
 ALL_JUDGES = ("jpeg_compressibility", *JUDGES)
-NUMBER = ("--num_prompts", str(PROMPTS))
-BEFORE = "online-base"
+BEFORE = drawn_base(UNSEEN)
 GUARDS = ("tuned", "tuned-budget", "fast", "fast-budget")
 PUSHED, FASTER, KL_BUDGET = 1e-3, 3, 1.0
 
@@ -127,7 +121,7 @@ def curve(given: argparse.Namespace, method: str, reward: str, seed: int) -> Run
 def curves(given: argparse.Namespace) -> list[Task]:
     runs = [curve(given, m, r, seed) for seed in given.seeds for r in given.rewards for m in given.methods]
     drawings = [Drawing(f"drawn-{run.name}", "mini-sd", UNSEEN, NUMBER, run, judges=ALL_JUDGES) for run in runs]
-    return [Drawing(BEFORE, "mini-sd", UNSEEN, NUMBER, judges=ALL_JUDGES), *runs, *drawings]
+    return [BEFORE, *runs, *drawings]
 
 
 def generalisation(given: argparse.Namespace) -> list[Task]:
@@ -151,11 +145,13 @@ def overoptimisation(given: argparse.Namespace) -> list[Task]:
 
 
 def others(given: argparse.Namespace) -> list[Run]:
+    # Drawn as DDPO draws.
+    as_ddpo = {"sample_guidance_scale": 1.0, "sample_num_steps": 8}
     perceptual = {"space": "perceptual", "guidance_in_training": "false"}
     kinds = {
         "online-DPO": ("compress", "miniature-online-dpo", {}),
         "online-NCP-DPO": ("compress", "miniature-online-dpo", {**perceptual, "objective.beta": 7e5}),
-        "RWR-perceptual": ("compress", METHODS["RWR"], {**perceptual, "learning_rate": 1e-4}),
+        "RWR-perceptual": ("compress", METHODS["RWR"], {**perceptual, **as_ddpo, "learning_rate": 1e-4}),
     }
     return [
         Run(f"others-{name}", recipe, options(reward, given.seeds[0], given.queries, setting))
@@ -197,13 +193,13 @@ def plot(given: argparse.Namespace) -> None:
 
 def drawn(given: argparse.Namespace) -> list[str]:
     """What each model's pictures of unseen prompts gained by every judge, its own reward's in bold; and how often preferred."""
-    rows, base = [], read_scores(given.measured, BEFORE, UNSEEN, ALL_JUDGES)
+    rows, base = [], read_scores(given.measured, BEFORE.name, UNSEEN, ALL_JUDGES)
     if base is not None:
         rows.append(["", "the base model", *(f"{mean:.2f}" for mean in base.mean(axis=0)), ""])
     for reward in given.rewards:
         own = ALL_JUDGES.index(REWARDS[reward].replace("incompress", "compress"))
         for method in given.methods:
-            pairs = [(BEFORE, f"drawn-{reward}-{method}-{seed}") for seed in given.seeds]
+            pairs = [(BEFORE.name, f"drawn-{reward}-{method}-{seed}") for seed in given.seeds]
             found = [read_scores(given.measured, name, UNSEEN, ALL_JUDGES) for _, name in pairs]
             gains = [(one - base).mean(axis=0) for one in found if one is not None and base is not None]
             if gains:

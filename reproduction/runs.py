@@ -36,7 +36,7 @@ SPLIT = ("train", "objects", "places", "combinations")
 SPLIT_JUDGES = ("jpeg_compressibility", "mini-clip", "mini-heldout")
 SPLIT_PROMPTS = 48
 DRAWN = ("--num_inference_steps", "10", "--guidance_scale", "2.5", "--seed", "1234", "--batch_size", "32")
-"""As the comparison after a training draws, so that its pictures and these begin with the same noise."""
+"""As the comparison after a training draws, but from other noise: these pictures have a base of their own."""
 QUIET: dict[str, Any] = {
     "evaluation_prompts": "null",
     "validation_prompts": "[]",

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import QUIET, Preference, Run, base_name, versus
+from runs import JUDGES, QUIET, Drawing, Preference, Run, base_name, versus
 
 UNSEEN = "miniature-unseen"
 PROMPTS = 64
 BATCH, UPDATES = 16, 40
 BASE = base_name("mini-sd", UNSEEN, PROMPTS)
+NUMBER = ("--num_prompts", str(PROMPTS))
 COMMON = {
     **QUIET,
     "train_batch_size": BATCH,
@@ -34,6 +35,11 @@ def short(
         Run(f"{method}-{seed}", recipe, {"seed": seed, **COMMON, **(changes or {})}, (prompts,), PROMPTS, **other)
         for seed in seeds
     ]
+
+
+def drawn_base(prompts: str) -> Drawing:
+    """mini-sd's pictures of a list by ``palate generate``: other drawings are compared with these, which begin with their noise."""
+    return Drawing(f"drawn-base-{prompts}", "mini-sd", prompts, NUMBER, judges=("jpeg_compressibility", *JUDGES))
 
 
 def against_base(measured: Path, method: str, seeds: Sequence[int]) -> list[Preference]:

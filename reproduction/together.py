@@ -28,9 +28,8 @@ from runs import (
     table,
     versus,
 )
-from short import BASE, PROMPTS, UNSEEN, against_base
-from tuning import BASE as SEEN_BASE
-from tuning import DECIDES, SEED, SEEN, best, name_of, tuned
+from short import NUMBER, PROMPTS, UNSEEN, drawn_base
+from tuning import DECIDES, SEED, SEEN, tuned
 from worldmaking import render
 
 QUERIES = 512
@@ -44,8 +43,12 @@ REWARD: dict[str, Any] = {
     "checkpointing_steps": "null",
 }
 RATES = (1e-4, 3e-4, 1e-3)
-NUMBER = ("--num_prompts", str(PROMPTS))
-CEILING = "renders"
+BASE, SEEN_BASE, CEILING = drawn_base(UNSEEN), drawn_base(SEEN), "renders"
+NAMES = {
+    "votes alone (NCP-DPO)": "drawn-votes",
+    "a reward alone (DDPO-IS)": "drawn-reward-alone",
+    "votes, then the reward": "drawn-reward-on-top",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Renders:
 
 
 def runs(measured: Path, seeds: Sequence[int]) -> list[Task]:
-    found: list[Task] = [Renders(), Drawing(SEEN_BASE, "mini-sd", SEEN, NUMBER)]
+    found: list[Task] = [Renders(), BASE, SEEN_BASE]
     found += [tried(rate, SEED) for rate in RATES]
     if (rate := chosen_rate(measured)) is None:
         return found
@@ -83,7 +86,8 @@ def runs(measured: Path, seeds: Sequence[int]) -> list[Task]:
         seed, model = first.options["seed"], f"{first.name}-pipeline"
         options = REWARD | {"seed": seed, "learning_rate": rate, "pretrained_model_name_or_path": model}
         run = Run(f"reward-on-top-{seed}", "miniature-ddpo-is", options, cost=100, before=partial(merge, run=first))
-        found += [first, Drawing(f"drawn-{run.name}", model, UNSEEN, NUMBER, run, cost=130)]
+        found += [first, Drawing(f"drawn-votes-{seed}", "mini-sd", UNSEEN, NUMBER, first)]
+        found.append(Drawing(f"drawn-{run.name}", model, UNSEEN, NUMBER, run, cost=130))
     return found
 
 
@@ -95,7 +99,7 @@ def tried(rate: float, seed: int) -> Drawing:
 
 def chosen_rate(measured: Path) -> float | None:
     """Whose pictures gain most of the reward; None until all are tried."""
-    found = [gain(measured, SEEN_BASE, tried(rate, SEED).name, SEEN, DECIDES) for rate in RATES]
+    found = [gain(measured, SEEN_BASE.name, tried(rate, SEED).name, SEEN, DECIDES) for rate in RATES]
     gains = [points for points in found if points is not None]
     return RATES[gains.index(max(gains))] if len(gains) == len(RATES) else None
 
@@ -108,20 +112,16 @@ def merge(root: Path, run: Run) -> None:
 
 
 def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
-    chosen = best(measured, "ncp-dpo")
-    names = {"a reward alone (DDPO-IS)": "drawn-reward-alone", "votes, then the reward": "drawn-reward-on-top"}
-    if chosen is not None:
-        names = {"votes alone (NCP-DPO)": name_of("ncp-dpo", chosen), **names}
     rows = []
-    for label, name in names.items():
+    for label, name in NAMES.items():
         means = [found.mean(axis=0) for seed in seeds if (found := read_scores(measured, f"{name}-{seed}", UNSEEN)) is not None]
-        if rates := against_base(measured, name, seeds):
+        if rates := versus(measured, [(BASE.name, f"{name}-{seed}") for seed in seeds], UNSEEN):
             points = [f"{sum(column) / len(means):.2f}" for column in zip(*means, strict=True)]
             rows.append([label, *(f"{mean}: {rate}" for mean, rate in zip(points, rates, strict=True))])
-    for label, name in (("the base model", BASE), ("the renderer", CEILING)):
+    for label, name in (("the base model", BASE.name), ("the renderer", CEILING)):
         if (found := read_scores(measured, name, UNSEEN)) is not None:
             rows.append([label, *(f"{mean:.2f}" for mean in found.mean(axis=0))])
-    rates = [[f"{rate:g}", *versus(measured, [(SEEN_BASE, tried(rate, SEED).name)], SEEN)] for rate in RATES]
+    rates = [[f"{rate:g}", *versus(measured, [(SEEN_BASE.name, tried(rate, SEED).name)], SEEN)] for rate in RATES]
     lines = table(
         ["reward alone, seen prompts", "held out", "preference (rewarded)", "prompt", "looks"],
         [r for r in rates if r[1:]],
