@@ -38,7 +38,7 @@ def short(
 
 
 def drawn_base(prompts: str) -> Drawing:
-    """mini-sd's pictures of a list by ``palate generate``: other drawings are compared with these, which begin with their noise."""
+    """mini-sd's pictures of a list by ``palate generate``: other drawings of it begin with the same noise."""
     return Drawing(f"drawn-base-{prompts}", "mini-sd", prompts, NUMBER, judges=("jpeg_compressibility", *JUDGES))
 
 
