@@ -20,7 +20,7 @@ demo-ddpo: setup
 	$(BIN)/palate train miniature-ddpo-is --output_dir out/demo-ddpo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .
