@@ -73,8 +73,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 RATES = (3e-4, 1e-3, 3e-3)
 TUNING_SEED, TUNING_QUERIES = 100, 256
-ALL_JUDGES = ("jpeg_compressibility", *JUDGES)
 BEFORE = drawn_base(UNSEEN)
+ALL_JUDGES = BEFORE.judges
 GUARDS = ("tuned", "tuned-budget", "fast", "fast-budget")
 PUSHED, FASTER, KL_BUDGET = 1e-3, 3, 1.0
 

@@ -112,9 +112,10 @@ def replacing(final: Path, write: Callable[[str], object], name: str = ".") -> P
 
 def share(folder: Path) -> None:
     """Let whoever may read a folder read its files, too: those that safetensors writes are for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file():
-            file.chmod(folder.stat().st_mode & 0o666)
+            file.chmod(mode)
 
 
 def _order_metadata(file: Path) -> None:
