@@ -593,9 +593,8 @@ def tried(
     if recipe.method.names("old"):
         policy.track_old(1.0)
     change(policy)
-    parts = ("frozen weights", "frozen copy, old policy", "trained weights")
     # Of a process all is told, also what is no tensor.
-    beside = 0.0 if device() != "cpu" else resident() - sum(held(policy, recipe)[part] for part in parts)
+    beside = 0.0 if device() != "cpu" else resident() - sum(held(policy, recipe)[part] for part in WEIGHTS)
     optimizer = make_optimizer(list(policy.parameters()), recipe.training)
     run = work(recipe, policy, denoiser, needs.row, single=single)
     run()
