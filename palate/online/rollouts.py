@@ -343,15 +343,12 @@ class Rollouts:
         seeds = torch.tensor([mix(self.seed, PICTURE, number * n + row) for row in share])
         window = self._window(number)
         noisy = None if options.window_end is None else window
-        trained = (
-            window if self.evidence == "trajectories" else range(0)
-        )  # what is not trained has no likelihood to compare with
+        # What is not trained has no likelihood to compare with.
+        trained = window if self.evidence == "trajectories" else range(0)
         keep = slice(window.start, window.stop + 1) if trained else slice(-1, None)
         parts: dict[str, list[Tensor]] = {name: [] for name in ("latents", "thumbnail", "prompt", "row")}
         pending: list[Pending] = []
         kl = torch.zeros(options.sample_num_steps, dtype=torch.float64)
-        predict = lagging(self.policy).old if self.sampling.by_old else self.policy
-        judge, refer = (guided(model, options.trained_scale) for model in (predict, self.policy.reference))
         bar = tqdm(
             total=len(share),
             desc=f"round {number}: drawing",
@@ -367,27 +364,8 @@ class Rollouts:
             shape, path = self.shapes[part[0]], self.paths[self.shapes[part[0]]]
             cond = self._conditions(torch.tensor(part), options.sample_guidance_scale).to(device)
             measured = sum(row < options.kl_samples for row in rows)  # the first of a round are
-
-            def measure(
-                k: int,
-                x: Tensor,
-                step: Transition | None,
-                measured: int = measured,
-                cond: Conditioning = cond,
-                path: Path = path,
-            ) -> None:
-                if not measured or (noisy is not None and k not in noisy):
-                    return
-                times, there = path.at(k, measured, device), cond.rows(slice(measured))
-
-                def taken(model: Predict) -> Transition:
-                    return transition(model, self.policy.schedule, x[:measured], *times, there, rule=self.rule)
-
-                own = taken(judge) if step is None else Transition(step.mean[:measured], step.std[:measured])
-                kl[k] += own.kl(taken(refer)).double().sum().cpu()
-
             drawn = sample(
-                predict,
+                self._drawn_by,
                 self.policy.schedule,
                 path,
                 cond,
@@ -400,7 +378,7 @@ class Rollouts:
                 judged_scale=options.trained_scale,
                 keep_means=self.sampling.keep_means,
                 device=device,
-                on_step=measure if options.draws_noise else None,
+                on_step=self._measuring(kl, measured, cond, path, noisy) if options.draws_noise else None,
             )
             self._all_finite(drawn.latents, [number * n + row for row in rows], part, path)
             with torch.autocast(device.type, enabled=False):
@@ -417,6 +395,33 @@ class Rollouts:
             bar.update(len(part))
         bar.close()
         return parts, pending, kl
+
+    @property
+    def _drawn_by(self) -> Predict:
+        """The model that draws."""
+        return lagging(self.policy).old if self.sampling.by_old else self.policy
+
+    def _measuring(
+        self, kl: Tensor, measured: int, cond: Conditioning, path: Path, noisy: range | None
+    ) -> Callable[[int, Tensor, Transition | None], None]:
+        """What :func:`sample` calls after each step: adds to kl (steps,) how far its first pictures are from the reference.
+
+        measured: so many pictures. noisy: as in :func:`sample`.
+        """
+        judge, refer = (guided(model, self.options.trained_scale) for model in (self._drawn_by, self.policy.reference))
+
+        def measure(k: int, x: Tensor, step: Transition | None) -> None:
+            if not measured or (noisy is not None and k not in noisy):
+                return
+            times, there = path.at(k, measured, x.device), cond.rows(slice(measured))
+
+            def taken(model: Predict) -> Transition:
+                return transition(model, self.policy.schedule, x[:measured], *times, there, rule=self.rule)
+
+            own = taken(judge) if step is None else Transition(step.mean[:measured], step.std[:measured])
+            kl[k] += own.kl(taken(refer)).double().sum().cpu()
+
+        return measure
 
     def _packed(self, latents: Tensor) -> Tensor:
         """Latents (b, steps, ...), where prompts have several shapes, in one row each of the longest one's length."""
