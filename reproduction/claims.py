@@ -65,6 +65,7 @@ def main() -> None:
         print(f"{name}: {claim.__doc__.splitlines()[0]}", *claim.tables(given.measured, given.seeds), sep="\n", end="\n\n")
     given.output_dir.mkdir(parents=True, exist_ok=True)
     votes.plot(given.measured, given.seeds, given.output_dir / "votes.png")
+    smaller_files.plot(given.measured, given.seeds, given.output_dir / "files.png")
     weaker.grid(given.output_dir, given.output_dir / "weaker.jpg")
     for name, claim in CLAIMS.items():
         tasks = claim.runs(given.measured, given.seeds)

@@ -426,6 +426,14 @@ def gain(measured: Path, base: str, run: str, prompts: str, judge: str) -> float
     return None if found is None else float((found[1] - found[0]).mean())
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % of the mean of values ``(seeds, prompts)``: a bootstrap that draws seeds and prompts anew independently."""
+    rng, (seeds, prompts) = np.random.default_rng(0), values.shape
+    times = [rng.multinomial(n, np.full(n, 1 / n), size=10_000) / n for n in (seeds, prompts)]
+    low, high = np.quantile(np.einsum("ds,sp,dp->d", times[0], values, times[1]), [0.025, 0.975])
+    return float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Preference:
     """A win rate over all seeds, a 95 % interval from a bootstrap over prompts *and* seeds, and each seed's own rate.
@@ -441,11 +449,8 @@ class Preference:
 
     @classmethod
     def of(cls, points: np.ndarray, gain: float) -> Preference:
-        """points: ``(seeds, prompts)``, 1 for a win, 1/2 for a tie. Seeds and prompts are drawn anew independently."""
-        rng, (seeds, prompts) = np.random.default_rng(0), points.shape
-        times = [rng.multinomial(n, np.full(n, 1 / n), size=10_000) / n for n in (seeds, prompts)]
-        low, high = np.quantile(np.einsum("ds,sp,dp->d", times[0], points, times[1]), [0.025, 0.975])
-        return cls(float(points.mean()), float(low), float(high), tuple(points.mean(axis=1).tolist()), gain)
+        """points: ``(seeds, prompts)``, 1 for a win, 1/2 for a tie."""
+        return cls(float(points.mean()), *interval(points), tuple(points.mean(axis=1).tolist()), gain)
 
     def __str__(self) -> str:
         each = ", ".join(f"{100 * rate:.0f}" for rate in self.each)
