@@ -31,6 +31,7 @@ from runs import (
     base_name,
     guards,
     mean_change,
+    most_points,
     options,
     pyplot,
     read_curve,
@@ -86,12 +87,12 @@ def best_rate(measured: Path, method: str) -> dict[str, float] | None:
     """
     if method not in TUNED:
         return {}
-    found = {
-        rate: versus(measured, [(SEEN_BASE, f"rate-{method}-{rate:g}")], SEEN, ["mini-pickscore"]) for rate in OFFLINE_RATES
-    }
-    if not all(found.values()):
-        return None
-    return {"learning_rate": max(OFFLINE_RATES, key=lambda rate: found[rate][0].rate)}
+    tried = []
+    for rate in OFFLINE_RATES:
+        found = versus(measured, [(SEEN_BASE, f"rate-{method}-{rate:g}")], SEEN, ["mini-pickscore"])
+        tried.append((rate, found[0].rate if found else None))
+    chosen = most_points(tried)
+    return None if chosen is None else {"learning_rate": chosen}
 
 
 def rewarded(reward: str, watched_by: str, seed: int, queries: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from runs import (
     Task,
     draw_curves,
     guards,
+    most_points,
     on_splits,
     pyplot,
     read_curve,
@@ -100,17 +101,16 @@ def tuning(given: argparse.Namespace) -> list[Task]:
     return [trial(method, reward, rate) for reward in given.rewards for method in given.methods for rate in RATES]
 
 
-def tried(measured: Path, method: str, reward: str) -> list[float]:
-    """The mean reward of the last two rounds at each rate that was tried to the end."""
-    found = [rewards_of(read_curve(measured, trial(method, reward, rate).name))[1] for rate in RATES]
-    return [statistics.mean(means[-2:]) for means in found if means]
+def tried(measured: Path, method: str, reward: str) -> list[tuple[float, float | None]]:
+    """Each rate, and the mean reward of the last two rounds with it, None where it was not tried to the end."""
+    found = [(rate, rewards_of(read_curve(measured, trial(method, reward, rate).name))[1]) for rate in RATES]
+    return [(rate, statistics.mean(means[-2:]) if means else None) for rate, means in found]
 
 
 def tuned(measured: Path, method: str, reward: str) -> dict[str, Any]:
     """The setting of a method for a reward at its best rate, once all are tried; until then at the recipe's."""
-    means = tried(measured, method, reward)
-    rate = {"learning_rate": RATES[means.index(max(means))]} if len(means) == len(RATES) else {}
-    return SETTINGS[method] | rate
+    rate = most_points(tried(measured, method, reward))
+    return SETTINGS[method] | ({} if rate is None else {"learning_rate": rate})
 
 
 def curve(given: argparse.Namespace, method: str, reward: str, seed: int) -> Run:
@@ -214,8 +214,8 @@ def tuning_table(given: argparse.Namespace) -> list[str]:
     for reward in given.rewards:
         for method in given.methods:
             means = tried(given.measured, method, reward)
-            if len(means) == len(RATES):
-                rows.append([reward, method, *(f"**{m:.2f}**" if m == max(means) else f"{m:.2f}" for m in means)])
+            if (chosen := most_points(means)) is not None:
+                rows.append([reward, method, *(f"**{mean:.2f}**" if rate == chosen else f"{mean:.2f}" for rate, mean in means)])
     return table(["reward", "method", *(f"{rate:g}" for rate in RATES)], rows)
 
 

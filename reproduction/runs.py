@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -432,6 +432,15 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     times = [rng.multinomial(n, np.full(n, 1 / n), size=10_000) / n for n in (seeds, prompts)]
     low, high = np.quantile(np.einsum("ds,sp,dp->d", times[0], values, times[1]), [0.025, 0.975])
     return float(low), float(high)
+
+
+Tried = TypeVar("Tried")
+
+
+def most_points(tried: Sequence[tuple[Tried, float | None]]) -> Tried | None:
+    """Of settings and the points each made the one with most, the first of equals; None until all are measured."""
+    known = [(setting, points) for setting, points in tried if points is not None]
+    return max(known, key=lambda one: one[1])[0] if len(known) == len(tried) else None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from runs import (
     gain,
     judge,
     locked,
+    most_points,
     palate,
     read_scores,
     table,
@@ -99,9 +100,7 @@ def tried(rate: float, seed: int) -> Drawing:
 
 def chosen_rate(measured: Path) -> float | None:
     """Whose pictures gain most of the reward; None until all are tried."""
-    found = [gain(measured, SEEN_BASE.name, tried(rate, SEED).name, SEEN, DECIDES) for rate in RATES]
-    gains = [points for points in found if points is not None]
-    return RATES[gains.index(max(gains))] if len(gains) == len(RATES) else None
+    return most_points([(rate, gain(measured, SEEN_BASE.name, tried(rate, SEED).name, SEEN, DECIDES)) for rate in RATES])
 
 
 def merge(root: Path, run: Run) -> None:

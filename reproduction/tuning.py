@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import Run, base_name, gain, table, versus
+from runs import Run, base_name, gain, most_points, table, versus
 from short import PROMPTS, short
 
 SEED, SEEN = 100, "miniature-seen"
@@ -71,9 +71,7 @@ def runs(measured: Path, seeds: Sequence[int]) -> list[Run]:
 
 def best(measured: Path, method: str) -> dict[str, Any] | None:
     """The chosen changes to the recipe; None where a training is missing."""
-    tried = [(gain(measured, BASE, f"{named(method, one)}-{SEED}", SEEN, DECIDES), one) for one in settings(method)]
-    gains = [points for points, _ in tried if points is not None]
-    return tried[gains.index(max(gains))][1] if len(gains) == len(tried) else None
+    return most_points([(one, gain(measured, BASE, f"{named(method, one)}-{SEED}", SEEN, DECIDES)) for one in settings(method)])
 
 
 def tuned(measured: Path, method: str, seeds: Sequence[int]) -> list[Run]:
