@@ -43,6 +43,8 @@ STATES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "adafactor": 0.0}
 WEIGHTS = ("frozen weights", "frozen copy, old policy", "trained weights")
 """Parts that are there whenever the model is."""
 
+HOLDS = ("folder", "endpoint")
+"""Judges that follow their names with one of these have weights."""
 
 Row = dict[str, "tuple[torch.Size, torch.dtype]"]
 """The conditioning of one picture: shape, without the batch, and precision of each tensor."""
@@ -375,7 +377,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> list[str]:
     single = bool(readers) and readers[0].single
     needs = count(recipe, single=single, gpu=True if options.memory is not None else None, together=together)
     card = device_memory() if options.memory is None else options.memory * GB
-    lines = [*memory_lines(needs), *_fit_lines(recipe, needs, card, together, single=single)]
+    lines = [*memory_lines(needs), *_judge_lines(recipe), *_fit_lines(recipe, needs, card, together, single=single)]
     if recipe.training.shard_model and together == 1:
         lines.append("  of one process, which holds everything: tell by --processes how many shard_model has to share it")
     seconds = None
@@ -398,7 +400,7 @@ def foretell(recipe: Recipe, denoiser: Denoiser, *, single: bool = False) -> flo
     except Exception as error:  # of a family, an objective or a space of the user's own, which may do anything
         tell(f"memory was not counted beforehand: {type(error).__name__}: {said(error)}")
         return None
-    tell("\n".join(memory_lines(needs)))
+    tell("\n".join([*memory_lines(needs), *_judge_lines(recipe)]))
     if needs.peak > (card := device_memory()):
         tell(
             f"warning: {device()} has {card / GB:.1f} GB, and {needs.peak / GB:.1f} are counted: 'palate plan' with the same "
@@ -418,6 +420,18 @@ def memory_lines(needs: Needs) -> list[str]:
         whole = sum(needs.whole[part] for part in WEIGHTS)
         lines.append(f"  before it is cut up, the model lies in main memory: {whole / GB:.2f} in each process")
     return lines
+
+
+def _judge_lines(recipe: Recipe) -> list[str]:
+    """Rewards whose weights lie on the same card all through training, with the size of those that are published."""
+    from palate.judges import KINDS
+
+    if recipe.online.train_prompts is None:
+        return []
+    kinds = {name: KINDS.get(name.partition(":")[0]) for name in (*recipe.online.rewards, *recipe.online.held_out_rewards)}
+    beside = {name: kind.size if kind else "" for name, kind in kinds.items() if kind is None or kind.place in HOLDS}
+    told = ", ".join(f"{name} ({size})" if size and ":" not in name else name for name, size in beside.items())
+    return [f"  rewards on the same card come on top: {told}"] if told else []
 
 
 def _fit_lines(recipe: Recipe, needs: Needs, card: float, together: int, *, single: bool) -> list[str]:

@@ -122,6 +122,17 @@ def test_what_is_told(palate_plan):
     assert not Path("out").exists()
 
 
+def test_rewards_on_the_card_are_told():
+    """Those that have weights, which are not counted; a function of one's own may have some."""
+    rewards = ["pickscore", "jpeg_compressibility", "hpsv2.1:models/hps", "remote:http://127.0.0.1:1", "mine:judge"]
+    online = {"train_prompts": "miniature-seen", "rewards": rewards, "held_out_rewards": ["mini-heldout"]}
+    said = ["  rewards on the same card come on top: pickscore (3.9 GB), hpsv2.1:models/hps, mine:judge, mini-heldout"]
+    assert plan._judge_lines(recipe.load("miniature-ddpo-is", online)) == said
+    jpeg = {"rewards": ["jpeg_compressibility"], "held_out_rewards": []}
+    assert plan._judge_lines(recipe.load("miniature-ddpo-is", jpeg)) == []
+    assert plan._judge_lines(recipe.load("miniature-dpo")) == []
+
+
 def test_what_would_make_it_fit(palate_plan, monkeypatch):
     """Each on top of those before it, and none that does nothing."""
     needs = plan.Needs({"trained weights": 0.0}, 0.0, 0.0, 0.0, {}, 0.0, 0.0, 0.0, {}, 1)
