@@ -21,7 +21,9 @@ NCP = layers.named("last_down, one step back")
 def runs(measured: Path, seeds: Sequence[int]) -> list[Drawing]:
     found = [Drawing("edit-base", "mini-sd", WISHES, ("--strength", STRENGTH), before=make)]
     tuned = [*short("dpo", "miniature-dpo", seeds), *(run for run in layers.runs(measured, seeds) if run.name.startswith(NCP))]
-    return found + [Drawing(f"edit-{run.name}", "mini-sd", WISHES, ("--strength", STRENGTH), run, before=make) for run in tuned]
+    return found + [
+        Drawing(f"edit-{run.name}", "mini-sd", WISHES, ("--strength", STRENGTH), ((run, 1.0),), before=make) for run in tuned
+    ]
 
 
 def make(root: Path) -> None:

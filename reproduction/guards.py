@@ -45,7 +45,7 @@ def runs(measured: Path, seeds: Sequence[int]) -> list[Task]:
         for kind in KINDS:
             for scale in SCALES if kind == "plain" else (1.0,):
                 run = run_of(kind, seed)
-                found.append(Drawing(f"drawn-{run.name}-{scale:g}", "mini-sd", UNSEEN, NUMBER, run, scale))
+                found.append(Drawing(f"drawn-{run.name}-{scale:g}", "mini-sd", UNSEEN, NUMBER, ((run, scale),)))
     return found
 
 

@@ -120,7 +120,7 @@ def curve(given: argparse.Namespace, method: str, reward: str, seed: int) -> Run
 
 def curves(given: argparse.Namespace) -> list[Task]:
     runs = [curve(given, m, r, seed) for seed in given.seeds for r in given.rewards for m in given.methods]
-    drawings = [Drawing(f"drawn-{run.name}", "mini-sd", UNSEEN, NUMBER, run, judges=ALL_JUDGES) for run in runs]
+    drawings = [Drawing(f"drawn-{run.name}", "mini-sd", UNSEEN, NUMBER, ((run, 1.0),), judges=ALL_JUDGES) for run in runs]
     return [BEFORE, *runs, *drawings]
 
 

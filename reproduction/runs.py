@@ -90,9 +90,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Pictures of a model, or of it with the LoRA of a run, and what judges say of them.
+    """Pictures of a model, or of it with the LoRAs of runs, and what judges say of them.
 
     model: a name, or a folder in the folder of all runs. prompts: a list, or a file in that folder. words: of ``generate``.
+    loras: runs, each with the strength of its LoRA.
     before: as that of :class:`Run`.
     """
 
@@ -100,8 +101,7 @@ class Drawing:
     model: str
     prompts: str
     words: tuple[str, ...] = ()
-    run: Run | None = None
-    scale: float = 1.0
+    loras: tuple[tuple[Run, float], ...] = ()
     judges: tuple[str, ...] = JUDGES
     cost: int = 30
     before: Callable[[Path], None] | None = field(default=None, compare=False)
@@ -112,11 +112,11 @@ class Drawing:
     def carry_out(self, root: Path, measured: Path) -> str:
         if self.before is not None:
             self.before(root)
-        lora: list[str] = []
-        if self.run is not None:
-            with locked(root / self.run.name):
-                trained(self.run, root)
-            lora = ["--lora", f"[{root / self.run.name}:{self.scale:g}]"]
+        for run, _ in self.loras:
+            with locked(root / run.name):
+                trained(run, root)
+        named = ", ".join(f"{root / run.name}:{scale:g}" for run, scale in self.loras)
+        lora = ["--lora", f"[{named}]"] if named else []
         out, log = root / self.name, root / f"{self.name}.txt"
         shutil.rmtree(out, ignore_errors=True)
         palate(["generate", self.model, "--prompts", self.prompts, "--output_dir", str(out), *self.words, *lora, *DRAWN], log)

@@ -41,6 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-contrast": {**SLOW, "rounds": 48, "rewards": "{smaller_files:size_at_one_contrast: 1.0, mini-clip: 0.5}"},
 }
 COMMON = {**QUIET, "held_out_rewards": "[]", "checkpointing_steps": 16}
+DRAWN: dict[tuple[str, float], tuple[tuple[str, float], ...]] = {
+    **{(name, scale): ((name, scale),) for name in VARIANTS for scale in SCALES},
+    **{("both", scale): (("one-contrast", 1.0), ("slow", scale)) for scale in SCALES},
+}
+"""What is drawn, by a name and a strength: with which LoRAs, each at which strength."""
 EDITS = {
     "none": (0.0, 1.0),
     "contrast 0.4": (0.0, 0.4),
@@ -59,21 +64,30 @@ def size_at_one_contrast(images: torch.Tensor, prompts: Sequence[str], metadata:
     return jpeg_compressibility((0.5 + 0.2 * (images - mean) / std.clamp_min(1e-3)).clamp(0, 1), prompts)
 
 
+def trained(name: str, seed: int) -> Run:
+    changes = VARIANTS[name]
+    options = {**COMMON, "seed": seed, **changes}
+    return Run(f"files-{name}-{seed}", "miniature-ddpo-is", options, cost=20 * changes.get("rounds", 12))
+
+
+def drawn_name(name: str, scale: float, seed: int) -> str:
+    return f"drawn-files-{name}-{seed}-{scale:g}"
+
+
 def runs(measured: Path, seeds: Sequence[int]) -> list[Task]:
     found: list[Task] = [BASE]
     for seed in seeds:
-        for name, changes in VARIANTS.items():
-            options = {**COMMON, "seed": seed, **changes}
-            run = Run(f"files-{name}-{seed}", "miniature-ddpo-is", options, cost=20 * changes.get("rounds", 12))
-            drawn = [Drawing(f"drawn-{run.name}-{x:g}", "mini-sd", UNSEEN, NUMBER, run, x, JUDGES, 50) for x in SCALES]
-            found += [run, *drawn]
+        found += [trained(name, seed) for name in VARIANTS]
+        for (name, scale), parts in DRAWN.items():
+            loras = tuple((trained(part, seed), strength) for part, strength in parts)
+            found.append(Drawing(drawn_name(name, scale, seed), "mini-sd", UNSEEN, NUMBER, loras, JUDGES, cost=50))
     return found
 
 
 def changes(measured: Path, name: str, scale: float, seeds: Sequence[int]) -> np.ndarray | None:
     """``(seeds, pictures, judges)``, of finished seeds: scores less those of the base model, sizes in % of its mean."""
     base = read_scores(measured, BASE.name, UNSEEN, JUDGES)
-    found = [read_scores(measured, f"drawn-files-{name}-{seed}-{scale:g}", UNSEEN, JUDGES) for seed in seeds]
+    found = [read_scores(measured, drawn_name(name, scale, seed), UNSEEN, JUDGES) for seed in seeds]
     found = [one for one in found if one is not None]
     if base is None or not found:
         return None
@@ -85,11 +99,11 @@ def changes(measured: Path, name: str, scale: float, seeds: Sequence[int]) -> np
 def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
     """The mean change by each judge: 95 % over prompts and seeds, then each seed's own."""
     rows = []
-    for name in VARIANTS:
-        for scale in SCALES:
-            if (moved := changes(measured, name, scale, seeds)) is not None:
-                rows.append([f"{name}, LoRA at {scale:g}", *(_told(moved[:, :, k]) for k in range(len(JUDGES)))])
-    return table(["DDPO-IS", "size, %", *JUDGES[1:]], rows)
+    for (name, scale), parts in DRAWN.items():
+        if (moved := changes(measured, name, scale, seeds)) is not None:
+            told = " and ".join(f"{part} at {strength:g}" for part, strength in parts)
+            rows.append([told, *(_told(moved[:, :, k]) for k in range(len(JUDGES)))])
+    return table(["LoRA", "size, %", *JUDGES[1:]], rows)
 
 
 def _told(moved: np.ndarray) -> str:
@@ -101,7 +115,7 @@ def _told(moved: np.ndarray) -> str:
 def plot(measured: Path, seeds: Sequence[int], to: Path) -> None:
     """Prompt following against size at every strength of the LoRA, in the mean over the seeds, with 95 %."""
     figure, axis = pyplot().subplots(figsize=(5.5, 3.6))
-    for name in VARIANTS:
+    for name in (*VARIANTS, "both"):
         found = [moved for scale in SCALES if (moved := changes(measured, name, scale, seeds)) is not None]
         points = [(0.0, 0.0), *((float(one[:, :, 0].mean()), float(one[:, :, 1].mean())) for one in found)]
         ends = [(0.0, 0.0), *(interval(one[:, :, 1]) for one in found)]

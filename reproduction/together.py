@@ -82,20 +82,20 @@ def runs(measured: Path, seeds: Sequence[int]) -> list[Task]:
         return found
     for seed in seeds:
         alone = Run(f"reward-alone-{seed}", "miniature-ddpo-is", REWARD | {"seed": seed, "learning_rate": rate}, cost=100)
-        found.append(Drawing(f"drawn-{alone.name}", "mini-sd", UNSEEN, NUMBER, alone, cost=130))
+        found.append(Drawing(f"drawn-{alone.name}", "mini-sd", UNSEEN, NUMBER, ((alone, 1.0),), cost=130))
     for first in tuned(measured, "ncp-dpo", seeds):
         seed, model = first.options["seed"], f"{first.name}-pipeline"
         options = REWARD | {"seed": seed, "learning_rate": rate, "pretrained_model_name_or_path": model}
         run = Run(f"reward-on-top-{seed}", "miniature-ddpo-is", options, cost=100, before=partial(merge, run=first))
-        found += [first, Drawing(f"drawn-votes-{seed}", "mini-sd", UNSEEN, NUMBER, first)]
-        found.append(Drawing(f"drawn-{run.name}", model, UNSEEN, NUMBER, run, cost=130))
+        found += [first, Drawing(f"drawn-votes-{seed}", "mini-sd", UNSEEN, NUMBER, ((first, 1.0),))]
+        found.append(Drawing(f"drawn-{run.name}", model, UNSEEN, NUMBER, ((run, 1.0),), cost=130))
     return found
 
 
 def tried(rate: float, seed: int) -> Drawing:
     name = f"reward-{rate:g}-{seed}"
     run = Run(name, "miniature-ddpo-is", REWARD | {"seed": seed, "learning_rate": rate}, cost=100)
-    return Drawing(f"drawn-{name}", "mini-sd", SEEN, NUMBER, run, cost=130)
+    return Drawing(f"drawn-{name}", "mini-sd", SEEN, NUMBER, ((run, 1.0),), cost=130)
 
 
 def chosen_rate(measured: Path) -> float | None:
