@@ -19,7 +19,6 @@ import layers
 import objectives
 import offpolicy
 import raters
-import settings_on_seen
 import shapes
 import smaller_files
 import spaces
@@ -47,7 +46,6 @@ CLAIMS = {
     "together": together,
     "guards": guards,
     "files": smaller_files,
-    "settings": settings_on_seen,
     "shapes": shapes,
 }
 
