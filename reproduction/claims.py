@@ -64,6 +64,7 @@ def main() -> None:
     given.output_dir.mkdir(parents=True, exist_ok=True)
     votes.plot(given.measured, given.seeds, given.output_dir / "votes.png")
     smaller_files.plot(given.measured, given.seeds, given.output_dir / "files.png")
+    smaller_files.grid(given.output_dir, given.output_dir / "files.jpg")
     weaker.grid(given.output_dir, given.output_dir / "weaker.jpg")
     for name, claim in CLAIMS.items():
         tasks = claim.runs(given.measured, given.seeds)

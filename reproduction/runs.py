@@ -474,6 +474,23 @@ def table_line(cells: Sequence[Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def sheet(folders: dict[str, Path], path: Path, *, columns: int = 12, every: int = 1) -> None:
+    """Pictures of folders, each a row with its label, every so many of them; nothing where a folder has too few."""
+    from PIL import Image, ImageDraw
+
+    rows = {label: sorted(folder.glob("*.png"))[: columns * every : every] for label, folder in folders.items()}
+    if not all(len(files) == columns for files in rows.values()):
+        return
+    side, margin = 66, 120
+    made = Image.new("RGB", (margin + columns * side, len(rows) * side), "white")
+    for number, (label, files) in enumerate(rows.items()):
+        ImageDraw.Draw(made).text((4, number * side + side // 2 - 6), label, fill="black")
+        for column, file in enumerate(files):
+            with Image.open(file) as image:
+                made.paste(image.convert("RGB"), (margin + column * side, number * side))
+    made.save(path, quality=90)
+
+
 def pyplot() -> Any:
     import matplotlib
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
-from runs import QUIET, Drawing, Run, Task, interval, pyplot, read_scores, table
+from runs import QUIET, Drawing, Run, Task, interval, pyplot, read_scores, sheet, table
 from short import UNSEEN
 
 from palate.data.images import to_tensor
@@ -131,6 +131,12 @@ def plot(measured: Path, seeds: Sequence[int], to: Path) -> None:
     axis.legend()
     figure.tight_layout()
     figure.savefig(to, dpi=110)
+
+
+def grid(root: Path, path: Path) -> None:
+    """The same prompts from the same noise by mini-sd and with the LoRAs of seed 0; nothing without the pictures."""
+    with_loras = {name: root / drawn_name(name, 1.0, 0) for name in (*VARIANTS, "both")}
+    sheet({"mini-sd": root / BASE.name, **with_loras}, path, every=8)
 
 
 def edits(base: Path) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from runs import DRAWN, JUDGES, Task, judge, locked, palate, read_scores, table
+from runs import DRAWN, JUDGES, Task, judge, locked, palate, read_scores, sheet, table
 from short import BASE, UNSEEN, against_base, short
 from worldmaking import base_model
 
@@ -115,24 +115,7 @@ def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
     return [*lines, "", *table(["median score of", *JUDGES], medians)]
 
 
-def grid(root: Path, path: Path, columns: int = 12) -> None:
+def grid(root: Path, path: Path) -> None:
     """What the weaker model draws, mini-sd, and mini-sd after SFT and after DPO on those pictures; nothing without them."""
-    from PIL import Image, ImageDraw
-
-    folders = {
-        "the weaker model": root / "weak-pictures",
-        "mini-sd": root / BASE,
-        "SFT on the weaker": root / f"{named('SFT')}-0" / "evaluation" / "tuned",
-        "DPO on the weaker": root / f"{named('DPO')}-0" / "evaluation" / "tuned",
-    }
-    rows = {label: sorted(folder.glob("*.png"))[:columns] for label, folder in folders.items()}
-    if not all(len(files) == columns for files in rows.values()):
-        return
-    side, margin = 66, 120
-    sheet = Image.new("RGB", (margin + columns * side, len(rows) * side), "white")
-    for number, (label, files) in enumerate(rows.items()):
-        ImageDraw.Draw(sheet).text((4, number * side + side // 2 - 6), label, fill="black")
-        for column, file in enumerate(files):
-            with Image.open(file) as image:
-                sheet.paste(image.convert("RGB"), (margin + column * side, number * side))
-    sheet.save(path, quality=90)
+    after = {f"{method} on the weaker": root / f"{named(method)}-0" / "evaluation" / "tuned" for method in ("SFT", "DPO")}
+    sheet({"the weaker model": root / "weak-pictures", "mini-sd": root / BASE, **after}, path)
