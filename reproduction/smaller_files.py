@@ -24,6 +24,7 @@ from palate.data.images import to_tensor
 from palate.evaluation.manifest import read_manifest
 from palate.judges.jpeg import jpeg_compressibility
 from palate.names.judges import find_judges
+from palate.runs.models import load_base
 
 PROMPTS, SCALES = 128, (0.5, 1.0, 1.5)
 JUDGES = ("jpeg_compressibility", "mini-clip", "mini-heldout", "mini-pickscore")
@@ -140,16 +141,23 @@ def grid(root: Path, path: Path) -> None:
 
 
 def edits(base: Path) -> list[str]:
-    """base: a folder of the base model's pictures, such as that of :data:`BASE` in ``out/reproduction``."""
+    """base: a folder of the base model's pictures, such as that of :data:`BASE` in ``out/reproduction``.
+
+    An edit that the model's own autoencoder does not keep is one that the model cannot learn.
+    """
     pictures = read_manifest(base)
     prompts, images = [p.prompt for p in pictures], [Image.open(base / p.file).convert("RGB") for p in pictures]
-    judges = {name: judge.load() for name, judge in find_judges(JUDGES[:2]).items()}
-    rows = []
+    judges = [judge.load() for judge in find_judges(JUDGES[:2]).values()]
+    model, rows = load_base("mini-sd"), []
     for name, (radius, contrast) in EDITS.items():
         edited = [ImageEnhance.Contrast(i.filter(ImageFilter.GaussianBlur(radius))).enhance(contrast) for i in images]
-        kb, prompt = (float(judge(to_tensor(edited), prompts).mean()) for judge in judges.values())
-        rows.append([name, f"{-kb:.2f}", f"{prompt:.1f}"])
-    return table([f"edit of {len(images)} pictures of the base model", "size, kB", "mini-clip"], rows)
+        pixels = to_tensor(edited)
+        with torch.no_grad():
+            kept = model.decode(model.encode_images(2 * pixels - 1)).clamp(0, 1)
+        kb, prompt, kb_kept, prompt_kept = (float(judge(x, prompts).mean()) for x in (pixels, kept) for judge in judges)
+        rows.append([name, f"{-kb:.2f}", f"{prompt:.1f}", f"{-kb_kept:.2f}", f"{prompt_kept:.1f}"])
+    edit = f"edit of {len(images)} pictures of the base model"
+    return table([edit, "size, kB", "mini-clip", "size, encoded and decoded", "mini-clip"], rows)
 
 
 if __name__ == "__main__":
