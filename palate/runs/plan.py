@@ -43,8 +43,6 @@ STATES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "adafactor": 0.0}
 WEIGHTS = ("frozen weights", "frozen copy, old policy", "trained weights")
 """Parts that are there whenever the model is."""
 
-HOLDS = ("folder", "endpoint")
-"""Judges that follow their names with one of these have weights."""
 
 Row = dict[str, "tuple[torch.Size, torch.dtype]"]
 """The conditioning of one picture: shape, without the batch, and precision of each tensor."""
@@ -428,10 +426,13 @@ def _judge_lines(recipe: Recipe) -> list[str]:
 
     if recipe.online.train_prompts is None:
         return []
-    kinds = {name: KINDS.get(name.partition(":")[0]) for name in (*recipe.online.rewards, *recipe.online.held_out_rewards)}
-    beside = {name: kind.size if kind else "" for name, kind in kinds.items() if kind is None or kind.place in HOLDS}
-    told = ", ".join(f"{name} ({size})" if size and ":" not in name else name for name, size in beside.items())
-    return [f"  rewards on the same card come on top: {told}"] if told else []
+    beside = []
+    for name in (*recipe.online.rewards, *recipe.online.held_out_rewards):
+        kind, _, place = name.partition(":")
+        known = KINDS.get(kind)
+        if known is None or (known.place != "nothing" and not place.startswith("http")):
+            beside.append(f"{name} ({known.size})" if known and known.size and not place else name)
+    return [f"  rewards on the same card come on top: {', '.join(beside)}"] if beside else []
 
 
 def _fit_lines(recipe: Recipe, needs: Needs, card: float, together: int, *, single: bool) -> list[str]:

@@ -125,6 +125,7 @@ def test_what_is_told(palate_plan):
 def test_rewards_on_the_card_are_told():
     """Those that have weights, which are not counted; a function of one's own may have some."""
     rewards = ["pickscore", "jpeg_compressibility", "hpsv2.1:models/hps", "remote:http://127.0.0.1:1", "mine:judge"]
+    rewards.append("vqascore:http://127.0.0.1:1/v1")
     online = {"train_prompts": "miniature-seen", "rewards": rewards, "held_out_rewards": ["mini-heldout"]}
     said = ["  rewards on the same card come on top: pickscore (3.9 GB), hpsv2.1:models/hps, mine:judge, mini-heldout"]
     assert plan._judge_lines(recipe.load("miniature-ddpo-is", online)) == said
