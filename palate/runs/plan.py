@@ -17,6 +17,7 @@ from palate.base.errors import UserError, said
 from palate.base.machine import Peak, device, device_memory, is_main, processes, resident, tell
 from palate.base.options import POSITIVE, Count, check_ranges
 from palate.online.options import Arithmetic
+from palate.runs.idle import idle_line
 from palate.runs.loading import at_home, denoiser_of, drawing_of, policy_of, shape_of
 from palate.runs.methods import bind_space
 from palate.runs.ready import bytes_a_row, checkpoints_bytes, free, rows_of
@@ -375,7 +376,9 @@ def plan(recipe: Recipe, options: PlanOptions) -> list[str]:
     single = bool(readers) and readers[0].single
     needs = count(recipe, single=single, gpu=True if options.memory is not None else None, together=together)
     card = device_memory() if options.memory is None else options.memory * GB
-    lines = [*memory_lines(needs), *_judge_lines(recipe), *_fit_lines(recipe, needs, card, together, single=single)]
+    idle = idle_line(recipe)
+    lines = [idle] if idle else []
+    lines += [*memory_lines(needs), *_judge_lines(recipe), *_fit_lines(recipe, needs, card, together, single=single)]
     if recipe.training.shard_model and together == 1:
         lines.append("  of one process, which holds everything: tell by --processes how many shard_model has to share it")
     seconds = None

@@ -37,6 +37,7 @@ from palate.runs.evidence import (
     validation_reader,
 )
 from palate.runs.export import about_training
+from palate.runs.idle import idle_line
 from palate.runs.loading import at_home, denoiser_of, policy_of
 from palate.runs.methods import bind_space, draws_of
 from palate.runs.plan import foretell
@@ -80,6 +81,8 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
             check_push(recipe.training.push_to_hub)
         check_machine(recipe)
     found = assemble(recipe)
+    if told := idle_line(recipe):
+        tell(told)
     if found.online is None:
         _train_offline(found, command)
     else:
