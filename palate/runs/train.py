@@ -74,6 +74,8 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         palate.training.loop.Stopped: interrupted, after saving a checkpoint.
         KeyboardInterrupt: interrupted before or after training; its text says how to go on.
     """
+    from palate.training.place import company
+
     recipe = at_home(recipe)
     if is_main():
         _check_output(recipe, Path(recipe.training.output_dir))
@@ -83,10 +85,11 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
     found = assemble(recipe)
     if told := idle_line(recipe):
         tell(told)
-    if found.online is None:
-        _train_offline(found, command)
-    else:
-        _train_online(found, found.online, command)
+    with company():
+        if found.online is None:
+            _train_offline(found, command)
+        else:
+            _train_online(found, found.online, command)
     return found.out
 
 

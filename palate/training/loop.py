@@ -43,7 +43,7 @@ from palate.training.log import RunLog, Silent, Window
 from palate.training.measures import REACH
 from palate.training.optimizers import lr_factor
 from palate.training.options import TrainOptions
-from palate.training.place import place_of
+from palate.training.place import company, place_of
 from palate.training.source import Abandoned, BudgetSpent, Source
 from palate.training.steps import Drawn, Ready, Step
 
@@ -106,7 +106,7 @@ def train(
     run = _Run(step, policy, data, options, dict(states or {}), dict(recipe or asdict(options)), dict(defaults or {}))
     start = run.restore()
     with (
-        run.place.others(),
+        company("; --resume_from_checkpoint latest goes on, on as many processes as make the same effective batch"),
         contextlib.closing(run.ahead),
         _Signals() as signals,
         run.open_log(start) as log,

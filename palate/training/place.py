@@ -67,19 +67,6 @@ class Place:
 
     # Together -------------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def others(self) -> Generator[None]:
-        """Inside, that another process has gone is told in words."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.processes.count == 1 or not _lost(error):
-                raise
-            raise UserError(
-                "another process of this run has ended: see its message; --resume_from_checkpoint latest goes on, on as many "
-                "processes as make the same effective batch"
-            ) from error
-
     def align(self) -> None:
         """All processes go on with the weights of the first."""
         if self.processes.count > 1:
@@ -194,6 +181,17 @@ def place_of(policy: TrainablePolicy, options: TrainOptions) -> Place:
     from palate.training.sharded import ShardedPlace
 
     return ShardedPlace(policy, options)
+
+
+@contextlib.contextmanager
+def company(advice: str = "") -> Generator[None]:
+    """Inside, that another process of the run has gone is told in words; ``advice`` says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes() == 1 or not _lost(error):
+            raise
+        raise UserError(f"another process of this run has ended: see its message{advice}") from error
 
 
 def _lost(error: RuntimeError) -> bool:

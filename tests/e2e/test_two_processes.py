@@ -152,6 +152,31 @@ def test_where_one_is_killed_the_other_ends_and_one_alone_goes_on(
     assert f"resumed after step {last} of {last + 1}" in errors
 
 
+DIES = """
+import os
+from palate.training import sharded
+
+def cut_up(policy, whole=sharded.cut_up):
+    if os.environ["RANK"] == "1":
+        os._exit(9)
+    whole(policy)
+
+sharded.cut_up = cut_up
+"""
+"""Before a program: the second process ends where the model is cut up, as the kernel ends one that takes too much memory."""
+
+
+def test_where_one_is_killed_before_the_loop_the_other_ends_too(
+    palate, in_two_processes, tmp_path, model_dir, pairs_dir, cache_dir
+):
+    words = ["train", "quick.yaml", "--pretrained_model_name_or_path", str(model_dir), "--train_data", str(pairs_dir)]
+    words += ["--cache_dir", str(cache_dir), "--train_batch_size", "2", "--shard_model", "true", "--output_dir", "out"]
+    *python, program, commands = several([words])
+    codes, said = zip(*in_two_processes([*python, DIES + program, commands], cwd=tmp_path)(60), strict=True)
+    assert codes == (2, 9), said
+    assert said[0].splitlines()[-1] == "error: another process of this run has ended: see its message"
+
+
 def shards(folder: Path) -> list[list[bytes]]:
     """The keys of each shard of a cache."""
     tables = [pa.ipc.open_stream(path.read_bytes()).read_all() for path in sorted(folder.glob("*.arrow"))]
