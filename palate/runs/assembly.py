@@ -11,6 +11,7 @@ from palate.base.errors import UserError
 from palate.base.machine import processes
 from palate.data.prompts import Prompt
 from palate.data.selection import same_prompt
+from palate.evaluation.editing import INIT
 from palate.names.prompts import find_prompts
 from palate.names.rewards import NamedReward, find_held_out, find_rewards
 from palate.online.options import Arithmetic
@@ -63,6 +64,14 @@ class Assembled:
     def compared(self) -> list[Prompt]:
         """What base and tuned model are compared on."""
         return self.prompts[: self.recipe.evaluation.num_evaluation_prompts]
+
+    @property
+    def not_edited(self) -> str | None:
+        """Told where prompts name a picture to edit: training and its comparison draw from noise alone."""
+        prompts = [*self.prompts, *self.validation, *([] if self.online is None else self.online.prompts)]
+        if not (count := sum(INIT in prompt.metadata for prompt in prompts)):
+            return None
+        return f"{count} of {len(prompts)} prompts name an {INIT}, and all are drawn from noise: 'palate generate' edits"
 
     def showing(self, held_out: Sequence[Prompt]) -> Assembled:
         """The same, compared on the first of these prompts if the recipe asks for those that are held out."""

@@ -49,6 +49,8 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     found = found.showing([Prompt(text) for text in shown])
     if not found.compared:
         raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
+    if found.not_edited:
+        tell(found.not_edited)
     weights = weights_of(out)
     from palate.models.lora import load_lora, tuned
     from palate.models.policy import twin

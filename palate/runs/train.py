@@ -83,8 +83,9 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
             check_push(recipe.training.push_to_hub)
         check_machine(recipe)
     found = assemble(recipe)
-    if told := idle_line(recipe):
-        tell(told)
+    for told in (idle_line(recipe), found.not_edited):
+        if told:
+            tell(told)
     with company():
         if found.online is None:
             _train_offline(found, command)

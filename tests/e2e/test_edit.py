@@ -104,6 +104,16 @@ def test_another_folder_is_refused_before_weights_are_read(edit, monkeypatch):
         assert (code, said in errors, len(errors.splitlines())) == (2, True, 1), errors
 
 
+def test_training_and_its_comparison_say_that_they_do_not_edit(edit, palate):
+    told = "4 of 5 prompts name an init_image, and all are drawn from noise: 'palate generate' edits"
+    code, _, errors = palate("train", max_train_steps=1, evaluation_prompts="set/prompts.jsonl", validation_prompts="[a tree]")
+    assert code == 0, errors
+    assert told in errors.splitlines()
+    code, _, errors = palate("evaluate", "out")
+    assert code == 0, errors
+    assert told in errors.splitlines()
+
+
 def write(**row):
     Path("set/own.jsonl").write_text(json.dumps({"prompt": "in winter", **row}) + "\n")
 
