@@ -1,6 +1,6 @@
 """Question: what do a LoRA's strength, the average of weights, and a trust region save of a model that was rewarded too far?
 
-DDPO-IS for ``mini-aesthetic`` alone, 1024 queries at twice a good rate, three seeds, as it is, with EMA, and in a trust region
+DDPO-IS for ``mini-aesthetic`` alone, 1024 queries at 2e-3, three seeds, as it is, with EMA, and in a trust region
 in place of the clip; the same 64 unseen prompts drawn with a part of the LoRA. KL budgets and the held-out best are read off
 the curves.
 """

@@ -11,7 +11,7 @@ Parts, in the order in which they should run:
 - generalisation: DDPO-IS for compressibility on six combinations of object and place (``miniature-gen-train``), compared with
   the base model on those, on other objects, on another place and on other combinations.
 - overoptimisation: DDPO-IS for the aesthetic judge, far beyond what is good for it, watched by a judge that it never sees;
-  at a good learning rate and at three times it, without and with a KL budget.
+  at two learning rates, without and with a KL budget.
 - others: what the same rollouts also serve, for compressibility: online DPO and RWR, in latent and in perceptual space.
 - plot: figures, picture grids and ``table.md`` of all that is finished.
 
@@ -76,8 +76,12 @@ RATES = (3e-4, 1e-3, 3e-3)
 TUNING_SEED, TUNING_QUERIES = 100, 256
 BEFORE = drawn_base(UNSEEN)
 ALL_JUDGES = BEFORE.judges
-GUARDS = ("tuned", "tuned-budget", "fast", "fast-budget")
-PUSHED, FASTER, KL_BUDGET = 1e-3, 3, 1.0
+PUSHED, KL_BUDGET = (1e-3, 3e-3), 1.0
+GUARDS: dict[str, dict[str, Any]] = {
+    f"{rate:g}{name}": {"learning_rate": rate, **guard}
+    for rate in PUSHED
+    for name, guard in (("", {}), ("-budget", {"kl_budget": KL_BUDGET}))
+}
 
 
 def options(reward: str, seed: int, queries: int, setting: dict[str, Any], watch: bool = True) -> dict[str, Any]:
@@ -133,12 +137,9 @@ def generalisation(given: argparse.Namespace) -> list[Task]:
 
 
 def overoptimisation(given: argparse.Namespace) -> list[Task]:
-    setting = SETTINGS["DDPO-IS"] | {"learning_rate": PUSHED}
-    fast = {"learning_rate": FASTER * PUSHED}
     runs: list[Task] = []
-    budget = {"kl_budget": KL_BUDGET}
-    for name, guard in zip(GUARDS, ({}, budget, fast, fast | budget), strict=True):
-        pushed = options("aesthetic", given.seeds[0], 2 * given.queries, setting)
+    for name, guard in GUARDS.items():
+        pushed = options("aesthetic", given.seeds[0], 2 * given.queries, SETTINGS["DDPO-IS"])
         pushed |= {"held_out_rewards": "[mini-heldout, mini-clip]", "eval_steps": 4, "held_out_pictures": 32, **guard}
         runs.append(Run(f"overoptimisation-{name}", METHODS["DDPO-IS"], pushed))
     return runs
@@ -183,7 +184,7 @@ def plot(given: argparse.Namespace) -> None:
     lines += ["", *drawn(given), "", *tuning_table(given)]
     lines += ["", *split_table(given.measured, "mini-sd", [f"generalisation-{seed}" for seed in given.seeds])]
     lines += ["", *plot_overoptimisation(given.measured, root), ""]
-    pushed = {name: read_curve(given.measured, f"overoptimisation-{name}") for name in ("tuned", "fast")}
+    pushed = {name: read_curve(given.measured, f"overoptimisation-{name}") for name in map("{:g}".format, PUSHED)}
     saved = [[name, *r] for name, curve in pushed.items() if curve for r in guards(curve, "mini-heldout", ["mini-clip"])]
     lines += table(["rate", "guard", "queries", "reward", "mini-heldout", "mini-clip"], saved)
     (root / "table.md").write_text("\n".join(lines) + "\n")
