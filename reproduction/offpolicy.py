@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs import DRAWN, Run, locked, palate, table
+from runs import DRAWN, Run, locked, palate, read_json, table
 from short import against_base, short
 from worldmaking import jpeg, render
 
@@ -65,4 +65,15 @@ def make(root: Path) -> None:
 
 def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
     rows = [[variant, *against_base(measured, named(variant), seeds)] for variant in VARIANTS]
-    return table(["renders against own pictures", "held out", "preference", "prompt", "looks"], [r for r in rows if r[1:]])
+    lines = table(["renders against own pictures", "held out", "preference", "prompt", "looks"], [r for r in rows if r[1:]])
+    rises = [[variant, *rise(measured, variant, seeds)] for variant in VARIANTS]
+    return [*lines, "", *table(["times the reference's error at the end", "winners", "losers"], [r for r in rises if r[1:]])]
+
+
+def rise(measured: Path, variant: str, seeds: Sequence[int]) -> list[str]:
+    """Of winners and of losers, each seed's; nothing of runs without a reference."""
+    found = [read_json(measured / f"{named(variant)}-{seed}.json") for seed in seeds]
+    told = [
+        [f"{one[f'{side}_error_rise']:.1f}" for one in found if f"{side}_error_rise" in one] for side in ("winner", "loser")
+    ]
+    return [", ".join(each) for each in told] if all(told) else []

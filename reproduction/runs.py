@@ -177,12 +177,26 @@ def trained(run: Run, root: Path) -> dict[str, Any]:
             clock.unlink(missing_ok=True)
         how = ["--resume_from_checkpoint", "latest"] if resumed else []
         palate([*command, "--output_dir", str(out), *how], root / f"{run.name}.txt", clock)
-    steps = max(line["step"] for line in read_log(out / "log.jsonl"))
+    log = read_log(out / "log.jsonl")
     return {
         "command": " ".join(["palate", *command]),
-        "steps": steps,
+        "steps": max(line["step"] for line in log),
         "processor_seconds": seconds_of(clock) if clock.is_file() else None,
+        **risen(log),
     }
+
+
+def risen(log: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How many times the reference's error on winners, and on losers, that of the policy is over the last tenth of a training.
+
+    Of the same draws, so that it is 1 where nothing was learned; empty without a reference or losers.
+    """
+    lines = [line for line in log if "winner_advantage" in line and "loser_error" in line]
+    last, found = lines[-max(1, len(lines) // 10) :], {}
+    for side in ("winner", "loser") if lines else ():
+        own = sum(line[f"{side}_error"] for line in last)
+        found[f"{side}_error_rise"] = round(own / (own + sum(line[f"{side}_advantage"] for line in last)), 4)
+    return found
 
 
 def compared(run: Run, prompts: str, root: Path, measured: Path) -> dict[str, list[float]]:
@@ -256,6 +270,11 @@ def scores(folder: Path, judges: Sequence[str]) -> dict[str, list[float]]:
 def write_json(path: Path, what: dict[str, Any]) -> None:
     path.with_suffix(".part").write_text(json.dumps(what) + "\n")
     path.with_suffix(".part").rename(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A result; empty if it is missing."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:
@@ -391,9 +410,9 @@ def mean_change(base: np.ndarray, runs: Sequence[np.ndarray], judge: int) -> str
 
 def read_scores(measured: Path, name: str, prompts: str, judges: Sequence[str] = JUDGES) -> np.ndarray | None:
     """``(pictures, judges)`` of a finished run or base model, or None."""
-    if not (path := measured / f"{name}.json").is_file():
+    if not (result := read_json(measured / f"{name}.json")):
         return None
-    found = json.loads(path.read_text())["scores"][prompts]
+    found = result["scores"][prompts]
     return np.array([found[judge] for judge in judges]).T
 
 
