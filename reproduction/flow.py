@@ -5,7 +5,7 @@
 All on ``mini-sd3``, with the settings of the recipes ``miniature-flow-*`` and every seed of ``--seeds``:
 
 - tune: one run of each of ``RATES`` for each online method with the first seed.
-  DPO, SFT and CPO at each of ``OFFLINE_RATES``, compared on prompts of the voted pairs.
+  Those that learn from votes at each of ``OFFLINE_RATES``, compared on prompts of the voted pairs.
 - offline: from the votes on its own pictures, then compared with the base model on unseen prompts.
 - online: mean reward of each round against reward queries, for small files alone, watched by a judge of prompt following;
   DDPO-IS is the recipe of Flow-GRPO with noise in the first five of eight steps instead of a moving window of two. Then the
@@ -55,7 +55,6 @@ OFFLINE: dict[str, tuple[str, dict[str, Any]]] = {
     "NCP-CPO": ("miniature-flow-ncp-dpo", {"objective": "{name: cpo, beta: 4, bc_weight: 0.4}"}),
 }
 """CPO's beta is what ``beta: auto`` chooses in each space; the winner's weight is a tenth of it, as in mini-sd's recipes."""
-TUNED = ("DPO", "SFT", "NCP-SFT", "CPO", "NCP-CPO")
 WHOLE_PATH = {"window_size": 5, "window_end": "null"}
 ONLINE: dict[str, tuple[str, dict[str, Any]]] = {
     "NFT": ("miniature-flow-nft", {}),
@@ -75,24 +74,18 @@ def offline(given: argparse.Namespace) -> list[Run]:
     for method, (recipe, changes) in OFFLINE.items():
         if (rate := best_rate(given.measured, method)) is not None:
             for seed in given.seeds:
-                options = {"seed": seed, **QUIET, **changes, **rate}
+                options = {"seed": seed, **QUIET, **changes, "learning_rate": rate}
                 runs.append(Run(f"offline-{method}-{seed}", recipe, options, (UNSEEN,), OFFLINE_PROMPTS, 15, cost=300))
     return runs
 
 
-def best_rate(measured: Path, method: str) -> dict[str, float] | None:
-    """As an option, of the rate whose pictures ``mini-pickscore`` prefers most often; None where a training is missing.
-
-    Those that are not tuned have the recipe's.
-    """
-    if method not in TUNED:
-        return {}
-    tried = []
+def best_rate(measured: Path, method: str) -> float | None:
+    """The rate whose pictures ``mini-pickscore`` prefers most often; None where a training is missing."""
+    tried: list[tuple[float, float | None]] = []
     for rate in OFFLINE_RATES:
         found = versus(measured, [(SEEN_BASE, f"rate-{method}-{rate:g}")], SEEN, ["mini-pickscore"])
         tried.append((rate, found[0].rate if found else None))
-    chosen = most_points(tried)
-    return None if chosen is None else {"learning_rate": chosen}
+    return most_points(tried)
 
 
 def rewarded(reward: str, watched_by: str, seed: int, queries: int) -> dict[str, Any]:
@@ -113,8 +106,7 @@ def rewarded_run(method: str, rate: float, seed: int, given: argparse.Namespace)
 
 def tune(given: argparse.Namespace) -> list[Run]:
     found = [rewarded_run(method, rate, given.seeds[0], given) for method in ONLINE for rate in RATES]
-    for method in TUNED:
-        recipe, changes = OFFLINE[method]
+    for method, (recipe, changes) in OFFLINE.items():
         for rate in OFFLINE_RATES:
             options = {**QUIET, "seed": given.seeds[0], **changes, "learning_rate": rate}
             found.append(Run(f"rate-{method}-{rate:g}", recipe, options, (SEEN,), SEEN_PROMPTS, 15, cost=300))
@@ -151,17 +143,21 @@ PARTS = {
 
 def offline_table(given: argparse.Namespace) -> list[str]:
     base = base_name("mini-sd3", UNSEEN, OFFLINE_PROMPTS)
-    pairs = {method: [(base, f"offline-{method}-{seed}") for seed in given.seeds] for method in OFFLINE}
+    pairs = {
+        f"{method}, {best_rate(given.measured, method) or 0:g}": [(base, f"offline-{method}-{seed}") for seed in given.seeds]
+        for method in OFFLINE
+    }
     for method in ("DPO", "SFT", "CPO"):
         heads = [(f"offline-{method}-{seed}", f"offline-NCP-{method}-{seed}") for seed in given.seeds]
         pairs[f"NCP-{method} against {method}"] = heads
+    pairs["KTO against DPO"] = [(f"offline-DPO-{seed}", f"offline-KTO-{seed}") for seed in given.seeds]
     rows = [[method, *versus(given.measured, found, UNSEEN)] for method, found in pairs.items()]
     return table(["method", *JUDGES], [cells for cells in rows if len(cells) > 1])
 
 
 def rates_table(given: argparse.Namespace) -> list[str]:
     rows = []
-    for method in TUNED:
+    for method in OFFLINE:
         for rate in OFFLINE_RATES:
             if found := versus(given.measured, [(SEEN_BASE, f"rate-{method}-{rate:g}")], SEEN):
                 rows.append([f"{method}, {rate:g}", *found])
