@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from online_curves import REWARDS
+from online_curves import REWARDS, mean_gain
 from runs import JUDGES, interval, options, sides, table, versus
 from short import UNSEEN
 from tuning import METHODS, SEED, SEEN, best, named, told
@@ -75,9 +75,7 @@ def _rewarded(measured: Path, seeds: Sequence[int]) -> list[list[str]]:
             if (both := sides(measured, pairs, UNSEEN, [scored])) is None:
                 continue
             gains = (both[1] - both[0])[:, :, 0] * (1 if scored == judge else -1)
-            low, high = interval(gains)
-            each = ", ".join(f"{gain:+.2f}" for gain in gains.mean(axis=1))
-            rows.append([reward, f"{more}, {less}", f"{gains.mean():+.2f} ({low:+.2f} to {high:+.2f}); {each}"])
+            rows.append([reward, f"{more}, {less}", mean_gain(gains)])
     return rows
 
 
