@@ -38,8 +38,13 @@ def read_answer(answer: object, count: int) -> tuple[Float32[Tensor, " count"], 
     where it is and keeps its gradient. Scores that are not finite are left to the caller.
 
     Raises:
-        AnswerError: anything else, and another number of scores.
+        AnswerError: anything else, another number of scores, and a default dtype of torch other than float32: whoever changes
+            it changes what the model computes.
     """
+    if (own := torch.get_default_dtype()) is not torch.float32:
+        torch.set_default_dtype(torch.float32)
+        kind = str(own).removeprefix("torch.")
+        raise AnswerError(f"set torch's default dtype to {kind}, and so that of all else here: name it for each tensor instead")
     scores, info = answer, None
     if isinstance(answer, tuple) and len(cast("tuple[object, ...]", answer)) == 2:
         first, second = cast("tuple[object, object]", answer)

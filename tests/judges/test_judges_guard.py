@@ -130,6 +130,10 @@ BAD = {
     "short": ("return [0.5]", "returned scores of shape (1,) where (3,) was expected: pictures 0 to 2, of which the first"),
     "named": ("return {'score': 1}", "returned a dict ('score')"),
     "none": ("pass", "returned nothing"),
+    "spoils": (
+        "torch.set_default_dtype(torch.float16); return [0.5] * len(prompts)",
+        "set torch's default dtype to float16, and so that of all else here",
+    ),
 }
 PROMPTS = ["cat", "dog", "bird"]
 
@@ -142,7 +146,7 @@ def module(tmp_path, monkeypatch):
     name = f"own_{tmp_path.name}".replace("-", "_")
     functions = "".join(f"def {n}(images, prompts):\n    {body}\n" for n, (body, _) in BAD.items())
     more = "def fine(images, prompts):\n    images.zero_()\n    return [0.5] * len(prompts)\n"
-    (tmp_path / f"{name}.py").write_text("import asyncio, sys\n" + functions + more)
+    (tmp_path / f"{name}.py").write_text("import asyncio, sys, torch\n" + functions + more)
     return name
 
 
