@@ -18,6 +18,8 @@ HEADS = {
     "DPO against KTO, both tuned": ("kto-tuned-{}", "dpo-{}"),
     "twenty steps back against one": ("ncp-last_down-one-step-back-{}", "ncp-last_down-20-steps-back-{}"),
     "a random time against one step back": ("ncp-last_down-one-step-back-{}", "ncp-last_down-a-random-time-{}"),
+    "four fixed draws of time and noise against fresh ones": ("draws-fresh-{}", "draws-4-{}"),
+    "sixteen fixed draws against fresh ones": ("draws-fresh-{}", "draws-16-{}"),
     "200 votes against 50": ("votes-50-{}", "votes-200-{}"),
     "800 votes against 50": ("votes-50-{}", "votes-800-{}"),
     "800 votes against 200": ("votes-200-{}", "votes-800-{}"),
