@@ -38,13 +38,8 @@ def read_answer(answer: object, count: int) -> tuple[Float32[Tensor, " count"], 
     where it is and keeps its gradient. Scores that are not finite are left to the caller.
 
     Raises:
-        AnswerError: anything else, another number of scores, and a default dtype of torch other than float32: whoever changes
-            it changes what the model computes.
+        AnswerError: anything else, and another number of scores.
     """
-    if (own := torch.get_default_dtype()) is not torch.float32:
-        torch.set_default_dtype(torch.float32)
-        kind = str(own).removeprefix("torch.")
-        raise AnswerError(f"set torch's default dtype to {kind}, and so that of all else here: name it for each tensor instead")
     scores, info = answer, None
     if isinstance(answer, tuple) and len(cast("tuple[object, ...]", answer)) == 2:
         first, second = cast("tuple[object, object]", answer)
@@ -59,6 +54,24 @@ def read_answer(answer: object, count: int) -> tuple[Float32[Tensor, " count"], 
     if tuple(found.shape) not in {(count,), (count, 1), *([()] if count == 1 else [])}:
         raise AnswerError(f"returned scores of shape {tuple(found.shape)} where ({count},) was expected")
     return found.reshape(count).to(torch.float32), info
+
+
+def undisturbed(call: Callable[[], object]) -> object:
+    """What a function of the user's own returns. What it leaves of torch's default dtype all else would be computed with.
+
+    Raises:
+        AnswerError: it left another one than it found, which is put back.
+    """
+    before = torch.get_default_dtype()
+    try:
+        return call()
+    finally:
+        if (own := torch.get_default_dtype()) is not before:
+            torch.set_default_dtype(before)
+            kind = str(own).removeprefix("torch.")
+            raise AnswerError(
+                f"set torch's default dtype to {kind}, and so that of all else here: name it for each tensor instead"
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -141,7 +154,9 @@ class Guarded:
 
         everything = slice(0, len(images))
         try:
-            answer = ask(everything)
+            answer = undisturbed(lambda: ask(everything))
+        except AnswerError as error:
+            raise self._failed(str(error), prompts, None) from None
         except (UserError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
             raise
         except BaseException as error:  # also what is no Exception: sys.exit, cancelled tasks, those of test frameworks

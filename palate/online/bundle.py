@@ -19,7 +19,7 @@ from torch import Tensor
 from palate.base.errors import UserError, short
 from palate.data.images import to_pictures
 from palate.data.prompts import Prompt
-from palate.judges.guard import AnswerError, culprit, failure, read_answer
+from palate.judges.guard import AnswerError, culprit, failure, read_answer, undisturbed
 from palate.judges.reward import Reward, RewardError
 
 PAUSE = 1.0
@@ -221,6 +221,8 @@ class RewardBundle:
                 ) from error
             except KeyboardInterrupt:
                 raise
+            except AnswerError as error:
+                self._fail(who, str(error), pending)
             except BaseException as error:
                 if attempt == self.retries:
                     self._fail(who, failure(error), pending, self._culprit(reward, pending), error)
@@ -243,7 +245,7 @@ class RewardBundle:
     def _ask(self, reward: Reward, images: Tensor, prompts: list[Prompt]) -> object:
         def ask() -> object:
             with torch.no_grad():  # inside: each thread has its own mode
-                return reward(images, list(prompts))
+                return undisturbed(lambda: reward(images, list(prompts)))
 
         return ask() if self.timeout is None else _within(self.timeout, ask)
 

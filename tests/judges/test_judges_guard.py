@@ -206,3 +206,15 @@ def test_messages_are_one_short_line(prompt):
         Guarded(judge, "my:judge")(torch.zeros(2, 3, 8, 8), [prompt] * 2)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 350
+
+
+def test_what_a_function_sets_of_torch_is_put_back_and_blamed_on_it_alone(module):
+    torch.set_default_dtype(torch.float64)  # of the program around it
+    try:
+        assert find_judges([f"{module}:fine"])[f"{module}:fine"].load()(torch.rand(1, 3, 8, 8), ["x"]).tolist() == [0.5]
+        for _ in range(2):
+            with pytest.raises(JudgeError, match="set torch's default dtype to float16"):
+                find_judges([f"{module}:spoils"])[f"{module}:spoils"].load()(torch.rand(1, 3, 8, 8), ["x"])
+            assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
