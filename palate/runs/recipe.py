@@ -118,6 +118,11 @@ class Recipe:
                 f"objective ddpo_sf is right for one update a round, not {arithmetic.updates}: set updates_per_round and "
                 "inner_epochs to 1, or use ddpo_is"
             )
+        if evidence == "samples" and self.online.weighting == "advantage" and not self.method.names("label"):
+            raise UserError(
+                f"objective {self.objective['name']} knows no good and bad pictures, so that weighting advantage would learn "
+                "nothing of the rewards: use softmax, or an objective such as nft"
+            )
         if evidence != "trajectories" and self.online.window_end is not None:
             raise UserError(
                 f"window_end does nothing with objective {self.objective['name']}, which is not trained at steps of sampling: "
