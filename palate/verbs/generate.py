@@ -113,6 +113,8 @@ def _generate(first: list[str], options: GenerateOptions) -> None:
         raise UserError("strength is of editing, and there is nothing to edit: add --init_image FILE, or leave it out")
     if files and options.refiner is not None:
         raise UserError("an edited picture is not refined: leave out --refiner")
+    if options.refiner is None and options.refiner_start != type(options).refiner_start:
+        raise UserError("refiner_start does nothing without a refiner: name one with --refiner, or leave it out")
     if files:
         from palate.models.families import check_model
 
