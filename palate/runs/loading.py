@@ -127,7 +127,8 @@ def denoiser_of(recipe: Recipe, *, home: str | None = None, outline: str | None 
             f"train_text_encoder is for Stable Diffusion 1, 2 and XL, and {denoiser.name} is a {denoiser.card.pipeline}, whose "
             "text encoders stay as they are: leave it out"
         )
-    check_times(recipe.training, recipe.space, denoiser.schedule)
+    if recipe.method.evidence != "trajectories":  # which are trained at the steps of sampling
+        check_times(recipe.training, recipe.space, denoiser.schedule)
     if recipe.policy.pretrained_lora is not None:
         from palate.models.lora import check_lora
         from palate.models.policy import twin

@@ -109,7 +109,7 @@ class PolicyOptions:
     """``lora``, or ``full`` for all weights of the U-Net."""
     pretrained_lora: str | None = None
     """A LoRA (file, or folder of a run) to train on: the model with it is the reference, and the result holds the whole change.
-    Its own rank, strength and layers stand in place of the three options below."""
+    Its own rank, strength and layers stand in place of the three options below; text encoders that it lacks get new ones."""
     rank: Rank = 16
     """Of the LoRA matrices."""
     lora_alpha: Annotated[float, POSITIVE] | None = None

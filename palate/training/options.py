@@ -86,7 +86,7 @@ class TrainOptions:
     adam_beta2: Annotated[float, SHARE_KEPT] = 0.999
     """Decay of AdamW's mean of squared gradients."""
     adam_weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-2
-    """Of every optimizer, decoupled."""
+    """Of AdamW and Adafactor, decoupled; other classes have ``optimizer_options``."""
     adam_epsilon: Annotated[float, POSITIVE] = 1e-8
     """Of AdamW; with 0 a weight without gradient would become NaN."""
     max_grad_norm: Annotated[float, NORM] | None = 1.0

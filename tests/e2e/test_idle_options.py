@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from palate.runs import library, recipe
-from palate.runs.idle import idle
+from palate.runs.idle import idle, idle_line
 from palate.training.log import read_log
 
 ONLINE = {
@@ -32,7 +32,16 @@ WAYS = {
     "offline": ({}, {"refiner_start": 0.4, "num_train_epochs": 7, "bucket_step": 16, "bucket_aspect": 2}),
     "adafactor": ({"optimizer": "adafactor"}, {"adam_beta1": 0.1, "adam_beta2": 0.2, "adam_epsilon": 1e-3}),
     "an optimizer of others": ({"optimizer": "torch.optim:SGD"}, {"adam_beta1": 0.1, "adam_weight_decay": 0.5}),
-    "full": ({"train_method": "full"}, {"rank": 8, "lora_alpha": 2, "lora_layers": "all"}),
+    "optimizer_options": (
+        {"optimizer_options": "{betas: [0.8, 0.9], eps: 1e-6, weight_decay: 0.1}"},
+        {"adam_beta1": 0.1, "adam_beta2": 0.2, "adam_epsilon": 1e-3, "adam_weight_decay": 0.5},
+    ),
+    "nothing held out": (
+        {"validation_fraction": 0, "checkpointing_steps": "null"},
+        {"eval_steps": 1, "checkpoints_total_limit": 1},
+    ),
+    "full": ({"train_method": "full", "rank": 16}, {"rank": 8, "lora_alpha": 2, "lora_layers": "all"}),
+    "a LoRA goes on": ({"pretrained_lora": "before", "rank": 16}, {"rank": 8, "lora_alpha": 2, "lora_layers": "all"}),
     "ddpo_is": (
         {**ONLINE, "objective": "ddpo_is", "advantage": "round"},
         {**TRACKER, **SOFTMAX, **TIMES, **PAIRS, **WATCHED, "weighting": "percentile", "percentile": 50, "global_std": "true"},
@@ -50,8 +59,8 @@ WAYS = {
             **TRACKER,
             **PATH,
             **SOFTMAX,
-            "weighting": "percentile",
-            "per_prompt": "true",
+            "weighting": "threshold",
+            "threshold": 0.5,
             "guidance_in_training": "false",
         },
     ),
@@ -61,7 +70,9 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_options_without_effect_are_told_and_change_no_number(palate, prompts_file, tmp_path, way):
     used, unused = WAYS[way]
-    used = {"rank": None, **used} | ({"train_prompts": prompts_file} if "rewards" in used else {})
+    used = used | ({"train_prompts": prompts_file} if "rewards" in used else {})
+    if "pretrained_lora" in used:
+        assert palate("train", output_dir=used["pretrained_lora"])[0] == 0
     found = {}
     for folder, options in (("without", used), ("with", {**used, **unused})):
         code, _, errors = palate("train", output_dir=folder, **options)
@@ -71,8 +82,8 @@ def test_options_without_effect_are_told_and_change_no_number(palate, prompts_fi
         found[folder] = load_file(file), log
         told = next((line for line in errors.splitlines() if line.startswith("without effect here: ")), "")
         made = recipe.load(str(tmp_path / folder / "recipe.yaml"))
-        assert set(idle(made)) - {"rank"} == (set(unused) - {"rank"} if folder == "with" else set())
-        assert all(name in told for name in idle(made))
+        assert set(idle(made)) == (set(unused) if folder == "with" else set())
+        assert told == (idle_line(made) or "")
     (weights, log), (others, other_log) = found["without"], found["with"]
     assert weights.keys() == others.keys()
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
@@ -83,12 +94,16 @@ def test_options_without_effect_are_told_and_change_no_number(palate, prompts_fi
 def test_published_recipes_name_nothing_without_effect(name):
     made = recipe.load(name)
     # Those for real models leave it to the user to name a judge to be watched by.
-    assert idle(made) == (
-        {} if made.online.held_out_rewards or not made.online.train_prompts else {"eval_steps": "held_out_rewards"}
-    )
+    assert set(idle(made)) == ({"eval_steps"} if made.online.train_prompts and not made.online.held_out_rewards else set())
 
 
 def test_a_plan_tells_them_too(palate):
     code, told, errors = palate("plan", "miniature-rwr", weighting="percentile", train_data=None, cache_dir=None)
     assert code == 0, errors
-    assert "without effect here: temperature and standardise_rewards (for weighting softmax" in told
+    assert "without effect here: temperature, standardise_rewards (for weighting softmax in objectives of single" in told
+
+
+def test_layers_of_text_encoders_that_a_lora_lacks_count(palate):
+    assert palate("train", output_dir="before")[0] == 0
+    options = {"pretrained_lora": "before", "train_text_encoder": True, "lora_layers": "all", "rank": 16}
+    assert idle(recipe.load("quick.yaml", options)) == {}
