@@ -65,14 +65,6 @@ class Assembled:
         """What base and tuned model are compared on."""
         return self.prompts[: self.recipe.evaluation.num_evaluation_prompts]
 
-    @property
-    def not_edited(self) -> str | None:
-        """Told where prompts name a picture to edit: training and its comparison draw from noise alone."""
-        prompts = [*self.prompts, *self.validation, *([] if self.online is None else self.online.prompts)]
-        if not (count := sum(INIT in prompt.metadata for prompt in prompts)):
-            return None
-        return f"{count} of {len(prompts)} prompts name an {INIT}, and all are drawn from noise: 'palate generate' edits"
-
     def showing(self, held_out: Sequence[Prompt]) -> Assembled:
         """The same, compared on the first of these prompts if the recipe asks for those that are held out."""
         options = self.recipe.evaluation
@@ -80,6 +72,14 @@ class Assembled:
             return self
         number = options.num_evaluation_prompts or (JUDGED if self.judges else SHOWN)
         return dataclasses.replace(self, prompts=list({same_prompt(p.text): p for p in held_out}.values())[:number])
+
+
+def not_edited(prompts: Sequence[Prompt]) -> str | None:
+    """Told where prompts name a picture to edit: training and its comparison draw from noise alone."""
+    named = {(prompt.text, str(prompt.metadata[INIT])) for prompt in prompts if prompt.metadata.get(INIT) is not None}
+    if not named:
+        return None
+    return f"{len(named)} prompt(s) name an {INIT}, and all pictures are drawn from noise: only 'palate generate' edits"
 
 
 def assemble(recipe: Recipe) -> Assembled:

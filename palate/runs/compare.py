@@ -16,11 +16,13 @@ from palate.evaluation.folders import SHOWN_PROMPTS, read_run
 from palate.miniature import prompt_lists, world
 from palate.models.files import weights_of
 from palate.names.judges import score_folders
-from palate.runs.assembly import Assembled, assemble
+from palate.runs.assembly import Assembled, assemble, not_edited
 from palate.runs.card import write_card
+from palate.runs.idle import idle_line
 from palate.runs.loading import at_home, denoiser_of, drawing_of
 from palate.runs.methods import SpaceOptions
 from palate.runs.recipe import Recipe, load
+from palate.runs.sections import EvaluationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,8 +51,9 @@ def evaluate(recipe: Recipe, *, command: str = "") -> None:
     found = found.showing([Prompt(text) for text in shown])
     if not found.compared:
         raise UserError(f"{out}/recipe.yaml names no prompts; add --evaluation_prompts FILE")
-    if found.not_edited:
-        tell(found.not_edited)
+    for told in (not_edited(found.compared), idle_line(recipe, EvaluationOptions)):
+        if told:
+            tell(told)
     weights = weights_of(out)
     from palate.models.lora import load_lora, tuned
     from palate.models.policy import twin

@@ -23,7 +23,7 @@ from palate.miniature import prompt_lists, world
 from palate.models.families import cut_warning
 from palate.models.files import KOHYA_FILE, WEIGHTS
 from palate.runs import recipe as recipes
-from palate.runs.assembly import Assembled, assemble
+from palate.runs.assembly import Assembled, assemble, not_edited
 from palate.runs.card import PUBLIC, write_card
 from palate.runs.compare import Samples, compare_models, evaluate
 from palate.runs.evidence import (
@@ -83,7 +83,11 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
             check_push(recipe.training.push_to_hub)
         check_machine(recipe)
     found = assemble(recipe)
-    for told in (idle_line(recipe), found.not_edited):
+    check_dtype()
+    own = [] if found.online is None else found.online.prompts
+    # Where each process holds a part of the model, the comparison tells of its own.
+    drawn = [*([] if sharded(recipe) else found.compared), *found.validation, *own]
+    for told in (idle_line(recipe), not_edited(drawn)):
         if told:
             tell(told)
     with company():
@@ -92,6 +96,17 @@ def train(recipe: Recipe, *, command: str = "") -> Path:
         else:
             _train_online(found, found.online, command)
     return found.out
+
+
+def check_dtype() -> None:
+    """Raise ``UserError`` where what a recipe names, or who calls, has set another default dtype of torch than float32."""
+    import torch
+
+    if (own := torch.get_default_dtype()) is not torch.float32:
+        raise UserError(
+            f"torch's default dtype is {str(own).removeprefix('torch.')}, which a module that the recipe names, or the program "
+            "around it, has set; expected float32, in which weights are trained: name it for each tensor instead"
+        )
 
 
 # The two orders of events --------------------------------------------------------------------------------------------------
@@ -362,6 +377,7 @@ def _train(
 ) -> None:
     """The loop, with the files that say what was run. What fails before there is a checkpoint or ``best/`` leaves nothing."""
     from palate.training import checkpoints, loop
+    from palate.training.place import company
 
     out = Path(recipe.training.output_dir)
     if sharded(recipe) and recipe.evaluation.validation_prompts:
@@ -378,20 +394,21 @@ def _train(
             if recipe.training.resume_from_checkpoint is None or not (out / "run.json").is_file():
                 text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
                 write_atomically(out / "run.json", text.encode())
-        loop.train(
-            step,
-            policy,
-            data,
-            options=options,
-            states=states,
-            recipe={**recipe.as_dict(), checkpoints.ORIGIN: dict(origin)},
-            defaults=recipes.defaults(),
-            # Where each process holds a part of the model, one of them cannot draw alone.
-            on_sample=None if sharded(recipe) else samples.draw,
-            on_evaluate=on_evaluate,
-            doubts=doubts,
-            counted=counted,
-        )
+        with company():
+            loop.train(
+                step,
+                policy,
+                data,
+                options=options,
+                states=states,
+                recipe={**recipe.as_dict(), checkpoints.ORIGIN: dict(origin)},
+                defaults=recipes.defaults(),
+                # Where each process holds a part of the model, one of them cannot draw alone.
+                on_sample=None if sharded(recipe) else samples.draw,
+                on_evaluate=on_evaluate,
+                doubts=doubts,
+                counted=counted,
+            )
     except (UserError, OSError, KeyboardInterrupt) as error:
         kept = checkpoints.latest(out)
         if fresh and is_main() and kept is None and not (out / "best").exists():

@@ -105,13 +105,19 @@ def test_another_folder_is_refused_before_weights_are_read(edit, monkeypatch):
 
 
 def test_training_and_its_comparison_say_that_they_do_not_edit(edit, palate):
-    told = "4 of 5 prompts name an init_image, and all are drawn from noise: 'palate generate' edits"
+    told = "4 prompt(s) name an init_image, and all pictures are drawn from noise: only 'palate generate' edits"
     code, _, errors = palate("train", max_train_steps=1, evaluation_prompts="set/prompts.jsonl", validation_prompts="[a tree]")
     assert code == 0, errors
     assert told in errors.splitlines()
     code, _, errors = palate("evaluate", "out")
     assert code == 0, errors
     assert told in errors.splitlines()
+    code, _, errors = palate("evaluate", "out", num_evaluation_prompts=1, refiner_start=0.5)
+    assert code == 0, errors
+    assert told.replace("4", "1") in errors.splitlines()
+    assert "without effect here: refiner_start (for a refiner)" in errors.splitlines()
+    code, _, errors = palate("generate", "out", prompts="set/prompts.jsonl", refiner_start=0.5, output_dir="edited")
+    assert (code, "refiner_start does nothing without a refiner" in errors) == (2, True)
 
 
 def write(**row):

@@ -314,3 +314,19 @@ def test_a_run_notes_whom_its_remote_rewards_served(online, tmp_path):
         server.shutdown()
         server.server_close()
     assert json.loads((tmp_path / "out/run.json").read_text())["serves"] == {name: ["jpeg_compressibility"]}
+
+
+def test_a_module_that_sets_the_default_dtype_is_refused(online, tmp_path):
+    code = "import torch\ntorch.set_default_dtype(torch.float16)\ndef reward(images, prompts, metadata):\n    return [1.0]\n"
+    (tmp_path / "halves.py").write_text(code)
+    try:
+        code, _, errors = online(rewards="halves:reward")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (code, "torch's default dtype is float16, which a module that the recipe names" in errors) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rewards_that_an_objective_would_not_read_are_refused(online):
+    code, _, errors = online(objective="sft", weighting="advantage")
+    assert (code, "objective sft knows no good and bad pictures" in errors) == (2, True)

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 import torch
 from PIL import Image
 
@@ -154,27 +155,36 @@ def test_where_one_is_killed_the_other_ends_and_one_alone_goes_on(
 
 DIES = """
 import os
-from palate.training import sharded
+from palate.training import place, sharded
 
 def cut_up(policy, whole=sharded.cut_up):
     if os.environ["RANK"] == "1":
         os._exit(9)
     whole(policy)
 
-sharded.cut_up = cut_up
+def align(self, whole=place.Place.align):
+    if os.environ["RANK"] == "1":
+        os._exit(9)
+    whole(self)
+
+sharded.cut_up, place.Place.align = cut_up, align
 """
-"""Before a program: the second process ends where the model is cut up, as the kernel ends one that takes too much memory."""
+"""Before a program: the second process ends where the model is cut up, or where weights are made the same, as the kernel ends
+one that takes too much memory."""
 
 
-def test_where_one_is_killed_before_the_loop_the_other_ends_too(
-    palate, in_two_processes, tmp_path, model_dir, pairs_dir, cache_dir
+@pytest.mark.usefixtures("palate")
+@pytest.mark.parametrize("shard", ["true", "false"])
+def test_where_one_is_killed_before_the_first_update_the_other_ends_and_leaves_nothing(
+    in_two_processes, tmp_path, model_dir, pairs_dir, cache_dir, shard
 ):
     words = ["train", "quick.yaml", "--pretrained_model_name_or_path", str(model_dir), "--train_data", str(pairs_dir)]
-    words += ["--cache_dir", str(cache_dir), "--train_batch_size", "2", "--shard_model", "true", "--output_dir", "out"]
+    words += ["--cache_dir", str(cache_dir), "--train_batch_size", "2", "--shard_model", shard, "--output_dir", "out"]
     *python, program, commands = several([words])
     codes, said = zip(*in_two_processes([*python, DIES + program, commands], cwd=tmp_path)(60), strict=True)
     assert codes == (2, 9), said
     assert said[0].splitlines()[-1] == "error: another process of this run has ended: see its message"
+    assert not (tmp_path / "out").exists()
 
 
 def shards(folder: Path) -> list[list[bytes]]:
