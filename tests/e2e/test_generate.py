@@ -106,9 +106,9 @@ def test_negatives_and_a_refiner(generate, sdxl_dir, refiner_dir):
     for name, options in (
         ("plain", {}),
         ("negative", {"negative_prompt": "a blue tower"}),
-        ("refined", {"refiner": refiner_dir}),
+        ("refined", {"refiner": refiner_dir, "refiner_start": 0.5}),
     ):
-        code, _, errors = generate(name, sdxl_dir, **options, num_prompts=2, refiner_start=0.5)
+        code, _, errors = generate(name, sdxl_dir, **options, num_prompts=2)
         assert code == 0, errors
     assert np.abs(drawn("negative") - drawn("plain")).max() > 1
     assert np.abs(drawn("refined") - drawn("plain")).max() > 1
@@ -126,6 +126,7 @@ def test_negatives_and_a_refiner(generate, sdxl_dir, refiner_dir):
         ({"lora": "[quick.yaml:-1e-40]"}, "the scale is '-1e-40'"),
         ({"lora": "quick.yaml"}, "quick.yaml cannot be put into"),
         ({"refiner": "nowhere/at/all"}, "no model at nowhere/at/all"),
+        ({"refiner_start": 0.5}, "refiner_start does nothing without a refiner: name one with --refiner"),
         ({"prompts": "gone.txt"}, "gone.txt does not exist"),
         ({"images_per_prompt": 0}, "images_per_prompt is 0"),
         ({"resolution": 65}, "multiple of 8"),

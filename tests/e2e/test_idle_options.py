@@ -70,7 +70,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_options_without_effect_are_told_and_change_no_number(palate, prompts_file, tmp_path, way):
     used, unused = WAYS[way]
-    used = used | ({"train_prompts": prompts_file} if "rewards" in used else {})
+    undrawn = {"evaluation_prompts": "null", "validation_prompts": "[]"} if way != "offline" else {}
+    used = {**undrawn, **used, **({"train_prompts": prompts_file} if "rewards" in used else {})}
     if "pretrained_lora" in used:
         assert palate("train", output_dir=used["pretrained_lora"])[0] == 0
     found = {}
@@ -98,9 +99,10 @@ def test_published_recipes_name_nothing_without_effect(name):
 
 
 def test_a_plan_tells_them_too(palate):
-    code, told, errors = palate("plan", "miniature-rwr", weighting="percentile", train_data=None, cache_dir=None)
+    code, told, errors = palate("plan", optimizer="adafactor", adam_beta1=0.5, adam_beta2=0.5, bucket_step=64)
     assert code == 0, errors
-    assert "without effect here: temperature, standardise_rewards (for weighting softmax in objectives of single" in told
+    assert "without effect here: adam_beta1, adam_beta2 (for optimizer adamw and adamw_8bit, without the same in" in told
+    assert "; bucket_step (for buckets)" in told
 
 
 def test_layers_of_text_encoders_that_a_lora_lacks_count(palate):
