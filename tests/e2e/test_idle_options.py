@@ -28,20 +28,31 @@ PATH = {"window_start": 1, "window_size": 1, "timestep_fraction": 0.3}
 TIMES = {"t_min": 300, "t_max": 700, "snr_gamma": 5}
 PAIRS = {"random_flip": "true", "center_crop": "false", "validation_fraction": 0.4, "buckets": "true", "num_train_epochs": 5}
 WATCHED = {"held_out_pictures": 3, "eval_steps": 1}
+LORA = {"rank": 8, "lora_alpha": 2, "lora_layers": "all"}
+ADAM = {"adam_beta1": 0.1, "adam_beta2": 0.2, "adam_epsilon": 1e-3}
 WAYS = {
-    "offline": ({}, {"refiner_start": 0.4, "num_train_epochs": 7, "bucket_step": 16, "bucket_aspect": 2}),
-    "adafactor": ({"optimizer": "adafactor"}, {"adam_beta1": 0.1, "adam_beta2": 0.2, "adam_epsilon": 1e-3}),
-    "an optimizer of others": ({"optimizer": "torch.optim:SGD"}, {"adam_beta1": 0.1, "adam_weight_decay": 0.5}),
-    "optimizer_options": (
-        {"optimizer_options": "{betas: [0.8, 0.9], eps: 1e-6, weight_decay: 0.1}"},
-        {"adam_beta1": 0.1, "adam_beta2": 0.2, "adam_epsilon": 1e-3, "adam_weight_decay": 0.5},
+    "offline": (
+        {
+            "optimizer_options": "{betas: [0.8, 0.9], eps: 1e-6, weight_decay: 0.1}",
+            "validation_fraction": 0,
+            "checkpointing_steps": "null",
+        },
+        {
+            **ADAM,
+            "adam_weight_decay": 0.5,
+            "eval_steps": 1,
+            "checkpoints_total_limit": 1,
+            "refiner_start": 0.4,
+            "num_train_epochs": 7,
+            "bucket_step": 16,
+            "bucket_aspect": 2,
+        },
     ),
-    "nothing held out": (
-        {"validation_fraction": 0, "checkpointing_steps": "null"},
-        {"eval_steps": 1, "checkpoints_total_limit": 1},
+    "full": ({"train_method": "full", "rank": 16, "optimizer": "adafactor"}, {**LORA, **ADAM}),
+    "a LoRA goes on": (
+        {"pretrained_lora": "before", "rank": 16, "optimizer": "torch.optim:SGD"},
+        {**LORA, **ADAM, "adam_weight_decay": 0.5},
     ),
-    "full": ({"train_method": "full", "rank": 16}, {"rank": 8, "lora_alpha": 2, "lora_layers": "all"}),
-    "a LoRA goes on": ({"pretrained_lora": "before", "rank": 16}, {"rank": 8, "lora_alpha": 2, "lora_layers": "all"}),
     "ddpo_is": (
         {**ONLINE, "objective": "ddpo_is", "advantage": "round"},
         {**TRACKER, **SOFTMAX, **TIMES, **PAIRS, **WATCHED, "weighting": "percentile", "percentile": 50, "global_std": "true"},
