@@ -412,6 +412,12 @@ def _refuse() -> typing.NoReturn:
     raise TypeError
 
 
+def changed(options: Any) -> list[str]:
+    """The names of those options that are not at their default; every option has one."""
+    plain = type(options)()
+    return [f.name for f in fields(options) if getattr(options, f.name) != getattr(plain, f.name)]
+
+
 def foreign(name: str, known: Iterable[str] = ()) -> Callable[..., Any]:
     """The function ``module:function``, importable from here; ``known``: what a misspelt module may have been meant for.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from palate.base.options import changed
 from palate.runs.sections import DataOptions
 
 if TYPE_CHECKING:
@@ -22,9 +23,8 @@ def idle(recipe: Recipe) -> dict[str, str]:
     """Options that are not at their default and change nothing, and what each is for."""
     found: dict[str, str] = {}
     for section, names, used, purpose in _rules(recipe):
-        options = getattr(recipe, section)
-        plain = type(options)()
-        found |= {n: purpose for n in names if not used and getattr(options, n) != getattr(plain, n)}
+        if not used:
+            found |= {name: purpose for name in changed(getattr(recipe, section)) if name in names}
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from palate.base.errors import UserError, nearest, short
 from palate.base.files import write_atomically
-from palate.base.options import BARE, dumps, parse, section
+from palate.base.options import BARE, changed, dumps, parse, section
 from palate.online.options import Arithmetic, OnlineOptions
 from palate.runs.library import find
 from palate.runs.methods import (
@@ -32,12 +32,6 @@ from palate.runs.methods import (
 )
 from palate.runs.sections import DataOptions, EvaluationOptions, ModelOptions, PolicyOptions
 from palate.training.options import TrainOptions
-
-
-def _given(options: Any) -> list[str]:
-    """The names of those options that are not at their default."""
-    plain = type(options)()
-    return [f.name for f in fields(options) if getattr(options, f.name) != getattr(plain, f.name)]
 
 
 @dataclass(frozen=True)
@@ -91,12 +85,12 @@ class Recipe:
                 raise UserError(
                     f"objective {self.objective['name']} compares with the policy that drew the pictures: name train_prompts"
                 )
-            if given := _given(self.online):
+            if given := changed(self.online):
                 raise UserError(
                     f"without train_prompts these options do nothing: {', '.join(given)}; name train_prompts, or leave them out"
                 )
             return
-        if "train_data" in _given(self.data):
+        if "train_data" in changed(self.data):
             raise UserError(
                 f"train_data {self.data.train_data} would not be read: with train_prompts the model draws what it learns "
                 "from; leave one of the two out"
@@ -159,7 +153,7 @@ class Recipe:
         """An objective that compares with the policy that drew, and the options of that policy."""
         name = self.objective["name"]
         if not self.method.names("old"):
-            if "old_decay" in _given(self.online):
+            if "old_decay" in changed(self.online):
                 raise UserError(f"old_decay does nothing with objective {name}, which names no old policy: leave it out")
             return
         if self.policy.train_method != "lora":
