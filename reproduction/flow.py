@@ -77,24 +77,24 @@ def voted_run(name: str, method: str, rate: float, seed: int) -> Run:
 
 
 def offline(given: argparse.Namespace) -> list[Run]:
-    rates = {method: best_rate(given.measured, method) for method in OFFLINE}
-    return [
-        voted_run(f"offline-{method}-{seed}", method, rate, seed)
-        for method, rate in rates.items()
-        for seed in given.seeds
-        if rate is not None
-    ]
+    rates = chosen_rates(given.measured)
+    return [voted_run(f"offline-{method}-{seed}", method, rate, seed) for method, rate in rates.items() for seed in given.seeds]
 
 
 def faster(given: argparse.Namespace) -> list[Run]:
     """At the highest rate those whose chosen one is lower."""
-    rates = {method: best_rate(given.measured, method) for method in OFFLINE}
     return [
         voted_run(f"faster-{method}-{seed}", method, OFFLINE_RATES[-1], seed)
         for seed in given.seeds
-        for method, rate in rates.items()
-        if rate not in (None, OFFLINE_RATES[-1])
+        for method, rate in chosen_rates(given.measured).items()
+        if rate != OFFLINE_RATES[-1]
     ]
+
+
+def chosen_rates(measured: Path) -> dict[str, float]:
+    """Of the methods whose rates are all tried."""
+    found = {method: best_rate(measured, method) for method in OFFLINE}
+    return {method: rate for method, rate in found.items() if rate is not None}
 
 
 def best_rate(measured: Path, method: str) -> float | None:
@@ -162,20 +162,19 @@ PARTS = {
 
 def offline_table(given: argparse.Namespace) -> list[str]:
     base = base_name("mini-sd3", UNSEEN, OFFLINE_PROMPTS)
-    pairs = {
-        f"{method}, {best_rate(given.measured, method) or 0:g}": [(base, f"offline-{method}-{seed}") for seed in given.seeds]
-        for method in OFFLINE
-    }
-    for method in OFFLINE:
-        pairs[f"{method}, {OFFLINE_RATES[-1]:g} "] = [(base, f"faster-{method}-{seed}") for seed in given.seeds]
-    for method in ("DPO", "SFT", "CPO"):
-        heads = [(f"offline-{method}-{seed}", f"offline-NCP-{method}-{seed}") for seed in given.seeds]
-        pairs[f"NCP-{method} against {method}"] = heads
-    pairs["KTO against DPO"] = [(f"offline-DPO-{seed}", f"offline-KTO-{seed}") for seed in given.seeds]
-    for one, other in (("faster-DPO", "faster-NCP-DPO"), ("offline-CPO", "faster-NCP-CPO"), ("faster-DPO", "offline-KTO")):
-        label = " against ".join(name.partition("-")[2] for name in (other, one))
-        pairs[f"{label}, {OFFLINE_RATES[-1]:g}"] = [(f"{one}-{seed}", f"{other}-{seed}") for seed in given.seeds]
-    rows = [[method, *versus(given.measured, found, UNSEEN)] for method, found in pairs.items()]
+    at_most, rates = f"{OFFLINE_RATES[-1]:g}", chosen_rates(given.measured)
+
+    def row_of(label: str, one: str, other: str | None = None) -> list[Any]:
+        pairs = [(base if other is None else f"{other}-{seed}", f"{one}-{seed}") for seed in given.seeds]
+        return [label, *versus(given.measured, pairs, UNSEEN)]
+
+    rows = [row_of(f"{method}, {rate:g}", f"offline-{method}") for method, rate in rates.items()]
+    rows += [row_of(f"{method}, {at_most}", f"faster-{method}") for method in OFFLINE]
+    against = [(f"NCP-{method}", method) for method in ("DPO", "SFT", "CPO")]
+    rows += [row_of(f"{a} against {b}", f"offline-{a}", f"offline-{b}") for a, b in (*against, ("KTO", "DPO"))]
+    for one, other in (("faster-NCP-DPO", "faster-DPO"), ("faster-NCP-CPO", "offline-CPO"), ("offline-KTO", "faster-DPO")):
+        label = " against ".join(name.partition("-")[2] for name in (one, other))
+        rows.append(row_of(f"{label}, {at_most}", one, other))
     return table(["method", *JUDGES], [cells for cells in rows if len(cells) > 1])
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from online_curves import REWARDS, mean_gain
-from runs import JUDGES, interval, options, sides, table, versus
+from online_curves import REWARDS
+from runs import JUDGES, interval, mean_gain, options, sides, table, versus
 from short import UNSEEN
 from tuning import METHODS, SEED, SEEN, best, named, told
 

@@ -30,7 +30,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 from runs import (
     JUDGES,
@@ -41,7 +40,7 @@ from runs import (
     Task,
     draw_curves,
     guards,
-    interval,
+    mean_gain,
     most_points,
     on_splits,
     pyplot,
@@ -238,12 +237,6 @@ def recipes_table(given: argparse.Namespace) -> list[str]:
             gains = (both[1] - both[0]).transpose(2, 0, 1)
             rows.append([name, *map(mean_gain, gains)])
     return table(["recipe", *ALL_JUDGES], rows)
-
-
-def mean_gain(gains: np.ndarray) -> str:
-    """gains: ``(seeds, prompts)``."""
-    low, high = interval(gains)
-    return f"{gains.mean():+.2f} ({low:+.2f} to {high:+.2f}); {', '.join(f'{gain:+.2f}' for gain in gains.mean(axis=1))}"
 
 
 def tuning_table(given: argparse.Namespace) -> list[str]:

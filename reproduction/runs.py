@@ -461,6 +461,13 @@ def drawn_anew(*numbers: int) -> list[np.ndarray]:
     return [rng.multinomial(n, np.full(n, 1 / n), size=10_000) / n for n in numbers]
 
 
+def mean_gain(gains: np.ndarray, digits: int = 2) -> str:
+    """The mean of gains ``(seeds, prompts)``, its interval, and each seed's own."""
+    ends = [f"{end:+.{digits}f}" for end in (float(gains.mean()), *interval(gains))]
+    each = ", ".join(f"{gain:+.{digits}f}" for gain in gains.mean(axis=1))
+    return f"{ends[0]} ({ends[1]} to {ends[2]}); {each}"
+
+
 Tried = TypeVar("Tried")
 
 

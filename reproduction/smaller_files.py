@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
-from runs import QUIET, Drawing, Run, Task, interval, pyplot, read_scores, sheet, table
+from runs import QUIET, Drawing, Run, Task, interval, mean_gain, pyplot, read_scores, sheet, table
 from short import UNSEEN
 
 from palate.data.images import to_tensor
@@ -103,14 +103,8 @@ def tables(measured: Path, seeds: Sequence[int]) -> list[str]:
     for (name, scale), parts in DRAWN.items():
         if (moved := changes(measured, name, scale, seeds)) is not None:
             told = " and ".join(f"{part} at {strength:g}" for part, strength in parts)
-            rows.append([told, *(_told(moved[:, :, k]) for k in range(len(JUDGES)))])
+            rows.append([told, *(mean_gain(moved[:, :, k], 1) for k in range(len(JUDGES)))])
     return table(["LoRA", "size, %", *JUDGES[1:]], rows)
-
-
-def _told(moved: np.ndarray) -> str:
-    low, high = interval(moved)
-    each = ", ".join(f"{mean:+.1f}" for mean in moved.mean(axis=1))
-    return f"{moved.mean():+.1f} ({low:+.1f} to {high:+.1f}); {each}"
 
 
 def plot(measured: Path, seeds: Sequence[int], to: Path) -> None:
