@@ -255,7 +255,8 @@ def test_a_break_whenever_one_likes(serve, visit):
 
 
 def test_a_chain_has_every_possible_challenger_there(serve, visit):
-    server = serve("--mode", "collect", "--chain", "true", "--repeats", "0", prompts=2, per_prompt=4, models=("plain",))
+    # Six pictures of a prompt: the best has a challenger left in each of the five turns, whatever the order.
+    server = serve("--mode", "collect", "--chain", "true", "--repeats", "0", prompts=2, per_prompt=6, models=("plain",))
     page = visit(server)
     asked, finished = [], []
     page.on("request", lambda request: asked.append(request.url))
