@@ -28,6 +28,7 @@ import votes
 import weaker
 import winners
 from runs import options, work
+from short import SEEDS
 
 CLAIMS = {
     "tuning": tuning,
@@ -48,26 +49,33 @@ CLAIMS = {
     "files": smaller_files,
     "shapes": shapes,
 }
+LONG = ("accuracy", "together", "guards", "files")
+"""Of those that train longer than :mod:`short`: three seeds, where the others have five."""
+
+
+def seeds_of(name: str) -> tuple[int, ...]:
+    return SEEDS[:3] if name in LONG else SEEDS
 
 
 def main() -> None:
-    parser = options(__doc__)
+    parser = options(__doc__, seeds=None)
     parser.add_argument("claims", nargs="*", choices=[*CLAIMS, "all", []], help="whose missing runs are carried out")
     given = parser.parse_args()
     asked = list(CLAIMS) if "all" in given.claims else given.claims
+    seeds = {name: given.seeds or seeds_of(name) for name in CLAIMS}
     if "tuning" in asked:  # it decides what others run
-        work(tuning.runs(given.measured, given.seeds), given.output_dir, given.processes, given.measured)
-    tasks = [task for name in asked for task in CLAIMS[name].runs(given.measured, given.seeds)]
+        work(tuning.runs(given.measured, seeds["tuning"]), given.output_dir, given.processes, given.measured)
+    tasks = [task for name in asked for task in CLAIMS[name].runs(given.measured, seeds[name])]
     work({task.name: task for task in tasks}.values(), given.output_dir, given.processes, given.measured)
     for name, claim in CLAIMS.items():
-        print(f"{name}: {claim.__doc__.splitlines()[0]}", *claim.tables(given.measured, given.seeds), sep="\n", end="\n\n")
+        print(f"{name}: {claim.__doc__.splitlines()[0]}", *claim.tables(given.measured, seeds[name]), sep="\n", end="\n\n")
     given.output_dir.mkdir(parents=True, exist_ok=True)
-    votes.plot(given.measured, given.seeds, given.output_dir / "votes.png")
-    smaller_files.plot(given.measured, given.seeds, given.output_dir / "files.png")
+    votes.plot(given.measured, seeds["votes"], given.output_dir / "votes.png")
+    smaller_files.plot(given.measured, seeds["files"], given.output_dir / "files.png")
     smaller_files.grid(given.output_dir, given.output_dir / "files.jpg")
     weaker.grid(given.output_dir, given.output_dir / "weaker.jpg")
     for name, claim in CLAIMS.items():
-        tasks = claim.runs(given.measured, given.seeds)
+        tasks = claim.runs(given.measured, seeds[name])
         missing = [task for task in tasks if not task.finished(given.measured)]
         minutes = sum(task.cost for task in missing) / 60
         told = "complete" if tasks else "waits for tuning"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from online_curves import REWARDS
 from runs import JUDGES, interval, mean_gain, options, sides, table, versus
-from short import UNSEEN
+from short import SEEDS, UNSEEN
 from tuning import METHODS, SEED, SEEN, best, named, told
 
 HEADS = {
@@ -18,7 +18,8 @@ HEADS = {
     "DPO against KTO, both tuned": ("kto-tuned-{}", "dpo-{}"),
     "twenty steps back against one": ("ncp-last_down-one-step-back-{}", "ncp-last_down-20-steps-back-{}"),
     "a random time against one step back": ("ncp-last_down-one-step-back-{}", "ncp-last_down-a-random-time-{}"),
-    "four fixed draws of time and noise against fresh ones": ("draws-fresh-{}", "draws-4-{}"),
+    "one fixed draw of time and noise against fresh ones": ("draws-fresh-{}", "draws-1-{}"),
+    "four fixed draws against fresh ones": ("draws-fresh-{}", "draws-4-{}"),
     "sixteen fixed draws against fresh ones": ("draws-fresh-{}", "draws-16-{}"),
     "200 votes against 50": ("votes-50-{}", "votes-200-{}"),
     "800 votes against 50": ("votes-50-{}", "votes-800-{}"),
@@ -82,5 +83,5 @@ def _rewarded(measured: Path, seeds: Sequence[int]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    given = options(__doc__).parse_args()
+    given = options(__doc__, SEEDS).parse_args()
     print("\n".join(tables(given.measured, given.seeds)))

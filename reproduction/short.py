@@ -11,6 +11,7 @@ from runs import JUDGES, QUIET, Drawing, Preference, Run, base_name, versus
 UNSEEN = "miniature-unseen"
 PROMPTS = 64
 BATCH, UPDATES = 16, 40
+SEEDS = (0, 1, 2, 3, 4)
 BASE = base_name("mini-sd", UNSEEN, PROMPTS)
 NUMBER = ("--num_prompts", str(PROMPTS))
 COMMON = {
