@@ -50,7 +50,7 @@ CLAIMS = {
     "shapes": shapes,
 }
 LONG = ("accuracy", "together", "guards", "files")
-"""Of those that train longer than :mod:`short`: three seeds, where the others have five."""
+"""Their runs are of mini-sd3, or from rewards: three seeds, where the others have five."""
 
 
 def seeds_of(name: str) -> tuple[int, ...]:

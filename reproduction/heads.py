@@ -16,6 +16,7 @@ from tuning import METHODS, SEED, SEEN, best, named, told
 HEADS = {
     "DPO against SFT, both tuned": ("sft-tuned-{}", "dpo-{}"),
     "DPO against KTO, both tuned": ("kto-tuned-{}", "dpo-{}"),
+    "mid against last_down": ("ncp-last_down-one-step-back-{}", "ncp-mid-one-step-back-{}"),
     "twenty steps back against one": ("ncp-last_down-one-step-back-{}", "ncp-last_down-20-steps-back-{}"),
     "a random time against one step back": ("ncp-last_down-one-step-back-{}", "ncp-last_down-a-random-time-{}"),
     "one fixed draw of time and noise against fresh ones": ("draws-fresh-{}", "draws-1-{}"),
@@ -27,6 +28,7 @@ HEADS = {
     "three votes on each of 133 against one on each of 400": ("raters-1-margin-0.12-{}", "raters-3-margin-0.12-{}"),
     "nine votes on each of 44 against one on each of 400": ("raters-1-margin-0.12-{}", "raters-9-margin-0.12-{}"),
     "no ties allowed against ties": ("raters-1-margin-0.12-{}", "raters-1-margin-0-{}"),
+    "ties four times as readily against ties": ("raters-1-margin-0.12-{}", "raters-1-margin-0.48-{}"),
     "labels of mini-pickscore against votes": ("dpo-{}", "labelled-mini-pickscore-{}"),
     "the three with the best of four against all six": ("pairs-all-{}", "pairs-winner-{}"),
     "the best with the worst of four against all six": ("pairs-all-{}", "pairs-extremes-{}"),

@@ -282,7 +282,7 @@ def options(doc: str | None, seeds: Sequence[int] | None = (0, 1, 2)) -> argpars
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("out/reproduction"), help="of runs, pictures and logs")
     parser.add_argument("--measured", type=Path, default=MEASURED, help="results; a run that has one here is not repeated")
-    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of runs; five where they are short, else three")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of runs: 0 1 2, or for short ones 0 1 2 3 4")
     parser.add_argument("--processes", type=int, default=1, help="runs at once, one thread each")
     return parser
 
