@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from palate.base.errors import UserError
-from palate.base.options import parse
+from palate.base.options import is_nothing, parse
 from palate.diffusion.denoising import Fit, Pair
 from palate.runs import library, recipe
 from palate.runs.help import train_help
@@ -103,10 +103,11 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"
 
 
 @given(st.lists(TEXT.filter(bool), max_size=3), st.floats(1e-12, 50), TEXT, st.dictionaries(TEXT, TEXT))
-@settings(max_examples=30, deadline=None)
+@example([], 1.0, " None", {})
+@settings(max_examples=30)
 def test_what_is_written_reads_the_same(tmp_path_factory, prompts, rate, revision, columns):
     made = Recipe(
-        model=ModelOptions(revision=revision if revision != "null" else None),
+        model=ModelOptions(revision=None if is_nothing(revision) else revision),  # what may be empty holds no word for nothing
         data=DataOptions(columns=columns),
         training=recipe.TrainOptions(learning_rate=rate),
         evaluation=EvaluationOptions(validation_prompts=tuple(prompts)),
