@@ -83,10 +83,11 @@ def offline(given: argparse.Namespace) -> list[Run]:
 
 def faster(given: argparse.Namespace) -> list[Run]:
     """At the highest rate those whose chosen one is lower."""
+    rates = chosen_rates(given.measured)
     return [
         voted_run(f"faster-{method}-{seed}", method, OFFLINE_RATES[-1], seed)
         for seed in given.seeds
-        for method, rate in chosen_rates(given.measured).items()
+        for method, rate in rates.items()
         if rate != OFFLINE_RATES[-1]
     ]
 

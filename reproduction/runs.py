@@ -30,6 +30,8 @@ from palate.training.log import read_log
 MEASURED = Path(__file__).parent / "measured"
 PER_ROUND = 64
 """Pictures of a round in the miniature's recipes."""
+SEEDS = (0, 1, 2)
+"""Of long runs; those of :mod:`short` have more."""
 JUDGES = ("mini-heldout", "mini-pickscore", "mini-clip", "mini-aesthetic")
 """Of pictures; the first neither labels nor rewards anything."""
 SPLIT = ("train", "objects", "places", "combinations")
@@ -278,7 +280,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def options(doc: str | None, seeds: Sequence[int] | None = (0, 1, 2)) -> argparse.ArgumentParser:
+def options(doc: str | None, seeds: Sequence[int] | None = SEEDS) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("out/reproduction"), help="of runs, pictures and logs")
     parser.add_argument("--measured", type=Path, default=MEASURED, help="results; a run that has one here is not repeated")

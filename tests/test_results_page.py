@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SEEDS = [0, 1, 2]
-"""Of long runs."""
 RATE = re.compile(r"\d+ % \(\d+-\d+\)")
 ENDS = re.compile(r"\(([+-]?[\d.]+ to [+-]?[\d.]+)\)")
 ALONE = ("## The demo", "## NCP-DPO on mini-sd")
@@ -22,12 +20,14 @@ def printed(monkeypatch) -> list[str]:
     monkeypatch.syspath_prepend(str(ROOT / "reproduction"))
     names = ("claims", "flow", "heads", "online_curves", "runs")
     claims, flow, heads, online, runs = map(importlib.import_module, names)
-    given = argparse.Namespace(measured=runs.MEASURED, seeds=SEEDS, methods=list(online.METHODS), rewards=list(online.REWARDS))
+    given = argparse.Namespace(
+        measured=runs.MEASURED, seeds=runs.SEEDS, methods=list(online.METHODS), rewards=list(online.REWARDS)
+    )
     tables = [claim.tables(runs.MEASURED, claims.seeds_of(name)) for name, claim in claims.CLAIMS.items()]
     tables.append(heads.tables(runs.MEASURED, heads.SEEDS))
     tables += [table(given) for table in (flow.rates_table, flow.offline_table, flow.unseen_table)]
     tables += [table(given) for table in (online.drawn, online.recipes_table)]
-    tables.append(runs.split_table(runs.MEASURED, "mini-sd", [f"generalisation-{seed}" for seed in SEEDS]))
+    tables.append(runs.split_table(runs.MEASURED, "mini-sd", [f"generalisation-{seed}" for seed in runs.SEEDS]))
     for name in list(sys.modules):
         if (file := getattr(sys.modules[name], "__file__", None)) and Path(file).parent == ROOT / "reproduction":
             del sys.modules[name]  # their names are short ones
