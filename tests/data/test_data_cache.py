@@ -42,7 +42,7 @@ def holds(folder: Path, names) -> bool:
 # An entry -----------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.dictionaries(st.text("abc_", min_size=1), st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3)),
                        min_size=1, max_size=4), st.booleans())  # fmt: skip
 def test_round_trip(tmp_path_factory, spec, written):
@@ -167,7 +167,7 @@ def test_of_two_copies_the_sound_one_is_read(tmp_path):
     assert holds(tmp_path, [1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(share=st.floats(0, 1), damage=st.sampled_from(["cut", "bit", "zeros"]))
 def test_damage_anywhere_loses_entries_but_never_changes_one(tmp_path_factory, share, damage):
     folder = tmp_path_factory.mktemp("cache")

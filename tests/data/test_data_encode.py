@@ -139,7 +139,7 @@ def test_entries_of_the_cache_keep_their_keys(tmp_path):
     assert set(encoded.cache.get(item.winner[0])) == {"latents", "framing"}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(label=st.floats(0, 1), pair_seed=st.integers(0, 2**63 - 1))
 def test_swapping_pictures_and_label_changes_nothing(tmp_path_factory, label, pair_seed):
     folder, seeds = tmp_path_factory.mktemp("cache"), torch.tensor([pair_seed])
@@ -237,7 +237,7 @@ def test_without_random_flip_nothing_is_mirrored(tmp_path):
     assert torch.allclose(batch.latents[:20], latent(P[0]).expand(20, -1, -1, -1), atol=1e-6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000), flip_seed=st.integers(0, 1000))
 def test_random_crop_is_shared_and_reproducible(tmp_path_factory, seed, flip_seed):
     folder, seeds = tmp_path_factory.mktemp("cache"), torch.tensor([flip_seed])
@@ -377,7 +377,7 @@ def keys_only(prompts: list[str], cache: TensorCache | None = None) -> EncodedPa
     return EncodedPairs(Items.of(pairs), cache or TensorCache("nowhere"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.sampled_from(["a", "A", " a ", "b", "c", "d", "e e", "e  E"]), min_size=2, max_size=40),
     st.floats(0.01, 0.99),
@@ -413,7 +413,7 @@ def test_split_wants_a_fraction(fraction):
         keys_only(["a", "b"]).split(fraction, 0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 60), st.integers(), st.integers(0, 1000))
 def test_order_is_a_permutation_of_its_seed_and_epoch(count, seed, epoch):
     encoded = keys_only(["a"] * count)

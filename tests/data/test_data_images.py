@@ -39,7 +39,7 @@ def ramp(width: int, height: int) -> Image.Image:
     return Image.fromarray(array)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 40), st.integers(1, 40), st.sampled_from([8, 16]), st.sampled_from(["center", "random"]), st.booleans(),
     st.integers(0, 2**63 - 1),
@@ -52,7 +52,7 @@ def test_a_square_has_its_shape_and_range(width, height, resolution, crop, flip,
     assert first.max() <= 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.booleans(), st.integers(0, 2**63 - 1), st.sampled_from(["center", "random"]))
 def test_the_crop_is_the_same_in_relative_terms_for_two_sizes(flip, seed, crop):
     # One scene at two sizes and 3 : 1: the crops show the same part, so the ramps agree up to resampling.
@@ -61,7 +61,7 @@ def test_the_crop_is_the_same_in_relative_terms_for_two_sizes(flip, seed, crop):
     assert (first - second).abs().max() < 0.06
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**63 - 1), st.sampled_from(["center", "random"]))
 def test_flip_mirrors(seed, crop):
     for data in (encoded(noise(20, 12, 1)), encoded(noise(9, 30, 2))):
@@ -221,7 +221,7 @@ def test_a_cut_picture_of_any_format_is_refused(file_format, part):
 
 
 @given(st.binary(min_size=1, max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_bytes_that_are_no_picture_are_never_taken_for_one(data):
     with pytest.raises(ValueError, match=r"^(is|cannot be|has)"):
         decode(data)

@@ -128,7 +128,7 @@ def test_columns_map_our_names_to_theirs(tmp_path):
     assert (pair.prompt, pair.image_0, pair.rater) == ("x", A, "3")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
 def test_soft_labels_pass_unchanged(tmp_path_factory, labels):
     path = jsonl(folder(tmp_path_factory.mktemp("v")) / "v.jsonl", [{**VOTE, "label": label} for label in labels])

@@ -36,7 +36,7 @@ def pair(i: int, j: int, label: float) -> EncodedPair:
     return EncodedPair("" if i % 3 else "a", KEY(t=i), (KEY(p=i),), (KEY(p=j),), label, 1.0, "")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(ROWS, st.sampled_from([single, pair]), st.data())
 def test_items_are_those_that_were_added(rows, make, data):
     given_items = [make(*row) for row in rows]

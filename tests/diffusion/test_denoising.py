@@ -23,7 +23,7 @@ def latents(b: int) -> torch.Tensor:
     return torch.randn(b, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4), cut=st.integers(0, 3), v=st.booleans())
 def test_an_item_does_not_depend_on_its_batch(seeds: list[int], cut: int, v: bool):
     this = VariancePreserving(schedule.alphas_cumprod, "v_prediction" if v else "epsilon")

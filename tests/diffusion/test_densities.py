@@ -62,7 +62,7 @@ def test_a_static_shift_moves_the_mean_of_logit_normal(at):
 
 @pytest.mark.parametrize("name", DENSITIES)
 @pytest.mark.parametrize("schedule", [vp, flow])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(low=st.integers(0, 900), width=st.integers(60, 999), seed=st.integers(0, 2**62))
 def test_bounds_hold_and_an_item_does_not_depend_on_its_batch(name, schedule, low, width, seed):
     high, seeds = min(999, low + width), [mix(seed, i) for i in range(12)]

@@ -31,7 +31,7 @@ def time(t: float) -> torch.Tensor:
     return torch.tensor([t], dtype=torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     t=st.integers(0, 999),
     back=st.integers(1, 400),
@@ -53,7 +53,7 @@ def test_the_general_step_is_that_of_ddim_in_abar(t: int, back: int, eta: float,
     torch.testing.assert_close(std.flatten()[0], variance.sqrt(), rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(t=st.floats(0.1, 1000), s=st.floats(0, 1000), eta=st.floats(0, 1))
 def test_flow_round_trips_and_steps_along_its_path(t: float, s: float, eta: float):
     x0, noise, t_, s_ = latents(1), latents(2), time(t), time(s)

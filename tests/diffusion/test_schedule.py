@@ -67,7 +67,7 @@ def test_min_snr_weights_golden():
     assert replace(zero_snr, prediction_type="epsilon").min_snr_weight(last, 5.0).item() == 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(t=times, prediction_type=st.sampled_from((*PREDICTION_TYPES, "flow")))
 def test_gain_is_how_far_x0_moves_with_the_output(t: int, prediction_type: str):
     s = RectifiedFlow() if prediction_type == "flow" else replace(schedule, prediction_type=prediction_type)
@@ -76,7 +76,7 @@ def test_gain_is_how_far_x0_moves_with_the_output(t: int, prediction_type: str):
     torch.testing.assert_close(moved.abs(), s.gain(t_).view(-1, 1, 1, 1).expand_as(moved), rtol=1e-6, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(t=times, gamma=st.floats(0.1, 20), prediction_type=st.sampled_from(PREDICTION_TYPES))
 def test_min_snr_weighs_the_error_of_x0_alike_for_all_predictions(t: int, gamma: float, prediction_type: str):
     s, t_, x0, noise = replace(schedule, prediction_type=prediction_type), torch.tensor([t]), latents(t), latents(t + 1000)
@@ -87,7 +87,7 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_all_predictions(t: int, gamma:
     torch.testing.assert_close(error, of_x0, rtol=1e-5, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(t=times, prediction_type=st.sampled_from(PREDICTION_TYPES))
 def test_round_trips(t: int, prediction_type: str):
     s, t_ = replace(schedule, prediction_type=prediction_type), torch.tensor([t])
@@ -110,7 +110,7 @@ def test_round_trips(t: int, prediction_type: str):
         torch.testing.assert_close(translated, to_noise(s, wrong, xt, t_), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(t=times, s=st.integers(-1, 999), prediction_type=st.sampled_from(PREDICTION_TYPES))
 def test_true_output_steps_along_the_forward_process(t: int, s: int, prediction_type: str):
     # Without noise the step of a perfect model lands on the same line x0, noise at time s, be it earlier or later.

@@ -32,7 +32,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 rows = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=30)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows)
 def test_swapping_sides_mirrors(data):
     base, tuned, prompts = (list(column) for column in zip(*data, strict=True))

@@ -164,7 +164,7 @@ def test_a_crop_between_two_pixels_begins_where_the_original_has_it():
         assert Preprocess(**plain, floor=floor)(rows)[0, 0, 0, 0].item() == pytest.approx(first)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(8, 90), st.integers(8, 90))
 def test_preprocessing_of_any_size(h, w):
     x = torch.rand(1, 3, h, w).round()

@@ -25,7 +25,7 @@ def flat(level: float, size: tuple[int, int] = (4, 4)) -> torch.Tensor:
     return torch.full((1, 3, *size), level)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 5), max_size=40), st.integers(1, 7), st.integers(1, 3))
 def test_every_item_is_answered_once(sizes, batch_size, workers):
     items = [(lambda i=i, s=s: flat(i / 100, (s, 3)), str(i)) for i, s in enumerate(sizes)]

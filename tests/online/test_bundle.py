@@ -85,7 +85,7 @@ def test_constant_reward_adds_nothing():
 
 
 @given(cuts=st.lists(st.integers(1, 5), min_size=1, max_size=6), seed=st.integers(0, 100))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_round_does_not_depend_on_its_batches(cuts, seed):
     x, n = images(sum(cuts), seed), sum(cuts)
     prompts = [Prompt(str(i)) for i in range(n)]

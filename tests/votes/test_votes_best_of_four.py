@@ -118,7 +118,7 @@ def test_a_repeat_stands_in_the_reverse_order_and_the_same_picture_is_the_same_a
     assert told["votes"] == 12 - told["repeated"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 4), st.data())
 def test_standing_is_an_order_of_all(count, data):
     pictures = data.draw(st.lists(st.integers(0, 99), min_size=count, max_size=count, unique=True))

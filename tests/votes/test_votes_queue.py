@@ -71,7 +71,7 @@ class _Party:
             queue.lose(choice % len(self.pairs))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     pictures=st.integers(2, 6),
     raters_per_pair=st.integers(1, 4),
@@ -101,7 +101,7 @@ def test_laws(pictures, raters_per_pair, repeats, moves):
                 )  # the reverse
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(pictures=st.integers(2, 7), raters_per_pair=st.integers(1, 3), raters=st.integers(1, 4))
 def test_everyone_diligent_completes_everything(pictures, raters_per_pair, raters):
     pairs = list(combinations(range(pictures), 2))
